@@ -1,7 +1,10 @@
-"""setuptools as the build backend, and editable installations that type checkers can read.
+"""setuptools as the build backend, and editable installations that type checkers can
+read.
 
-Of a layout like this one setuptools makes an import hook, which mypy and pyright do not run: they read folders from ``.pth`` files. So the wheel of an
-editable installation names one, ``.editable/``, that holds nothing but a link to the package. The hook still finds what lies elsewhere.
+Of a layout like this one setuptools makes an import hook, which mypy and pyright do not
+run: they read folders from ``.pth`` files. So the wheel of an editable installation
+names one, ``.editable/``, that holds nothing but a link to the package. The hook still
+finds what lies elsewhere.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ ROOT = Path(__file__).resolve().parent
 FOLDER, PACKAGE = ROOT / ".editable", "reweight_ops"
 
 
-def build_editable(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:
+def build_editable(
+    wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None
+) -> str:
     name: str = build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
     FOLDER.mkdir(exist_ok=True)
     if not (FOLDER / PACKAGE).exists():

@@ -1,9 +1,13 @@
-"""Builds the torch-free extensions ``reweight_ops._C`` and, with nvcc, ``reweight_ops._cuda`` with ninja; all metadata is in pyproject.toml.
+"""Builds the torch-free extensions ``reweight_ops._C`` and, with nvcc,
+``reweight_ops._cuda`` with ninja; all metadata is in pyproject.toml.
 
-``REWEIGHT_OPS_BUILD`` says what to build: ``auto`` (default: C++, and CUDA beside a PyTorch that is built for CUDA; never an error), ``cpu``,
-``cuda`` (C++ and CUDA) or ``none``; asked for by name, a part that cannot be built is an error. What was not built, and why, is remembered beside the
-package. ``CXX``, ``CXXFLAGS`` and ``LDFLAGS`` are honoured. nvcc is looked for in ``CUDA_HOME``, ``PATH`` and ``/usr/local/cuda``; the targets are the GPUs
-of this machine, without one all from Ampere on, or those of ``REWEIGHT_OPS_CUDA_ARCHS`` (``80;90``, or ``all``).
+``REWEIGHT_OPS_BUILD`` says what to build: ``auto`` (default: C++, and CUDA beside a
+PyTorch that is built for CUDA; never an error), ``cpu``, ``cuda`` (C++ and CUDA) or
+``none``; asked for by name, a part that cannot be built is an error. What was not
+built, and why, is remembered beside the package. ``CXX``, ``CXXFLAGS`` and ``LDFLAGS``
+are honoured. nvcc is looked for in ``CUDA_HOME``, ``PATH`` and ``/usr/local/cuda``; the
+targets are the GPUs of this machine, without one all from Ampere on, or those of
+``REWEIGHT_OPS_CUDA_ARCHS`` (``80;90``, or ``all``).
 """
 
 from __future__ import annotations
@@ -38,20 +42,29 @@ FLAGS = [
     "-Wall",
     "-Wextra",
 ]
-# csrc/cpu/kernels.cpp and divergence.cpp are compiled once per level; dispatch.cpp picks the best one that the processor has, at run time.
+# csrc/cpu/kernels.cpp and divergence.cpp are compiled once per level; dispatch.cpp
+# picks the best one that the processor has, at run time.
 X86_LEVELS = {
     "v2": ["-march=x86-64-v2"],
     "v3": ["-march=x86-64-v3"],
     "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
     "v4_bf16": ["-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16"],
 }
-# Kernels of csrc/cuda are compiled once per dtype. No contraction: kernels that share a sweep must round alike. A spill is an error.
+# Kernels of csrc/cuda are compiled once per dtype. No contraction: kernels that share a
+# sweep must round alike. A spill is an error.
 CUDA_DTYPES = {"f32": "float", "bf16": "Bf16", "f16": "F16"}
 CUDA_KERNELS = ("streaming", "ring", "divergence", "scale")
-NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fmad=false",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+]
 NVCC_FLAGS += ["-Xptxas=-warn-spills,-warn-lmem-usage,-Werror"]
 BENCH, IN_A_CHECKOUT = "reweight_ops.bench", ("gpu", "gpu_kernels", "gpu_variants", "test_bench")
-# GCC 12 warns about its own AVX-512 header, and about the ABI of vectors that never leave their file.
+# GCC 12 warns about its own AVX-512 header, and about the ABI of vectors that never
+# leave their file.
 NO_FALSE_ALARM = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 
 
@@ -72,25 +85,57 @@ class NinjaBuild(build_ext):
                     raise
                 missing[module] = str(error)
                 say(f"installing without {name} kernels, because: {error}.")
-        shared("built")["remember"](Path(self.get_ext_fullpath("reweight_ops._C")).absolute().parent, missing)
+        shared("built")["remember"](
+            Path(self.get_ext_fullpath("reweight_ops._C")).absolute().parent, missing
+        )
 
     def cpu_part(self) -> tuple[str, str]:
         """The module's name and its build edges."""
-        openmp = [] if subprocess.run([*cxx(), "-fopenmp", "-E", "-xc++", os.devnull], capture_output=True).returncode else ["-fopenmp"]
-        levels = X86_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {"portable": []}
+        openmp = (
+            []
+            if subprocess.run(
+                [*cxx(), "-fopenmp", "-E", "-xc++", os.devnull], capture_output=True
+            ).returncode
+            else ["-fopenmp"]
+        )
+        levels = (
+            X86_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {"portable": []}
+        )
         flags = [*FLAGS, *openmp, *shlex.split(os.environ.get("CXXFLAGS", ""))]
         names = ",".join(levels)
-        defines = [f'-DRW_VERSION="{self.distribution.get_version()}"', f'-DRW_FLAGS="{" ".join(flags)}"', f'-DRW_LEVEL_NAMES="{names}"']
+        defines = [
+            f'-DRW_VERSION="{self.distribution.get_version()}"',
+            f'-DRW_FLAGS="{" ".join(flags)}"',
+            f'-DRW_LEVEL_NAMES="{names}"',
+        ]
         defines += [f"-DRW_HAS_{name.upper()}" for name in levels]
-        objects = {"bindings.o": edge("bindings.o", "cxx", "bindings.cpp", [*flags, *includes(), *defines, sources("cpu")])}
-        objects["dispatch.o"] = edge("dispatch.o", "cxx", "cpu/dispatch.cpp", [*flags, *includes(), *defines])
-        objects["evaluate_rows.o"] = edge("evaluate_rows.o", "cxx", "cpu/evaluate_rows.cpp", [*flags, *includes()])
+        objects = {
+            "bindings.o": edge(
+                "bindings.o", "cxx", "bindings.cpp", [*flags, *includes(), *defines, sources("cpu")]
+            )
+        }
+        objects["dispatch.o"] = edge(
+            "dispatch.o", "cxx", "cpu/dispatch.cpp", [*flags, *includes(), *defines]
+        )
+        objects["evaluate_rows.o"] = edge(
+            "evaluate_rows.o", "cxx", "cpu/evaluate_rows.cpp", [*flags, *includes()]
+        )
         objects["rows.o"] = edge("rows.o", "cxx", "cpu/rows.cpp", [*flags, *includes()])
         for name, march in levels.items():
             obj = f"kernels_{name}.o"
-            objects[obj] = edge(obj, "cxx", "cpu/kernels.cpp", [*flags, *includes(), *march, f"-DRW_LEVEL={name}", *NO_FALSE_ALARM])
+            objects[obj] = edge(
+                obj,
+                "cxx",
+                "cpu/kernels.cpp",
+                [*flags, *includes(), *march, f"-DRW_LEVEL={name}", *NO_FALSE_ALARM],
+            )
             obj = f"divergence_{name}.o"
-            objects[obj] = edge(obj, "cxx", "cpu/divergence.cpp", [*flags, *includes(), *march, f"-DRW_LEVEL={name}", *NO_FALSE_ALARM])
+            objects[obj] = edge(
+                obj,
+                "cxx",
+                "cpu/divergence.cpp",
+                [*flags, *includes(), *march, f"-DRW_LEVEL={name}", *NO_FALSE_ALARM],
+            )
         return self.link("reweight_ops._C", objects, openmp)
 
     def cuda_part(self) -> tuple[str, str]:
@@ -99,7 +144,10 @@ class NinjaBuild(build_ext):
         if nvcc is None:
             raise RuntimeError("nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda)")
         archs = cuda_archs(nvcc)
-        say(f"CUDA kernels with {nvcc}, for compute capability {', '.join(archs)} (REWEIGHT_OPS_CUDA_ARCHS: others, as 80;90, or all).")
+        say(
+            f"CUDA kernels with {nvcc}, for compute capability {', '.join(archs)} "
+            "(REWEIGHT_OPS_CUDA_ARCHS: others, as 80;90, or all)."
+        )
         targets = cuda_targets(archs)
         toolkit = toolkit_of(nvcc)
         flags = [
@@ -109,7 +157,11 @@ class NinjaBuild(build_ext):
             f"-I{toolkit / 'include'}",
             f'-DRW_CUDA_ARCHS="{";".join(archs)}"',
         ]
-        objects = {"cuda_bindings.o": edge("cuda_bindings.o", "cxx", "cuda/bindings.cpp", [*flags, sources("cuda")])}
+        objects = {
+            "cuda_bindings.o": edge(
+                "cuda_bindings.o", "cxx", "cuda/bindings.cpp", [*flags, sources("cuda")]
+            )
+        }
         objects["cuda_dispatch.o"] = edge("cuda_dispatch.o", "cxx", "cuda/dispatch.cpp", flags)
         for name in CUDA_DTYPES:
             for kernel in CUDA_KERNELS:
@@ -123,7 +175,9 @@ class NinjaBuild(build_ext):
         words = [*words, *shlex.split(os.environ.get("LDFLAGS", ""))]
         command = f"{shlex.join(cxx())} -shared $in {ninja_quote(words)} -o $out"
         rule = f"rule link\n  command = {command}\n  description = LINK $out\n"
-        return "".join([rule, *objects.values(), f"build {ninja_path(target)}: link {' '.join(objects)}\n"]), module
+        return "".join(
+            [rule, *objects.values(), f"build {ninja_path(target)}: link {' '.join(objects)}\n"]
+        ), module
 
     def build(self, edges: str, module: str) -> None:
         import ninja
@@ -133,13 +187,21 @@ class NinjaBuild(build_ext):
         (folder / "build.ninja").write_text(RULES + edges)
         said = []
         with subprocess.Popen(
-            [Path(ninja.BIN_DIR) / "ninja", "-C", folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            [Path(ninja.BIN_DIR) / "ninja", "-C", folder],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
         ) as process:
             for line in process.stdout or ():
                 print(line, end="", flush=True)
                 said.append(line.strip())
         if process.returncode:
-            raise RuntimeError(next((line for line in said if re.search(r"\b(error|fatal)\b", line, re.I)), said[-1])[:300])
+            raise RuntimeError(
+                next(
+                    (line for line in said if re.search(r"\b(error|fatal)\b", line, re.I)), said[-1]
+                )[:300]
+            )
 
 
 class Modules(build_py):
@@ -159,7 +221,9 @@ def say(text: str) -> None:
 
 
 def shared(name: str) -> dict[str, Any]:
-    """A file that the package and its build share; importing the package would import torch."""
+    """A file that the package and its build share; importing the package would import
+    torch.
+    """
     return runpy.run_path(str(ROOT / f"reweight_ops/_core/backends/{name}.py"))
 
 
@@ -171,7 +235,10 @@ def why_left_out(module: str, wanted: str) -> str | None:
         return None
     torch = installed_torch()
     if torch is None:
-        return "no PyTorch was found where it is installed, and these are for a PyTorch that is built for CUDA"
+        return (
+            "no PyTorch was found where it is installed, and these are for a PyTorch that is "
+            "built for CUDA"
+        )
     return None if torch["cuda"] else f"PyTorch {torch['version']} is not built for CUDA"
 
 
@@ -185,12 +252,16 @@ if found is not None and found.origin:
 
 
 def installed_torch() -> dict[str, Any] | None:
-    """``version`` and ``cuda`` (None: not built for it) of the PyTorch that the package will be beside, without importing it.
+    """``version`` and ``cuda`` (None: not built for it) of the PyTorch that the package
+    will be beside, without importing it.
 
-    pip builds in an environment of its own, but by the interpreter that it installs for: without ``PYTHON*`` variables that one sees what is there.
+    pip builds in an environment of its own, but by the interpreter that it installs
+    for: without ``PYTHON*`` variables that one sees what is there.
     """
     for flags in ([], ["-E"]):
-        done = subprocess.run([sys.executable, *flags, "-c", _ASK], cwd="/", capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, *flags, "-c", _ASK], cwd="/", capture_output=True, text=True
+        )
         if done.stdout.strip():
             found: dict[str, Any] = json.loads(done.stdout)
             return found
@@ -198,7 +269,9 @@ def installed_torch() -> dict[str, Any] | None:
 
 
 def cxx() -> list[str]:
-    found = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    found = os.environ.get("CXX") or next(
+        filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None
+    )
     if found is None:
         raise RuntimeError("no C++ compiler was found (g++, clang++, c++, or CXX)")
     return shlex.split(found)
@@ -212,12 +285,18 @@ def sources(part: str) -> str:
 def includes() -> list[str]:
     import pybind11
 
-    return [f"-I{ROOT / 'csrc'}", *(f"-isystem{d}" for d in (pybind11.get_include(), sysconfig.get_paths()["include"]))]
+    return [
+        f"-I{ROOT / 'csrc'}",
+        *(f"-isystem{d}" for d in (pybind11.get_include(), sysconfig.get_paths()["include"])),
+    ]
 
 
 def edge(obj: str, kind: str, source: str, words: list[str], compiler: Path | None = None) -> str:
     command = ninja_quote(cxx() if compiler is None else [str(compiler)])
-    return f"build {obj}: {kind} {ninja_path(ROOT / 'csrc' / source)}\n  compiler = {command}\n  words = {ninja_quote(words)}\n"
+    return (
+        f"build {obj}: {kind} {ninja_path(ROOT / 'csrc' / source)}\n  compiler = {command}\n "
+        f" words = {ninja_quote(words)}\n"
+    )
 
 
 def find_nvcc() -> Path | None:
@@ -225,25 +304,43 @@ def find_nvcc() -> Path | None:
     if home:  # named: no other will do
         return next(filter(Path.is_file, [Path(home, "bin", "nvcc")]), None)
     found = shutil.which("nvcc")
-    return Path(found) if found else next(filter(Path.is_file, [Path("/usr/local/cuda/bin/nvcc")]), None)
+    return (
+        Path(found)
+        if found
+        else next(filter(Path.is_file, [Path("/usr/local/cuda/bin/nvcc")]), None)
+    )
 
 
 def toolkit_of(nvcc: Path) -> Path:
     """By what nvcc itself says: on the PATH it may be a wrapper."""
-    said = subprocess.run([nvcc, "-dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
+    said = subprocess.run(
+        [nvcc, "-dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
+    ).stderr
     top = re.search(r"TOP=(.+)", said)
     return (Path(top.group(1).strip()) if top else nvcc.parents[1]).resolve()
 
 
 def cuda_libraries(toolkit: Path) -> list[str]:
-    library = next((d for d in (toolkit / "lib64", toolkit / "lib") if (d / "libcudart_static.a").exists()), None)
+    library = next(
+        (d for d in (toolkit / "lib64", toolkit / "lib") if (d / "libcudart_static.a").exists()),
+        None,
+    )
     if library is None:
         raise RuntimeError(f"libcudart_static.a was not found in {toolkit}")
-    return [f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+    return [
+        f"-L{library}",
+        "-lcudart_static",
+        "-ldl",
+        "-lrt",
+        "-lpthread",
+        "-Wl,--exclude-libs,ALL",
+    ]
 
 
 def cuda_archs(nvcc: Path) -> list[str]:
-    """The GPUs of this machine, or what this toolkit can compile for, from Ampere to the newest; a driver compiles the PTX of the last for anything newer."""
+    """The GPUs of this machine, or what this toolkit can compile for, from Ampere to
+    the newest; a driver compiles the PTX of the last for anything newer.
+    """
     named = os.environ.get("REWEIGHT_OPS_CUDA_ARCHS", "")
     if named not in ("", "all"):
         return named.split(";")
@@ -252,7 +349,9 @@ def cuda_archs(nvcc: Path) -> list[str]:
     version = tuple(map(int, release.groups())) if release else (0, 0)
     if version < (11, 8):
         raise RuntimeError("CUDA 11.8 or newer is needed")
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    known = subprocess.run(
+        [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
+    ).stdout.split()
     here = [] if named else [arch for arch in gpus_here() if int(arch) >= 80]
     if here and all(f"sm_{arch}" in known for arch in here):
         return here
@@ -260,11 +359,16 @@ def cuda_archs(nvcc: Path) -> list[str]:
 
 
 def cuda_targets(archs: list[str]) -> list[str]:
-    return [*(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs), f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    return [
+        *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs),
+        f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}",
+    ]
 
 
 def gpus_here() -> list[str]:
-    """The compute capabilities of this machine's GPUs, as nvcc writes them; none where nvidia-smi finds none."""
+    """The compute capabilities of this machine's GPUs, as nvcc writes them; none where
+    nvidia-smi finds none.
+    """
     try:
         asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         said = subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout
@@ -275,7 +379,15 @@ def gpus_here() -> list[str]:
 
 def cuda_edge(obj: str, kernel: str, dtype: str, targets: list[str], nvcc: Path) -> str:
     """One file of kernels for one dtype."""
-    words = [*NVCC_FLAGS, "-ccbin", cxx()[0], *targets, f"-I{ROOT / 'csrc'}", f"-DRW_ELEMENT={CUDA_DTYPES[dtype]}", f"-DRW_DTYPE={dtype}"]
+    words = [
+        *NVCC_FLAGS,
+        "-ccbin",
+        cxx()[0],
+        *targets,
+        f"-I{ROOT / 'csrc'}",
+        f"-DRW_ELEMENT={CUDA_DTYPES[dtype]}",
+        f"-DRW_DTYPE={dtype}",
+    ]
     return edge(obj, "nvcc", f"cuda/{kernel}.cu", words, nvcc)
 
 
@@ -286,7 +398,8 @@ def ninja_quote(words: list[str]) -> str:
 #: How ninja compiles an edge.
 RULES = "".join(
     f"rule {kind}\n  description = {kind.upper()} $out\n"
-    "  command = $compiler $words -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
+    "  command = $compiler $words -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = "
+    "gcc\n"
     for kind in ("cxx", "nvcc")
 )
 
@@ -295,12 +408,22 @@ def ninja_path(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-LICENSE = {"license_expression" if int(__version__.split(".")[0]) >= 77 else "license": "Apache-2.0"}
+LICENSE = {
+    "license_expression" if int(__version__.split(".")[0]) >= 77 else "license": "Apache-2.0"
+}
 
-if __name__ == "__main__":  # bench/gpu_variants.py and tests/support/nvcc.py compile by the same flags
+# bench/gpu_variants.py and tests/support/nvcc.py compile by the same flags
+if __name__ == "__main__":
     setup(
         **LICENSE,
-        packages=[*find_packages(str(ROOT), include=["reweight_ops", "reweight_ops.*"]), "reweight_ops.triton_kernels", BENCH],
-        ext_modules=[Extension("reweight_ops._C", sources=[]), Extension("reweight_ops._cuda", sources=[])],
+        packages=[
+            *find_packages(str(ROOT), include=["reweight_ops", "reweight_ops.*"]),
+            "reweight_ops.triton_kernels",
+            BENCH,
+        ],
+        ext_modules=[
+            Extension("reweight_ops._C", sources=[]),
+            Extension("reweight_ops._cuda", sources=[]),
+        ],
         cmdclass={"build_ext": NinjaBuild, "build_py": Modules},
     )

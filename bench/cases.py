@@ -42,7 +42,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.job} {self.rows}x{self.vocab} {self.dtype}{' +entropy' if self.entropy else ''}"
+        return (
+            f"{self.job} {self.rows}x{self.vocab} {self.dtype}{' +entropy' if self.entropy else ''}"
+        )
 
     @property
     def logits_bytes(self) -> int:
@@ -112,9 +114,16 @@ class Scratch:
         """
         z, other = self.logits, self.pristine
         if z.is_cuda:
-            return {"read": lambda: z.view(torch.int32).max(), "update": lambda: z.neg_(), "copy": lambda: z.copy_(other)}
+            return {
+                "read": lambda: z.view(torch.int32).max(),
+                "update": lambda: z.neg_(),
+                "copy": lambda: z.copy_(other),
+            }
         n, threads = z.nbytes // 4, torch.get_num_threads()
-        one = {kind: (lambda kind=kind: _C.stream(kind, z.data_ptr(), other.data_ptr(), n, threads)) for kind in ("read", "update")}
+        one = {
+            kind: (lambda kind=kind: _C.stream(kind, z.data_ptr(), other.data_ptr(), n, threads))
+            for kind in ("read", "update")
+        }
         return one | {"copy": lambda: _C.stream("copy", other.data_ptr(), z.data_ptr(), n, threads)}
 
 
@@ -153,11 +162,25 @@ class Data(Scratch):
         truth, single = self._truth(rows, torch.float64), self._truth(rows, torch.float32)
         if grad is not None:
             rounded = single["grad"].to(grad.dtype)
-            return _share(exact, grad.detach().flatten(0, -2)[rows], truth["grad"], rounded, ERROR_FLOOR * truth["size"][:, None])
+            return _share(
+                exact,
+                grad.detach().flatten(0, -2)[rows],
+                truth["grad"],
+                rounded,
+                ERROR_FLOOR * truth["size"][:, None],
+            )
         shares = []
-        for name, got in zip(("logps", "entropies"), value if isinstance(value, tuple) else (value,), strict=False):
+        for name, got in zip(
+            ("logps", "entropies"), value if isinstance(value, tuple) else (value,), strict=False
+        ):
             shares.append(
-                _share(exact, got.detach().flatten()[rows], truth[name], single[name], ERROR_FLOOR * (1 + truth[name].abs().max()))
+                _share(
+                    exact,
+                    got.detach().flatten()[rows],
+                    truth[name],
+                    single[name],
+                    ERROR_FLOOR * (1 + truth[name].abs().max()),
+                )
             )
         return max(shares)
 
@@ -170,12 +193,24 @@ class Data(Scratch):
         z = self.pristine.flatten(0, 1)[rows].to(dtype).requires_grad_()
         ids, adv, old = (x.flatten()[rows] for x in (self.ids, self.advantages, self.old))
         logp_all = torch.log_softmax(z, -1)
-        logp, entropy = logp_all.gather(-1, ids[:, None])[:, 0], -(logp_all.exp() * logp_all).sum(-1)
+        logp, entropy = (
+            logp_all.gather(-1, ids[:, None])[:, 0],
+            -(logp_all.exp() * logp_all).sum(-1),
+        )
         few = replace(self, ids=ids, advantages=adv, old=old)
         (grad,) = torch.autograd.grad(few.row_loss(logp, entropy) * len(ids) / self.case.rows, z)
-        ratio = torch.exp(logp - old.to(dtype)) if self.case.job == "loss" else torch.ones_like(logp)
-        size = ((ratio * adv.to(dtype)).abs() + (ENTROPY_COEF if self.case.entropy else 0)) / self.case.rows
-        return {"logps": logp.detach(), "entropies": entropy.detach(), "grad": grad, "size": size.detach()}
+        ratio = (
+            torch.exp(logp - old.to(dtype)) if self.case.job == "loss" else torch.ones_like(logp)
+        )
+        size = (
+            (ratio * adv.to(dtype)).abs() + (ENTROPY_COEF if self.case.entropy else 0)
+        ) / self.case.rows
+        return {
+            "logps": logp.detach(),
+            "entropies": entropy.detach(),
+            "grad": grad,
+            "size": size.detach(),
+        }
 
 
 def _share(exact: bool, got: Tensor, truth: Tensor, rounded: Tensor, floor: Tensor) -> float:
@@ -193,9 +228,11 @@ def _tensors(rows: int, vocab: int, dtype: str, device: str) -> Data:
     ids = torch.randint(0, vocab, shape, generator=g, device=device)
     logits = torch.empty(*shape, vocab, dtype=getattr(torch, dtype), device=device)
     logp = torch.empty(shape, device=device)
-    for b in range(shape[0]):  # in parts: the fp32 draft must not take most of the memory
+    # in parts: the fp32 draft must not take most of the memory
+    for b in range(shape[0]):
         z = torch.randn(t, vocab, generator=g, device=device) * 3
-        z.scatter_add_(-1, ids[b, :, None], torch.rand(t, 1, generator=g, device=device) * 12)  # targets from rare to nearly certain
+        # targets from rare to nearly certain
+        z.scatter_add_(-1, ids[b, :, None], torch.rand(t, 1, generator=g, device=device) * 12)
         logits[b] = z
         logp[b] = torch.log_softmax(logits[b].float(), -1).gather(-1, ids[b, :, None])[:, 0]
     old = logp + 0.3 * torch.randn(shape, generator=g, device=device)

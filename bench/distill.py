@@ -21,9 +21,17 @@ from .cases import GATE_ROWS, ITEM, SAME_FUNCTION, spare
 from .peers import import_or_absent
 from .providers import Job, Provider, serving
 
-KINDS = {"forward": ("forward_kl", 0.0), "reverse": ("reverse_kl", 1.0), "jsd": ("generalized_jsd", 0.5)}
+KINDS = {
+    "forward": ("forward_kl", 0.0),
+    "reverse": ("reverse_kl", 1.0),
+    "jsd": ("generalized_jsd", 0.5),
+}
 JOBS = tuple(f"linear distill {name}" for name in KINDS)
-CPU_SHAPE, GPU_SHAPE, TINY_SHAPE = (512, 1024, 2048, 32000), (8192, 2048, 4096, 151936), (64, 32, 48, 320)
+CPU_SHAPE, GPU_SHAPE, TINY_SHAPE = (
+    (512, 1024, 2048, 32000),
+    (8192, 2048, 4096, 151936),
+    (64, 32, 48, 320),
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,10 @@ class DistillCase:
 
     @property
     def name(self) -> str:
-        return f"{self.job.removeprefix('linear ')} {self.rows}x{self.width}+{self.teacher_width}x{self.vocab} {self.dtype}"
+        return (
+            f"{self.job.removeprefix('linear ')} "
+            f"{self.rows}x{self.width}+{self.teacher_width}x{self.vocab} {self.dtype}"
+        )
 
     @property
     def kind(self) -> str:
@@ -57,13 +68,24 @@ class DistillCase:
         return self.rows * self.vocab * (6 * self.width + 2 * self.teacher_width)
 
     def data(self) -> DistillData:
-        return replace(_tensors(self.rows, self.width, self.teacher_width, self.vocab, self.dtype, self.device), case=self)
+        return replace(
+            _tensors(
+                self.rows, self.width, self.teacher_width, self.vocab, self.dtype, self.device
+            ),
+            case=self,
+        )
 
 
 def distill_cases(device: str, tiny: bool = False) -> list[DistillCase]:
     if device == "cpu" and not tiny:
-        return [DistillCase(job, *CPU_SHAPE, dtype, device) for dtype in ("float32", "bfloat16") for job in JOBS]
-    return [DistillCase(job, *(TINY_SHAPE if tiny else GPU_SHAPE), "bfloat16", device) for job in JOBS]
+        return [
+            DistillCase(job, *CPU_SHAPE, dtype, device)
+            for dtype in ("float32", "bfloat16")
+            for job in JOBS
+        ]
+    return [
+        DistillCase(job, *(TINY_SHAPE if tiny else GPU_SHAPE), "bfloat16", device) for job in JOBS
+    ]
 
 
 @dataclass
@@ -100,20 +122,30 @@ class DistillData:
         The rounding of 16-bit logits dominates it.
         """
         h = self.hidden.detach()[:GATE_ROWS].double().requires_grad_()
-        z, y = h @ self.weight.detach().double().t(), self.t_hidden[:GATE_ROWS].double() @ self.t_weight.double().t()
-        (truth,) = torch.autograd.grad(eager_divergence(z, y, self.case.kind).sum() / self.case.rows, h)
+        z, y = (
+            h @ self.weight.detach().double().t(),
+            self.t_hidden[:GATE_ROWS].double() @ self.t_weight.double().t(),
+        )
+        (truth,) = torch.autograd.grad(
+            eager_divergence(z, y, self.case.kind).sum() / self.case.rows, h
+        )
         return float((grads[0][:GATE_ROWS].double() - truth).norm() / truth.norm() / SAME_FUNCTION)
 
 
 @lru_cache(maxsize=1)
-def _tensors(rows: int, width: int, teacher_width: int, vocab: int, dtype: str, device: str) -> DistillData:
+def _tensors(
+    rows: int, width: int, teacher_width: int, vocab: int, dtype: str, device: str
+) -> DistillData:
     g = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, device=device)
 
     h, t_h = normal(rows, width), normal(rows, teacher_width)
-    w, t_w = normal(vocab, width) * (3 / width**0.5), normal(vocab, teacher_width) * (3 / teacher_width**0.5)
+    w, t_w = (
+        normal(vocab, width) * (3 / width**0.5),
+        normal(vocab, teacher_width) * (3 / teacher_width**0.5),
+    )
     h, w, t_h, t_w = (x.to(getattr(torch, dtype)) for x in (h, w, t_h, t_w))
     case = DistillCase(JOBS[0], rows, width, teacher_width, vocab, dtype, device)
     return DistillData(case, h.requires_grad_(), w.requires_grad_(), t_h, t_w, spare(device))
@@ -157,7 +189,12 @@ def eager(data: DistillData) -> Job:
 def trl(data: DistillData) -> Job:
     function = import_or_absent("trl.kernels.chunked_divergence", "ChunkedDivergenceFunction")
     beta = KINDS[data.case.kind][1]
-    return _job(data, lambda: function.apply(data.hidden, data.weight, None, data.t_hidden, data.t_weight, None, beta)[0].mean())
+    return _job(
+        data,
+        lambda: function.apply(
+            data.hidden, data.weight, None, data.t_hidden, data.t_weight, None, beta
+        )[0].mean(),
+    )
 
 
 def ours(backend: str, plan: str) -> Callable[[DistillData], Job]:
@@ -165,8 +202,14 @@ def ours(backend: str, plan: str) -> Callable[[DistillData], Job]:
         import reweight_ops as rw
 
         serving(backend, data.hidden)
-        teacher, call = rw.HiddenLogits(data.t_hidden, data.t_weight), {"kind": KINDS[data.case.kind][0], "plan": plan, "backend": backend}
-        return _job(data, lambda: rw.linear_distillation_loss(data.hidden, data.weight, teacher, **call).loss)
+        teacher, call = (
+            rw.HiddenLogits(data.t_hidden, data.t_weight),
+            {"kind": KINDS[data.case.kind][0], "plan": plan, "backend": backend},
+        )
+        return _job(
+            data,
+            lambda: rw.linear_distillation_loss(data.hidden, data.weight, teacher, **call).loss,
+        )
 
     return make
 
@@ -174,5 +217,8 @@ def ours(backend: str, plan: str) -> Callable[[DistillData], Job]:
 def distill_providers(backends: tuple[str, ...]) -> list[Provider]:
     found = [Provider("eager", eager, JOBS), Provider("TRL chunked", trl, JOBS)]
     for b in backends:
-        found += [Provider(f"{b} {plan}", ours(b, plan), JOBS, ours=True) for plan in ("one_pass", "two_pass")]
+        found += [
+            Provider(f"{b} {plan}", ours(b, plan), JOBS, ours=True)
+            for plan in ("one_pass", "two_pass")
+        ]
     return found

@@ -52,8 +52,16 @@ class DivergenceCase:
 
 def divergence_cases(device: str, tiny: bool = False) -> list[DivergenceCase]:
     if device == "cpu" and not tiny:
-        return [DivergenceCase(job, *shape, dtype, device) for shape in CPU_SHAPES[:2] for dtype in ("float32", "bfloat16") for job in JOBS]
-    return [DivergenceCase(job, *((64, 320) if tiny else (8192, 151936)), "bfloat16", device) for job in JOBS]
+        return [
+            DivergenceCase(job, *shape, dtype, device)
+            for shape in CPU_SHAPES[:2]
+            for dtype in ("float32", "bfloat16")
+            for job in JOBS
+        ]
+    return [
+        DivergenceCase(job, *((64, 320) if tiny else (8192, 151936)), "bfloat16", device)
+        for job in JOBS
+    ]
 
 
 @dataclass(kw_only=True)
@@ -71,9 +79,19 @@ class DivergenceData(Scratch):
         """Error of a run on the first rows, divided by the allowed error."""
         (kl, by), (kl32, by32) = (self._truth(d) for d in (torch.float64, torch.float32))
         if grad is None:
-            return _share(exact, value.detach().flatten()[:GATE_ROWS], kl, kl32, ERROR_FLOOR * (1 + kl.abs().max()))
-        floor = torch.tensor(ERROR_FLOOR / self.case.rows, device=by.device) * self.upstream.flatten()[:GATE_ROWS, None].abs().clamp(min=1)
-        return _share(exact, grad.detach().flatten(0, -2)[:GATE_ROWS], by, by32.to(grad.dtype), floor)
+            return _share(
+                exact,
+                value.detach().flatten()[:GATE_ROWS],
+                kl,
+                kl32,
+                ERROR_FLOOR * (1 + kl.abs().max()),
+            )
+        floor = torch.tensor(
+            ERROR_FLOOR / self.case.rows, device=by.device
+        ) * self.upstream.flatten()[:GATE_ROWS, None].abs().clamp(min=1)
+        return _share(
+            exact, grad.detach().flatten(0, -2)[:GATE_ROWS], by, by32.to(grad.dtype), floor
+        )
 
     def _truth(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         rows = slice(0, GATE_ROWS)
@@ -88,14 +106,25 @@ class DivergenceData(Scratch):
 def _tensors(rows: int, vocab: int, dtype: str, device: str) -> DivergenceData:
     g = torch.Generator(device).manual_seed(0)
     t = min(rows, 1024 if device == "cuda" else 64)
-    logits, other = (torch.empty(rows // t, t, vocab, dtype=getattr(torch, dtype), device=device) for _ in range(2))
-    for b in range(rows // t):  # in parts: the fp32 draft must not take most of the memory
+    logits, other = (
+        torch.empty(rows // t, t, vocab, dtype=getattr(torch, dtype), device=device)
+        for _ in range(2)
+    )
+    # in parts: the fp32 draft must not take most of the memory
+    for b in range(rows // t):
         z = torch.randn(t, vocab, generator=g, device=device) * 3
         logits[b] = z
         other[b] = z + torch.randn(t, vocab, generator=g, device=device)
     upstream = torch.rand(rows // t, t, generator=g, device=device) + 0.5
     case = DivergenceCase("kl", rows, vocab, dtype, device)
-    return DivergenceData(case=case, logits=logits, pristine=logits.clone(), spare=spare(device), other=other, upstream=upstream)
+    return DivergenceData(
+        case=case,
+        logits=logits,
+        pristine=logits.clone(),
+        spare=spare(device),
+        other=other,
+        upstream=upstream,
+    )
 
 
 # ---- providers
@@ -136,7 +165,12 @@ def _ours(backend: str, consume: bool) -> Callable[[DivergenceData], Job]:
         from reweight_ops.errors import BackendUnavailable
 
         try:
-            request = Request("divergence_stats", data.logits.device, data.logits.dtype, other_dtype=data.other.dtype)
+            request = Request(
+                "divergence_stats",
+                data.logits.device,
+                data.logits.dtype,
+                other_dtype=data.other.dtype,
+            )
             reason = load(backend).unsupported_reason(request)
         except BackendUnavailable as error:
             reason = str(error)
@@ -144,9 +178,15 @@ def _ours(backend: str, consume: bool) -> Callable[[DivergenceData], Job]:
             raise Absent(reason)
         options = dict(kind="reverse_kl", backend=backend, consume_logits=consume)
         if data.case.job == "distill":
-            return through_autograd(data, lambda z: rw.distillation_loss(z, data.other, plan="one_pass", **options).loss)
+            return through_autograd(
+                data, lambda z: rw.distillation_loss(z, data.other, plan="one_pass", **options).loss
+            )
         values = lambda z: rw.token_divergence(z, data.other, **options)  # noqa: E731
-        return _values_alone(values, data) if data.case.job == "kl" else through_autograd(data, lambda z: data.row_loss(values(z)))
+        return (
+            _values_alone(values, data)
+            if data.case.job == "kl"
+            else through_autograd(data, lambda z: data.row_loss(values(z)))
+        )
 
     return make
 
@@ -155,5 +195,9 @@ def divergence_providers(backends: tuple[str, ...]) -> list[Provider]:
     found = [Provider("eager", _eager(False), JOBS), Provider("torch.compile", _eager(True), JOBS)]
     for b in backends:
         found.append(Provider(f"{b} drop-in", _ours(b, False), JOBS, ours=True, exact=True))
-        found.append(Provider(f"{b} in place", _ours(b, True), JOBS[1:], in_place=True, ours=True, exact=True))
+        found.append(
+            Provider(
+                f"{b} in place", _ours(b, True), JOBS[1:], in_place=True, ours=True, exact=True
+            )
+        )
     return found

@@ -98,45 +98,122 @@ def stages(out: Path, dry: bool, seconds: float, commit: str = "") -> list[Stage
     python = sys.executable
     # The checkout may belong to another user, and pip may refuse to change a system's
     # Python: the user requested both.
-    install = [python, "-m", "pip", "install", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check", "-v"]
+    install = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+        "--disable-pip-version-check",
+        "-v",
+    ]
     build = Stage(
         "build",
         "build",
         [*install, "-e", str(ROOT)],
         240,
         60,
-        {"PIP_BREAK_SYSTEM_PACKAGES": "1", "PIP_ROOT_USER_ACTION": "ignore", "REWEIGHT_OPS_BUILD": "cuda"},
+        {
+            "PIP_BREAK_SYSTEM_PACKAGES": "1",
+            "PIP_ROOT_USER_ACTION": "ignore",
+            "REWEIGHT_OPS_BUILD": "cuda",
+        },
         lambda: "a dry run uses the installed packages" if dry else None,
     )
-    one_thread = {"OMP_NUM_THREADS": "1"}  # with tiny shapes on a shared machine, threads only wait for each other
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out / 'gpu-tests.xml'}"]
+    # with tiny shapes on a shared machine, threads only wait for each other
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    pytest = [
+        python,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={out / 'gpu-tests.xml'}",
+    ]
     if dry:
         tests = [*pytest, "tests/gpu", "-k", "not fp16 and not fp32"]
     else:
         workers = str(max(1, min(8, (os.cpu_count() or 2) // 2)))
         parallel = ["-n", workers] if importlib.util.find_spec("xdist") else []
-        tests = [*pytest, *parallel, "tests/gpu", "tests/backends/triton/test_triton.py", "tests/backends/cuda/test_cuda_backend.py"]
-    found = [build, Stage("tests", "test", tests, 220, 90, {"REWEIGHT_OPS_GPU_TESTS": "cpu", **one_thread} if dry else {})]
+        tests = [
+            *pytest,
+            *parallel,
+            "tests/gpu",
+            "tests/backends/triton/test_triton.py",
+            "tests/backends/cuda/test_cuda_backend.py",
+        ]
+    found = [
+        build,
+        Stage(
+            "tests",
+            "test",
+            tests,
+            220,
+            90,
+            {"REWEIGHT_OPS_GPU_TESTS": "cpu", **one_thread} if dry else {},
+        ),
+    ]
     for tool, backend in (("memcheck", "cpu"),) if dry else CHECKS:
-        watch = [] if dry else ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+        watch = (
+            []
+            if dry
+            else [
+                "compute-sanitizer",
+                "--tool",
+                tool,
+                "--error-exitcode",
+                "9",
+                "--target-processes",
+                "all",
+            ]
+        )
         command = [*watch, python, "tests/gpu/sanitize.py", backend, "cpu" if dry else "cuda"]
         missing = (lambda: None) if dry else without("compute-sanitizer")
-        found.append(Stage(f"{tool} {backend}", "test", command, 50, 12, unsupported_reason=missing, reserve=15))
+        found.append(
+            Stage(
+                f"{tool} {backend}", "test", command, 50, 12, unsupported_reason=missing, reserve=15
+            )
+        )
     bench = [python, "-m", "bench", "--out", str(out), "--rounds", "2" if dry else "15"]
     bench += (
-        ["--tiny", "--only", "bfloat16", "--backends", "cpu", "--providers", "eager,TRL,Liger,QuACK,CCE,flash", "--no-plot"]
+        [
+            "--tiny",
+            "--only",
+            "bfloat16",
+            "--backends",
+            "cpu",
+            "--providers",
+            "eager,TRL,Liger,QuACK,CCE,flash",
+            "--no-plot",
+        ]
         if dry
         else ["--device", "cuda"]
     )
     bench += ["--commit", commit] if commit else []
-    return [*found, Stage("bench", "bench", bench, seconds, 60 if dry else 240, one_thread if dry else {}, reserve=30)]
+    return [
+        *found,
+        Stage(
+            "bench",
+            "bench",
+            bench,
+            seconds,
+            60 if dry else 240,
+            one_thread if dry else {},
+            reserve=30,
+        ),
+    ]
 
 
 # ---- running them
 
 
 def run_stage(stage: Stage, allowed: float, log: Path) -> Outcome:
-    """Run a stage to its end or for ``allowed`` seconds, and append its output to the log."""
+    """Run a stage to its end or for ``allowed`` seconds, and append its output to the
+    log.
+    """
     command = " ".join(stage.command)
     reason = stage.unsupported_reason()
     if reason is not None:
@@ -173,21 +250,42 @@ def run_stage(stage: Stage, allowed: float, log: Path) -> Outcome:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            return Outcome(stage.name, "out of time", f"ended after {allowed:.0f} s", time.monotonic() - began, command)
+            return Outcome(
+                stage.name,
+                "out of time",
+                f"ended after {allowed:.0f} s",
+                time.monotonic() - began,
+                command,
+            )
     took = time.monotonic() - began
-    return Outcome(stage.name, "failed" if code else "passed", f"exit code {code}" if code else "", took, command)
+    return Outcome(
+        stage.name,
+        "failed" if code else "passed",
+        f"exit code {code}" if code else "",
+        took,
+        command,
+    )
 
 
-def run_all(chosen: list[Stage], seconds: float, log: Path, say: Callable[[str], None]) -> list[Outcome]:
+def run_all(
+    chosen: list[Stage], seconds: float, log: Path, say: Callable[[str], None]
+) -> list[Outcome]:
     deadline = time.monotonic() + seconds - _MARGIN
     outcomes: list[Outcome] = []
     for i, stage in enumerate(chosen):
         kept = sum(later.least for later in chosen[i + 1 :] if later.unsupported_reason() is None)
         remaining = deadline - time.monotonic()
         say(f"{stage.name} ...")
-        outcomes.append(run_stage(stage, min(stage.limit, max(remaining - kept, min(stage.least, remaining))), log))
+        outcomes.append(
+            run_stage(
+                stage, min(stage.limit, max(remaining - kept, min(stage.least, remaining))), log
+            )
+        )
         done = outcomes[-1]
-        say(f"{stage.name}: {done.outcome} after {done.seconds:.0f} s{': ' + done.reason if done.reason else ''}")
+        say(
+            f"{stage.name}: {done.outcome} after {done.seconds:.0f} "
+            f"s{': ' + done.reason if done.reason else ''}"
+        )
         if done.outcome in ("failed", "out of time"):
             say("\n".join(log.read_text(errors="replace").splitlines()[-25:]))
     return outcomes
@@ -204,19 +302,30 @@ def test_counts(path: Path) -> dict[str, Any]:
         suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
     except (OSError, ElementTree.ParseError):
         return {}
-    counts: dict[str, Any] = {k: sum(int(s.get(k, 0)) for s in suites) for k in ("tests", "failures", "errors", "skipped")}
+    counts: dict[str, Any] = {
+        k: sum(int(s.get(k, 0)) for s in suites) for k in ("tests", "failures", "errors", "skipped")
+    }
     cases = [c for s in suites for c in s.iter("testcase")]
     counts["failed"] = [
-        f"{c.get('classname')}::{c.get('name')}" for c in cases if c.find("failure") is not None or c.find("error") is not None
+        f"{c.get('classname')}::{c.get('name')}"
+        for c in cases
+        if c.find("failure") is not None or c.find("error") is not None
     ]
     return counts
 
 
 def last_table(outcomes: list[Outcome], tests: dict[str, Any], bench: Path) -> list[str]:
-    """One line per stage, the counts of the tests, and one line per case of the benchmark."""
-    lines = [f"{o.stage:<18} {o.outcome:<12} {o.seconds:6.0f} s  {o.reason}".rstrip() for o in outcomes]
+    """One line per stage, the counts of the tests, and one line per case of the
+    benchmark.
+    """
+    lines = [
+        f"{o.stage:<18} {o.outcome:<12} {o.seconds:6.0f} s  {o.reason}".rstrip() for o in outcomes
+    ]
     if tests:
-        lines.append(f"tests: {tests['tests']} run, {tests['failures'] + tests['errors']} failed, {tests['skipped']} skipped")
+        lines.append(
+            f"tests: {tests['tests']} run, {tests['failures'] + tests['errors']} failed, "
+            f"{tests['skipped']} skipped"
+        )
         lines += [f"  failed: {name}" for name in tests["failed"][:20]]
     if bench.exists():
         from .report import summary
@@ -226,12 +335,22 @@ def last_table(outcomes: list[Outcome], tests: dict[str, Any], bench: Path) -> l
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--only", choices=("test", "bench"), help="run the build and this part")
-    parser.add_argument("--seconds", type=float, default=580, help="time limit for everything together")
+    parser.add_argument(
+        "--seconds", type=float, default=580, help="time limit for everything together"
+    )
     parser.add_argument("--out", default=os.environ.get("OUT") or str(ROOT / "gpu_output"))
-    parser.add_argument("--commit", default="", help="the commit that is run, if this is not a git checkout")
-    parser.add_argument("--dry-run", action="store_true", help="run on the CPU, in tiny shapes, without a build")
+    parser.add_argument(
+        "--commit", default="", help="the commit that is run, if this is not a git checkout"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="run on the CPU, in tiny shapes, without a build"
+    )
     options = parser.parse_args(arguments)
     out = Path(options.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -240,10 +359,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stale.unlink(missing_ok=True)
     log.touch()
     if not options.dry_run and shutil.which("nvidia-smi") is None:
-        print("no GPU: nvidia-smi was not found. `python -m bench.gpu --dry-run` shows on the CPU that the script works.", file=sys.stderr)
+        print(
+            "no GPU: nvidia-smi was not found. `python -m bench.gpu --dry-run` shows on the CPU "
+            "that the script works.",
+            file=sys.stderr,
+        )
         return 2
     chosen = [
-        s for s in stages(out, options.dry_run, options.seconds, options.commit) if options.only in (None, s.kind) or s.kind == "build"
+        s
+        for s in stages(out, options.dry_run, options.seconds, options.commit)
+        if options.only in (None, s.kind) or s.kind == "build"
     ]
     outcomes = run_all(chosen, options.seconds, log, lambda text: print(text, flush=True))
     tests = test_counts(out / "gpu-tests.xml")
@@ -256,7 +381,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     (out / "gpu.json").write_text(json.dumps(document, indent=1) + "\n")
     print(
-        "\n".join(["", *last_table(outcomes, tests, bench), "", f"{len(failed)} of {len(outcomes)} stages failed; everything is in {out}"])
+        "\n".join(
+            [
+                "",
+                *last_table(outcomes, tests, bench),
+                "",
+                f"{len(failed)} of {len(outcomes)} stages failed; everything is in {out}",
+            ]
+        )
     )
     return 1 if failed else 0
 

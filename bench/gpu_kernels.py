@@ -79,17 +79,26 @@ class Table:
         for part in pristine.split(512):
             part.copy_(torch.randn(part.shape, generator=g, device=device) * 3)
         ids = torch.randint(0, vocab, (rows,), generator=g, device=device)
-        lift = torch.rand(rows, 1, generator=g, device=device) * 20  # from rare targets to sure ones
+        # from rare targets to sure ones
+        lift = torch.rand(rows, 1, generator=g, device=device) * 20
         pristine.scatter_add_(1, ids[:, None], lift.to(torch.bfloat16))
         advantages = torch.randn(rows, generator=g, device=device)
-        inputs = {terms: RowInputs(torch.full((terms, rows), 1 / rows, device=device), None, advantages) for terms in (1, 2)}
-        flush = torch.empty(FLUSH_BYTES if device == "cuda" else 16, dtype=torch.uint8, device=device)
+        inputs = {
+            terms: RowInputs(torch.full((terms, rows), 1 / rows, device=device), None, advantages)
+            for terms in (1, 2)
+        }
+        flush = torch.empty(
+            FLUSH_BYTES if device == "cuda" else 16, dtype=torch.uint8, device=device
+        )
         return cls(torch.empty_like(pristine), pristine, flush, ids, inputs, {})
 
     def some(self, every: int, dtype: torch.dtype) -> Table:
         """Rows 0, every, 2·every, ... in another dtype."""
         pristine = self.pristine[::every].to(dtype)
-        inputs = {terms: RowInputs(i.row_weights[:, ::every].to(dtype), None, i.adv[::every].to(dtype)) for terms, i in self.inputs.items()}
+        inputs = {
+            terms: RowInputs(i.row_weights[:, ::every].to(dtype), None, i.adv[::every].to(dtype))
+            for terms, i in self.inputs.items()
+        }
         return Table(pristine.clone(), pristine, self.flush[:16], self.ids[::every], inputs, {})
 
     def restore(self) -> None:
@@ -97,17 +106,34 @@ class Table:
         self.flush.zero_()
 
     def limits(self) -> dict[str, Callable[[], Any]]:
-        return {"read": lambda: self.logits.view(torch.int16).max(), "update": lambda: self.logits.neg_()}
+        return {
+            "read": lambda: self.logits.view(torch.int16).max(),
+            "update": lambda: self.logits.neg_(),
+        }
 
-    def jobs(self, module: ModuleType | None, primitives: Any) -> dict[str, tuple[str, Callable[[], Any]]]:
-        of_rows = {"dtype": torch.promote_types(self.logits.dtype, torch.float32), "device": self.logits.device}
+    def jobs(
+        self, module: ModuleType | None, primitives: Any
+    ) -> dict[str, tuple[str, Callable[[], Any]]]:
+        of_rows = {
+            "dtype": torch.promote_types(self.logits.dtype, torch.float32),
+            "device": self.logits.device,
+        }
         softmax, one = SoftmaxParams(self.logits.size(1)), torch.ones(1, **of_rows)
         numbers = {program[0]: torch.tensor(program[1], **of_rows) for program in (PLAIN, ENTROPY)}
 
         def one_pass(kernel: str, program: Program, out: Tensor) -> Tensor:
             if module is not None:
                 module.set_kernel(kernel)
-            return primitives.token_loss_grad(out, self.ids, one, softmax, self.inputs[len(program.terms)], program, numbers[program], out)
+            return primitives.token_loss_grad(
+                out,
+                self.ids,
+                one,
+                softmax,
+                self.inputs[len(program.terms)],
+                program,
+                numbers[program],
+                out,
+            )
 
         def statistics(*names: str) -> Tensor:
             return primitives.token_stats(self.logits, self.ids, one, softmax, names)
@@ -116,7 +142,9 @@ class Table:
             names = ("logp", "lse", "lse_low")
             self.stats = dict(zip(names, statistics(*names), strict=True))
         d_logp = self.inputs[1].adv
-        cuda_alone = {"one pass, streaming": ("update", lambda: one_pass("streaming", PLAIN[0], self.logits))}
+        cuda_alone = {
+            "one pass, streaming": ("update", lambda: one_pass("streaming", PLAIN[0], self.logits))
+        }
         return {
             "one pass": ("update", lambda: one_pass("auto", PLAIN[0], self.logits)),
             "one pass +entropy": ("update", lambda: one_pass("auto", ENTROPY[0], self.logits)),
@@ -125,7 +153,9 @@ class Table:
             "statistics +entropy": ("read", lambda: statistics("logp", "entropy")),
             "gradient": (
                 "update",
-                lambda: primitives.token_grad(self.logits, self.ids, one, softmax, self.stats, {"logp": d_logp}, self.logits),
+                lambda: primitives.token_grad(
+                    self.logits, self.ids, one, softmax, self.stats, {"logp": d_logp}, self.logits
+                ),
             ),
         }
 
@@ -145,7 +175,9 @@ class Truth:
 
     def __init__(self, table: Table, every: int) -> None:
         self.every = every
-        self.is_target = torch.zeros_like(table.pristine[::every], dtype=torch.bool).scatter_(1, table.ids[::every, None], True)
+        self.is_target = torch.zeros_like(table.pristine[::every], dtype=torch.bool).scatter_(
+            1, table.ids[::every, None], True
+        )
         self.tables = [table.some(every, dtype) for dtype in (torch.float64, torch.float32)]
         self.jobs = [few.jobs(None, select.load("reference")) for few in self.tables]
 
@@ -153,11 +185,18 @@ class Truth:
         """Error of an outcome divided by the error that the criterion of accuracy
         allows; <= 1 passes.
         """
-        exact, single = (few.outcome(jobs[job][1], 1) for few, jobs in zip(self.tables, self.jobs, strict=True))
-        errors = [value_error(row[:: self.every], *two) for row, *two in zip(got[0], single[0], exact[0], strict=True)]
+        exact, single = (
+            few.outcome(jobs[job][1], 1) for few, jobs in zip(self.tables, self.jobs, strict=True)
+        )
+        errors = [
+            value_error(row[:: self.every], *two)
+            for row, *two in zip(got[0], single[0], exact[0], strict=True)
+        ]
         if self.jobs[0][job][0] == "update":
             derivatives = (
-                [exact[0][LOSS_ROWS.index(name)] for name in ("d_logp", "d_entropy")] if len(exact[0]) else [self.tables[0].inputs[1].adv]
+                [exact[0][LOSS_ROWS.index(name)] for name in ("d_logp", "d_entropy")]
+                if len(exact[0])
+                else [self.tables[0].inputs[1].adv]
             )
             floor = ERROR_FLOOR * torch.stack(derivatives).abs().sum(0)
             parts, _ = gradient_errors(got[1], single[1], exact[1], floor[:, None], self.is_target)
@@ -168,23 +207,35 @@ class Truth:
 def same_bits(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
     kinds = {2: torch.int16, 4: torch.int32}
     return all(
-        torch.equal(x.contiguous().view(kinds[x.itemsize]), y.contiguous().view(kinds[y.itemsize])) for x, y in zip(a, b, strict=True)
+        torch.equal(x.contiguous().view(kinds[x.itemsize]), y.contiguous().view(kinds[y.itemsize]))
+        for x, y in zip(a, b, strict=True)
     )
 
 
-def fault(outcome: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], truth: Truth | None, job: str) -> str | None:
+def fault(
+    outcome: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], truth: Truth | None, job: str
+) -> str | None:
     """Reason why a variant is not timed, or None.
 
     ``truth`` is given for a variant whose bits may differ.
     """
     if truth is None:
-        return None if same_bits(outcome, want) else "the bits differ from the released defaults: not timed"
+        return (
+            None
+            if same_bits(outcome, want)
+            else "the bits differ from the released defaults: not timed"
+        )
     error = truth.error(job, outcome)
-    return None if error <= 1 else f"{error:.2f} of the error that is allowed: not timed"  # NaN does not pass
+    # NaN does not pass
+    return None if error <= 1 else f"{error:.2f} of the error that is allowed: not timed"
 
 
-def time_shape(rows: int, vocab: int, variants: dict[str, Kernels], device: str, rounds: int) -> dict[str, Any]:
-    """Time every job of every variant, and the limits, once per round in a random order."""
+def time_shape(
+    rows: int, vocab: int, variants: dict[str, Kernels], device: str, rounds: int
+) -> dict[str, Any]:
+    """Time every job of every variant, and the limits, once per round in a random
+    order.
+    """
     table = Table.make(rows, vocab, device)
     table.restore()
     jobs = {name: table.jobs(*variant) for name, variant in variants.items()}
@@ -197,13 +248,23 @@ def time_shape(rows: int, vocab: int, variants: dict[str, Kernels], device: str,
             if job not in jobs[name]:
                 continue
             try:
-                why = fault(table.outcome(jobs[name][job][1], every), want, truth if variants[name][0] is None else None, job)
+                why = fault(
+                    table.outcome(jobs[name][job][1], every),
+                    want,
+                    truth if variants[name][0] is None else None,
+                    job,
+                )
                 if why:
                     wrong[f"{name}: {job}"] = why
             except Exception as error:  # a variant that fails must not end the run
                 wrong[f"{name}: {job}"] = f"{type(error).__name__}: {error}"
     del truth
-    timed = {f"{name}: {job}": run for name, found in jobs.items() for job, (_, run) in found.items() if f"{name}: {job}" not in wrong}
+    timed = {
+        f"{name}: {job}": run
+        for name, found in jobs.items()
+        for job, (_, run) in found.items()
+        if f"{name}: {job}" not in wrong
+    }
     timed |= {f"limit: {name}": run for name, run in table.limits().items()}
     ms: dict[str, list[float]] = {key: [] for key in timed}
     for number in range(rounds):
@@ -223,7 +284,14 @@ def report(shapes: list[dict[str, Any]]) -> list[str]:
     """One line per variant and job, one column per shape: the fraction of the limit."""
     lines = [" " * 40 + "".join(f"{s['rows']}x{s['vocab']}".rjust(14) for s in shapes)]
     for key in dict.fromkeys(key for s in shapes for key in (*s["fractions"], *s["wrong"])):
-        cells = [f"{s['fractions'][key]:.3f}" if key in s["fractions"] else "wrong" if key in s["wrong"] else "-" for s in shapes]
+        cells = [
+            f"{s['fractions'][key]:.3f}"
+            if key in s["fractions"]
+            else "wrong"
+            if key in s["wrong"]
+            else "-"
+            for s in shapes
+        ]
         lines.append(key.ljust(40) + "".join(cell.rjust(14) for cell in cells))
     return lines
 
@@ -255,7 +323,10 @@ def compiled(variants: dict[str, str], folder: Path) -> dict[str, Kernels]:
     folder.mkdir(parents=True, exist_ok=True)
 
     def place(device: torch.device) -> dict[str, int]:
-        return {"device": device.index or 0, "stream": torch.cuda.current_stream(device).cuda_stream}
+        return {
+            "device": device.index or 0,
+            "stream": torch.cuda.current_stream(device).cuda_stream,
+        }
 
     made: dict[str, Kernels] = {}
     for name, path in gpu_variants.build(variants, arch, folder).items():
@@ -266,25 +337,57 @@ def compiled(variants: dict[str, str], folder: Path) -> dict[str, Kernels]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu_kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.gpu_kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("variants", nargs="*", metavar="NAME=SETTINGS", help="run these instead of those of bench/gpu_variants.py")
-    parser.add_argument("--out", default=os.environ.get("OUT") or str(gpu_variants.ROOT / "gpu_output"))
+    parser.add_argument(
+        "variants",
+        nargs="*",
+        metavar="NAME=SETTINGS",
+        help="run these instead of those of bench/gpu_variants.py",
+    )
+    parser.add_argument(
+        "--out", default=os.environ.get("OUT") or str(gpu_variants.ROOT / "gpu_output")
+    )
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=120, help="leave out shapes that would start after this time, and name them")
-    parser.add_argument("--dry-run", action="store_true", help="run on the CPU, emulated, in tiny shapes")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=120,
+        help="leave out shapes that would start after this time, and name them",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="run on the CPU, emulated, in tiny shapes"
+    )
     options = parser.parse_args(arguments)
     began = time.monotonic()
     if not options.dry_run and not torch.cuda.is_available():
-        print("no GPU. `python -m bench.gpu_kernels --dry-run` shows on the CPU that the script works.", file=sys.stderr)
+        print(
+            "no GPU. `python -m bench.gpu_kernels --dry-run` shows on the CPU that the script "
+            "works.",
+            file=sys.stderr,
+        )
         return 2
     out = Path(options.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    settings = gpu_variants.parse(options.variants) if options.variants else gpu_variants.VARIANTS | triton_shapes.VARIANTS
+    settings = (
+        gpu_variants.parse(options.variants)
+        if options.variants
+        else gpu_variants.VARIANTS | triton_shapes.VARIANTS
+    )
     tables = {name: triton_shapes.table_of(text) for name, text in settings.items()}
     of_cuda = {name: text for name, text in settings.items() if tables[name] is None}
-    made = emulated(of_cuda) if options.dry_run else compiled(of_cuda, gpu_variants.ROOT / "build" / "variants")
-    made |= {name: (None, triton_shapes.TritonPrimitives(table)) for name, table in tables.items() if table is not None}
+    made = (
+        emulated(of_cuda)
+        if options.dry_run
+        else compiled(of_cuda, gpu_variants.ROOT / "build" / "variants")
+    )
+    made |= {
+        name: (None, triton_shapes.TritonPrimitives(table))
+        for name, table in tables.items()
+        if table is not None
+    }
     built = time.monotonic() - began
     device = "cpu" if options.dry_run else "cuda"
     shapes, left_out = [], []
@@ -292,7 +395,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.dry_run and time.monotonic() - began > options.seconds:
             left_out.append(f"{rows}x{vocab}")
             continue
-        shapes.append(time_shape(rows, vocab, made, device, 1 if options.dry_run else options.rounds))
+        shapes.append(
+            time_shape(rows, vocab, made, device, 1 if options.dry_run else options.rounds)
+        )
         torch.cuda.empty_cache()
     document = {
         "dry_run": options.dry_run,
@@ -305,7 +410,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "shapes": shapes,
     }
     (out / "gpu-kernels.json").write_text(json.dumps(document, indent=1) + "\n")
-    wrong = {f"{s['rows']}x{s['vocab']}, {key}: {why}" for s in shapes for key, why in s["wrong"].items()}
+    wrong = {
+        f"{s['rows']}x{s['vocab']}, {key}: {why}" for s in shapes for key, why in s["wrong"].items()
+    }
     print(
         "\n".join(
             [

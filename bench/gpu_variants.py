@@ -52,7 +52,9 @@ def defines(settings: str) -> list[str]:
     for setting in settings.split():
         name, given, value = setting.partition("=")
         if name not in known or not given or not value:
-            raise ValueError(f"setting {setting!r}: expected NAME=VALUE with a name of {sorted(known)}")
+            raise ValueError(
+                f"setting {setting!r}: expected NAME=VALUE with a name of {sorted(known)}"
+            )
         found.append(f"-DRW_{name}={value}")
     return found
 
@@ -93,7 +95,11 @@ def build(variants: dict[str, str], arch: str, folder: Path) -> dict[str, Path]:
         raise RuntimeError("nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda)")
     toolkit, targets = made.toolkit_of(nvcc), [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
     flags = [*made.FLAGS, *made.includes(), f"-I{toolkit / 'include'}", f'-DRW_CUDA_ARCHS="{arch}"']
-    edges = {"bindings.o": made.edge("bindings.o", "cxx", "cuda/bindings.cpp", [*flags, made.sources("cuda")])}
+    edges = {
+        "bindings.o": made.edge(
+            "bindings.o", "cxx", "cuda/bindings.cpp", [*flags, made.sources("cuda")]
+        )
+    }
     for kernel in made.CUDA_KERNELS:
         for dtype in made.CUDA_DTYPES:
             if kernel not in _OWN or dtype != _DTYPE:
@@ -109,14 +115,24 @@ def build(variants: dict[str, str], arch: str, folder: Path) -> dict[str, Path]:
         edges[dispatch] = made.edge(dispatch, "cxx", "cuda/dispatch.cpp", [*flags, *own])
         paths[name] = folder / str(number) / "_cuda.so"
         paths[name].parent.mkdir(parents=True, exist_ok=True)
-        links.append(f"build {made.ninja_path(paths[name])}: link {' '.join([*shared, *objects, dispatch])}\n")
+        links.append(
+            f"build {made.ninja_path(paths[name])}: link "
+            f"{' '.join([*shared, *objects, dispatch])}\n"
+        )
     words = made.ninja_quote(made.cuda_libraries(toolkit))
-    link = f"rule link\n  command = {made.ninja_quote(made.cxx())} -shared $in {words} -o $out\n  description = LINK $out\n"
+    link = (
+        f"rule link\n  command = {made.ninja_quote(made.cxx())} -shared $in {words} -o "
+        "$out\n  description = LINK $out\n"
+    )
     # Put the slowest files first: the file that starts last determines when the build
     # ends.
     ordered = sorted(edges, key=lambda obj: not obj.startswith(_OWN))
-    (folder / "build.ninja").write_text("".join([made.RULES, link, *(edges[obj] for obj in ordered), *links]))
-    subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", str(folder), "--quiet"], check=True, stdout=sys.stderr)
+    (folder / "build.ninja").write_text(
+        "".join([made.RULES, link, *(edges[obj] for obj in ordered), *links])
+    )
+    subprocess.run(
+        [Path(ninja.BIN_DIR) / "ninja", "-C", str(folder), "--quiet"], check=True, stdout=sys.stderr
+    )
     return paths
 
 

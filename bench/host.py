@@ -51,7 +51,14 @@ print(least * 1e6)
 def once(tree: Path, case: str) -> float:
     env = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     return float(
-        subprocess.run([sys.executable, "-c", MEASURE, case], cwd=tree, env=env, capture_output=True, text=True, check=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", MEASURE, case],
+            cwd=tree,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     )
 
 
@@ -59,11 +66,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("trees", nargs="*", type=Path)
     trees = [*parser.parse_args().trees, ROOT]
-    found: dict[tuple[Path, str], list[float]] = {(tree, case): [] for tree in trees for case in CASES}
+    found: dict[tuple[Path, str], list[float]] = {
+        (tree, case): [] for tree in trees for case in CASES
+    }
     for _ in range(ROUNDS):
         for (tree, case), times in found.items():
             times.append(once(tree, case))
-    print(f"us per call, 4x32x64 fp32, forward and backward, one thread; median (least) of {ROUNDS} processes")
+    print(
+        "us per call, 4x32x64 fp32, forward and backward, one thread; median (least) of "
+        f"{ROUNDS} processes"
+    )
     for (tree, case), times in found.items():
         print(f"{tree.name:16s} {case:9s} {statistics.median(times):7.1f} ({min(times):.1f})")
 

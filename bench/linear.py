@@ -33,7 +33,10 @@ class LinearCase:
 
     @property
     def name(self) -> str:
-        return f"{self.job} {self.rows}x{self.hidden}x{self.vocab} {self.dtype}{' 40% zero' if self.zero_advantages else ''}"
+        return (
+            f"{self.job} {self.rows}x{self.hidden}x{self.vocab} "
+            f"{self.dtype}{' 40% zero' if self.zero_advantages else ''}"
+        )
 
     @property
     def logits_bytes(self) -> int:
@@ -47,7 +50,12 @@ class LinearCase:
         return 6 * self.rows * self.hidden * self.vocab
 
     def data(self) -> LinearData:
-        return replace(_tensors(self.rows, self.hidden, self.vocab, self.dtype, self.device, self.zero_advantages), case=self)
+        return replace(
+            _tensors(
+                self.rows, self.hidden, self.vocab, self.dtype, self.device, self.zero_advantages
+            ),
+            case=self,
+        )
 
 
 CPU_SHAPES = ((256, 4096, 32000), (2048, 1024, 151936))
@@ -66,7 +74,10 @@ def linear_cases(device: str, tiny: bool = False) -> list[LinearCase]:
             for dtype in ("bfloat16", "float32")
             for zero in (False, True)
         ]
-    return [LinearCase(job, *(TINY_SHAPE if tiny else GPU_SHAPE), "bfloat16", device) for job in ("linear", "linear ce")]
+    return [
+        LinearCase(job, *(TINY_SHAPE if tiny else GPU_SHAPE), "bfloat16", device)
+        for job in ("linear", "linear ce")
+    ]
 
 
 @dataclass
@@ -125,7 +136,11 @@ class LinearData:
         bound.
         """
         got_h, got_w = (g.detach() for g in grads)
-        h, w, ids = self.hidden.detach().flatten(0, 1).double(), self.weight.detach(), self.ids.flatten()
+        h, w, ids = (
+            self.hidden.detach().flatten(0, 1).double(),
+            self.weight.detach(),
+            self.ids.flatten(),
+        )
         lse = self.lse.flatten().double()
         chosen = (h * w[ids].double()).sum(-1) - lse
         logps = chosen.requires_grad_()
@@ -144,11 +159,16 @@ class LinearData:
             of_h += d_logits(h[rows] @ block.t(), rows, part) @ block
         of_w = d_logits(h @ w[columns].double().t(), slice(None), columns).t() @ h
         pairs = ((got_h.flatten(0, -2)[rows], of_h), (got_w[columns], of_w))
-        return max(float((got.double() - truth).norm() / truth.norm() / SAME_FUNCTION) for got, truth in pairs)
+        return max(
+            float((got.double() - truth).norm() / truth.norm() / SAME_FUNCTION)
+            for got, truth in pairs
+        )
 
 
 @lru_cache(maxsize=1)
-def _tensors(rows: int, hidden: int, vocab: int, dtype: str, device: str, zero_advantages: bool) -> LinearData:
+def _tensors(
+    rows: int, hidden: int, vocab: int, dtype: str, device: str, zero_advantages: bool
+) -> LinearData:
     g = torch.Generator(device).manual_seed(0)
     t = min(rows, 1024) if device == "cuda" else rows // 32
     shape = (rows // t, t)
@@ -161,10 +181,15 @@ def _tensors(rows: int, hidden: int, vocab: int, dtype: str, device: str, zero_a
     # for dropping their rows; otherwise all rows would not mean all.
     old = logp + 0.1 * torch.randn(shape, generator=g, device=device)
     advantages = torch.randn(shape[0], 1, generator=g, device=device).expand(shape).contiguous()
-    if zero_advantages:  # scattered over all chunks: a chunk with only such rows would cost nothing
-        advantages[torch.randperm(shape[0], generator=g, device=device)[: round(0.4 * shape[0])]] = 0
+    # scattered over all chunks: a chunk with only such rows would cost nothing
+    if zero_advantages:
+        advantages[
+            torch.randperm(shape[0], generator=g, device=device)[: round(0.4 * shape[0])]
+        ] = 0
     case = LinearCase("linear", rows, hidden, vocab, dtype, device)
-    return LinearData(case, h.requires_grad_(), w.requires_grad_(), ids, advantages, old, lse, spare(device))
+    return LinearData(
+        case, h.requires_grad_(), w.requires_grad_(), ids, advantages, old, lse, spare(device)
+    )
 
 
 # ---- providers
@@ -201,7 +226,10 @@ def _call(data: LinearData) -> dict[str, Any]:
     from reweight_ops.rules.surrogates import Reinforce
 
     if data.case.job == "linear ce":
-        return dict(spec=rw.PolicyLossSpec(surrogate=Reinforce()), advantages=torch.ones_like(data.advantages))
+        return dict(
+            spec=rw.PolicyLossSpec(surrogate=Reinforce()),
+            advantages=torch.ones_like(data.advantages),
+        )
     return dict(spec=rw.methods.ppo(0.2), advantages=data.advantages, old_per_token_logps=data.old)
 
 
@@ -210,7 +238,14 @@ def materialised(data: LinearData) -> Job:
     import reweight_ops as rw
 
     call = _call(data)
-    return job_of(data, lambda: rw.policy_loss(F.linear(data.hidden, data.weight), data.ids, consume_logits=True, **call).loss)
+    return job_of(
+        data,
+        lambda: (
+            rw.policy_loss(
+                F.linear(data.hidden, data.weight), data.ids, consume_logits=True, **call
+            ).loss
+        ),
+    )
 
 
 def ours(backend: str, plan: str) -> Callable[[LinearData], Job]:
@@ -219,7 +254,9 @@ def ours(backend: str, plan: str) -> Callable[[LinearData], Job]:
 
         serving(backend, data.hidden)
         call = dict(plan=plan, backend=backend, **_call(data))
-        return job_of(data, lambda: rw.linear_policy_loss(data.hidden, data.weight, data.ids, **call).loss)
+        return job_of(
+            data, lambda: rw.linear_policy_loss(data.hidden, data.weight, data.ids, **call).loss
+        )
 
     return make
 
@@ -229,7 +266,17 @@ def trl(data: LinearData) -> Job:
     chunk = import_or_absent("trl.trainer.utils", "_CHUNKED_LOGPROB_CHUNK_SIZE")
 
     def loss() -> Tensor:
-        logps = function.apply(data.hidden.flatten(0, 1), data.weight, None, data.ids.flatten(), 1.0, chunk, None, 1.0, ())[0]
+        logps = function.apply(
+            data.hidden.flatten(0, 1),
+            data.weight,
+            None,
+            data.ids.flatten(),
+            1.0,
+            chunk,
+            None,
+            1.0,
+            (),
+        )[0]
         return data.row_loss(logps)
 
     return job_of(data, loss)
@@ -237,24 +284,42 @@ def trl(data: LinearData) -> Job:
 
 def liger(data: LinearData) -> Job:
     module = import_or_absent("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
-    options = {"beta": 0.0, "use_ref_model": False, "loss_type": "bnpo", "epsilon_low": 0.2, "epsilon_high": 0.2, "temperature": 1.0}
-    if not data.hidden.is_cuda:  # its chunks are whole sequences: as many as give 256 rows
+    options = {
+        "beta": 0.0,
+        "use_ref_model": False,
+        "loss_type": "bnpo",
+        "epsilon_low": 0.2,
+        "epsilon_high": 0.2,
+        "temperature": 1.0,
+    }
+    # its chunks are whole sequences: as many as give 256 rows
+    if not data.hidden.is_cuda:
         options |= {"compiled": False, "chunk_size": max(256 // data.ids.size(1), 1)}
     of = module(**options)
     mask, advantages = torch.ones_like(data.ids), data.advantages[:, 0].contiguous()
-    return job_of(data, lambda: of(data.hidden, data.weight, data.ids, mask, advantages, old_per_token_logps=data.old)[0])
+    return job_of(
+        data,
+        lambda: of(
+            data.hidden, data.weight, data.ids, mask, advantages, old_per_token_logps=data.old
+        )[0],
+    )
 
 
 def cce(data: LinearData) -> Job:
     of = import_or_absent("cut_cross_entropy", "linear_cross_entropy")
     needs_gpu(data.hidden)
-    return job_of(data, lambda: data.row_loss(-of(data.hidden, data.weight, data.ids, reduction="none")))
+    return job_of(
+        data, lambda: data.row_loss(-of(data.hidden, data.weight, data.ids, reduction="none"))
+    )
 
 
 def quack(data: LinearData) -> Job:
     of = import_or_absent("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
     needs_gpu(data.hidden)
-    return job_of(data, lambda: of(data.hidden.flatten(0, 1), data.weight, data.ids.flatten(), reduction="mean"))
+    return job_of(
+        data,
+        lambda: of(data.hidden.flatten(0, 1), data.weight, data.ids.flatten(), reduction="mean"),
+    )
 
 
 def linear_providers(backends: tuple[str, ...]) -> list[Provider]:
@@ -269,5 +334,8 @@ def linear_providers(backends: tuple[str, ...]) -> list[Provider]:
         Provider("QuACK linear CE", quack, ("linear ce",)),
     ]
     for b in backends:
-        found += [Provider(f"{b} {plan}", ours(b, plan), both, ours=True) for plan in ("one_pass", "two_pass")]
+        found += [
+            Provider(f"{b} {plan}", ours(b, plan), both, ours=True)
+            for plan in ("one_pass", "two_pass")
+        ]
     return found

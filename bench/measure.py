@@ -45,7 +45,11 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         own = {k: v for k, v in asdict(self).items() if k != "case"}
-        return {**own, "median_ms": self.median, "issue_ms": median(self.issue_ms) if self.issue_ms else None}
+        return {
+            **own,
+            "median_ms": self.median,
+            "issue_ms": median(self.issue_ms) if self.issue_ms else None,
+        }
 
 
 def gate(provider: Provider, data: Any, job: Job) -> float:
@@ -100,7 +104,8 @@ class Effort:
     """Time budget of a case."""
 
     rounds: int
-    slow: float = math.inf  # seconds: a baseline that takes longer runs once, outside the rounds
+    # seconds: a baseline that takes longer runs once, outside the rounds
+    slow: float = math.inf
     memory: Memory | None = None
 
 
@@ -146,8 +151,11 @@ def run_case(
         except Absent as error:
             result.absent = str(error)
             continue
-        except Exception as error:  # a baseline that fails to compile must not end the run
-            result.failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        # a baseline that fails to compile must not end the run
+        except Exception as error:
+            result.failed = (
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            )
             continue
         if _trial(result, data, job, effort):
             jobs[p.name] = job
@@ -157,7 +165,10 @@ def run_case(
     by_name = {r.provider: r for r in results}
     load = foreign_load()
     next(load)
-    timed = [*(("limit", *item) for item in probes.items()), *(("job", *item) for item in jobs.items())]
+    timed = [
+        *(("limit", *item) for item in probes.items()),
+        *(("job", *item) for item in jobs.items()),
+    ]
     for number in range(effort.rounds):
         # Each round has another order: a job's caches, and the state in which the
         # system gets its memory back, affect the next job.
@@ -191,5 +202,7 @@ def foreign_load() -> Iterator[float]:
     while True:
         after = ticks()
         spent = (after[2] - before[2]) * (os.cpu_count() or 1)
-        yield max(0.0, (after[0] - before[0] - (after[1] - before[1])) / spent) if spent > 0 else 0.0
+        yield (
+            max(0.0, (after[0] - before[0] - (after[1] - before[1])) / spent) if spent > 0 else 0.0
+        )
         before = after

@@ -49,8 +49,10 @@ SECTIONS = (
         "kernels",
         "Kernels on a GPU",
         ("h200-kernels",),
-        "This table has the kernels alone, called without autograd, and the public op of that commit. *In place* writes the gradient over the "
-        "logits, *new* writes it into another tensor. The kernels have changed since that commit. No GPU has been available to time them again; "
+        "This table has the kernels alone, called without autograd, and the public op of that "
+        "commit. *In place* writes the gradient over the "
+        "logits, *new* writes it into another tensor. The kernels have changed since that "
+        "commit. No GPU has been available to time them again; "
         "`bench/NOTES.md` has predictions for the changes.",
         ("loss 8192x151936 bfloat16", "logps 8192x151936 bfloat16", "grad 8192x151936 bfloat16"),
     ),
@@ -58,16 +60,20 @@ SECTIONS = (
         "public",
         "Public ops on a GPU",
         ("h200-loss", "h200-logps-grad"),
-        "This table has the public ops of that commit, and the kernels of other libraries. Backward then multiplied the finished gradient by its "
-        "upstream gradient in PyTorch. This took three times the kernel's own time: it is the difference between *drop-in* or *in place* and "
-        "*kernel in place*. The ops no longer do this. No GPU has been available to time them without it.",
+        "This table has the public ops of that commit, and the kernels of other libraries. "
+        "Backward then multiplied the finished gradient by its "
+        "upstream gradient in PyTorch. This took three times the kernel's own time: it is the "
+        "difference between *drop-in* or *in place* and "
+        "*kernel in place*. The ops no longer do this. No GPU has been available to time them "
+        "without it.",
         ("loss 8192x151936 bfloat16", "logps+grad 8192x151936 bfloat16"),
     ),
     Section(
         "hidden",
         "From hidden states",
         ("h200-linear", "h200-linear-ce", "cpu-linear-default-pages"),
-        "The limit is the time of the head's three matrix products alone, which write their logits to new memory. Rows that the loss drops cost "
+        "The limit is the time of the head's three matrix products alone, which write their "
+        "logits to new memory. Rows that the loss drops cost "
         "nothing in this package: `40% zero` has that many rows without an advantage.",
         ("linear 8192x4096x151936 bfloat16", "linear 2048x1024x151936 bfloat16"),
     ),
@@ -75,14 +81,22 @@ SECTIONS = (
         "cpu",
         "On a CPU",
         ("cpu-default-pages", "cpu-huge-pages"),
-        "These were measured on two cores of a server. *Default pages* are the pages of a process without settings; *huge pages* sets "
-        "`THP_MEM_ALLOC_ENABLE=1`, PyTorch's own switch. Caches are cold, and every round draws a new order of the providers.",
+        "These were measured on two cores of a server. *Default pages* are the pages of a "
+        "process without settings; *huge pages* sets "
+        "`THP_MEM_ALLOC_ENABLE=1`, PyTorch's own switch. Caches are cold, and every round draws "
+        "a new order of the providers.",
         ("loss 512x151936 bfloat16", "loss 128x151936 float32", "logps 512x151936 bfloat16"),
     ),
 )
 
 #: The README's picture.
-OVERVIEW = Section("overview", "", ("h200-loss", "cpu-default-pages"), "", ("loss 8192x151936 bfloat16", "loss 512x151936 bfloat16"))
+OVERVIEW = Section(
+    "overview",
+    "",
+    ("h200-loss", "cpu-default-pages"),
+    "",
+    ("loss 8192x151936 bfloat16", "loss 512x151936 bfloat16"),
+)
 
 HEAD = """# Performance
 
@@ -117,10 +131,19 @@ def short(name: str) -> str:
 
 def machine(document: dict[str, Any], name: str) -> str:
     m = document["machine"]
-    versions = ", ".join(f"{k} {m[k]}" for k in ("torch", "triton", "trl", "liger_kernel", "quack", "cut_cross_entropy") if m.get(k))
-    place = m["processor"] if "multiprocessors" in m else f"{m['processor']}, {m['threads']} threads"
+    versions = ", ".join(
+        f"{k} {m[k]}"
+        for k in ("torch", "triton", "trl", "liger_kernel", "quack", "cut_cross_entropy")
+        if m.get(k)
+    )
+    place = (
+        m["processor"] if "multiprocessors" in m else f"{m['processor']}, {m['threads']} threads"
+    )
     alone = ", at real-time priority" if m["real_time"] else ""
-    return f"`bench/results/{name}.json`: {place}{alone}; {versions}; commit {m['commit'].split()[0]}, {m['date'][:10]}; {document['rounds']} rounds."
+    return (
+        f"`bench/results/{name}.json`: {place}{alone}; {versions}; commit "
+        f"{m['commit'].split()[0]}, {m['date'][:10]}; {document['rounds']} rounds."
+    )
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
@@ -133,7 +156,9 @@ def times(entries: list[dict[str, Any]]) -> str:
     this package's come first.
     """
     rows = {e["name"]: {r["provider"]: r for r in rows_of(e) if "ms" in r} for e in entries}
-    who = list(dict.fromkeys((not r["ours"], p) for found in rows.values() for p, r in found.items()))
+    who = list(
+        dict.fromkeys((not r["ours"], p) for found in rows.values() for p, r in found.items())
+    )
     columns = [p for _, p in sorted(who, key=lambda pair: pair[0])]
     lines = []
     for entry in entries:
@@ -143,7 +168,11 @@ def times(entries: list[dict[str, Any]]) -> str:
         for provider in columns:
             r = found.get(provider)
             ms = "" if r is None else f"{r['ms']:.{2 if r['ms'] < 100 else 0}f}"
-            cells.append("" if r is None else f"{f'**{ms}**' if r['ms'] == best else ms} ({r['of_limit']:.2f})")
+            cells.append(
+                ""
+                if r is None
+                else f"{f'**{ms}**' if r['ms'] == best else ms} ({r['of_limit']:.2f})"
+            )
         lines.append([short(entry["name"]), limit(entry), *cells])
     return table(["ms (of the limit)", "limit", *columns], lines)
 
@@ -154,7 +183,10 @@ def limit(entry: dict[str, Any]) -> str:
     for name, ms in entry["limits"].items():
         t = median(ms)
         if name == "gemms":
-            told.append(f"GEMMs {t:.{2 if t < 100 else 0}f} ms, {entry['least_flops'] / t / 1e9:.2f} TFLOP/s")
+            told.append(
+                f"GEMMs {t:.{2 if t < 100 else 0}f} ms, {entry['least_flops'] / t / 1e9:.2f} "
+                "TFLOP/s"
+            )
         elif not name.startswith("gemms"):
             told.append(f"{name} {t:.2f}")
     return ", ".join(told)
@@ -162,26 +194,39 @@ def limit(entry: dict[str, Any]) -> str:
 
 def memory(entries: list[dict[str, Any]]) -> str | None:
     """Peak memory beyond inputs and gradients, if it was measured."""
-    rows = {e["name"]: {r["provider"]: r for r in rows_of(e) if r.get("extra") is not None} for e in entries}
+    rows = {
+        e["name"]: {r["provider"]: r for r in rows_of(e) if r.get("extra") is not None}
+        for e in entries
+    }
     columns = list(dict.fromkeys(p for found in rows.values() for p in found))
     if not columns:
         return None
     lines = []
     for entry in entries:
         size = entry["logits_bytes"] / 2**20
-        cells = [f"{found['extra'] * size:.0f}" if (found := rows[entry["name"]].get(p)) else "" for p in columns]
+        cells = [
+            f"{found['extra'] * size:.0f}" if (found := rows[entry["name"]].get(p)) else ""
+            for p in columns
+        ]
         lines.append([short(entry["name"]), f"{size:.0f}", *cells])
     return table(["MiB beyond inputs and gradients", "logits", *columns], lines)
 
 
 def section_text(section: Section) -> str:
-    parts = [f"## {section.title}", section.text, f"![{section.title}](performance/{section.name}.svg)"]
+    parts = [
+        f"## {section.title}",
+        section.text,
+        f"![{section.title}](performance/{section.name}.svg)",
+    ]
     for name in section.files:
         document = load(name)
         parts.append(machine(document, name))
         for job in dict.fromkeys(e["case"]["job"] for e in document["cases"]):
             entries = [e for e in document["cases"] if e["case"]["job"] == job]
-            parts += [f"### {JOBS[job]}" + (f" ({name})" if len(section.files) > 1 else ""), times(entries)]
+            parts += [
+                f"### {JOBS[job]}" + (f" ({name})" if len(section.files) > 1 else ""),
+                times(entries),
+            ]
             if (told := memory(entries)) is not None:
                 parts.append(told)
     return "\n\n".join(parts)
@@ -197,9 +242,13 @@ def bars(axis: Any, title: str, figures: list[tuple[str, bool, float]], unit: st
     """
     figures = sorted(figures, key=lambda f: -f[2])
     drawn = axis.barh(
-        [who for who, _, _ in figures], [x for *_, x in figures], color=["#2a6f97" if ours else "#b0b0b0" for _, ours, _ in figures]
+        [who for who, _, _ in figures],
+        [x for *_, x in figures],
+        color=["#2a6f97" if ours else "#b0b0b0" for _, ours, _ in figures],
     )
-    axis.bar_label(drawn, [f"{x:.2f}" if x < 10 else f"{x:,.0f}" for *_, x in figures], fontsize=7, padding=2)
+    axis.bar_label(
+        drawn, [f"{x:.2f}" if x < 10 else f"{x:,.0f}" for *_, x in figures], fontsize=7, padding=2
+    )
     axis.margins(x=0.22)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=7)
@@ -214,7 +263,9 @@ def draw(section: Section, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.hashsalt": "reweight_ops", "svg.fonttype": "none", "font.family": "sans-serif"})
+    matplotlib.rcParams.update(
+        {"svg.hashsalt": "reweight_ops", "svg.fonttype": "none", "font.family": "sans-serif"}
+    )
     from matplotlib import pyplot as plt
 
     panels = []
@@ -224,21 +275,36 @@ def draw(section: Section, path: Path) -> None:
         pages = " huge pages," if m["huge_pages"] else ""
         for entry in document["cases"]:
             if entry["name"] in section.drawn:
-                title = f"{short(entry['name'])}\n{m['processor']},{pages} commit {m['commit'].split()[0]}"
+                title = (
+                    f"{short(entry['name'])}\n{m['processor']},{pages} commit "
+                    f"{m['commit'].split()[0]}"
+                )
                 rows = [r for r in rows_of(entry) if "ms" in r and "reused" not in r["provider"]]
                 panels.append((title, [(r["provider"], r["ours"], r["ms"]) for r in rows], "ms"))
                 if section is OVERVIEW:
                     size = entry["logits_bytes"] / 2**20
-                    used = [(r["provider"], r["ours"], r["extra"] * size) for r in rows if r["extra"] is not None]
+                    used = [
+                        (r["provider"], r["ours"], r["extra"] * size)
+                        for r in rows
+                        if r["extra"] is not None
+                    ]
                     panels.append((title, used, "MiB beyond the logits"))
     columns = 2 if section is OVERVIEW else 3
     lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(lines, min(columns, len(panels)), figsize=(4.6 * min(columns, len(panels)), 3.4 * lines), squeeze=False)
+    figure, axes = plt.subplots(
+        lines,
+        min(columns, len(panels)),
+        figsize=(4.6 * min(columns, len(panels)), 3.4 * lines),
+        squeeze=False,
+    )
     for axis, panel in zip(axes.flat, panels, strict=True):
         bars(axis, *panel)
     figure.tight_layout()
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, metadata={"Date": None, "Creator": None, "Description": f"bench/results {digest(section)}"})
+    figure.savefig(
+        path,
+        metadata={"Date": None, "Creator": None, "Description": f"bench/results {digest(section)}"},
+    )
     plt.close(figure)
 
 
@@ -248,16 +314,23 @@ def stale(docs: Path = DOCS) -> list[str]:
     found = [] if page.is_file() and page.read_text() == markdown() else [page.name]
     for section in (*SECTIONS, OVERVIEW):
         picture = docs / "performance" / f"{section.name}.svg"
-        told = re.search(r"bench/results ([0-9a-f]{16})", picture.read_text()) if picture.is_file() else None
+        told = (
+            re.search(r"bench/results ([0-9a-f]{16})", picture.read_text())
+            if picture.is_file()
+            else None
+        )
         found += [] if told and told[1] == digest(section) else [f"performance/{picture.name}"]
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.page", description="Write docs/performance.md and its pictures from bench/results/."
+        prog="python -m bench.page",
+        description="Write docs/performance.md and its pictures from bench/results/.",
     )
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 and name the stale files")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 and name the stale files"
+    )
     if parser.parse_args().check:
         found = stale()
         print("\n".join(f"docs/{name} is stale: run python -m bench.page" for name in found))

@@ -37,8 +37,14 @@ def liger(data: Data) -> Job:
     needs_gpu(data.logits)
     if data.case.entropy:
         raise Absent("its loss has no entropy term")
-    old, ids, advantages = data.old[:, :-1].contiguous(), data.ids[:, :-1].contiguous(), data.advantages[:, 0].contiguous()
-    options = dict(temperature=1.0, beta=0.0, eps_low=0.2, eps_high=0.2, loss_type="grpo", inplace=True)
+    old, ids, advantages = (
+        data.old[:, :-1].contiguous(),
+        data.ids[:, :-1].contiguous(),
+        data.advantages[:, 0].contiguous(),
+    )
+    options = dict(
+        temperature=1.0, beta=0.0, eps_low=0.2, eps_high=0.2, loss_type="grpo", inplace=True
+    )
 
     def of(z: Tensor) -> Tensor:
         per_token, *_ = loss(z, old, None, ids, advantages, None, **options)
@@ -51,7 +57,9 @@ def trl_kernel(data: Data) -> Statistics:
     """TRL's Triton kernel: log-probs and entropies in one read."""
     of = import_or_absent("trl.kernels", "selective_log_softmax_and_entropy")
     needs_gpu(data.logits)
-    return lambda z: (lambda logps, entropies: (logps, entropies if data.case.entropy else None))(*of(z, data.ids))
+    return lambda z: (lambda logps, entropies: (logps, entropies if data.case.entropy else None))(
+        *of(z, data.ids)
+    )
 
 
 def _only_logps(data: Data) -> None:

@@ -1,4 +1,6 @@
-"""Progress of a run: a bar of rich on standard error, or one line per case without rich."""
+"""Progress of a run: a bar of rich on standard error, or one line per case without
+rich.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,21 @@ class Steps:
         self._start = 0.0
         try:
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+            )
         except ImportError:
             return
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         self._bar = Progress(*columns, console=Console(stderr=True))
         self._task = self._bar.add_task("", total=total)
 

@@ -35,7 +35,9 @@ class Provider:
     jobs: tuple[str, ...] = ("loss", "logps", "logps+grad")
     in_place: bool = False
     ours: bool = False
-    exact: bool = False  # must meet the package's accuracy criterion; others must only compute the same function
+    # must meet the package's accuracy criterion; others must only compute the same
+    # function
+    exact: bool = False
 
     def serves(self, case: Any) -> bool:
         return case.job in self.jobs
@@ -50,7 +52,9 @@ class _Head(torch.autograd.Function):
         z = data.logits
         # This is the same memory, but a separate tensor for autograd, like a head's
         # output: a view must not be overwritten.
-        return torch.empty(0, dtype=z.dtype, device=z.device).set_(z.untyped_storage(), z.storage_offset(), z.shape, z.stride())
+        return torch.empty(0, dtype=z.dtype, device=z.device).set_(
+            z.untyped_storage(), z.storage_offset(), z.shape, z.stride()
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
@@ -70,7 +74,9 @@ def through_autograd(data: Data, loss: Callable[[Tensor], Tensor]) -> Job:
     return job
 
 
-def from_statistics(statistics: Callable[[Data], Statistics], compiled: bool = False) -> Callable[[Data], Job]:
+def from_statistics(
+    statistics: Callable[[Data], Statistics], compiled: bool = False
+) -> Callable[[Data], Job]:
     """Make a provider from its log-probs and entropies; the loss on them is torch on
     ``[N]``.
     """
@@ -104,11 +110,17 @@ def _eager_loss(data: Data) -> Callable[[Tensor], Tensor]:
     from reweight_ops.testing import eager_policy_loss
 
     coef = ENTROPY_COEF if data.case.entropy else 0.0
-    return lambda z: eager_policy_loss(z, data.ids, data.advantages, old_per_token_logps=data.old, entropy_coef=coef)
+    return lambda z: eager_policy_loss(
+        z, data.ids, data.advantages, old_per_token_logps=data.old, entropy_coef=coef
+    )
 
 
 def eager(data: Data) -> Job:
-    return through_autograd(data, _eager_loss(data)) if data.case.job == "loss" else from_statistics(_eager)(data)
+    return (
+        through_autograd(data, _eager_loss(data))
+        if data.case.job == "loss"
+        else from_statistics(_eager)(data)
+    )
 
 
 def compiled(data: Data) -> Job:
@@ -124,7 +136,10 @@ def trl(data: Data) -> Statistics:
     except ImportError as error:
         raise Absent(f"TRL is not installed ({error})") from error
 
-    return lambda z: (selective_log_softmax(z, data.ids), entropy_from_logits(z) if data.case.entropy else None)
+    return lambda z: (
+        selective_log_softmax(z, data.ids),
+        entropy_from_logits(z) if data.case.entropy else None,
+    )
 
 
 def chunked(data: Data) -> Job:
@@ -142,7 +157,9 @@ def chunked(data: Data) -> Job:
         for i in range(0, total, rows):
             z, ids, adv, old = (x[i : i + rows] for x in flat)
             leaf = z.detach().requires_grad_()
-            part = eager_policy_loss(leaf, ids, adv, old_per_token_logps=old, entropy_coef=coef) * (len(ids) / total)
+            part = eager_policy_loss(leaf, ids, adv, old_per_token_logps=old, entropy_coef=coef) * (
+                len(ids) / total
+            )
             (grad[i : i + rows],) = torch.autograd.grad(part, leaf)
             value += part.detach()
         return value, grad.view_as(data.logits)
@@ -192,7 +209,14 @@ def _public(backend: str, consume: bool, plan: str = "one_pass") -> Callable[[Da
         if data.case.job != "loss":
             return from_statistics(logps)(data)
         options = dict(spec=_spec(data), consume_logits=consume, plan=plan, backend=backend)
-        return through_autograd(data, lambda z: rw.policy_loss(z, data.ids, data.advantages, old_per_token_logps=data.old, **options).loss)
+        return through_autograd(
+            data,
+            lambda z: (
+                rw.policy_loss(
+                    z, data.ids, data.advantages, old_per_token_logps=data.old, **options
+                ).loss
+            ),
+        )
 
     return make
 
@@ -208,23 +232,49 @@ def _primitives(backend: str, in_place: bool) -> Callable[[Data], Job]:
         z, ids, one = data.logits, data.ids.flatten(), torch.ones(1, device=data.logits.device)
         names = ("logp", "entropy") if data.case.entropy else ("logp",)
         if data.case.job == "logps":
-            return lambda: (tuple(kernels.token_stats(z, ids, one, stats=names, backend=backend).unbind()), None)
+            return lambda: (
+                tuple(kernels.token_stats(z, ids, one, stats=names, backend=backend).unbind()),
+                None,
+            )
         out = z if in_place else torch.zeros_like(z)
         if data.case.job == "grad":
             known = ("logp", "lse", "lse_low", *names[1:])
-            stats = dict(zip(known, kernels.token_stats(data.pristine, ids, one, stats=known, backend=backend).clone(), strict=True))
+            stats = dict(
+                zip(
+                    known,
+                    kernels.token_stats(
+                        data.pristine, ids, one, stats=known, backend=backend
+                    ).clone(),
+                    strict=True,
+                )
+            )
             by = {"logp": data.advantages.flatten() / -data.case.rows}
             if data.case.entropy:
                 by["entropy"] = torch.full_like(by["logp"], -ENTROPY_COEF / data.case.rows)
-            return lambda: (None, kernels.token_grad(z, ids, one, stats, by, out=out, backend=backend))
+            return lambda: (
+                None,
+                kernels.token_grad(z, ids, one, stats, by, out=out, backend=backend),
+            )
         program = _spec(data).program
-        numbers = [-20.0, 20.0, 1.0, 0.2, 0.2, float("inf"), *([ENTROPY_COEF] if data.case.entropy else [])]
+        numbers = [
+            -20.0,
+            20.0,
+            1.0,
+            0.2,
+            0.2,
+            float("inf"),
+            *([ENTROPY_COEF] if data.case.entropy else []),
+        ]
         params = torch.tensor(numbers, device=z.device)
-        weights = torch.full((1, data.case.rows), 1 / data.case.rows, device=z.device).expand(len(program.terms), -1)
+        weights = torch.full((1, data.case.rows), 1 / data.case.rows, device=z.device).expand(
+            len(program.terms), -1
+        )
         inputs = RowInputs(weights, data.old.flatten(), data.advantages.flatten())
 
         def job() -> tuple[Tensor, Tensor | None]:
-            rows, grad = kernels.token_loss_grad(z, ids, one, inputs, program, params, out=out, backend=backend)
+            rows, grad = kernels.token_loss_grad(
+                z, ids, one, inputs, program, params, out=out, backend=backend
+            )
             return rows[2].sum(), grad
 
         return job
@@ -246,7 +296,9 @@ def ours(backend: str) -> list[Provider]:
     the kernels alone.
     """
 
-    def provider(name: str, make: Callable[[Data], Job], *jobs: str, in_place: bool = False) -> Provider:
+    def provider(
+        name: str, make: Callable[[Data], Job], *jobs: str, in_place: bool = False
+    ) -> Provider:
         return Provider(f"{backend} {name}", make, jobs, in_place, ours=True, exact=True)
 
     return [
@@ -254,7 +306,9 @@ def ours(backend: str) -> list[Provider]:
         provider("drop-in two_pass", _public(backend, consume=False, plan="two_pass"), "loss"),
         provider("in place", _public(backend, consume=True), "loss", "logps+grad", in_place=True),
         provider("kernel, reused output", _primitives(backend, in_place=False), "loss", "grad"),
-        provider("kernel in place", _primitives(backend, in_place=True), "loss", "grad", in_place=True),
+        provider(
+            "kernel in place", _primitives(backend, in_place=True), "loss", "grad", in_place=True
+        ),
         provider("kernel", _primitives(backend, in_place=False), "logps"),
     ]
 

@@ -63,10 +63,16 @@ def _fields(x: Any) -> dict[str, Any]:
 def rows_cases(device: str, tiny: bool = False) -> list[Case | LinearCase]:
     on_cpu = device == "cpu" and not tiny
     shape, head = (
-        ((64, 320), linear.TINY_SHAPE) if tiny else ((256, 32000), (256, 1024, 32000)) if on_cpu else ((8192, 151936), linear.GPU_SHAPE)
+        ((64, 320), linear.TINY_SHAPE)
+        if tiny
+        else ((256, 32000), (256, 1024, 32000))
+        if on_cpu
+        else ((8192, 151936), linear.GPU_SHAPE)
     )
     dtypes = ("float32", "bfloat16") if on_cpu else ("bfloat16",)
-    found: list[Case | LinearCase] = [RowsCase(job, *shape, dtype, device=device) for dtype in dtypes for job in JOBS[:2]]
+    found: list[Case | LinearCase] = [
+        RowsCase(job, *shape, dtype, device=device) for dtype in dtypes for job in JOBS[:2]
+    ]
     return [*found, *(StatsCase(LINEAR, *head, dtype, device) for dtype in dtypes)]
 
 
@@ -115,11 +121,15 @@ class RowsData(Data):
         return z == z.topk(TOP).values[:, -1:]
 
     def _by_logits(self, dtype: torch.dtype) -> Tensor:
-        rows = {name: getattr(self, name).flatten()[:GATE_ROWS] for name in ("ids", "advantages", "old")}
+        rows = {
+            name: getattr(self, name).flatten()[:GATE_ROWS] for name in ("ids", "advantages", "old")
+        }
         few = dataclasses.replace(self, **rows)
         z = self.pristine.flatten(0, 1)[:GATE_ROWS].to(dtype).requires_grad_()
         x = z.gather(-1, few.listed(KEPT)) if self.case.job == "kept" else z
-        (grad,) = torch.autograd.grad(few.of(torch.log_softmax(x, -1)) * len(few.ids) / self.case.rows, z)
+        (grad,) = torch.autograd.grad(
+            few.of(torch.log_softmax(x, -1)) * len(few.ids) / self.case.rows, z
+        )
         return grad
 
 
@@ -135,10 +145,22 @@ class StatsData(LinearData):
         dominates it.
         """
         h = self.hidden.detach().flatten(0, 1)[:GATE_ROWS].double().requires_grad_()
-        few = dataclasses.replace(self, ids=self.ids.flatten()[:GATE_ROWS], advantages=self.advantages.flatten()[:GATE_ROWS])
-        total = few.total(*eager_statistics(h @ self.weight.detach().double().t(), few.ids)) * len(h) / self.case.rows
+        few = dataclasses.replace(
+            self,
+            ids=self.ids.flatten()[:GATE_ROWS],
+            advantages=self.advantages.flatten()[:GATE_ROWS],
+        )
+        total = (
+            few.total(*eager_statistics(h @ self.weight.detach().double().t(), few.ids))
+            * len(h)
+            / self.case.rows
+        )
         (truth,) = torch.autograd.grad(total, h)
-        return float((grads[0].flatten(0, -2)[:GATE_ROWS].double() - truth).norm() / truth.norm() / SAME_FUNCTION)
+        return float(
+            (grads[0].flatten(0, -2)[:GATE_ROWS].double() - truth).norm()
+            / truth.norm()
+            / SAME_FUNCTION
+        )
 
 
 # ---- providers
@@ -150,15 +172,27 @@ def eager_statistics(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def eager(data: Any) -> Job:
-    """Eager PyTorch. For ``kept`` it sets the other logits to ``-inf``, the usual code."""
+    """Eager PyTorch. For ``kept`` it sets the other logits to ``-inf``,
+    the usual code."""
     if isinstance(data, StatsData):
-        return job_of(data, lambda: data.total(*eager_statistics(F.linear(data.hidden, data.weight).float(), data.ids)))
+        return job_of(
+            data,
+            lambda: data.total(
+                *eager_statistics(F.linear(data.hidden, data.weight).float(), data.ids)
+            ),
+        )
     if data.case.job == "picked":
         return through_autograd(data, lambda z: data.of(torch.log_softmax(z.float(), -1)))
-    out = torch.ones(data.logits.shape, dtype=torch.bool, device=data.logits.device).scatter_(-1, data.listed(KEPT), False)
+    out = torch.ones(data.logits.shape, dtype=torch.bool, device=data.logits.device).scatter_(
+        -1, data.listed(KEPT), False
+    )
 
     def loss(z: Tensor) -> Tensor:
-        return data.clipped(torch.log_softmax(z.float().masked_fill(out, -torch.inf), -1).gather(-1, data.ids[..., None])[..., 0])
+        return data.clipped(
+            torch.log_softmax(z.float().masked_fill(out, -torch.inf), -1).gather(
+                -1, data.ids[..., None]
+            )[..., 0]
+        )
 
     return through_autograd(data, loss)
 
@@ -166,7 +200,9 @@ def eager(data: Any) -> Job:
 def gathered(data: RowsData) -> Job:
     """Only the kept logits; every row keeps the same number."""
     kept = data.listed(KEPT)
-    return through_autograd(data, lambda z: data.of(torch.log_softmax(z.gather(-1, kept).float(), -1)))
+    return through_autograd(
+        data, lambda z: data.of(torch.log_softmax(z.gather(-1, kept).float(), -1))
+    )
 
 
 def ours(backend: str, plan: str) -> Callable[[Any], Job]:
@@ -182,7 +218,12 @@ def ours(backend: str, plan: str) -> Callable[[Any], Job]:
 
             return job_of(data, statistics)
         if data.case.job == "picked":
-            asked = dict(stats=("logps", "selected_logps", "topk_logps"), selected_ids=data.listed(GIVEN), top_k=TOP, backend=backend)
+            asked = dict(
+                stats=("logps", "selected_logps", "topk_logps"),
+                selected_ids=data.listed(GIVEN),
+                top_k=TOP,
+                backend=backend,
+            )
 
             def picked(z: Tensor) -> Tensor:
                 found = rw.token_stats(z, data.ids, **asked)
@@ -191,8 +232,16 @@ def ours(backend: str, plan: str) -> Callable[[Any], Job]:
             return through_autograd(data, picked)
         ids, rows = data.listed(KEPT).int(), data.ids.numel()
         kept = rw.SamplingMask(ids.flatten(), torch.arange(rows + 1, device=ids.device) * KEPT)
-        call = dict(old_per_token_logps=data.old, sampling_mask=kept, spec=rw.methods.ppo(0.2), plan=plan, backend=backend)
-        return through_autograd(data, lambda z: rw.policy_loss(z, data.ids, data.advantages, **call).loss)
+        call = dict(
+            old_per_token_logps=data.old,
+            sampling_mask=kept,
+            spec=rw.methods.ppo(0.2),
+            plan=plan,
+            backend=backend,
+        )
+        return through_autograd(
+            data, lambda z: rw.policy_loss(z, data.ids, data.advantages, **call).loss
+        )
 
     return make
 
@@ -200,7 +249,11 @@ def ours(backend: str, plan: str) -> Callable[[Any], Job]:
 def rows_providers(backends: tuple[str, ...]) -> list[Provider]:
     found = [Provider("eager", eager, JOBS), Provider("eager, gathered", gathered, ("kept",))]
     for b in backends:
-        found.append(Provider(f"{b} one_pass", ours(b, "one_pass"), ("kept",), ours=True, exact=True))
-        found.append(Provider(f"{b} two_pass", ours(b, "two_pass"), JOBS[:2], ours=True, exact=True))
+        found.append(
+            Provider(f"{b} one_pass", ours(b, "one_pass"), ("kept",), ours=True, exact=True)
+        )
+        found.append(
+            Provider(f"{b} two_pass", ours(b, "two_pass"), JOBS[:2], ours=True, exact=True)
+        )
         found.append(Provider(f"{b} chunked", ours(b, "two_pass"), (LINEAR,), ours=True))
     return found

@@ -29,7 +29,9 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def states(rows: int, statistics: int, fp64: bool = False) -> int:
-    """Bytes that a rank sends in the one all-gather of a call over a sharded vocabulary."""
+    """Bytes that a rank sends in the one all-gather of a call over a sharded
+    vocabulary.
+    """
     return (8 if fp64 else 4) * statistics * rows
 
 
@@ -72,7 +74,9 @@ class Links(NamedTuple):
         if world == 1:
             return 0.0
         near = world <= self.node
-        rate, latency = (self.inside, self.latency_inside) if near else (self.between, self.latency_between)
+        rate, latency = (
+            (self.inside, self.latency_inside) if near else (self.between, self.latency_between)
+        )
         return latency / 1e3 + received / rate / 1e6
 
 
@@ -126,7 +130,10 @@ def from_hidden(job: Job, vocabulary: int, links: Links, chunks: int = 4) -> Cos
     hidden = reduced(hidden_gradient(job.rows, job.width, job.itemsize), vocabulary)
     compute = measured("linear", "cuda two_pass") / vocabulary
     ms = (
-        compute + links.ms(gathered(AGREEMENT, vocabulary), vocabulary) + links.ms(wire, vocabulary) + links.ms(hidden / chunks, vocabulary)
+        compute
+        + links.ms(gathered(AGREEMENT, vocabulary), vocabulary)
+        + links.ms(wire, vocabulary)
+        + links.ms(hidden / chunks, vocabulary)
     )
     return Cost(2 * job.vocab * job.width * job.itemsize / vocabulary / 2**30, wire + hidden, ms)
 
@@ -139,13 +146,16 @@ def table() -> list[str]:
     """Rows of the page's table, in Markdown."""
     job, links = Job(), Links()
     lines = [
-        "| ranks | vocabulary × rows | logits: GiB | MB received | ms | head: GiB | MB moved | ms |",
+        "| ranks | vocabulary × rows | logits: GiB | MB received | ms | head: GiB | MB moved | "
+        "ms |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for ranks, vocabulary in PLACES:
         logits, hidden = from_logits(job, vocabulary, links), from_hidden(job, vocabulary, links)
         cells = [f"{x.memory:.2f} | {x.wire / 1e6:.2f} | {x.ms:.2f}" for x in (logits, hidden)]
-        lines.append(f"| {ranks} | {vocabulary} × {ranks // vocabulary} | {cells[0]} | {cells[1]} |")
+        lines.append(
+            f"| {ranks} | {vocabulary} × {ranks // vocabulary} | {cells[0]} | {cells[1]} |"
+        )
     return lines
 
 

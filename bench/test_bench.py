@@ -10,7 +10,9 @@ from .measure import gate
 from .providers import Absent, providers
 
 
-@pytest.mark.parametrize("provider", [*providers(("cpu",)), *linear_providers(("cpu",))], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "provider", [*providers(("cpu",)), *linear_providers(("cpu",))], ids=lambda p: p.name
+)
 @pytest.mark.parametrize("case", [*cases(), *linear_cases("cpu")], ids=lambda c: c.name)
 def test_speed(benchmark, case, provider):
     if not provider.serves(case):

@@ -31,7 +31,9 @@ def table_of(settings: str) -> str | None:
         return None
     name = settings.removeprefix(_SETTING)
     if name not in config.VARIANTS:
-        raise ValueError(f"setting {settings!r}: expected {_SETTING} and one of {sorted(config.VARIANTS)}")
+        raise ValueError(
+            f"setting {settings!r}: expected {_SETTING} and one of {sorted(config.VARIANTS)}"
+        )
     return name
 
 

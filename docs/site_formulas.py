@@ -1,4 +1,5 @@
-"""Converts formulas of the catalogue's texts, such as ``-min(r·A, clip(r, 1-ε, 1+ε)·A)``, to LaTeX.
+"""Converts formulas of the catalogue's texts, such as
+``-min(r·A, clip(r, 1-ε, 1+ε)·A)``, to LaTeX.
 
 Text that is not a formula stays code.
 """
@@ -14,7 +15,17 @@ NAMES = {
     "sampling_logp": r"\log p_{\text{sampling}}",
     "log_ratio": r"\log r",
 }
-GREEK = {"alpha": "α", "beta": "β", "gamma": "γ", "delta": "δ", "epsilon": "ε", "eta": "η", "lam": "λ", "mu": "μ", "tau": "τ"}
+GREEK = {
+    "alpha": "α",
+    "beta": "β",
+    "gamma": "γ",
+    "delta": "δ",
+    "epsilon": "ε",
+    "eta": "η",
+    "lam": "λ",
+    "mu": "μ",
+    "tau": "τ",
+}
 WORDS = (
     "log",
     "exp",
@@ -48,13 +59,21 @@ RELATIONS = {
     " = ": "=",
     "∝": r"\propto",
 }
-RELATIONS |= {"<-": r"\leftarrow", "←": r"\leftarrow", "→": r"\to", "in": r"\in", ":": ":", "‖": r"\Vert"}
+RELATIONS |= {
+    "<-": r"\leftarrow",
+    "←": r"\leftarrow",
+    "→": r"\to",
+    "in": r"\in",
+    ":": ":",
+    "‖": r"\Vert",
+}
 POWERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 INDICES = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 OPEN = {"(": ")", "[": "]", "{": "}"}
 TOKEN = re.compile(
     r"(?P<number>\d+(?:\.\d+)?(?:e-?\d+)?)|(?P<name>(?!Σ|Π|√)[^\W\d_⁰-₎²³¹½]+(?:_[^\W⁰-₎²³¹½]+)*(?:'+)?)"
-    r"|(?P<power>[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+)|(?P<index>[₀-₉]+)|(?P<relation> = |<=|>=|!=|<-|[<>≥≤≠∝←→:])|(?P<other>[-+±·/^_|‖√½ΣΠ(){}\[\],*~])"
+    r"|(?P<power>[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+)|(?P<index>[₀-₉]+)|(?P<relation> = "
+    r"|<=|>=|!=|<-|[<>≥≤≠∝←→:])|(?P<other>[-+±·/^_|‖√½ΣΠ(){}\[\],*~])"
 )
 SIGNS = {"-": "-", "+": "+", "±": r"\pm "}
 #: A span has one of these, or is a symbol alone. f_dpo and f_distill are methods.
@@ -69,7 +88,11 @@ class NoFormula(ValueError):
 
 def latex(text: str) -> str | None:
     """The formula in LaTeX; None if the text is none."""
-    if SHAPE.fullmatch(text) or "->" in text or not (SYMBOL.fullmatch(text) or (STRONG.search(text) and re.search(r"[^\W\d_]", text))):
+    if (
+        SHAPE.fullmatch(text)
+        or "->" in text
+        or not (SYMBOL.fullmatch(text) or (STRONG.search(text) and re.search(r"[^\W\d_]", text)))
+    ):
         return None
     try:
         return Formula(text).whole()
@@ -86,7 +109,9 @@ def name(text: str) -> str:
     elif len(index) > 1 and len(head) > 1 and head not in GREEK:
         found = rf"\text{{{base}}}"
     else:
-        found = symbol(head) + (rf"_{{\text{{{index}}}}}" if len(index) > 1 else f"_{{{index}}}" if index else "")
+        found = symbol(head) + (
+            rf"_{{\text{{{index}}}}}" if len(index) > 1 else f"_{{{index}}}" if index else ""
+        )
     return found + "'" * primes
 
 
@@ -100,10 +125,13 @@ def symbol(text: str) -> str:
 
 
 class Formula:
-    """Sums of products of powers, read from left to right. A space is a product, or a function's argument without parentheses."""
+    """Sums of products of powers, read from left to right. A space is a product, or a
+    function's argument without parentheses.
+    """
 
     def __init__(self, text: str) -> None:
-        self.kinds: list[tuple[str, str, bool]] = []  # kind, text, whether a space stands before it
+        # kind, text, whether a space stands before it
+        self.kinds: list[tuple[str, str, bool]] = []
         at, space = 0, False
         while at < len(text):
             match = TOKEN.match(text, at)
@@ -151,7 +179,8 @@ class Formula:
         found += self.quotient()
         while self.now[1] in SIGNS:
             sign = SIGNS[self.take()]
-            if self.now[0] == "end" or self.now[1] in ("}", ")"):  # q+, the positive ones
+            # q+, the positive ones
+            if self.now[0] == "end" or self.now[1] in ("}", ")"):
                 return f"{found}^{{{sign}}}"
             found += f" {sign} {self.quotient()}"
         return found
@@ -162,7 +191,8 @@ class Formula:
         while self.now[1] == "/" and self.now[2]:
             self.take()
             found = rf"\frac{{{bare(found)}}}{{{bare(self.product())}}}"
-        if [text for _, text, _ in self.kinds[self.at : self.at + 2]] == ["[", "/"]:  # a divisor that an option takes away
+        # a divisor that an option takes away
+        if [text for _, text, _ in self.kinds[self.at : self.at + 2]] == ["[", "/"]:
             self.at += 2
             found += rf" \, [/ {self.product()}]"
             self.take("]")
@@ -185,7 +215,9 @@ class Formula:
                 return " ".join(factors)
 
     def fraction(self, argument: bool) -> tuple[str, bool]:
-        """On one line in an exponent, and in an argument without parentheses, where what is divided is the function's value or its argument."""
+        """On one line in an exponent, and in an argument without parentheses, where
+        what is divided is the function's value or its argument.
+        """
         factor, is_function = self.power()
         while self.now[1] == "/" and not self.now[2]:
             self.take()
@@ -193,18 +225,28 @@ class Formula:
             while is_function and self.starts():
                 more, is_function = self.power()
                 below += rf" \, {more}"
-            factor = f"{factor}/{below}" if argument or self.small else rf"\frac{{{bare(factor)}}}{{{bare(below)}}}"
+            factor = (
+                f"{factor}/{below}"
+                if argument or self.small
+                else rf"\frac{{{bare(factor)}}}{{{bare(below)}}}"
+            )
         return factor, is_function
 
     def starts(self) -> bool:
         """Whether a factor follows. A bar closes what a bar has opened."""
         kind, text, _ = self.now
-        return kind in ("name", "number") or text in ("Σ", "Π", "√", "½", "(", "{") or (text == "|" and not self.closing)
+        return (
+            kind in ("name", "number")
+            or text in ("Σ", "Π", "√", "½", "(", "{")
+            or (text == "|" and not self.closing)
+        )
 
     closing = small = False
 
     def power(self) -> tuple[str, bool]:
-        """A factor with what is raised, indexed or called; and whether it is a function that was not called yet."""
+        """A factor with what is raised, indexed or called; and whether it is a function
+        that was not called yet.
+        """
         is_function = self.now[1].partition("_")[0] in (*WORDS, *BIG)
         found = self.atom()
         while True:
@@ -216,7 +258,11 @@ class Formula:
                 found = f"{found}^{{{self.raised()}}}"
             elif text == "_" or kind == "index":
                 self.take()
-                found += f"_{{{text.translate(INDICES)}}}" if kind == "index" else f"_{{{self.raised()}}}"
+                found += (
+                    f"_{{{text.translate(INDICES)}}}"
+                    if kind == "index"
+                    else f"_{{{self.raised()}}}"
+                )
             elif kind == "power":
                 found += f"^{{{self.take().translate(POWERS)}}}"
             elif text == "*":

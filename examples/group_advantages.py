@@ -6,9 +6,10 @@ step samples G completions of every digit, scores them by the share of right tok
 turns the scores into advantages with an estimator of ``rw.advantages``, and updates
 with ``rw.policy_loss`` on the logits::
 
-    python examples/group_advantages.py                      # GRPO's advantage, DAPO's loss
-    python examples/group_advantages.py --estimator rloo
-    python examples/group_advantages.py --lopti              # two updates per batch: unlikely tokens first
+    python examples/group_advantages.py                      # GRPO's advantage, DAPO's
+    loss python examples/group_advantages.py --estimator rloo
+    python examples/group_advantages.py --lopti              # two updates per batch:
+    unlikely tokens first
 
 It needs only PyTorch and this package, and runs for some seconds on a CPU.
 """
@@ -48,8 +49,12 @@ ESTIMATORS: dict[str, Callable[[Rollout], Tensor]] = {
     "mapo_mixed": lambda r: rw.advantages.mapo_mixed(r.rewards, r.rewards == 1, group_size=GROUP),
     "canon": lambda r: rw.advantages.canon(r.rewards, r.entropies, group_size=GROUP),
     "edge_grpo": lambda r: rw.advantages.edge_grpo(r.rewards, r.entropies, group_size=GROUP),
-    "lens": lambda r: rw.advantages.lens(r.rewards == 1, r.old_per_token_logps, torch.ones_like(r.completions), group_size=GROUP),
-    "reinforce_plus_plus": lambda r: rw.advantages.reinforce_plus_plus(r.rewards, torch.ones_like(r.completions)),
+    "lens": lambda r: rw.advantages.lens(
+        r.rewards == 1, r.old_per_token_logps, torch.ones_like(r.completions), group_size=GROUP
+    ),
+    "reinforce_plus_plus": lambda r: rw.advantages.reinforce_plus_plus(
+        r.rewards, torch.ones_like(r.completions)
+    ),
 }
 
 
@@ -58,7 +63,11 @@ class Policy(nn.Module):
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
-        self.prompt, self.last, self.position = nn.Embedding(DIGITS, width), nn.Embedding(DIGITS + 1, width), nn.Embedding(LENGTH, width)
+        self.prompt, self.last, self.position = (
+            nn.Embedding(DIGITS, width),
+            nn.Embedding(DIGITS + 1, width),
+            nn.Embedding(LENGTH, width),
+        )
         self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, DIGITS))
 
     def forward(self, prompts: Tensor, completions: Tensor) -> Tensor:
@@ -66,18 +75,24 @@ class Policy(nn.Module):
         is not needed.
         """
         last = torch.cat([torch.full_like(prompts, DIGITS)[:, None], completions], 1)[:, :LENGTH]
-        return self.head(self.prompt(prompts)[:, None] + self.last(last) + self.position.weight[: last.shape[1]])
+        return self.head(
+            self.prompt(prompts)[:, None] + self.last(last) + self.position.weight[: last.shape[1]]
+        )
 
 
 @torch.no_grad()
 def sample(policy: Policy, per_digit: int) -> Rollout:
-    """``per_digit`` completions of every digit, with the policy's log-probs and entropies."""
+    """``per_digit`` completions of every digit, with the policy's log-probs and
+    entropies.
+    """
     prompts = torch.arange(DIGITS).repeat_interleave(per_digit)
     completions = torch.empty(len(prompts), 0, dtype=torch.int64)
     for _ in range(LENGTH):
         logits = policy(prompts, completions)[:, -1]
         completions = torch.cat([completions, torch.multinomial(logits.softmax(-1), 1)], 1)
-    logps, entropies = rw.token_logps(policy(prompts, completions), completions, return_entropy=True)
+    logps, entropies = rw.token_logps(
+        policy(prompts, completions), completions, return_entropy=True
+    )
     right = completions == (prompts[:, None] + 1 + torch.arange(LENGTH)) % DIGITS
     return Rollout(prompts, completions, logps, entropies.mean(-1), right.float().mean(-1))
 
@@ -91,9 +106,12 @@ def train(estimator: str, *, steps: int, lopti: bool, seed: int = 0) -> list[flo
     for _ in range(steps):
         rollout = sample(policy, GROUP)
         advantages = ESTIMATORS[estimator](rollout)
-        halves = torch.arange(len(rollout.rewards)).chunk(2)  # mini-batches may cut groups: advantages are ready
+        # mini-batches may cut groups: advantages are ready
+        halves = torch.arange(len(rollout.rewards)).chunk(2)
         plain = rw.methods.dapo()
-        for spec, rows in rw.schedules.lopti_updates(halves) if lopti else [(plain, rows) for rows in halves]:
+        for spec, rows in (
+            rw.schedules.lopti_updates(halves) if lopti else [(plain, rows) for rows in halves]
+        ):
             out = rw.policy_loss(
                 policy(rollout.prompts[rows], rollout.completions[rows]),
                 rollout.completions[rows],
@@ -112,7 +130,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A group advantage with rw.policy_loss.")
     parser.add_argument("--estimator", default="grpo", choices=ESTIMATORS)
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--lopti", action="store_true", help="two updates per batch of rollouts: unlikely tokens first, then the others")
+    parser.add_argument(
+        "--lopti",
+        action="store_true",
+        help="two updates per batch of rollouts: unlikely tokens first, then the others",
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)  # the tensors are tiny
     history = train(options.estimator, steps=options.steps, lopti=options.lopti)

@@ -1,8 +1,9 @@
 """A setup hook for OpenRLHF's ray workers: this package's log-probs and a user-defined
 loss.
 
-    ray job submit --runtime-env-json '{"worker_process_setup_hook": "openrlhf_setup.setup", "env_vars": {"PYTHONPATH": "examples"}}' \\
-        -- python -m openrlhf.cli.train_ppo_ray ...
+    ray job submit --runtime-env-json '{"worker_process_setup_hook":
+        "openrlhf_setup.setup", "env_vars": {"PYTHONPATH": "examples"}}' \\ -- python -m
+        openrlhf.cli.train_ppo_ray ...
 """
 
 import reweight_ops as rw

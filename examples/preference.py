@@ -46,7 +46,9 @@ class Model(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         before = torch.cat([torch.zeros_like(ids[:, :2]), ids], 1)
-        return self.head(self.body(torch.cat([self.embed(before[:, :-2]), self.embed(before[:, 1:-1])], -1)))
+        return self.head(
+            self.body(torch.cat([self.embed(before[:, :-2]), self.embed(before[:, 1:-1])], -1))
+        )
 
 
 def batch(seed: int) -> Tensor:
@@ -54,7 +56,11 @@ def batch(seed: int) -> Tensor:
     descending (rejected).
     """
     g = torch.Generator().manual_seed(seed)
-    digits = torch.stack([torch.randperm(10, generator=g)[:LENGTH] for _ in range(PAIRS)]).sort(-1).values
+    digits = (
+        torch.stack([torch.randperm(10, generator=g)[:LENGTH] for _ in range(PAIRS)])
+        .sort(-1)
+        .values
+    )
     return torch.cat([digits, digits.flip(-1)])
 
 
@@ -72,7 +78,8 @@ def train(spec: PairSpec, steps: int) -> list[dict[str, float]]:
     torch.manual_seed(0)
     model = Model()
     reference = copy.deepcopy(model).requires_grad_(False)
-    masks = nn.Parameter(torch.ones(LENGTH))  # SparsePO's learned mask, here one number per position
+    # SparsePO's learned mask, here one number per position
+    masks = nn.Parameter(torch.ones(LENGTH))
     optimizer = torch.optim.Adam([*model.parameters(), masks], lr=3e-3)
     history = []
     for step in range(steps):
@@ -91,14 +98,19 @@ def train(spec: PairSpec, steps: int) -> list[dict[str, float]]:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, float]]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=60)
     steps = parser.parse_args(arguments).steps
     runs = {name: train(spec, steps) for name, spec in losses().items()}
     print(f"{'loss':10} {'first':>8} {'last':>8}   accuracy   margin of rewards")
     for name, history in runs.items():
         first, last = history[0], history[-1]
-        print(f"{name:10} {first['loss']:8.4f} {last['loss']:8.4f}   {last['rewards/accuracies']:8.2f}   {last['rewards/margins']:8.3f}")
+        print(
+            f"{name:10} {first['loss']:8.4f} {last['loss']:8.4f}   "
+            f"{last['rewards/accuracies']:8.2f}   {last['rewards/margins']:8.3f}"
+        )
     return runs
 
 

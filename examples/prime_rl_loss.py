@@ -12,5 +12,7 @@ published methods need no module.
 import reweight_ops as rw
 from reweight_ops.integrations.prime_rl import loss_fn, patch_head
 
-loss = loss_fn(rw.methods.dapo(epsilon_high=0.3).with_weight(rw.weights.AdvantageReweighting(alpha=0.3)))
+loss = loss_fn(
+    rw.methods.dapo(epsilon_high=0.3).with_weight(rw.weights.AdvantageReweighting(alpha=0.3))
+)
 PATCH = patch_head()

@@ -17,12 +17,16 @@ def main() -> tuple[float, str]:
     spec = rw.methods.advantage_reweighting(alpha=0.3)
     loss = custom_loss(spec)
     print("inputs:", ", ".join(loss.input_ranks))
-    masks = [torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1])]  # two data with masked prompts
+    # two data with masked prompts
+    masks = [torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1])]
     (weights, _) = token_weights(spec, masks)
     logprobs = torch.tensor([-2.0, -0.5, -1.0, -3.0])
     value, metrics = loss(logprobs, torch.full((4,), 0.7), logprobs - 0.1, weights)
     code = str(torch.fx.symbolic_trace(loss).code)
-    print(f"the first datum's share of the loss: {value:.4f}, { ({k: int(v) for k, v in metrics.items()}) }")
+    print(
+        f"the first datum's share of the loss: {value:.4f}, "
+        f"{ ({k: int(v) for k, v in metrics.items()}) }"
+    )
     print(code)
     return float(value), code
 

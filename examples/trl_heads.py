@@ -31,19 +31,29 @@ CLASSES = {"SFT": (trl.SFTTrainer, trl.SFTConfig), "DPO": (trl.DPOTrainer, trl.D
 
 def tokenizer() -> PreTrainedTokenizerFast:
     words = ["<pad>", "<eos>", "<unk>", *map(str, range(20)), "+", "="]
-    words_to_ids = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    words_to_ids = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")
+    )
     words_to_ids.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words_to_ids, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words_to_ids, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
 
 
 def model() -> Qwen2ForCausalLM:
     torch.manual_seed(0)
     return Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-            pad_token_id=0, eos_token_id=1,
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            pad_token_id=0,
+            eos_token_id=1,
         )
-    )  # fmt: skip
+    )
 
 
 def losses(name: str, steps: int) -> list[float]:
@@ -51,16 +61,34 @@ def losses(name: str, steps: int) -> list[float]:
     trainer_class, config = CLASSES[name]
     with tempfile.TemporaryDirectory() as folder:
         args = config(
-            output_dir=folder, max_steps=steps, per_device_train_batch_size=8, learning_rate=1e-2, logging_steps=1, seed=1, bf16=False,
-            gradient_checkpointing=False, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=8,
+            learning_rate=1e-2,
+            logging_steps=1,
+            seed=1,
+            bf16=False,
+            gradient_checkpointing=False,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        )
         more: dict[str, Any] = {"ref_model": model()} if name == "DPO" else {}
-        trainer = trainer_class(model=model(), args=args, train_dataset=Dataset.from_list(ROWS[name]), processing_class=tokenizer(), **more)
+        trainer = trainer_class(
+            model=model(),
+            args=args,
+            train_dataset=Dataset.from_list(ROWS[name]),
+            processing_class=tokenizer(),
+            **more,
+        )
         trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def main(arguments: list[str] | None = None) -> dict[str, tuple[list[float], list[float], dict[str, int]]]:
+def main(
+    arguments: list[str] | None = None,
+) -> dict[str, tuple[list[float], list[float], dict[str, int]]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=4)
     steps = parser.parse_args(arguments).steps
@@ -70,7 +98,10 @@ def main(arguments: list[str] | None = None) -> dict[str, tuple[list[float], lis
         with patch_trl(heads=True) as patch:
             ours = losses(name, steps)
         print(f"{name}: stock TRL {stock}")
-        print(f"{name}: on our op {ours}, {dict(patch.fused_calls)}, left to TRL: {dict(patch.delegated_calls)}")
+        print(
+            f"{name}: on our op {ours}, {dict(patch.fused_calls)}, left to TRL: "
+            f"{dict(patch.delegated_calls)}"
+        )
         results[name] = (stock, ours, dict(patch.delegated_calls))
     return results
 

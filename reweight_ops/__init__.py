@@ -1,13 +1,29 @@
-"""Reweighted policy losses for LLM reinforcement learning, straight from vocabulary-sized logits. Start at :func:`policy_loss`."""
+"""Reweighted policy losses for LLM reinforcement learning, straight from
+vocabulary-sized logits. Start at :func:`policy_loss`.
+"""
 
 import warnings as _warnings
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-with _warnings.catch_warnings():  # PyTorch warns at its import if there is no numpy; nothing here needs numpy
+# PyTorch warns at its import if there is no numpy; nothing here needs numpy
+with _warnings.catch_warnings():
     _warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     import torch as _torch  # noqa: F401
 
-from . import advantages, divergences, kernels, methods, objectives, preference, recipes, rewards, rules, sample_weights, schedules, weights
+from . import (
+    advantages,
+    divergences,
+    kernels,
+    methods,
+    objectives,
+    preference,
+    recipes,
+    rewards,
+    rules,
+    sample_weights,
+    schedules,
+    weights,
+)
 from ._core import moved as _moved
 from ._core.backends.select import NAMES as BACKENDS
 from ._core.calls.keywords import HiddenLogits, Lora, Teacher, TopKLogps
@@ -37,11 +53,25 @@ from ._core.spec.ratio import (
     SequenceRatio,
     TokenRatio,
 )
-from ._core.spec.reduction import FromFunction, NoReduction, PromptMean, Reduction, SequenceMean, TokenMean, TokenSum
+from ._core.spec.reduction import (
+    FromFunction,
+    NoReduction,
+    PromptMean,
+    Reduction,
+    SequenceMean,
+    TokenMean,
+    TokenSum,
+)
 from .divergences import DistillationLossOutput, distillation_loss, token_divergence
 from .errors import BackendUnavailable, InvalidCall, ReweightOpsError, UnsupportedRequest
 from .nn import FusedLinearLogProbs, FusedLinearPolicyLoss
-from .preference import PairSpec, PreferenceLossOutput, linear_preference_loss, preference_loss, preference_loss_from_logps
+from .preference import (
+    PairSpec,
+    PreferenceLossOutput,
+    linear_preference_loss,
+    preference_loss,
+    preference_loss_from_logps,
+)
 
 __version__ = "0.1.0"
 

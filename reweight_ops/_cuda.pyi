@@ -14,7 +14,14 @@ max_registers: int
 sources: str
 
 def scale(
-    dtype: int, data: int, strides: tuple[int, int, int], rows: int, columns: int, factor: int, device: int = 0, stream: int = 0
+    dtype: int,
+    data: int,
+    strides: tuple[int, int, int],
+    rows: int,
+    columns: int,
+    factor: int,
+    device: int = 0,
+    stream: int = 0,
 ) -> int: ...
 def ring_unsupported_reason(call: Call, out: int, out_strides: tuple[int, int, int]) -> str: ...
 def set_kernel(name: str) -> None: ...

@@ -1,4 +1,6 @@
-"""``reweight-ops info | methods | find WORDS | show NAME | recipes | recipe NAME | check | trainers | bench``."""
+"""``reweight-ops info | methods | find WORDS | show NAME | recipes | recipe NAME |
+check | trainers | bench``.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,16 @@ from ._core.spec.policy import PolicyLossSpec
 from .errors import BackendUnavailable, ReweightOpsError
 from .integrations.trainers import TRAINERS
 from .testing.batches import LEAST_VOCAB
-from .testing.checks import DTYPES, Case, GoldenCase, Selection, cases, golden_cases, run_case, run_golden
+from .testing.checks import (
+    DTYPES,
+    Case,
+    GoldenCase,
+    Selection,
+    cases,
+    golden_cases,
+    run_case,
+    run_golden,
+)
 
 try:
     import typer
@@ -41,11 +52,18 @@ try:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 except ImportError as error:
-    raise SystemExit(f"reweight-ops needs its command-line extra ({error.name} is missing): pip install 'reweight-ops[cli]'") from None
+    raise SystemExit(
+        f"reweight-ops needs its command-line extra ({error.name} is missing): pip install "
+        "'reweight-ops[cli]'"
+    ) from None
 
 _ONLY_KINDS = f"Only these kinds: {', '.join(KINDS)}."
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Reweighted policy losses for LLM reinforcement learning, from logits.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Reweighted policy losses for LLM reinforcement learning, from logits.",
+)
 console = Console(width=None if sys.stdout.isatty() else 160)
 
 
@@ -66,7 +84,9 @@ def _say_version(asked: bool) -> None:
 
 @app.callback()
 def _options(
-    version: bool = typer.Option(False, "--version", callback=_say_version, is_eager=True, help="Print the version and exit."),
+    version: bool = typer.Option(
+        False, "--version", callback=_say_version, is_eager=True, help="Print the version and exit."
+    ),
 ) -> None:
     pass
 
@@ -78,7 +98,9 @@ def info() -> None:
     """
     table = Table(title="reweight-ops", show_header=False)
     table.add_row("reweight-ops", __version__)
-    table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    table.add_row(
+        "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    )
     table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     table.add_row("GPU", gpu)
@@ -122,7 +144,15 @@ def methods(kind: str = typer.Option(None, help=f"Only this kind: {', '.join(KIN
     for one in KINDS if kind is None else (kind,):
         if not CATALOGUE[one]:
             continue
-        table = Table("name", "full name", "level", "plan", "arXiv", "certainty", title=f"{KINDS[one][0]}: {KINDS[one][1]}")
+        table = Table(
+            "name",
+            "full name",
+            "level",
+            "plan",
+            "arXiv",
+            "certainty",
+            title=f"{KINDS[one][0]}: {KINDS[one][1]}",
+        )
         for name in sorted(CATALOGUE[one]):
             e = CATALOGUE[one][name]
             table.add_row(name, e.full_name, level(e), plan(e), e.arxiv, e.certainty)
@@ -130,7 +160,9 @@ def methods(kind: str = typer.Option(None, help=f"Only this kind: {', '.join(KIN
 
 
 @app.command()
-def find(words: list[str], kind: str = typer.Option(None, help=f"Only this kind: {', '.join(KINDS)}.")) -> None:
+def find(
+    words: list[str], kind: str = typer.Option(None, help=f"Only this kind: {', '.join(KINDS)}.")
+) -> None:
     """Search by name, acronym, title, arXiv id or words. It prints what each hit is,
     how to write it, and what has matched. The exit code is 1 without a hit.
     """
@@ -138,11 +170,15 @@ def find(words: list[str], kind: str = typer.Option(None, help=f"Only this kind:
     for hit in hits:
         arxiv = "" if hit.arxiv == "unknown" else f", arXiv:{hit.arxiv}"
         console.print(
-            f"[bold]{hit.call or 'left out'}[/]  {escape(hit.full_name)}\n    {escape(hit.paper)}{arxiv} [dim]({hit.why})[/]",
+            f"[bold]{hit.call or 'left out'}[/]  {escape(hit.full_name)}\n    "
+            f"{escape(hit.paper)}{arxiv} [dim]({hit.why})[/]",
             highlight=False,
         )
     if not hits:
-        console.print(f"nothing matches {' '.join(words)!r}; reweight-ops methods lists everything", highlight=False)
+        console.print(
+            f"nothing matches {' '.join(words)!r}; reweight-ops methods lists everything",
+            highlight=False,
+        )
         raise typer.Exit(1)
 
 
@@ -154,7 +190,14 @@ def trainers() -> None:
     table = Table("trainer", "installed", "standing", "tested with", "hook", "page")
     for t in TRAINERS.values():
         version = t.installed
-        table.add_row(t.name, version or "no", t.standing(version) if version else "", ", ".join(t.tested) or t.commit, t.hook, t.page)
+        table.add_row(
+            t.name,
+            version or "no",
+            t.standing(version) if version else "",
+            ", ".join(t.tested) or t.commit,
+            t.hook,
+            t.page,
+        )
     console.print(table)
 
 
@@ -165,7 +208,9 @@ def recipes() -> None:
     """
     table = Table("name", "paper", "arXiv", "certainty", "uses")
     for r in RECIPES.values():
-        table.add_row(r.name, r.paper, r.arxiv, r.certainty, ", ".join(entry.call for entry in r.entries))
+        table.add_row(
+            r.name, r.paper, r.arxiv, r.certainty, ", ".join(entry.call for entry in r.entries)
+        )
     console.print(table)
 
 
@@ -175,7 +220,12 @@ def recipe(name: str) -> None:
     hyper-parameters, what is left to the caller, and a training loop.
     """
     r = lookup(name)
-    console.print(f"{r.name}: {r.publication.source} ({r.certainty})\n", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"{r.name}: {r.publication.source} ({r.certainty})\n",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     if r.settings:
         table = Table("hyper-parameter", "value", "source")
         for setting in r.settings:
@@ -189,20 +239,26 @@ def recipe(name: str) -> None:
 @app.command()
 def show(name: str) -> None:
     """Print an entry, by name, acronym, title or arXiv id: formula, paper, parameters.
-    A loss also shows its spec, and its value and slope over the ratio. A method that the
-    package leaves out shows the reason.
+    A loss also shows its spec, and its value and slope over the ratio. A method that
+    the package leaves out shows the reason.
     """
     found = exact(name)
     if not found:
         hits = search(name)
         left_out = [hit for hit in hits if not hit.call]
         for hit in left_out:
-            console.print(f"left out: {hit.paper}. {hit.full_name}.", highlight=False, markup=False, soft_wrap=True)
+            console.print(
+                f"left out: {hit.paper}. {hit.full_name}.",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
         if left_out:
             return
         near = [hit.call for hit in hits][:3]
         raise typer.BadParameter(
-            f"no entry {name!r}.{' Did you mean ' + ' or '.join(near) + '?' if near else ''} reweight-ops methods lists all."
+            f"no entry {name!r}.{' Did you mean ' + ' or '.join(near) + '?' if near else ''} "
+            "reweight-ops methods lists all."
         )
     for entry, _ in found:
         _show(entry)
@@ -210,11 +266,15 @@ def show(name: str) -> None:
 
 def _show(e: Entry) -> None:
     console.print(f"[bold]{e.call}[/]: {e.full_name}", highlight=False)
-    console.print(f"{paper_of(e).source} ({e.certainty})\n", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"{paper_of(e).source} ({e.certainty})\n", highlight=False, markup=False, soft_wrap=True
+    )
     console.print(e.formula + "\n", highlight=False, markup=False)
     if recipes_of([e]):
         console.print(
-            f"all that the paper trains with: reweight-ops recipe {' | '.join(r.name for r in recipes_of([e]))}\n", highlight=False
+            "all that the paper trains with: reweight-ops recipe "
+            f"{' | '.join(r.name for r in recipes_of([e]))}\n",
+            highlight=False,
         )
     table = Table("parameter", "default", title="parameters")
     for parameter, value in e.defaults.items():
@@ -229,7 +289,11 @@ def _show_spec(spec: PolicyLossSpec) -> None:
     for f in dataclasses.fields(spec):
         rows.add_row(f.name, str(getattr(spec, f.name)))
     rows.add_row("reads", ", ".join(sorted(spec.requires)))
-    rows.add_row("plan", (spec.one_pass_unsupported_reason and f"two passes: {spec.one_pass_unsupported_reason}") or "one pass")
+    rows.add_row(
+        "plan",
+        (spec.one_pass_unsupported_reason and f"two passes: {spec.one_pass_unsupported_reason}")
+        or "one pass",
+    )
     console.print(rows)
     if any(isinstance(value, TokenWeight) for value in spec.surrogate.parameters().values()):
         console.print("[dim]its slopes depend on the batch: a hyper-parameter is a formula[/]")
@@ -237,12 +301,15 @@ def _show_spec(spec: PolicyLossSpec) -> None:
         alone = [
             w
             for w in spec.weights
-            if not trace_weight(type(w)).uses_batch and not any(isinstance(v, TokenWeight) for v in w.parameters().values())
+            if not trace_weight(type(w)).uses_batch
+            and not any(isinstance(v, TokenWeight) for v in w.parameters().values())
         ]
         console.print(_slopes(spec.surrogate, alone))
         for w in spec.weights:
             if w not in alone:
-                console.print(f"[dim]the weight {w.name} is not in this table: it depends on the batch[/]")
+                console.print(
+                    f"[dim]the weight {w.name} is not in this table: it depends on the batch[/]"
+                )
 
 
 def _slopes(surrogate: Rule, weights: list[TokenWeight]) -> Table:
@@ -256,9 +323,16 @@ def _slopes(surrogate: Rule, weights: list[TokenWeight]) -> Table:
     for ratio in (0.5, 0.8, 1.0, 1.2, 1.5, 2.0, 4.0):
         cells = []
         for adv in (1.0, -1.0):
-            logp = torch.tensor(math.log(0.5), dtype=torch.float64, device="cpu", requires_grad=True)
+            logp = torch.tensor(
+                math.log(0.5), dtype=torch.float64, device="cpu", requires_grad=True
+            )
             old = logp.detach() - math.log(ratio)
-            stored = {"old_logp": old, "ref_logp": old, "sampling_logp": old, "adv": torch.tensor(adv, dtype=torch.float64, device="cpu")}
+            stored = {
+                "old_logp": old,
+                "ref_logp": old,
+                "sampling_logp": old,
+                "adv": torch.tensor(adv, dtype=torch.float64, device="cpu"),
+            }
             # A weight that asks for the distribution sees two tokens of p = 0.5.
             spread = {"entropy": -logp.detach(), "log_sum_p_sq": logp.detach()}
             t = Leaves({"logp": logp, "log_ratio": logp - old, **spread, **stored})
@@ -274,7 +348,9 @@ def _slopes(surrogate: Rule, weights: list[TokenWeight]) -> Table:
 
 @app.command()
 def check(
-    backend: list[str] = typer.Option(None, help="Only these backends (default: every one that runs here)."),
+    backend: list[str] = typer.Option(
+        None, help="Only these backends (default: every one that runs here)."
+    ),
     method: list[str] = typer.Option(None, help="Only the entries with these names."),
     kind: list[str] = typer.Option(None, help=_ONLY_KINDS),
     dtype: list[str] = typer.Option(list(DTYPES), help="Logits' dtypes."),
@@ -286,16 +362,40 @@ def check(
     selection = Selection(backend or (), method or (), kind or (), dtype)
     losses, golden = cases(selection), golden_cases(selection)
     failed: list[str] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("checking", total=len(losses) + len(golden))
         tables = (
             Table(
-                "backend", "kind", "method", "dtype", "plan", "loss", "log-prob", "entropy", "grad, target", "grad, rest", "",
+                "backend",
+                "kind",
+                "method",
+                "dtype",
+                "plan",
+                "loss",
+                "log-prob",
+                "entropy",
+                "grad, target",
+                "grad, rest",
+                "",
                 title="worst error / allowed",
             ),
-            Table("kind", "name", "dtype", "device", "rows", "worst error / allowed", "", title="golden rows"),
-        )  # fmt: skip
+            Table(
+                "kind",
+                "name",
+                "dtype",
+                "device",
+                "rows",
+                "worst error / allowed",
+                "",
+                title="golden rows",
+            ),
+        )
         for case in losses:
             progress.update(task, description=f"{case.backend} {case.method}")
             _check_row(tables[0], case, vocab, failed)
@@ -317,23 +417,44 @@ def check(
     raise typer.Exit(1 if failed or not total else 0)
 
 
-@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
 def bench(context: typer.Context) -> None:
     """Measure the kernels on this machine against other libraries
     (``reweight-ops bench --help``).
     """
-    importlib.import_module(f"{__package__}.bench.__main__").main(context.args, "reweight-ops bench")
+    importlib.import_module(f"{__package__}.bench.__main__").main(
+        context.args, "reweight-ops bench"
+    )
 
 
 def _check_row(table: Table, case: Case, vocab: int, failed: list[str]) -> None:
-    label = (case.backend, case.kind, " ".join(filter(None, (case.method, case.direction))), case.dtype)
+    label = (
+        case.backend,
+        case.kind,
+        " ".join(filter(None, (case.method, case.direction))),
+        case.dtype,
+    )
     try:
         c = run_case(case, vocab)
     except ReweightOpsError as error:
         failed.append(f"{' '.join(label)}: {error}")
         return
-    errors = (c.loss, c.logps, c.entropies, max(c.grad_target, c.grad_target_rms), max(c.grad_rest, c.grad_rest_rms))
-    table.add_row(*label, c.plan, *(f"{e:.2f}" for e in errors), "[green]ok[/]" if c.passed else "[red]FAIL[/]")
+    errors = (
+        c.loss,
+        c.logps,
+        c.entropies,
+        max(c.grad_target, c.grad_target_rms),
+        max(c.grad_rest, c.grad_rest_rms),
+    )
+    table.add_row(
+        *label,
+        c.plan,
+        *(f"{e:.2f}" for e in errors),
+        "[green]ok[/]" if c.passed else "[red]FAIL[/]",
+    )
     if not c.passed:
         failed.append(f"{' '.join(label)}: {c.worst}")
 
@@ -345,7 +466,12 @@ def _golden_row(table: Table, case: GoldenCase, failed: list[str]) -> None:
     except ReweightOpsError as problem:
         failed.append(f"{' '.join(label)}: {problem}")
         return
-    table.add_row(*label, str(len(case.rows)), f"{error:.2f}", "[green]ok[/]" if error <= 1 else "[red]FAIL[/]")
+    table.add_row(
+        *label,
+        str(len(case.rows)),
+        f"{error:.2f}",
+        "[green]ok[/]" if error <= 1 else "[red]FAIL[/]",
+    )
     if not error <= 1:
         failed.append(f"{' '.join(label)}: {error:.3g} times the allowed error")
 
@@ -356,4 +482,6 @@ def _absent(name: str) -> str:
     except BackendUnavailable as error:
         return str(error)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return unsupported_reason(name, Request("token_stats", device, torch.float32)) or "not asked for"
+    return (
+        unsupported_reason(name, Request("token_stats", device, torch.float32)) or "not asked for"
+    )

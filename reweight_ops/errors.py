@@ -1,4 +1,6 @@
-"""The errors of the package: one base, and one subclass per thing a caller can do about it."""
+"""The errors of the package: one base, and one subclass per thing a caller can do about
+it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ class ReweightOpsError(Exception):
 
 
 class InvalidCall(ReweightOpsError, ValueError):
-    """The call is wrong: a shape, a dtype, a missing tensor, an option that would have no effect."""
+    """The call is wrong: a shape, a dtype, a missing tensor, an option that would have
+    no effect.
+    """
 
 
 class UnsupportedRequest(ReweightOpsError, NotImplementedError):

@@ -33,7 +33,9 @@ def token_stats(
 ) -> Tensor:
     """``[len(stats), N]``."""
     name = choose(Request("token_stats", logits.device, logits.dtype), backend)
-    return load(name).token_stats(logits, ids, temperature, softmax or SoftmaxParams(logits.size(-1)), stats)
+    return load(name).token_stats(
+        logits, ids, temperature, softmax or SoftmaxParams(logits.size(-1)), stats
+    )
 
 
 @with_own_keywords
@@ -51,8 +53,13 @@ def token_grad(
     """Write ``dL/dlogits`` to ``out`` (in place with ``out=logits``), to the precision
     of fp32 if ``lse_low`` is among ``stats``.
     """
-    name, out = choose(Request("token_grad", logits.device, logits.dtype), backend), _out(logits, out)
-    load(name).token_grad(logits, ids, temperature, softmax or SoftmaxParams(logits.size(-1)), stats, derivatives, out)
+    name, out = (
+        choose(Request("token_grad", logits.device, logits.dtype), backend),
+        _out(logits, out),
+    )
+    load(name).token_grad(
+        logits, ids, temperature, softmax or SoftmaxParams(logits.size(-1)), stats, derivatives, out
+    )
     return out
 
 
@@ -70,7 +77,17 @@ def token_loss_grad(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """``([len(LOSS_ROWS), N], dL/dlogits)``."""
-    name, out = choose(Request("token_loss_grad", logits.device, logits.dtype, program), backend), _out(logits, out)
+    name, out = (
+        choose(Request("token_loss_grad", logits.device, logits.dtype, program), backend),
+        _out(logits, out),
+    )
     return load(name).token_loss_grad(
-        logits, ids, temperature, softmax or SoftmaxParams(logits.size(-1)), inputs, program, params, out
+        logits,
+        ids,
+        temperature,
+        softmax or SoftmaxParams(logits.size(-1)),
+        inputs,
+        program,
+        params,
+        out,
     ), out

@@ -1,7 +1,8 @@
 """The LM head and its log-probs or policy loss as one module. FSDP2, DDP and
 checkpointing treat it as any module.
 
-The parameters are ``weight [V, D]`` and ``bias [V]``, so a state dict is that of the ``nn.Linear`` that it replaces.
+The parameters are ``weight [V, D]`` and ``bias [V]``, so a state dict is that of the
+``nn.Linear`` that it replaces.
 """
 
 from __future__ import annotations
@@ -13,7 +14,13 @@ from torch import Tensor
 from torch import nn as torch_nn
 from typing_extensions import Self, Unpack
 
-from ._core.calls.keywords import LinearPolicyLossKeywords, LMHeadKeywords, LMHeadOptions, SoftmaxOptions, parse
+from ._core.calls.keywords import (
+    LinearPolicyLossKeywords,
+    LMHeadKeywords,
+    LMHeadOptions,
+    SoftmaxOptions,
+    parse,
+)
 from ._core.calls.specs import named_spec
 from ._core.engine.output import PolicyLossOutput
 from ._core.losses.linear import linear_policy_loss, linear_token_logps
@@ -60,7 +67,13 @@ class _FusedHead(torch_nn.Module):
         for key in settings:
             if key in _NO_SETTINGS:
                 raise InvalidCall(f"{name}: {key} is not a setting: {_NO_SETTINGS[key]}.")
-        parse(name, {k: v for k, v in settings.items() if k not in self._OWN}, SoftmaxOptions, LMHeadOptions, own=self._OWN)
+        parse(
+            name,
+            {k: v for k, v in settings.items() if k not in self._OWN},
+            SoftmaxOptions,
+            LMHeadOptions,
+            own=self._OWN,
+        )
         self.settings = settings
         self._take(torch_nn.Linear(in_features, out_features, bias, device=device, dtype=dtype))
 
@@ -84,7 +97,8 @@ class _FusedHead(torch_nn.Module):
         reason = _more_than_linear(linear)
         if reason is not None:
             raise InvalidCall(
-                f"{cls.__name__}: the head is {reason}: dequantise or merge it, or pass head(hidden) to the op that takes logits."
+                f"{cls.__name__}: the head is {reason}: dequantise or merge it, or pass "
+                "head(hidden) to the op that takes logits."
             )
         head = cls(linear.in_features, linear.out_features, device="meta", **keywords)
         head._take(linear)
@@ -92,8 +106,16 @@ class _FusedHead(torch_nn.Module):
 
     def extra_repr(self) -> str:
         """Return the sizes as ``nn.Linear`` shows them, and the settings."""
-        shown = {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None, **self.settings}
-        return ", ".join(f"{name}={value.name if isinstance(value, PolicyLossSpec) else value}" for name, value in shown.items())
+        shown = {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+            **self.settings,
+        }
+        return ", ".join(
+            f"{name}={value.name if isinstance(value, PolicyLossSpec) else value}"
+            for name, value in shown.items()
+        )
 
     def _call(self, keywords: dict[str, Any]) -> dict[str, Any]:
         if "lm_head_bias" in keywords:
@@ -109,7 +131,8 @@ def _more_than_linear(linear: Any) -> str | None:
     weight = linear.weight
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         return f"quantised, its weight is {weight.dtype}"
-    sharded = hasattr(weight.data, "full_tensor")  # a DTensor, which FSDP2 gathers around a forward
+    # a DTensor, which FSDP2 gathers around a forward
+    sharded = hasattr(weight.data, "full_tensor")
     if not sharded and type(weight.data) is not Tensor:
         return f"quantised, its weight is a {type(weight.data).__name__}"
     return None
@@ -117,14 +140,18 @@ def _more_than_linear(linear: Any) -> str | None:
 
 @ranged
 class FusedLinearLogProbs(_FusedHead):
-    """:func:`linear_token_logps` as a module: from hidden states to log-probs, or ``(logps, entropies)``.
+    """:func:`linear_token_logps` as a module: from hidden states to log-probs, or
+    ``(logps, entropies)``.
 
     Args:
-        in_features: D. out_features: V. bias, device, dtype: as of ``nn.Linear``, whose initialisation it has.
-        settings: keywords of :func:`linear_token_logps` that hold for every call (temperature, softcap, logit_scale, logits_dtype, chunk_rows, ...).
+        in_features: D. out_features: V. bias, device, dtype: as of ``nn.Linear``, whose
+            initialisation it has.
+        settings: keywords of :func:`linear_token_logps` that hold for every call
+            (temperature, softcap, logit_scale, logits_dtype, chunk_rows, ...).
 
     Raises:
-        InvalidCall, TypeError: a setting that belongs to a call, or that does not exist.
+        InvalidCall, TypeError: a setting that belongs to a call, or that does not
+        exist.
 
     >>> import torch, reweight_ops as rw
     >>> head = rw.FusedLinearLogProbs.from_linear(torch.nn.Linear(3, 4), temperature=0.7)
@@ -133,35 +160,55 @@ class FusedLinearLogProbs(_FusedHead):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = False, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **settings: Unpack[LMHeadKeywords],
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype, dict(settings))
 
     def forward(
-        self, hidden: Tensor, completion_ids: Tensor, *, completion_mask: Tensor | None = None, return_entropy: bool = False,
+        self,
+        hidden: Tensor,
+        completion_ids: Tensor,
+        *,
+        completion_mask: Tensor | None = None,
+        return_entropy: bool = False,
         **keywords: Unpack[LMHeadKeywords],
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """Take the shapes and keywords of :func:`linear_token_logps`. A keyword
         overrides the setting of its name.
         """
         call = self._call(dict(keywords))
         return linear_token_logps(
-            hidden, self.weight, completion_ids, completion_mask=completion_mask, return_entropy=return_entropy, **call
+            hidden,
+            self.weight,
+            completion_ids,
+            completion_mask=completion_mask,
+            return_entropy=return_entropy,
+            **call,
         )
 
 
 @ranged
 class FusedLinearPolicyLoss(_FusedHead):
-    """:func:`linear_policy_loss` as a module: from hidden states, ids and advantages to a :class:`PolicyLossOutput`.
+    """:func:`linear_policy_loss` as a module: from hidden states, ids and advantages to
+    a :class:`PolicyLossOutput`.
 
     Args:
-        in_features: D. out_features: V. bias, device, dtype: as of ``nn.Linear``, whose initialisation it has.
-        spec: a :class:`PolicyLossSpec` or a method's name. plan: as in :func:`linear_policy_loss`.
+        in_features: D. out_features: V. bias, device, dtype: as of ``nn.Linear``, whose
+            initialisation it has.
+        spec: a :class:`PolicyLossSpec` or a method's name. plan: as in
+            :func:`linear_policy_loss`.
         settings: keywords of :func:`linear_token_logps` that hold for every call.
 
     Raises:
-        InvalidCall, TypeError: a setting that belongs to a call, or that does not exist.
+        InvalidCall, TypeError: a setting that belongs to a call, or that does not
+        exist.
 
     >>> import torch, reweight_ops as rw
     >>> head = rw.FusedLinearPolicyLoss.from_linear(torch.nn.Linear(3, 4), spec="grpo")
@@ -172,17 +219,37 @@ class FusedLinearPolicyLoss(_FusedHead):
     _OWN = ("spec", "plan")
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = False, *, spec: PolicyLossSpec | str, plan: str = "auto",
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        spec: PolicyLossSpec | str,
+        plan: str = "auto",
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None, **settings: Unpack[LMHeadKeywords],
-    ) -> None:  # fmt: skip
+        dtype: torch.dtype | None = None,
+        **settings: Unpack[LMHeadKeywords],
+    ) -> None:
         named = named_spec(type(self).__name__, spec)
-        super().__init__(in_features, out_features, bias, device, dtype, {**settings, "spec": named, "plan": plan})
+        super().__init__(
+            in_features,
+            out_features,
+            bias,
+            device,
+            dtype,
+            {**settings, "spec": named, "plan": plan},
+        )
 
     def forward(
-        self, hidden: Tensor, completion_ids: Tensor, advantages: Tensor | float | None, **keywords: Unpack[LinearPolicyLossKeywords]
+        self,
+        hidden: Tensor,
+        completion_ids: Tensor,
+        advantages: Tensor | float | None,
+        **keywords: Unpack[LinearPolicyLossKeywords],
     ) -> PolicyLossOutput:
         """Take the shapes and keywords of :func:`linear_policy_loss`. A keyword
         overrides the setting of its name.
         """
-        return linear_policy_loss(hidden, self.weight, completion_ids, advantages, **self._call(dict(keywords)))
+        return linear_policy_loss(
+            hidden, self.weight, completion_ids, advantages, **self._call(dict(keywords))
+        )

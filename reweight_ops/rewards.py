@@ -43,13 +43,19 @@ __all__ = [
 def _members(op: str, rewards: Tensor) -> Tensor:
     x = floats(op, "rewards", rewards)
     if x.dim() != 2 or not x.shape[1]:
-        raise InvalidCall(f"{op}: rewards has shape {tuple(x.shape)}, expected (B, K): K rewards per completion.")
+        raise InvalidCall(
+            f"{op}: rewards has shape {tuple(x.shape)}, expected (B, K): K rewards per completion."
+        )
     return x
 
 
 def _weights(op: str, weights: Tensor | None, x: Tensor) -> Tensor:
     """Return ``[B, K]`` weights, 0 where the reward is NaN. Each row sums to 1."""
-    w = x.new_ones(x.shape[1]) if weights is None else floats(op, "weights", weights, (x.shape[1],)).to(x.dtype)
+    w = (
+        x.new_ones(x.shape[1])
+        if weights is None
+        else floats(op, "weights", weights, (x.shape[1],)).to(x.dtype)
+    )
     w = require(op, w >= 0, "a weight is negative.", w)
     present = torch.where(x.isnan(), 0, w)
     total = present.sum(1, keepdim=True)
@@ -66,7 +72,8 @@ def wco(rewards: Tensor) -> Tensor:
 
 @published("uwo", "Uncertainty-Weighted Optimization", arxiv="2310.02743", level="sequence")
 def uwo(rewards: Tensor, *, coef: NonNegative[float] = 0.1) -> Tensor:
-    """``r = mean_k r_k - coef·var_k r_k`` with the unbiased variance over an ensemble (0 for one member). ``[B, K] -> [B]``.
+    """``r = mean_k r_k - coef·var_k r_k`` with the unbiased variance over an ensemble
+    (0 for one member). ``[B, K] -> [B]``.
 
     ``coef`` is λ: 0.1 in the authors' PPO configuration, 0.5 in the one of best-of-n.
     """
@@ -85,8 +92,8 @@ def uwo(rewards: Tensor, *, coef: NonNegative[float] = 0.1) -> Tensor:
     level="sequence",
 )
 def lsc(rewards: Tensor, reference: Real[Tensor | float]) -> Tensor:
-    """``u = log sigmoid(r - r_ref)``; several rewards are summed, so that ``exp(u)`` is the probability that all are good. ``[B]`` or ``[B, K] ->
-    [B]``.
+    """``u = log sigmoid(r - r_ref)``; several rewards are summed, so that ``exp(u)`` is
+    the probability that all are good. ``[B]`` or ``[B, K] -> [B]``.
 
     ``reference`` is the reward of a completion that is just good enough for its prompt:
     a number, or a tensor of the shape of ``rewards``. It was not found which statistic
@@ -109,27 +116,41 @@ def weighted_sum(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
     default.
     """
     x = _members("weighted_sum", rewards)
-    w = x.new_ones(x.shape[1]) if weights is None else floats("weighted_sum", "weights", weights, (x.shape[1],)).to(x.dtype)
+    w = (
+        x.new_ones(x.shape[1])
+        if weights is None
+        else floats("weighted_sum", "weights", weights, (x.shape[1],)).to(x.dtype)
+    )
     return torch.where(x.isnan().all(1), torch.nan, (w * x).nansum(1))
 
 
 @published("weighted_mean", "Weighted mean of rewards", arxiv="2406.03363", level="sequence")
 def weighted_mean(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
-    """``r = sum_k w_k r_k / sum_k w_k`` over the rewards that apply. ``[B, K], [K] -> [B]``; weights are equal by default and not negative."""
+    """``r = sum_k w_k r_k / sum_k w_k`` over the rewards that apply.
+    ``[B, K], [K] -> [B]``; weights are equal by default and not negative.
+    """
     x = _members("weighted_mean", rewards)
     return (_weights("weighted_mean", weights, x) * x.nan_to_num(0, math.inf, -math.inf)).sum(1)
 
 
-@published("harmonic_mean", "Weighted harmonic mean of rewards", arxiv="2406.03363", level="sequence")
+@published(
+    "harmonic_mean", "Weighted harmonic mean of rewards", arxiv="2406.03363", level="sequence"
+)
 def harmonic_mean(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
-    """``r = sum_k w_k / sum_k (w_k / r_k)``: near the least of the rewards, so none can be traded away. ``[B, K], [K] -> [B]``.
+    """``r = sum_k w_k / sum_k (w_k / r_k)``: near the least of the rewards, so none can
+    be traded away. ``[B, K], [K] -> [B]``.
 
     ``weights`` has one per reward, equal by default. Rewards must not be negative. A
     reward of 0 makes the result 0. The released script contains this form but runs the
     weighted sum.
     """
     x = _members("harmonic_mean", rewards)
-    x = require("harmonic_mean", (x >= 0) | x.isnan(), "a reward is negative; a harmonic mean needs rewards >= 0.", x)
+    x = require(
+        "harmonic_mean",
+        (x >= 0) | x.isnan(),
+        "a reward is negative; a harmonic mean needs rewards >= 0.",
+        x,
+    )
     w = _weights("harmonic_mean", weights, x)
     return 1 / torch.where(w == 0, 0, w / torch.where(x.isnan(), 1, x)).sum(1)
 
@@ -151,7 +172,8 @@ def trust_grpo(
     threshold: Real[float] = 0.5,
     **groups: Unpack[GroupKeywords],
 ) -> Tensor:
-    """``r = r_outcome + γ·coef·e^(-step/total_steps)·r_thinking`` (eq. 1 to 5). ``[B], [B] -> [B]``.
+    """``r = r_outcome + γ·coef·e^(-step/total_steps)·r_thinking`` (eq. 1 to 5).
+    ``[B], [B] -> [B]``.
 
     The group's trust γ compares the mean thinking rewards ``μ_c`` of the answers with
     ``r_outcome >= threshold`` and ``μ_w`` of the others. It is 1 if ``μ_c >= μ_w``,
@@ -167,7 +189,9 @@ def trust_grpo(
     thinking = g.like("thinking_rewards", thinking_rewards)
     good = (g.values >= threshold).to(thinking.dtype)
     both = (g.sum(good) > 0) & (g.sum(1 - good) > 0)
-    trust = torch.where(both, (g.mean(thinking, good) - g.mean(thinking, 1 - good)).clamp(max=0).exp(), 1)
+    trust = torch.where(
+        both, (g.mean(thinking, good) - g.mean(thinking, 1 - good)).clamp(max=0).exp(), 1
+    )
     now, end = (x.to(thinking.dtype) if isinstance(x, Tensor) else x for x in (step, total_steps))
     elapsed = now / end
     anneal = torch.exp(-elapsed) if isinstance(elapsed, Tensor) else math.exp(-elapsed)
@@ -190,8 +214,8 @@ def grpo_lead_length(
     epsilon: NonNegative[float] = 1e-6,
     **groups: Unpack[GroupKeywords],
 ) -> Tensor:
-    """Correct: ``e^(-alpha·z)``, ``z = (L - mean)/(std + epsilon)`` over the group's correct completions; wrong: ``wrong_reward``. ``[B], [B] ->
-    [B]``.
+    """Correct: ``e^(-alpha·z)``, ``z = (L - mean)/(std + epsilon)`` over the group's
+    correct completions; wrong: ``wrong_reward``. ``[B], [B] -> [B]``.
 
     ``std`` is unbiased, and 1 for a single correct completion. ``min_length``: a group
     is short enough if its three shortest completions, right or wrong, have a mean
@@ -252,21 +276,36 @@ def grpo_lambda_length(
     scored = g.groups.sum(g.scored.to(w.dtype))
     share = torch.where(scored > 0, g.groups.sum(w) / scored.clamp(min=1), -1)
     order = share.sort(descending=True, stable=True).indices
-    best = torch.zeros_like(share).scatter(0, order[: max(1, math.ceil(round(fraction * count, 9)))], 1)
-    penalty = alpha * torch.sigmoid((length - g.mean(length, w)) / (g.std(length, weights=w) + epsilon))
-    return torch.where(g.scored, torch.where(right, 1 - g.groups.spread(best) * penalty, 0), torch.nan)
+    best = torch.zeros_like(share).scatter(
+        0, order[: max(1, math.ceil(round(fraction * count, 9)))], 1
+    )
+    penalty = alpha * torch.sigmoid(
+        (length - g.mean(length, w)) / (g.std(length, weights=w) + epsilon)
+    )
+    return torch.where(
+        g.scored, torch.where(right, 1 - g.groups.spread(best) * penalty, 0), torch.nan
+    )
 
 
 @published(
     "traac",
     "TRAAC: correctness, format and length reward",
-    paper="Think Right: Learning to Mitigate Under-Over Thinking via Adaptive, Attentive Compression",
+    paper="Think Right: Learning to Mitigate Under-Over Thinking via Adaptive, Attentive "
+    "Compression",
     arxiv="2510.01581",
     certainty="derived",
     level="sequence",
 )
-def traac(correct: Tensor, format_rewards: Tensor, lengths: Tensor, median_lengths: Tensor, *, scale: Positive[float]) -> Tensor:
-    """``r = 4·correct + format + correct·sigmoid((median - L)/scale)``. All ``[B] -> [B]``.
+def traac(
+    correct: Tensor,
+    format_rewards: Tensor,
+    lengths: Tensor,
+    median_lengths: Tensor,
+    *,
+    scale: Positive[float],
+) -> Tensor:
+    """``r = 4·correct + format + correct·sigmoid((median - L)/scale)``. All
+    ``[B] -> [B]``.
 
     Derived: the paper's summary has the weights, and a sigmoid-smoothed penalty of
     correct answers that are longer than the median of recent rollouts of the same
@@ -279,9 +318,15 @@ def traac(correct: Tensor, format_rewards: Tensor, lengths: Tensor, median_lengt
     shape = tuple(right.shape)
     form, length, median = (
         floats("traac", name, x, shape).to(right.dtype)
-        for name, x in (("format_rewards", format_rewards), ("lengths", lengths), ("median_lengths", median_lengths))
+        for name, x in (
+            ("format_rewards", format_rewards),
+            ("lengths", lengths),
+            ("median_lengths", median_lengths),
+        )
     )
-    is_right = torch.where(right.isnan(), torch.nan, is_correct("traac", "correct", right).to(right.dtype))
+    is_right = torch.where(
+        right.isnan(), torch.nan, is_correct("traac", "correct", right).to(right.dtype)
+    )
     return 4 * is_right + form + is_right * torch.sigmoid((median - length) / scale)
 
 
@@ -300,7 +345,16 @@ def soft_multi_choice(answers: Tensor, correct: Tensor) -> Tensor:
     """
     chosen = floats("soft_multi_choice", "answers", answers)
     if chosen.dim() != 2:
-        raise InvalidCall(f"soft_multi_choice: answers has shape {tuple(chosen.shape)}, expected (B, K): one mark per option.")
-    right = is_correct("soft_multi_choice", "correct", floats("soft_multi_choice", "correct", correct, tuple(chosen.shape)))
+        raise InvalidCall(
+            f"soft_multi_choice: answers has shape {tuple(chosen.shape)}, expected (B, K): one "
+            "mark per option."
+        )
+    right = is_correct(
+        "soft_multi_choice",
+        "correct",
+        floats("soft_multi_choice", "correct", correct, tuple(chosen.shape)),
+    )
     taken, total = (chosen != 0).to(chosen.dtype).sum(1), right.to(chosen.dtype).sum(1)
-    return torch.where(((chosen != 0) & ~right).any(1), 0, taken) / torch.where(total == 0, torch.nan, total)
+    return torch.where(((chosen != 0) & ~right).any(1), 0, taken) / torch.where(
+        total == 0, torch.nan, total
+    )

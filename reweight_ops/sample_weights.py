@@ -62,7 +62,9 @@ def _softmax(g: Grouped, scores: Tensor) -> Tensor:
     arxiv="1910.00177",
     level="sequence",
 )
-def exponential_advantage(advantages: Tensor, *, temperature: Positive[float | Tensor], max_weight: PositiveOrInf[float]) -> Tensor:
+def exponential_advantage(
+    advantages: Tensor, *, temperature: Positive[float | Tensor], max_weight: PositiveOrInf[float]
+) -> Tensor:
     """``w = min(exp(A/temperature), max_weight)``: regression to good samples. Any
     shape. The loss is ``-sum w·logp``.
 
@@ -89,8 +91,9 @@ def kl_tilt(rewards: Tensor, *, beta: Positive[float], **groups: Unpack[GroupKey
 
     These weights turn samples of the reference into samples of the optimum.
 
-    Derived: ``p·exp(r/beta)`` is the textbook solution of reward maximization under a KL penalty of coefficient beta, which the paper starts
-    from; the self-normalized estimate over a group is ours. Without group arguments the batch is one group.
+    Derived: ``p·exp(r/beta)`` is the textbook solution of reward maximization under a
+    KL penalty of coefficient beta, which the paper starts from; the self-normalized
+    estimate over a group is ours. Without group arguments the batch is one group.
     """
     g = grouped("kl_tilt", rewards, groups, whole=True)
     return _softmax(g, g.values / beta)
@@ -104,10 +107,14 @@ def kl_tilt(rewards: Tensor, *, beta: Positive[float], **groups: Unpack[GroupKey
     certainty="secondary",
     level="sequence",
 )
-def kl_dro(losses: Tensor, *, temperature: Positive[float], **groups: Unpack[GroupKeywords]) -> Tensor:
-    """``w_i = n·exp(loss_i/temperature)/sum_j exp(loss_j/temperature)``: the worst distribution within a KL penalty, hard samples first.
+def kl_dro(
+    losses: Tensor, *, temperature: Positive[float], **groups: Unpack[GroupKeywords]
+) -> Tensor:
+    """``w_i = n·exp(loss_i/temperature)/sum_j exp(loss_j/temperature)``: the worst
+    distribution within a KL penalty, hard samples first.
 
-    The maximum over w of ``mean(w·loss) - temperature·KL(w/n || uniform)``. Without group arguments the batch is one group.
+    The maximum over w of ``mean(w·loss) - temperature·KL(w/n || uniform)``. Without
+    group arguments the batch is one group.
 
     The paper appeared at ICLR 2024, openreview.net/forum?id=OF5x1dzWSS. It is on arXiv
     too (August 2023), but no source that we could read prints its id.
@@ -123,15 +130,22 @@ def kl_dro(losses: Tensor, *, temperature: Positive[float], **groups: Unpack[Gro
     level="sequence",
 )
 def dynamic_loss_reweighting(
-    losses: Tensor, *, temperature: PositiveOrInf[float], strategy: str = "linupper", delta: Positive[float] = 1.0
+    losses: Tensor,
+    *,
+    temperature: PositiveOrInf[float],
+    strategy: str = "linupper",
+    delta: Positive[float] = 1.0,
 ) -> Tensor:
     """``w = n·softmax(f(h)/temperature)``, where ``h`` maps the losses of the batch to
     a line: ``h = delta·(2·loss - max - min)/(max - min)``.
 
-    ``f``, the ``strategy``, is ``min(h + delta, delta)`` (``"linupper"``: easy samples are held back), ``1 - h²/delta²`` (``"quadratic"``: the middle), ``(h +
-    delta)/2`` (``"upper"``) or ``|h|`` (``"extremes"``). ``losses``: each sample's mean token loss, over the global batch. ``temperature``
-    (``r``): 0.4 and 1 in the authors' configurations, best annealed from high; ``inf`` is weight 1, which ``schedules.dynamic_loss_reweighting`` gives
-    for the first 1000 steps, as they do. Equal losses: equal weights.
+    ``f``, the ``strategy``, is ``min(h + delta, delta)`` (``"linupper"``: easy samples
+    are held back), ``1 - h²/delta²`` (``"quadratic"``: the middle), ``(h + delta)/2``
+    (``"upper"``) or ``|h|`` (``"extremes"``). ``losses``: each sample's mean token
+    loss, over the global batch. ``temperature`` (``r``): 0.4 and 1 in the authors'
+    configurations, best annealed from high; ``inf`` is weight 1, which
+    ``schedules.dynamic_loss_reweighting`` gives for the first 1000 steps, as they do.
+    Equal losses: equal weights.
     """
     g = grouped("dynamic_loss_reweighting", losses, {}, name="losses", whole=True)
     x, high, low = g.values, g.max(g.values), g.min(g.values)
@@ -143,9 +157,18 @@ def dynamic_loss_reweighting(
         "extremes": h.abs(),
     }
     if strategy not in curves:
-        raise InvalidCall(f"dynamic_loss_reweighting: strategy is {strategy!r}, expected one of {', '.join(curves)}.")
+        raise InvalidCall(
+            f"dynamic_loss_reweighting: strategy is {strategy!r}, expected one of "
+            f"{', '.join(curves)}."
+        )
     reads = {"delta": strategy != "quadratic"}  # where it cancels
-    forbid_unused("dynamic_loss_reweighting", dynamic_loss_reweighting, {"delta": delta}, "strategy='quadratic'", reads)
+    forbid_unused(
+        "dynamic_loss_reweighting",
+        dynamic_loss_reweighting,
+        {"delta": delta},
+        "strategy='quadratic'",
+        reads,
+    )
     return _softmax(g, curves[strategy] / temperature)
 
 
@@ -194,7 +217,8 @@ def raft(rewards: Tensor, *, keep: Count[int] = 1, **groups: Unpack[GroupKeyword
 
     Of equal rewards the first is kept. The loss is that of the likelihood.
 
-    SuperHF (arXiv:2310.16763) keeps the same one of its 16. A completion without a score is never kept.
+    SuperHF (arXiv:2310.16763) keeps the same one of its 16. A completion without a
+    score is never kept.
     """
     g = grouped("raft", rewards, groups)
     return g.result((g.rank(-g.values) < keep).to(g.values.dtype))
@@ -208,8 +232,8 @@ def raft(rewards: Tensor, *, keep: Count[int] = 1, **groups: Unpack[GroupKeyword
     level="batch",
 )
 def d3s(advantages: Tensor, *, num_samples: Count[int], **groups: Unpack[GroupKeywords]) -> Tensor:
-    """1 for the ``num_samples`` rows whose advantages have the greatest variance, else 0. Without group arguments, over the whole batch (the
-    default there).
+    """1 for the ``num_samples`` rows whose advantages have the greatest variance, else
+    0. Without group arguments, over the whole batch (the default there).
 
     Such a subset always has the k highest and the ``num_samples - k`` lowest
     advantages, so all k are tried. Of equal variances the subset with more high ones is
@@ -236,7 +260,9 @@ def d3s(advantages: Tensor, *, num_samples: Count[int], **groups: Unpack[GroupKe
     variance = total(squares) - total(sums) ** 2 / chosen.clamp(min=1)
     best = torch.where(low <= chosen, variance, -math.inf).argmax(1, keepdim=True)
     fill = torch.zeros_like(g.start[-1:])  # for rows of no group
-    lowest, total_size, taken = (torch.cat([y.squeeze(1), fill])[g.index] for y in (best, size, chosen))
+    lowest, total_size, taken = (
+        torch.cat([y.squeeze(1), fill])[g.index] for y in (best, size, chosen)
+    )
     rank = g.rank(x)
     return g.result(((rank < lowest) | (rank >= total_size - (taken - lowest))).to(x.dtype))
 
@@ -248,24 +274,49 @@ def d3s(advantages: Tensor, *, num_samples: Count[int], **groups: Unpack[GroupKe
     arxiv="2406.19976",
     level="source",
 )
-def source_weights(source_logits: Tensor, source_ids: Tensor, *, normalize: str = "softmax") -> Tensor:
-    """A learned weight for each source, spread over its samples. ``[S], [B] -> [B]``, differentiable in ``source_logits``.
+def source_weights(
+    source_logits: Tensor, source_ids: Tensor, *, normalize: str = "softmax"
+) -> Tensor:
+    """A learned weight for each source, spread over its samples. ``[S], [B] -> [B]``,
+    differentiable in ``source_logits``.
 
-    ``normalize="softmax"`` (ScaleBiO): sample i of source s has ``B·softmax(a)_s/n_s`` with the count ``n_s`` of its source in the batch, so that the mean
-    of ``w·loss`` is ``sum_s softmax(a)_s·mean loss_s``. ``"softplus"`` (DreamPRM, arXiv:2505.20241): ``softplus(a)_s/mean(softplus(a))``,
-    whatever the counts. The logits are trained by an outer loss on validation data; as ``token_weights`` that require grad these take the
-    two-pass plan, exactly.
+    ``normalize="softmax"`` (ScaleBiO): sample i of source s has ``B·softmax(a)_s/n_s``
+    with the count ``n_s`` of its source in the batch, so that the mean of ``w·loss`` is
+    ``sum_s softmax(a)_s·mean loss_s``. ``"softplus"`` (DreamPRM, arXiv:2505.20241):
+    ``softplus(a)_s/mean(softplus(a))``, whatever the counts. The logits are trained by
+    an outer loss on validation data; as ``token_weights`` that require grad these take
+    the two-pass plan, exactly.
     """
     if normalize not in ("softmax", "softplus"):
-        raise InvalidCall(f"source_weights: normalize is {normalize!r}, expected 'softmax' or 'softplus'.")
+        raise InvalidCall(
+            f"source_weights: normalize is {normalize!r}, expected 'softmax' or 'softplus'."
+        )
     floats("source_weights", "source_logits", source_logits)
     if source_logits.dim() != 1 or not source_logits.is_floating_point():
-        raise InvalidCall(f"source_weights: source_logits must be (S,) and floating. {describe({'source_logits': source_logits})}")
+        raise InvalidCall(
+            "source_weights: source_logits must be (S,) and floating. "
+            f"{describe({'source_logits': source_logits})}"
+        )
     if not isinstance(source_ids, Tensor) or source_ids.dim() != 1:
-        raise InvalidCall(f"source_weights: source_ids must be (B,), the source of each sample. {describe({'source_ids': source_ids})}")
-    source_ids = indices("source_weights", "source_ids", source_ids, tuple(source_ids.shape), len(source_logits), "the number of sources")
+        raise InvalidCall(
+            "source_weights: source_ids must be (B,), the source of each sample. "
+            f"{describe({'source_ids': source_ids})}"
+        )
+    source_ids = indices(
+        "source_weights",
+        "source_ids",
+        source_ids,
+        tuple(source_ids.shape),
+        len(source_logits),
+        "the number of sources",
+    )
     ones = torch.ones(source_ids.shape, device=source_ids.device, dtype=source_logits.dtype)
-    g = grouped("source_weights", ones, {"group_ids": source_ids, "num_groups": len(source_logits)}, name="source_ids")
+    g = grouped(
+        "source_weights",
+        ones,
+        {"group_ids": source_ids, "num_groups": len(source_logits)},
+        name="source_ids",
+    )
     if normalize == "softplus":
         positive = torch.nn.functional.softplus(source_logits)
         return g.groups.spread(positive / positive.mean())
@@ -279,8 +330,11 @@ def source_weights(source_logits: Tensor, source_ids: Tensor, *, normalize: str 
     arxiv="2308.09878",
     level="sequence",
 )
-def focal(likelihoods: Tensor, *, eta: NonNegative[float] = 1.0, gamma: NonNegative[float] = 5.0) -> Tensor:
-    """``w = (eta + (1 - p)^gamma)/(eta + 1)``: rare samples count more, common ones never less than ``eta/(eta + 1)``. Any shape.
+def focal(
+    likelihoods: Tensor, *, eta: NonNegative[float] = 1.0, gamma: NonNegative[float] = 5.0
+) -> Tensor:
+    """``w = (eta + (1 - p)^gamma)/(eta + 1)``: rare samples count more, common ones
+    never less than ``eta/(eta + 1)``. Any shape.
 
     ``likelihoods`` is p in [0, 1]: how common a sample is in its data set (or, in our
     reading for tokens, a detached probability).
@@ -298,27 +352,37 @@ def _trajectory(op: str, scores: Tensor, scored: Tensor, temperature: float) -> 
 
 @published("trajectory_rw", "Return weighting (RW)", arxiv="2306.13085", level="sequence")
 def trajectory_rw(returns: Tensor, *, temperature: Positive[float] = 0.1) -> Tensor:
-    """``w = n·softmax(u/temperature)``, ``u`` the returns of the data set on a line from 0 to 1 (min to max).
+    """``w = n·softmax(u/temperature)``, ``u`` the returns of the data set on a line
+    from 0 to 1 (min to max).
 
-    The paper samples trajectories with probability ``w/n``; as a loss weight the expectation is the same. All tokens of a trajectory have its
-    weight.
+    The paper samples trajectories with probability ``w/n``; as a loss weight the
+    expectation is the same. All tokens of a trajectory have its weight.
 
-    Differs from the paper: one of the authors' two implementations forgets the normalization to [0, 1]; this is the other.
+    Differs from the paper: one of the authors' two implementations forgets the
+    normalization to [0, 1]; this is the other.
     """
     x = floats("trajectory_rw", "returns", returns)
     return _trajectory("trajectory_rw", x, ~x.isnan(), temperature)
 
 
 @published("trajectory_aw", "Advantage weighting (AW)", arxiv="2306.13085", level="sequence")
-def trajectory_aw(returns: Tensor, start_values: Tensor, *, temperature: Positive[float] = 0.1) -> Tensor:
+def trajectory_aw(
+    returns: Tensor, start_values: Tensor, *, temperature: Positive[float] = 0.1
+) -> Tensor:
     """:func:`trajectory_rw` of ``returns - start_values``, so that a good trajectory
     from a bad start does not lose weight.
 
-    ``start_values``: V(s_0) of each trajectory; the authors fit a linear regression of the return on the first state. For completions the mean of
-    the prompt's group is the obvious reading (ours): pass ``advantages.dr_grpo(...)`` as returns and zeros.
+    ``start_values``: V(s_0) of each trajectory; the authors fit a linear regression of
+    the return on the first state. For completions the mean of the prompt's group is the
+    obvious reading (ours): pass ``advantages.dr_grpo(...)`` as returns and zeros.
     """
     x = floats("trajectory_aw", "returns", returns)
-    return _trajectory("trajectory_aw", x - like("trajectory_aw", "start_values", start_values, x), ~x.isnan(), temperature)
+    return _trajectory(
+        "trajectory_aw",
+        x - like("trajectory_aw", "start_values", start_values, x),
+        ~x.isnan(),
+        temperature,
+    )
 
 
 @published(
@@ -329,8 +393,15 @@ def trajectory_aw(returns: Tensor, start_values: Tensor, *, temperature: Positiv
     certainty="derived",
     level="sequence",
 )
-def selective_rehearsal(scores: Tensor, *, keep: Count[int], coef: NonNegative[float] = 0.01, **clusters: Unpack[GroupKeywords]) -> Tensor:
-    """``coef`` for the ``keep`` best examples of each cluster, else 0: ``L = L_PPO + mean_i(w_i·NLL_i)`` over the rehearsal examples.
+def selective_rehearsal(
+    scores: Tensor,
+    *,
+    keep: Count[int],
+    coef: NonNegative[float] = 0.01,
+    **clusters: Unpack[GroupKeywords],
+) -> Tensor:
+    """``coef`` for the ``keep`` best examples of each cluster, else 0:
+    ``L = L_PPO + mean_i(w_i·NLL_i)`` over the rehearsal examples.
 
     Derived: the paper rehearses, by likelihood, good examples that represent clusters
     of the supervised data, with coefficient 0.01. The number per cluster was not found,
@@ -348,9 +419,14 @@ def selective_rehearsal(scores: Tensor, *, keep: Count[int], coef: NonNegative[f
     level="group",
 )
 def dynamic_sampling(
-    rewards: Tensor, *, low: Real[float] | None = None, high: Real[float] | None = None, **groups: Unpack[GroupKeywords]
+    rewards: Tensor,
+    *,
+    low: Real[float] | None = None,
+    high: Real[float] | None = None,
+    **groups: Unpack[GroupKeywords],
 ) -> Tensor:
-    """1 for the responses of a prompt whose rewards differ and whose mean reward is in ``[low, high]``, else 0. ``[B] -> [B]``.
+    """1 for the responses of a prompt whose rewards differ and whose mean reward is in
+    ``[low, high]``, else 0. ``[B] -> [B]``.
 
     For 0/1 rewards these are prompts with neither all right nor all wrong (eq. 11).
     ``low`` and ``high`` are a band of difficulty. A group of one is kept if it is in
@@ -372,8 +448,11 @@ def dynamic_sampling(
     arxiv="1906.07413",
     level="sequence",
 )
-def class_balanced(labels: Tensor, class_counts: Tensor, *, beta: Annotated[float, Interval("[0, 1)")] = 0.9999) -> Tensor:
-    """``(1-β)/(1-β^n_y)`` of each label's class, over the mean of that over the K classes. ``[...]`` int labels, ``[K] -> [...]``.
+def class_balanced(
+    labels: Tensor, class_counts: Tensor, *, beta: Annotated[float, Interval("[0, 1)")] = 0.9999
+) -> Tensor:
+    """``(1-β)/(1-β^n_y)`` of each label's class, over the mean of that over the K
+    classes. ``[...]`` int labels, ``[K] -> [...]``.
 
     These are effective numbers of samples (arXiv:1901.05555). β = 0 is weight 1. For
     deferred re-weighting, ``schedules.drw`` gives β. The result is for
@@ -381,10 +460,21 @@ def class_balanced(labels: Tensor, class_counts: Tensor, *, beta: Annotated[floa
     """
     counts = floats("class_balanced", "class_counts", class_counts)
     if counts.dim() != 1:
-        raise InvalidCall(f"class_balanced: class_counts has shape {tuple(counts.shape)}, expected (K,).")
-    counts = require("class_balanced", counts >= 1, "a class has no sample; pass only classes with samples.", counts)
-    weight = (1 - beta) / -torch.expm1(counts * math.log(beta)) if beta > 0 else torch.ones_like(counts)
-    ids = indices("class_balanced", "labels", labels, tuple(labels.shape), len(counts), "len(class_counts)")
+        raise InvalidCall(
+            f"class_balanced: class_counts has shape {tuple(counts.shape)}, expected (K,)."
+        )
+    counts = require(
+        "class_balanced",
+        counts >= 1,
+        "a class has no sample; pass only classes with samples.",
+        counts,
+    )
+    weight = (
+        (1 - beta) / -torch.expm1(counts * math.log(beta)) if beta > 0 else torch.ones_like(counts)
+    )
+    ids = indices(
+        "class_balanced", "labels", labels, tuple(labels.shape), len(counts), "len(class_counts)"
+    )
     return torch.cat([weight / weight.mean(), weight.new_full((1,), torch.nan)])[ids]
 
 
@@ -396,7 +486,12 @@ def class_balanced(labels: Tensor, class_counts: Tensor, *, beta: Annotated[floa
     certainty="secondary",
     level="sequence",
 )
-def upweight(source_ids: Tensor, source_counts: Tensor, *, temperature: Annotated[float, Interval("[1, inf]")]) -> Tensor:
+def upweight(
+    source_ids: Tensor,
+    source_counts: Tensor,
+    *,
+    temperature: Annotated[float, Interval("[1, inf]")],
+) -> Tensor:
     """``w = p_k·N/n_k``, ``p_k ∝ n_k^(1/τ)``. ``[B], [K] -> [B]``.
 
     With these weights the mean loss of uniformly drawn samples is that of temperature
@@ -409,5 +504,7 @@ def upweight(source_ids: Tensor, source_counts: Tensor, *, temperature: Annotate
     if n.dim() != 1:
         raise InvalidCall(f"upweight: source_counts has shape {tuple(n.shape)}, expected (K,).")
     share = torch.softmax(n.log() / temperature, 0)
-    ids = indices("upweight", "source_ids", source_ids, tuple(source_ids.shape), len(n), "len(source_counts)")
+    ids = indices(
+        "upweight", "source_ids", source_ids, tuple(source_ids.shape), len(n), "len(source_counts)"
+    )
     return torch.cat([share * n.sum() / n, n.new_full((1,), torch.nan)])[ids]

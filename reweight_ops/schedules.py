@@ -16,7 +16,17 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._core.catalogue.registry import published, published_names
-from ._core.ranges import Count, CountOrZero, Interval, NonNegative, Positive, PositiveOrInf, Real, Unit, ranged
+from ._core.ranges import (
+    Count,
+    CountOrZero,
+    Interval,
+    NonNegative,
+    Positive,
+    PositiveOrInf,
+    Real,
+    Unit,
+    ranged,
+)
 from ._core.rows.grouped import GroupKeywords, floats, grouped, like
 from ._core.spec.policy import PolicyLossSpec
 from .errors import InvalidCall
@@ -63,24 +73,32 @@ def lopti(order: str = "low_first", **options: Any) -> tuple[PolicyLossSpec, Pol
     :func:`lopti_updates`. In TRL pass both as ``spec`` and set ``num_iterations=2``,
     which gives the same order of updates::
 
-        ReweightGRPOTrainer(..., args=GRPOConfig(num_iterations=2, ...), spec=rw.schedules.lopti(eta=0.5))
+        ReweightGRPOTrainer(..., args=GRPOConfig(num_iterations=2, ...),
+        spec=rw.schedules.lopti(eta=0.5))
     """
     if "half" in options:
-        raise InvalidCall("schedules.lopti: half is set by the schedule; use methods.lopti(half=...) for one of the two losses.")
+        raise InvalidCall(
+            "schedules.lopti: half is set by the schedule; use methods.lopti(half=...) for one "
+            "of the two losses."
+        )
     if order not in ("low_first", "high_first"):
-        raise InvalidCall(f"schedules.lopti: order is {order!r}, expected 'low_first' or 'high_first'.")
+        raise InvalidCall(
+            f"schedules.lopti: order is {order!r}, expected 'low_first' or 'high_first'."
+        )
     low, high = lopti_spec("low", **options), lopti_spec("high", **options)
     return (low, high) if order == "low_first" else (high, low)
 
 
-def lopti_updates(mini_batches: Iterable[_Batch], **options: Any) -> Iterator[tuple[PolicyLossSpec, _Batch]]:
+def lopti_updates(
+    mini_batches: Iterable[_Batch], **options: Any
+) -> Iterator[tuple[PolicyLossSpec, _Batch]]:
     """Yield ``(spec, mini_batch)`` for each optimizer step on one batch of rollouts.
     All mini-batches come with the first loss of :func:`lopti`, then all again with the
     second.
 
     for spec, batch in rw.schedules.lopti_updates(mini_batches, eta=0.5):
-        rw.policy_loss(model(batch), ..., spec=spec, old_per_token_logps=batch["old"]).loss.backward()
-        optimizer.step()
+        rw.policy_loss(model(batch), ..., spec=spec,
+        old_per_token_logps=batch["old"]).loss.backward() optimizer.step()
     """
     batches = list(mini_batches)  # a generator would be empty in the second pass
     for spec in lopti(**options):
@@ -91,12 +109,19 @@ def lopti_updates(mini_batches: Iterable[_Batch], **options: Any) -> Iterator[tu
 @published(
     "capo",
     "Curriculum Advantage Policy Optimization",
-    paper="From Imitation to Discrimination: Toward A Generalized Curriculum Advantage Mechanism Enhancing Cross-Domain Reasoning Tasks",
+    paper="From Imitation to Discrimination: Toward A Generalized Curriculum Advantage "
+    "Mechanism Enhancing Cross-Domain Reasoning Tasks",
     arxiv="2512.02580",
     certainty="secondary",
     level="step",
 )
-def capo(advantages: Tensor, completion_mask: Tensor, *, step: NonNegative[int | Tensor], switch_step: NonNegative[int | Tensor]) -> Tensor:
+def capo(
+    advantages: Tensor,
+    completion_mask: Tensor,
+    *,
+    step: NonNegative[int | Tensor],
+    switch_step: NonNegative[int | Tensor],
+) -> Tensor:
     """The mask of the rows to train on: first imitation, then discrimination. ``[B]``
     or ``[B, T]``, ``[B, T] -> [B, T]`` bool.
 
@@ -109,7 +134,10 @@ def capo(advantages: Tensor, completion_mask: Tensor, *, step: NonNegative[int |
     a = floats("capo", "advantages", advantages)
     mask = floats("capo", "completion_mask", completion_mask) != 0
     if a.shape not in (mask.shape, mask.shape[:-1]):
-        raise InvalidCall(f"capo: advantages has shape {tuple(a.shape)}, expected {tuple(mask.shape)} or {tuple(mask.shape[:-1])}.")
+        raise InvalidCall(
+            f"capo: advantages has shape {tuple(a.shape)}, expected {tuple(mask.shape)} or "
+            f"{tuple(mask.shape[:-1])}."
+        )
     a = a if a.shape == mask.shape else a[..., None]
     return mask & ((a >= 0) | (step >= switch_step))
 
@@ -136,10 +164,12 @@ def d3s(
     num_samples: Annotated[tuple[int, int], Interval(entries="[1, inf)")],
     token_fraction: Annotated[tuple[float, float], Interval(entries="[0, 1]")],
 ) -> D3sBudget:
-    """Both budgets go linearly from their first to their second value over ``progress`` in [0, 1]: few samples and tokens first.
+    """Both budgets go linearly from their first to their second value over ``progress``
+    in [0, 1]: few samples and tokens first.
 
-    ``num_samples`` is for :func:`reweight_ops.sample_weights.d3s`, ``token_fraction`` for the token weight. The paper's values were not found, so
-    both ranges must be given.
+    ``num_samples`` is for :func:`reweight_ops.sample_weights.d3s`, ``token_fraction``
+    for the token weight. The paper's values were not found, so both ranges must be
+    given.
     """
     samples, tokens = ((1 - progress) * a + progress * b for a, b in (num_samples, token_fraction))
     return D3sBudget(round(samples), tokens)
@@ -151,22 +181,30 @@ def d3s(
     arxiv="1904.12848",
     level="step",
 )
-def tsa(progress: Unit[float | Tensor], *, num_classes: Count[int], curve: str = "linear") -> float | Tensor:
-    """``η = a·(1 - 1/K) + 1/K``: the probability above which a labelled example is left out, from 1/K to 1 over training.
+def tsa(
+    progress: Unit[float | Tensor], *, num_classes: Count[int], curve: str = "linear"
+) -> float | Tensor:
+    """``η = a·(1 - 1/K) + 1/K``: the probability above which a labelled example is left
+    out, from 1/K to 1 over training.
 
-    ``a``, by ``curve``, is ``progress`` p in [0, 1] (``"linear"``), ``e^(5(p - 1))`` (``"exp"``, for little data) or ``1 - e^(-5p)`` (``"log"``). A number
-    gives a number, a 0-d tensor a tensor. For tokens ``num_classes`` is the vocabulary.
+    ``a``, by ``curve``, is ``progress`` p in [0, 1] (``"linear"``), ``e^(5(p - 1))``
+    (``"exp"``, for little data) or ``1 - e^(-5p)`` (``"log"``). A number gives a
+    number, a 0-d tensor a tensor. For tokens ``num_classes`` is the vocabulary.
     """
     exp: Any = torch.exp if isinstance(progress, Tensor) else math.exp
     curves = {"linear": progress, "exp": exp(5 * (progress - 1)), "log": 1 - exp(-5 * progress)}
     if curve not in curves:
-        raise InvalidCall(f"schedules.tsa: curve is {curve!r}, expected one of {', '.join(curves)}.")
+        raise InvalidCall(
+            f"schedules.tsa: curve is {curve!r}, expected one of {', '.join(curves)}."
+        )
     threshold: float | Tensor = curves[curve] * (1 - 1 / num_classes) + 1 / num_classes
     return threshold
 
 
 @ranged
-def all_failed(rewards: Tensor, *, fail_value: Real[float] = 0.0, **groups: Unpack[GroupKeywords]) -> Tensor:
+def all_failed(
+    rewards: Tensor, *, fail_value: Real[float] = 0.0, **groups: Unpack[GroupKeywords]
+) -> Tensor:
     """Select the prompts for ReLIFT's buffer. ``[B] -> [num_groups]`` bool.
 
     All completions of such a prompt have exactly ``fail_value``. Other failures do not
@@ -189,7 +227,8 @@ class ReliftState(NamedTuple):
 @published(
     "relift",
     "ReLIFT: interleaved online fine-tuning",
-    paper="Learning What Reinforcement Learning Can't: Interleaved Online Fine-Tuning for Hardest Questions",
+    paper="Learning What Reinforcement Learning Can't: Interleaved Online Fine-Tuning for "
+    "Hardest Questions",
     arxiv="2506.07527",
     level="step",
 )
@@ -198,8 +237,10 @@ class Relift:
     """A schedule of SFT steps on demonstrations of prompts that the policy cannot
     solve. RL trains the others.
 
-    After each RL step, :meth:`update` counts the prompts that :func:`all_failed` found (with their demonstrations they go into the caller's
-    buffer); once ``buffer_size`` of them wait, it says to do one SFT step on that many. There the RL loss is unclipped with
+    After each RL step, :meth:`update` counts the prompts that :func:`all_failed` found
+    (with their demonstrations they go into the caller's buffer); once ``buffer_size``
+    of them wait, it says to do one SFT step on that many. There the RL loss is
+    unclipped with
     ``advantages.dr_grpo``, and the SFT step has an optimizer of its own."""
 
     buffer_size: Count[int] = 128
@@ -227,7 +268,12 @@ class Relift:
     arxiv="1906.07413",
     level="step",
 )
-def drw(epoch: CountOrZero[int], *, switch_epoch: CountOrZero[int] = 160, beta: Annotated[float, Interval("[0, 1)")] = 0.9999) -> float:
+def drw(
+    epoch: CountOrZero[int],
+    *,
+    switch_epoch: CountOrZero[int] = 160,
+    beta: Annotated[float, Interval("[0, 1)")] = 0.9999,
+) -> float:
     """β of ``sample_weights.class_balanced``: 0 (no re-weighting) before
     ``switch_epoch``, and ``beta`` from then on.
 
@@ -242,10 +288,17 @@ def drw(epoch: CountOrZero[int], *, switch_epoch: CountOrZero[int] = 160, beta: 
     arxiv="2502.06733",
     level="step",
 )
-def dynamic_loss_reweighting(step: CountOrZero[int], *, temperature: PositiveOrInf[float], burn_in_steps: CountOrZero[int] = 1000) -> float:
-    """``temperature`` of ``sample_weights.dynamic_loss_reweighting``: ``inf``, all weights 1, before ``burn_in_steps``, and from it on as given.
+def dynamic_loss_reweighting(
+    step: CountOrZero[int],
+    *,
+    temperature: PositiveOrInf[float],
+    burn_in_steps: CountOrZero[int] = 1000,
+) -> float:
+    """``temperature`` of ``sample_weights.dynamic_loss_reweighting``: ``inf``, all
+    weights 1, before ``burn_in_steps``, and from it on as given.
 
-    Losses say little of samples before the model has learned something. 1000 of the authors' steps (``burnout_steps`` in their configurations).
+    Losses say little of samples before the model has learned something. 1000 of the
+    authors' steps (``burnout_steps`` in their configurations).
     """
     return math.inf if step < burn_in_steps else temperature
 
@@ -265,23 +318,37 @@ def hapo_temperature(
     tau: Unit[float] = 0.1,
     pivot: Unit[float] = 0.8,
 ) -> Tensor:
-    """``temperature·(1 + τ·h)``, what each next token is sampled at: higher where the policy is unsure. ``[...], [B, T], [B, T] -> [...]``.
+    """``temperature·(1 + τ·h)``, what each next token is sampled at: higher where the
+    policy is unsure. ``[...], [B, T], [B, T] -> [...]``.
 
-    ``h`` goes from -1 at the lowest entropy of the last rollout over 0 at its ``pivot`` quantile to 1 at the highest, by ``log H``, and no further.
-    ``entropies``: of the next token, before any temperature; ``rollout_entropies`` and ``completion_mask``: of the last rollout, in nats. The authors'
-    scripts have ``tau=0.05``; their old log-probs are at ``temperature``, not at what was sampled with. In the first rollout it is ``temperature``.
+    ``h`` goes from -1 at the lowest entropy of the last rollout over 0 at its ``pivot``
+    quantile to 1 at the highest, by ``log H``, and no further. ``entropies``: of the
+    next token, before any temperature; ``rollout_entropies`` and ``completion_mask``:
+    of the last rollout, in nats. The authors' scripts have ``tau=0.05``; their old
+    log-probs are at ``temperature``, not at what was sampled with. In the first rollout
+    it is ``temperature``.
 
-    Differs from the authors' code, not from the paper: as in ``methods.hapo``, the code's h is never negative.
+    Differs from the authors' code, not from the paper: as in ``methods.hapo``, the
+    code's h is never negative.
     """
     given = {"entropies": entropies, "rollout_entropies": rollout_entropies}
-    log_h, log_rollout = (floats("hapo_temperature", name, x).clamp(min=1e-8).log() for name, x in given.items())
+    log_h, log_rollout = (
+        floats("hapo_temperature", name, x).clamp(min=1e-8).log() for name, x in given.items()
+    )
     mask = torch.ones_like(log_rollout) if completion_mask is None else completion_mask
     counted = like("hapo_temperature", "completion_mask", mask, log_rollout) != 0
     ordered = torch.where(counted, log_rollout, math.inf).flatten().sort().values
     last = counted.sum() - 1
-    low, middle, high = (ordered.gather(0, at.long().view(1)) for at in (0 * last, (pivot * last.double()).round(), last))
+    low, middle, high = (
+        ordered.gather(0, at.long().view(1))
+        for at in (0 * last, (pivot * last.double()).round(), last)
+    )
     distance = log_h - middle
-    h = torch.where(distance > 0, distance / (high - middle).clamp(min=1e-8), distance / (middle - low).clamp(min=1e-8))
+    h = torch.where(
+        distance > 0,
+        distance / (high - middle).clamp(min=1e-8),
+        distance / (middle - low).clamp(min=1e-8),
+    )
     return temperature * (1 + tau * h.clamp(-1, 1))
 
 
@@ -300,22 +367,36 @@ def canon(
     cycles: Count[int] = 3,
     lowest: Unit[float] = 0.4,
 ) -> float:
-    """μ of ``advantages.canon(inter_weight=)``: cosine annealing with restarts, as the authors' code and its numbers.
+    """μ of ``advantages.canon(inter_weight=)``: cosine annealing with restarts, as the
+    authors' code and its numbers.
 
-    A curve ``f`` rises linearly to its top over ``warmup_steps``, ``top·(step + 1)/warmup_steps``, and then falls along a cosine from the top to its
-    floor in each of ``cycles`` cycles. ``order="inter_first"`` (First-Inter-Later-Intra): ``μ = f`` from 1 to ``lowest``. ``"intra_first"``
-    (First-Intra-Later-Inter): ``μ = 1 - f``, ``f`` from ``1 - lowest`` to 0, so that μ rises to 1.
+    A curve ``f`` rises linearly to its top over ``warmup_steps``,
+    ``top·(step + 1)/warmup_steps``, and then falls along a cosine from the top to its
+    floor in each of ``cycles`` cycles. ``order="inter_first"``
+    (First-Inter-Later-Intra): ``μ = f`` from 1 to ``lowest``. ``"intra_first"``
+    (First-Intra-Later-Inter): ``μ = 1 - f``, ``f`` from ``1 - lowest`` to 0, so that μ
+    rises to 1.
     """
     if order not in ("intra_first", "inter_first"):
-        raise InvalidCall(f"schedules.canon: order is {order!r}, expected 'intra_first' or 'inter_first'.")
+        raise InvalidCall(
+            f"schedules.canon: order is {order!r}, expected 'intra_first' or 'inter_first'."
+        )
     length = (total_steps - warmup_steps) // cycles
     if length < 1:
-        raise InvalidCall(f"schedules.canon: {total_steps} steps, {warmup_steps} of them warm-up, are too few for {cycles} cycles.")
+        raise InvalidCall(
+            f"schedules.canon: {total_steps} steps, {warmup_steps} of them warm-up, are too few "
+            f"for {cycles} cycles."
+        )
     top, floor = (1.0, lowest) if order == "inter_first" else (1 - lowest, 0.0)
     if step < warmup_steps:
         f = top * (step + 1) / warmup_steps
     else:
-        f = floor + (top - floor) * (1 + math.cos(math.pi * ((step - warmup_steps) % length) / length)) / 2
+        f = (
+            floor
+            + (top - floor)
+            * (1 + math.cos(math.pi * ((step - warmup_steps) % length) / length))
+            / 2
+        )
     return f if order == "inter_first" else 1 - f
 
 
@@ -334,9 +415,12 @@ class BetaDpoState(NamedTuple):
 )
 @dataclass(frozen=True, kw_only=True)
 class BetaDpo:
-    """``β = max(beta·(1 + a·(mean gap - M)), 1e-3)``, ``gap`` = ``log(π/π_ref)(y_w) - log(π/π_ref)(y_l)``, ``M ← momentum·M + (1 - momentum)·mean gap`` first.
+    """``β = max(beta·(1 + a·(mean gap - M)), 1e-3)``, ``gap`` =
+    ``log(π/π_ref)(y_w) - log(π/π_ref)(y_l)``,
+    ``M ← momentum·M + (1 - momentum)·mean gap`` first.
 
-    :meth:`update` returns the state and β, a 0-d tensor, for ``preference.dpo(beta=...)`` of the same batch. a is 0.6 in the authors' command.
+    :meth:`update` returns the state and β, a 0-d tensor, for
+    ``preference.dpo(beta=...)`` of the same batch. a is 0.6 in the authors' command.
     Differs from the paper: its filter of pairs is not applied. It draws pairs by how
     near their gap is to M.
     """
@@ -345,7 +429,9 @@ class BetaDpo:
     a: NonNegative[float] = 0.6
     momentum: Unit[float] = 0.9
 
-    def init(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> BetaDpoState:
+    def init(
+        self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> BetaDpoState:
         """Return the state with a mean of 0."""
         return BetaDpoState(torch.zeros((), device=device, dtype=dtype))
 
@@ -376,8 +462,9 @@ class AdaptiveEntropy:
     It goes one ``step`` up while the entropy is below the target, and one down
     otherwise, in [0, ``coef_max``]. Above the target the coefficient in force is 0.
 
-    :meth:`update` returns the state and the coefficient for the next step, a 0-d tensor: nothing waits for the device and nothing is recompiled. The
-    defaults are those of the authors' 32B runs::
+    :meth:`update` returns the state and the coefficient for the next step, a 0-d
+    tensor: nothing waits for the device and nothing is recompiled. The defaults are
+    those of the authors' 32B runs::
 
         state, coef = control.update(state, out.metrics["entropy"])
         spec = rw.methods.grpo(entropy_coef=coef)
@@ -388,11 +475,15 @@ class AdaptiveEntropy:
     coef_min: NonNegative[float] = 0.0
     coef_max: NonNegative[float] = 0.005
 
-    def init(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> AdaptiveEntropyState:
+    def init(
+        self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> AdaptiveEntropyState:
         """Return the state with a coefficient of ``coef_min``."""
         return AdaptiveEntropyState(torch.full((), self.coef_min, device=device, dtype=dtype))
 
-    def update(self, state: AdaptiveEntropyState, entropy: float | Tensor) -> tuple[AdaptiveEntropyState, Tensor]:
+    def update(
+        self, state: AdaptiveEntropyState, entropy: float | Tensor
+    ) -> tuple[AdaptiveEntropyState, Tensor]:
         """Update with ``entropy``, the batch's mean.
 
         A mean that is not finite leaves the coefficient unchanged, and the coefficient
@@ -400,7 +491,9 @@ class AdaptiveEntropy:
         """
         now = torch.as_tensor(entropy, dtype=state.coef.dtype, device=state.coef.device).detach()
         below = now < self.target_entropy
-        moved = (state.coef + self.step * (2 * below.to(state.coef.dtype) - 1)).clamp(self.coef_min, self.coef_max)
+        moved = (state.coef + self.step * (2 * below.to(state.coef.dtype) - 1)).clamp(
+            self.coef_min, self.coef_max
+        )
         coef = torch.where(torch.isfinite(now), moved, state.coef)
         return AdaptiveEntropyState(coef), torch.where(below, coef, 0)
 

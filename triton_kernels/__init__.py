@@ -7,4 +7,6 @@ from reweight_ops.errors import BackendUnavailable
 try:
     import triton as triton
 except ImportError as error:
-    raise BackendUnavailable(f"Triton cannot be imported ({error}); pip install triton (Linux, or triton-windows).") from error
+    raise BackendUnavailable(
+        f"Triton cannot be imported ({error}); pip install triton (Linux, or triton-windows)."
+    ) from error

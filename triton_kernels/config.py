@@ -31,8 +31,8 @@ REGISTERS = 65536
 
 
 class Launch(NamedTuple):
-    """Launch of a program: its threads, registers per thread, and tiles loaded ahead (1 or
-    2).
+    """Launch of a program: its threads, registers per thread, and tiles loaded ahead (1
+    or 2).
 
     A launch never changes a bit of a result.
     """
@@ -88,7 +88,9 @@ class Config(NamedTuple):
 
 
 def bytes_in_flight(launch: Launch, slots: int, vectors: int) -> int:
-    """Bytes that the programs of one processor have in flight while they wait for memory."""
+    """Bytes that the programs of one processor have in flight while they wait for
+    memory.
+    """
     return launch.programs() * slots * vectors * launch.ahead * 16
 
 
@@ -106,8 +108,14 @@ VARIANTS: dict[str, tuple[tuple[int, Shape], ...]] = {
         (_LONG, Shape(256, 4, Launch(256, 80), Launch(256, 128, 2))),
         (1 << 62, Shape(512, 4, Launch(256, 128), Launch(512, 128, 2))),
     ),
-    "three programs": (*_SHORT_ROWS, (1 << 62, Shape(256, 4, Launch(256, 128, 2), Launch(256, 80)))),
-    "one program": (*_SHORT_ROWS, (1 << 62, Shape(512, 4, Launch(512, 128, 2), Launch(512, 128, 2)))),
+    "three programs": (
+        *_SHORT_ROWS,
+        (1 << 62, Shape(256, 4, Launch(256, 128, 2), Launch(256, 80))),
+    ),
+    "one program": (
+        *_SHORT_ROWS,
+        (1 << 62, Shape(512, 4, Launch(512, 128, 2), Launch(512, 128, 2))),
+    ),
     "two vectors": (*_SHORT_ROWS, (1 << 62, Shape(256, 2, Launch(256, 64), Launch(256, 64)))),
     "eight vectors": (*_SHORT_ROWS, (1 << 62, Shape(256, 8, Launch(256, 128), Launch(256, 128)))),
 }
@@ -115,7 +123,10 @@ _GRAD, _GRAD_VECTORS = Launch(256, 80), 4
 _CAPPED_VECTORS = 2
 _SEGMENT_BYTES = 64 << 10
 #: Shapes for two tensors. A slot has ten numbers, and a tile twice the words.
-_DIVERGENCE = ((64 << 10, Shape(128, 1, Launch(128, 128), Launch(128, 128))), (1 << 62, Shape(256, 2, Launch(256, 128), Launch(256, 128))))
+_DIVERGENCE = (
+    (64 << 10, Shape(128, 1, Launch(128, 128), Launch(128, 128))),
+    (1 << 62, Shape(256, 2, Launch(256, 128), Launch(256, 128))),
+)
 
 
 def config_for(columns: int, itemsize: int, capped: bool = False) -> Config:
@@ -125,9 +136,21 @@ def config_for(columns: int, itemsize: int, capped: bool = False) -> Config:
     """
     table = VARIANTS[os.environ.get("REWEIGHT_OPS_TRITON_SHAPES", "default")]
     shape = next(s for limit, s in table if columns * itemsize <= limit)
-    vector, vectors = 16 // itemsize, min(shape.vectors, _CAPPED_VECTORS) if capped else shape.vectors
+    vector, vectors = (
+        16 // itemsize,
+        min(shape.vectors, _CAPPED_VECTORS) if capped else shape.vectors,
+    )
     segment = max(2 * shape.slots * vectors * vector, _SEGMENT_BYTES // itemsize)
-    return Config(shape.slots, vectors, vector, segment, shape.stats, shape.one_pass, _GRAD, _CAPPED_VECTORS if capped else _GRAD_VECTORS)
+    return Config(
+        shape.slots,
+        vectors,
+        vector,
+        segment,
+        shape.stats,
+        shape.one_pass,
+        _GRAD,
+        _CAPPED_VECTORS if capped else _GRAD_VECTORS,
+    )
 
 
 def divergence_config(columns: int, itemsize: int, other_itemsize: int) -> Config:
@@ -140,5 +163,9 @@ def divergence_config(columns: int, itemsize: int, other_itemsize: int) -> Confi
     # A vector of the narrower tensor is two of the wider one: a tile of two vectors
     # would spill.
     vectors = shape.vectors if itemsize == other_itemsize else 1
-    segment = max(2 * shape.slots * vectors * vector, _SEGMENT_BYTES // max(itemsize, other_itemsize))
-    return Config(shape.slots, vectors, vector, segment, shape.stats, shape.one_pass, shape.one_pass, vectors)
+    segment = max(
+        2 * shape.slots * vectors * vector, _SEGMENT_BYTES // max(itemsize, other_itemsize)
+    )
+    return Config(
+        shape.slots, vectors, vector, segment, shape.stats, shape.one_pass, shape.one_pass, vectors
+    )

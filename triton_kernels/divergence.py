@@ -16,7 +16,8 @@ from .kernels import kernel
 from .sweep import LN2, LOWEST, base2_scale, capped, row_offset, slot_dot, slot_sum, zero_sweep
 from .words import load_elements, load_tile, numbers, round_to, store_run
 
-_FIXED = tl.constexpr(1125899906842624.0)  # 2⁵⁰: a thousand elements of that size fit in 63 bits
+# 2⁵⁰: a thousand elements of that size fit in 63 bits
+_FIXED = tl.constexpr(1125899906842624.0)
 #: Numbers of a slot, and rows of a table of slots.
 SLOT = tl.constexpr(10)
 
@@ -74,13 +75,18 @@ def _logits(z, cap, CAP: tl.constexpr):
 
 
 @triton.jit
-def _run(x, y, state, kp, kq, p_cap, q_cap, SLOTS: tl.constexpr, P_CAP: tl.constexpr, Q_CAP: tl.constexpr):
+def _run(
+    x, y, state, kp, kq, p_cap, q_cap, SLOTS: tl.constexpr, P_CAP: tl.constexpr, Q_CAP: tl.constexpr
+):
     """Add one run to the slots; ``x`` and ``y`` are fp32."""
     ws, vs = _logits(x, p_cap, P_CAP), _logits(y, q_cap, Q_CAP)
-    p_top, q_top = tl.maximum(state[0], tl.max(ws[0], 1)), tl.maximum(state[4], tl.max(vs[0], 1))  # drops NaN; e keeps it
+    # drops NaN; e keeps it
+    p_top, q_top = tl.maximum(state[0], tl.max(ws[0], 1)), tl.maximum(state[4], tl.max(vs[0], 1))
     for i in tl.static_range(1, len(x)):
         p_top, q_top = tl.maximum(p_top, tl.max(ws[i], 1)), tl.maximum(q_top, tl.max(vs[i], 1))
-    p_max, p_sum, p_dot, p_cross, q_max, q_sum, q_dot, q_cross, p_zero, q_zero = _both_moved(state, p_top, q_top, kp, kq)
+    p_max, p_sum, p_dot, p_cross, q_max, q_sum, q_dot, q_cross, p_zero, q_zero = _both_moved(
+        state, p_top, q_top, kp, kq
+    )
     for i in tl.static_range(len(x)):
         a, b = _exponent(ws[i], p_top, kp), _exponent(vs[i], q_top, kq)
         p_masked, q_masked = a == float("-inf"), b == float("-inf")
@@ -117,11 +123,27 @@ def _merged(state, other, kp, kq):
 
 @triton.jit
 def _segment_slots(
-    X, Y, x, y, start, stop, limit, kp, kq, p_cap, q_cap, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
-    P_CAP: tl.constexpr, Q_CAP: tl.constexpr, ALIGN: tl.constexpr, POLICY: tl.constexpr,
-):  # fmt: skip
-    """Slots of columns ``start`` to ``stop`` of the rows at ``X`` and ``Y``, and the next
-    tiles.
+    X,
+    Y,
+    x,
+    y,
+    start,
+    stop,
+    limit,
+    kp,
+    kq,
+    p_cap,
+    q_cap,
+    SLOTS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    E: tl.constexpr,
+    P_CAP: tl.constexpr,
+    Q_CAP: tl.constexpr,
+    ALIGN: tl.constexpr,
+    POLICY: tl.constexpr,
+):
+    """Slots of columns ``start`` to ``stop`` of the rows at ``X`` and ``Y``, and the
+    next tiles.
 
     ``x`` and ``y`` are the first tiles of these columns. Nothing is read at or after
     ``limit``.
@@ -135,30 +157,87 @@ def _segment_slots(
         x_ahead = load_tile(X + c + BLOCK, None, SLOTS, VECTORS, E, ALIGN, POLICY)
         y_ahead = load_tile(Y + c + BLOCK, None, SLOTS, VECTORS, E, ALIGN, POLICY)
         for i in tl.static_range(VECTORS):
-            state = _run(numbers(x[i], p, E), numbers(y[i], q, E), state, kp, kq, p_cap, q_cap, SLOTS, P_CAP, Q_CAP)
+            state = _run(
+                numbers(x[i], p, E),
+                numbers(y[i], q, E),
+                state,
+                kp,
+                kq,
+                p_cap,
+                q_cap,
+                SLOTS,
+                P_CAP,
+                Q_CAP,
+            )
         x, y = x_ahead, y_ahead
     if full > start:
         x_ahead = load_tile(X + full, limit - full, SLOTS, VECTORS, E, ALIGN, POLICY)
         y_ahead = load_tile(Y + full, limit - full, SLOTS, VECTORS, E, ALIGN, POLICY)
         for i in tl.static_range(VECTORS):
-            state = _run(numbers(x[i], p, E), numbers(y[i], q, E), state, kp, kq, p_cap, q_cap, SLOTS, P_CAP, Q_CAP)
+            state = _run(
+                numbers(x[i], p, E),
+                numbers(y[i], q, E),
+                state,
+                kp,
+                kq,
+                p_cap,
+                q_cap,
+                SLOTS,
+                P_CAP,
+                Q_CAP,
+            )
         x, y = x_ahead, y_ahead
     for i in tl.static_range(VECTORS):
         if full + i * (SLOTS * E) < stop:  # the last tile of a row, run by run
-            state = _run(numbers(x[i], p, E), numbers(y[i], q, E), state, kp, kq, p_cap, q_cap, SLOTS, P_CAP, Q_CAP)
+            state = _run(
+                numbers(x[i], p, E),
+                numbers(y[i], q, E),
+                state,
+                kp,
+                kq,
+                p_cap,
+                q_cap,
+                SLOTS,
+                P_CAP,
+                Q_CAP,
+            )
     if stop % E != 0:  # the rest of a vector, in its column's slot
         first = stop // (SLOTS * E) * (SLOTS * E)
         x_last = load_elements(X + first, stop // E * E - first, stop - first, SLOTS, E, POLICY)
         y_last = load_elements(Y + first, stop // E * E - first, stop - first, SLOTS, E, POLICY)
-        state = _run(numbers(x_last, p, E), numbers(y_last, q, E), state, kp, kq, p_cap, q_cap, SLOTS, P_CAP, Q_CAP)
+        state = _run(
+            numbers(x_last, p, E),
+            numbers(y_last, q, E),
+            state,
+            kp,
+            kq,
+            p_cap,
+            q_cap,
+            SLOTS,
+            P_CAP,
+            Q_CAP,
+        )
     return state, x, y
 
 
 @triton.jit
 def _swept_slots(
-    X, Y, V, kp, kq, p_cap, q_cap, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
-    P_CAP: tl.constexpr, Q_CAP: tl.constexpr, ALIGN: tl.constexpr, POLICY: tl.constexpr,
-):  # fmt: skip
+    X,
+    Y,
+    V,
+    kp,
+    kq,
+    p_cap,
+    q_cap,
+    SEGMENT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    E: tl.constexpr,
+    P_CAP: tl.constexpr,
+    Q_CAP: tl.constexpr,
+    ALIGN: tl.constexpr,
+    POLICY: tl.constexpr,
+):
     """The slots of whole rows."""
     state = _no_slots(SLOTS)
     x = load_tile(X, V, SLOTS, VECTORS, E, ALIGN, POLICY)
@@ -166,8 +245,25 @@ def _swept_slots(
     for start in range(0, V, SEGMENT):
         stop = tl.minimum(V, start + SEGMENT)
         more, x, y = _segment_slots(
-            X, Y, x, y, start, stop, V, kp, kq, p_cap, q_cap, SLOTS, VECTORS, E, P_CAP, Q_CAP, ALIGN, POLICY
-        )  # fmt: skip
+            X,
+            Y,
+            x,
+            y,
+            start,
+            stop,
+            V,
+            kp,
+            kq,
+            p_cap,
+            q_cap,
+            SLOTS,
+            VECTORS,
+            E,
+            P_CAP,
+            Q_CAP,
+            ALIGN,
+            POLICY,
+        )
         state = _merged(state, more, kp, kq)
     return state
 
@@ -230,8 +326,19 @@ def _row_stats(state, T, T_OTHER, kp, kq, SLOTS: tl.constexpr):
     the result.
     """
     p_top, q_top = tl.max(state[0], 0), tl.max(state[4], 0)
-    _, p_sum, p_dot, p_cross, _, q_sum, q_dot, q_cross, p_zero, q_zero = _both_moved(state, p_top, q_top, kp, kq)
-    sizes = _joined8(_size(p_sum), _size(p_dot), _size(p_cross), _size(q_sum), _size(q_dot), _size(q_cross), p_zero, q_zero)
+    _, p_sum, p_dot, p_cross, _, q_sum, q_dot, q_cross, p_zero, q_zero = _both_moved(
+        state, p_top, q_top, kp, kq
+    )
+    sizes = _joined8(
+        _size(p_sum),
+        _size(p_dot),
+        _size(p_cross),
+        _size(q_sum),
+        _size(q_dot),
+        _size(q_cross),
+        p_zero,
+        q_zero,
+    )
     s1, s2, s3, s4, s5, s6, p_zero, q_zero = _split8(tl.max(sizes, 0))
     s1, s2, s3 = tl.maximum(s1, 1e-20), tl.maximum(s2, 1e-20), tl.maximum(s3, 1e-20)
     s4, s5, s6 = tl.maximum(s4, 1e-20), tl.maximum(s5, 1e-20), tl.maximum(s6, 1e-20)
@@ -240,15 +347,27 @@ def _row_stats(state, T, T_OTHER, kp, kq, SLOTS: tl.constexpr):
     p_sum, p_dot, p_cross, q_sum, q_dot, q_cross, is_nan, _ = _split8(
         tl.sum(
             _joined8(
-                _fixed(p_sum, s1), _fixed(p_dot, s2), _fixed(p_cross, s3), _fixed(q_sum, s4), _fixed(q_dot, s5), _fixed(q_cross, s6),
-                is_nan.to(tl.int64), none,
+                _fixed(p_sum, s1),
+                _fixed(p_dot, s2),
+                _fixed(p_cross, s3),
+                _fixed(q_sum, s4),
+                _fixed(q_dot, s5),
+                _fixed(q_cross, s6),
+                is_nan.to(tl.int64),
+                none,
             ),
             0,
         )
-    )  # fmt: skip
+    )
     p_sum, p_dot, p_cross = _unfixed(p_sum, s1), _unfixed(p_dot, s2), _unfixed(p_cross, s3)
     q_sum, q_dot, q_cross = _unfixed(q_sum, s4), _unfixed(q_dot, s5), _unfixed(q_cross, s6)
-    sound = (is_nan == 0) & (p_sum > 0.0) & (q_sum > 0.0) & (p_top < float("inf")) & (q_top < float("inf"))
+    sound = (
+        (is_nan == 0)
+        & (p_sum > 0.0)
+        & (q_sum > 0.0)
+        & (p_top < float("inf"))
+        & (q_top < float("inf"))
+    )
     nan = float("nan")
     p_sum, q_sum = tl.where(sound, p_sum, nan), tl.where(sound, q_sum, nan)
     p_log, q_log = math.log(p_sum), math.log(q_sum)
@@ -259,7 +378,16 @@ def _row_stats(state, T, T_OTHER, kp, kq, SLOTS: tl.constexpr):
     reverse = tl.where((q_zero > 0.0) & (reverse == reverse), float("inf"), reverse)
     p_lse, p_low = _lse(p_top, kp, p_log, T)
     q_lse, q_low = _lse(q_top, kq, q_log, T_OTHER)
-    return forward, reverse, p_log - p_dot / p_sum * LN2, q_log - q_dot / q_sum * LN2, p_lse, p_low, q_lse, q_low
+    return (
+        forward,
+        reverse,
+        p_log - p_dot / p_sum * LN2,
+        q_log - q_dot / q_sum * LN2,
+        p_lse,
+        p_low,
+        q_lse,
+        q_low,
+    )
 
 
 @triton.jit
@@ -281,8 +409,8 @@ def _gradient_columns(
     z, y, p_center, p_rest, kp, q_center, q_rest, kq, w_const, w_log, w_ratio, w_q, p_cap, q_cap,
     P_CAP: tl.constexpr, Q_CAP: tl.constexpr, LOGS: tl.constexpr,
 ):  # fmt: skip
-    """``p·(w_const + w_log·log2 p + w_ratio·(log2 p - log2 q)) - w_q·q``, times the slope
-    of the cap.
+    """``p·(w_const + w_log·log2 p + w_ratio·(log2 p - log2 q)) - w_q·q``, times the
+    slope of the cap.
 
     It is 0 where p has a ``-inf`` logit.
     """
@@ -307,29 +435,109 @@ def _gradient_columns(
 
 @triton.jit
 def _gradient_run(
-    P, x, y, columns, p_center, p_rest, kp, q_center, q_rest, kq, w_const, w_log, w_ratio, w_q, p_cap, q_cap,
-    SLOTS: tl.constexpr, E: tl.constexpr, P_CAP: tl.constexpr, Q_CAP: tl.constexpr, LOGS: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
+    P,
+    x,
+    y,
+    columns,
+    p_center,
+    p_rest,
+    kp,
+    q_center,
+    q_rest,
+    kq,
+    w_const,
+    w_log,
+    w_ratio,
+    w_q,
+    p_cap,
+    q_cap,
+    SLOTS: tl.constexpr,
+    E: tl.constexpr,
+    P_CAP: tl.constexpr,
+    Q_CAP: tl.constexpr,
+    LOGS: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
     """Write the gradient of a run; ``x`` and ``y`` are fp32.
 
     It writes the whole run, or the whole vectors among the first ``columns``.
     """
-    g = (_gradient_columns(
-        x[0], y[0], p_center, p_rest, kp, q_center, q_rest, kq, w_const, w_log, w_ratio, w_q, p_cap, q_cap, P_CAP, Q_CAP, LOGS
-    ),)  # fmt: skip
+    g = (
+        _gradient_columns(
+            x[0],
+            y[0],
+            p_center,
+            p_rest,
+            kp,
+            q_center,
+            q_rest,
+            kq,
+            w_const,
+            w_log,
+            w_ratio,
+            w_q,
+            p_cap,
+            q_cap,
+            P_CAP,
+            Q_CAP,
+            LOGS,
+        ),
+    )
     if E == 8:
-        g = g + (_gradient_columns(
-            x[1], y[1], p_center, p_rest, kp, q_center, q_rest, kq, w_const, w_log, w_ratio, w_q, p_cap, q_cap, P_CAP, Q_CAP, LOGS
-        ),)  # fmt: skip
+        g = g + (
+            _gradient_columns(
+                x[1],
+                y[1],
+                p_center,
+                p_rest,
+                kp,
+                q_center,
+                q_rest,
+                kq,
+                w_const,
+                w_log,
+                w_ratio,
+                w_q,
+                p_cap,
+                q_cap,
+                P_CAP,
+                Q_CAP,
+                LOGS,
+            ),
+        )
     store_run(P, g, columns, SLOTS, E, EMULATE)
 
 
 @triton.jit
 def _row_gradient(
-    X, Y, OUT, start, stop, V, T, T_OTHER, p_cap, q_cap, reverse, entropy, p_lse, p_low, q_lse, q_low, d_forward, d_reverse, d_entropy,
-    SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, P_CAP: tl.constexpr, Q_CAP: tl.constexpr, LOGS: tl.constexpr,
-    ALIGN: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
+    X,
+    Y,
+    OUT,
+    start,
+    stop,
+    V,
+    T,
+    T_OTHER,
+    p_cap,
+    q_cap,
+    reverse,
+    entropy,
+    p_lse,
+    p_low,
+    q_lse,
+    q_low,
+    d_forward,
+    d_reverse,
+    d_entropy,
+    SLOTS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    E: tl.constexpr,
+    P_CAP: tl.constexpr,
+    Q_CAP: tl.constexpr,
+    LOGS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
     """Write the gradient of columns ``start`` to ``stop``, last tile first.
 
     L2 still holds what was read last.
@@ -341,7 +549,9 @@ def _row_gradient(
     w_log = 0.0 * w_const
     w_ratio = w_log
     if LOGS:
-        w_const -= tl.where(d_reverse == 0.0, 0.0, d_reverse * reverse) + tl.where(d_entropy == 0.0, 0.0, d_entropy * entropy)
+        w_const -= tl.where(d_reverse == 0.0, 0.0, d_reverse * reverse) + tl.where(
+            d_entropy == 0.0, 0.0, d_entropy * entropy
+        )
         w_log = d_entropy * -LN2
         w_ratio = d_reverse * LN2
     is_nan = (p_lse != p_lse) | (q_lse != q_lse) | ((d_reverse != 0.0) & (reverse == float("inf")))
@@ -359,18 +569,61 @@ def _row_gradient(
         x_run = load_tile(X + first, last - first, SLOTS, 1, E, ALIGN, "evict_first")
         y_run = load_tile(Y + first, last - first, SLOTS, 1, E, ALIGN, "evict_first")
         _gradient_run(
-            OUT + first, numbers(x_run[0], p, E), numbers(y_run[0], q, E), last - first, p_center, p_rest, kp, q_center, q_rest, kq,
-            w_const, w_log, w_ratio, w_q, p_cap, q_cap, SLOTS, E, P_CAP, Q_CAP, LOGS, EMULATE,
-        )  # fmt: skip
-    for first in range(tl.maximum(start, last // E * E), stop, SLOTS):  # the rest of a vector, and padding
+            OUT + first,
+            numbers(x_run[0], p, E),
+            numbers(y_run[0], q, E),
+            last - first,
+            p_center,
+            p_rest,
+            kp,
+            q_center,
+            q_rest,
+            kq,
+            w_const,
+            w_log,
+            w_ratio,
+            w_q,
+            p_cap,
+            q_cap,
+            SLOTS,
+            E,
+            P_CAP,
+            Q_CAP,
+            LOGS,
+            EMULATE,
+        )
+    # the rest of a vector, and padding
+    for first in range(tl.maximum(start, last // E * E), stop, SLOTS):
         column = first + tl.arange(0, SLOTS)
-        z = tl.load(X + column, mask=column < V, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
-        v = tl.load(Y + column, mask=column < V, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
+        z = tl.load(
+            X + column, mask=column < V, other=float("-inf"), eviction_policy="evict_first"
+        ).to(tl.float32)
+        v = tl.load(
+            Y + column, mask=column < V, other=float("-inf"), eviction_policy="evict_first"
+        ).to(tl.float32)
         g = _gradient_columns(
-            z, v, p_center, p_rest, kp, q_center, q_rest, kq, w_const, w_log, w_ratio, w_q, p_cap, q_cap, P_CAP, Q_CAP, LOGS
+            z,
+            v,
+            p_center,
+            p_rest,
+            kp,
+            q_center,
+            q_rest,
+            kq,
+            w_const,
+            w_log,
+            w_ratio,
+            w_q,
+            p_cap,
+            q_cap,
+            P_CAP,
+            Q_CAP,
+            LOGS,
         )
         g = tl.where(column < V, g, 0.0)
-        tl.store(OUT + column, round_to(g, p, EMULATE), mask=column < stop, eviction_policy="evict_first")
+        tl.store(
+            OUT + column, round_to(g, p, EMULATE), mask=column < stop, eviction_policy="evict_first"
+        )
     for i in range((full - start) // BLOCK):
         first = full - (i + 1) * BLOCK
         there = tl.where(first > start, BLOCK, 0)
@@ -378,19 +631,58 @@ def _row_gradient(
         y_ahead = load_tile(Y + (first - BLOCK), there, SLOTS, VECTORS, E, ALIGN, "evict_first")
         for j in tl.static_range(VECTORS):
             _gradient_run(
-                OUT + (first + j * (SLOTS * E)), numbers(x[j], p, E), numbers(y[j], q, E), None, p_center, p_rest, kp, q_center, q_rest, kq,
-                w_const, w_log, w_ratio, w_q, p_cap, q_cap, SLOTS, E, P_CAP, Q_CAP, LOGS, EMULATE,
-            )  # fmt: skip
+                OUT + (first + j * (SLOTS * E)),
+                numbers(x[j], p, E),
+                numbers(y[j], q, E),
+                None,
+                p_center,
+                p_rest,
+                kp,
+                q_center,
+                q_rest,
+                kq,
+                w_const,
+                w_log,
+                w_ratio,
+                w_q,
+                p_cap,
+                q_cap,
+                SLOTS,
+                E,
+                P_CAP,
+                Q_CAP,
+                LOGS,
+                EMULATE,
+            )
         x, y = x_ahead, y_ahead
 
 
 @kernel
 def partial_divergence_kernel(
-    X, Y, IDS, T, T_OTHER, PARTIAL, t_stride: tl.int32, other_t_stride: tl.int32,
-    per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, other_batch_stride: tl.int64, other_row_stride: tl.int64,
-    V: tl.int32, p_cap, q_cap, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
-    P_CAP: tl.constexpr, Q_CAP: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
+    X,
+    Y,
+    IDS,
+    T,
+    T_OTHER,
+    PARTIAL,
+    t_stride: tl.int32,
+    other_t_stride: tl.int32,
+    per_batch: tl.int32,
+    batch_stride: tl.int64,
+    row_stride: tl.int64,
+    other_batch_stride: tl.int64,
+    other_row_stride: tl.int64,
+    V: tl.int32,
+    p_cap,
+    q_cap,
+    SEGMENT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    E: tl.constexpr,
+    P_CAP: tl.constexpr,
+    Q_CAP: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
     """Write the slots of each segment of a split row to ``PARTIAL [N, segments, SLOT,
     SLOTS]``.
 
@@ -402,13 +694,35 @@ def partial_divergence_kernel(
     start = (pid % segments) * SEGMENT
     if tl.load(IDS + row) != -100:
         X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
-        Y = tl.multiple_of(Y + row_offset(row, per_batch, other_batch_stride, other_row_stride), ALIGN)
-        kp, kq = base2_scale(tl.load(T + row * t_stride)), base2_scale(tl.load(T_OTHER + row * other_t_stride))
+        Y = tl.multiple_of(
+            Y + row_offset(row, per_batch, other_batch_stride, other_row_stride), ALIGN
+        )
+        kp, kq = (
+            base2_scale(tl.load(T + row * t_stride)),
+            base2_scale(tl.load(T_OTHER + row * other_t_stride)),
+        )
         stop = tl.minimum(V, start + SEGMENT)
         x = load_tile(X + start, stop - start, SLOTS, VECTORS, E, ALIGN, "evict_last")
         y = load_tile(Y + start, stop - start, SLOTS, VECTORS, E, ALIGN, "evict_last")
         state, _, _ = _segment_slots(
-            X, Y, x, y, start, stop, stop, kp, kq, p_cap, q_cap, SLOTS, VECTORS, E, P_CAP, Q_CAP, ALIGN, "evict_last"
+            X,
+            Y,
+            x,
+            y,
+            start,
+            stop,
+            stop,
+            kp,
+            kq,
+            p_cap,
+            q_cap,
+            SLOTS,
+            VECTORS,
+            E,
+            P_CAP,
+            Q_CAP,
+            ALIGN,
+            "evict_last",
         )
         P = PARTIAL + pid.to(tl.int64) * (SLOT * SLOTS) + tl.arange(0, SLOTS)
         for i in tl.static_range(SLOT):
@@ -417,14 +731,42 @@ def partial_divergence_kernel(
 
 @kernel
 def divergence_kernel(
-    X, Y, OUT, IDS, T, T_OTHER, TABLE, DERIVATIVES, PARTIAL,
-    N: tl.int64, t_stride: tl.int32, other_t_stride: tl.int32,
-    per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, other_batch_stride: tl.int64, other_row_stride: tl.int64,
-    out_batch_stride: tl.int64, out_row_stride: tl.int64, V: tl.int32, width: tl.int32, p_cap, q_cap,
-    STATS: tl.constexpr, GRAD: tl.constexpr, LOGS: tl.constexpr, SPLIT: tl.constexpr, SEGMENT: tl.constexpr,
-    SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
-    P_CAP: tl.constexpr, Q_CAP: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
+    X,
+    Y,
+    OUT,
+    IDS,
+    T,
+    T_OTHER,
+    TABLE,
+    DERIVATIVES,
+    PARTIAL,
+    N: tl.int64,
+    t_stride: tl.int32,
+    other_t_stride: tl.int32,
+    per_batch: tl.int32,
+    batch_stride: tl.int64,
+    row_stride: tl.int64,
+    other_batch_stride: tl.int64,
+    other_row_stride: tl.int64,
+    out_batch_stride: tl.int64,
+    out_row_stride: tl.int64,
+    V: tl.int32,
+    width: tl.int32,
+    p_cap,
+    q_cap,
+    STATS: tl.constexpr,
+    GRAD: tl.constexpr,
+    LOGS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    E: tl.constexpr,
+    P_CAP: tl.constexpr,
+    Q_CAP: tl.constexpr,
+    ALIGN: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
     """Compute a row: STATS writes ``TABLE [8, N]``, GRAD writes ``OUT``.
 
     Without STATS the table is read. GRAD uses the derivatives ``DERIVATIVES [3, N]``.
@@ -443,7 +785,16 @@ def divergence_kernel(
     G = TABLE + row
     t, u = tl.load(T + row * t_stride), tl.load(T_OTHER + row * other_t_stride)
     zero = tl.full((), 0.0, tl.float32)
-    forward, reverse, entropy, other_entropy, p_lse, p_low, q_lse, q_low = zero, zero, zero, zero, zero, zero, zero, zero
+    forward, reverse, entropy, other_entropy, p_lse, p_low, q_lse, q_low = (
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+    )
     if STATS:
         if keep:
             kp, kq = base2_scale(t), base2_scale(u)
@@ -452,23 +803,73 @@ def divergence_kernel(
                 state = _split_slots(P, V, kp, kq, SEGMENT, SLOTS)
             else:
                 policy: tl.constexpr = "evict_last" if GRAD else "evict_first"
-                state = _swept_slots(X, Y, V, kp, kq, p_cap, q_cap, SEGMENT, SLOTS, VECTORS, E, P_CAP, Q_CAP, ALIGN, policy)
-            forward, reverse, entropy, other_entropy, p_lse, p_low, q_lse, q_low = _row_stats(state, t, u, kp, kq, SLOTS)
+                state = _swept_slots(
+                    X,
+                    Y,
+                    V,
+                    kp,
+                    kq,
+                    p_cap,
+                    q_cap,
+                    SEGMENT,
+                    SLOTS,
+                    VECTORS,
+                    E,
+                    P_CAP,
+                    Q_CAP,
+                    ALIGN,
+                    policy,
+                )
+            forward, reverse, entropy, other_entropy, p_lse, p_low, q_lse, q_low = _row_stats(
+                state, t, u, kp, kq, SLOTS
+            )
         values = (forward, reverse, entropy, other_entropy, p_lse, p_low, q_lse, q_low)
         for i in tl.static_range(8):
             tl.store(G + i * N, values[i])
     else:
         reverse, entropy = tl.load(G + N), tl.load(G + 2 * N)
-        p_lse, p_low, q_lse, q_low = tl.load(G + 4 * N), tl.load(G + 5 * N), tl.load(G + 6 * N), tl.load(G + 7 * N)
+        p_lse, p_low, q_lse, q_low = (
+            tl.load(G + 4 * N),
+            tl.load(G + 5 * N),
+            tl.load(G + 6 * N),
+            tl.load(G + 7 * N),
+        )
     if GRAD:
         B = DERIVATIVES + row
         d_forward, d_reverse, d_entropy = tl.load(B), tl.load(B + N), tl.load(B + 2 * N)
-        OUT = tl.multiple_of(OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride), ALIGN)
+        OUT = tl.multiple_of(
+            OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride), ALIGN
+        )
         has_gradient = keep & ((d_forward != 0.0) | (d_reverse != 0.0) | (d_entropy != 0.0))
         if has_gradient:
             _row_gradient(
-                X, Y, OUT, start, stop, V, t, u, p_cap, q_cap, reverse, entropy, p_lse, p_low, q_lse, q_low,
-                d_forward, d_reverse, d_entropy, SLOTS, VECTORS, E, P_CAP, Q_CAP, LOGS, ALIGN, EMULATE,
-            )  # fmt: skip
+                X,
+                Y,
+                OUT,
+                start,
+                stop,
+                V,
+                t,
+                u,
+                p_cap,
+                q_cap,
+                reverse,
+                entropy,
+                p_lse,
+                p_low,
+                q_lse,
+                q_low,
+                d_forward,
+                d_reverse,
+                d_entropy,
+                SLOTS,
+                VECTORS,
+                E,
+                P_CAP,
+                Q_CAP,
+                LOGS,
+                ALIGN,
+                EMULATE,
+            )
         else:
             zero_sweep(OUT, start, stop, SLOTS * VECTORS * E, E)

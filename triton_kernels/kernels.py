@@ -40,7 +40,12 @@ def kernel(fn):
     No value and no address of an argument causes a compilation.
     """
     return triton.jit(
-        fn, do_not_specialize=[name for name, kind in inspect.signature(fn).parameters.items() if kind.annotation is not tl.constexpr]
+        fn,
+        do_not_specialize=[
+            name
+            for name, kind in inspect.signature(fn).parameters.items()
+            if kind.annotation is not tl.constexpr
+        ],
     )
 
 
@@ -105,7 +110,9 @@ def _two_sum(a, b):
 
 @triton.jit
 def _finish(top, rest, dot, rest_sq, w_y, inside, T):
-    """``(logp, entropy, lse, lse_low, log_sum_p_sq, max_logp)`` of a row from its state."""
+    """``(logp, entropy, lse, lse_low, log_sum_p_sq, max_logp)`` of a row from its
+    state.
+    """
     log_sum = math.log1p(rest)
     # (w_y - top)/T - log_sum, rounded once: its absolute error is the relative error of
     # a ratio and of a gradient.
@@ -113,21 +120,51 @@ def _finish(top, rest, dot, rest_sq, w_y, inside, T):
     d = w / T
     lost += tl.where(tl.abs(d) < float("inf"), tl.fma(-d, T, w), 0.0)
     x, more = _two_sum(d, -log_sum)
-    logp = tl.where(inside, x + (more + lost / T), tl.where(rest == rest, float("-inf"), float("nan")))
+    logp = tl.where(
+        inside, x + (more + lost / T), tl.where(rest == rest, float("-inf"), float("nan"))
+    )
     largest = top / T
     lse, lse_lost = _two_sum(largest, log_sum)
-    lse_low = tl.where(lse == lse, lse_lost + tl.where(tl.abs(largest) < float("inf"), tl.fma(-largest, T, top), 0.0) / T, lse)
-    lse_low = tl.where(top == float("-inf"), top, lse_low)  # merging the shards of a row needs this mark
-    return logp, log_sum - dot / (1.0 + rest) * LN2, lse, lse_low, math.log1p(rest_sq) - 2.0 * log_sum, 0.0 - log_sum
+    lse_low = tl.where(
+        lse == lse,
+        lse_lost + tl.where(tl.abs(largest) < float("inf"), tl.fma(-largest, T, top), 0.0) / T,
+        lse,
+    )
+    # merging the shards of a row needs this mark
+    lse_low = tl.where(top == float("-inf"), top, lse_low)
+    return (
+        logp,
+        log_sum - dot / (1.0 + rest) * LN2,
+        lse,
+        lse_low,
+        math.log1p(rest_sq) - 2.0 * log_sum,
+        0.0 - log_sum,
+    )
 
 
 @kernel
 def partial_kernel(
-    X, IDS, T, PARTIAL, t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, V: tl.int32, softcap,
-    vocab_start: tl.int64, vocab_total: tl.int64,
-    SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr,
-    AHEAD: tl.constexpr, POLICY: tl.constexpr,
-):  # fmt: skip
+    X,
+    IDS,
+    T,
+    PARTIAL,
+    t_stride: tl.int32,
+    per_batch: tl.int32,
+    batch_stride: tl.int64,
+    row_stride: tl.int64,
+    V: tl.int32,
+    softcap,
+    vocab_start: tl.int64,
+    vocab_total: tl.int64,
+    SEGMENT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    E: tl.constexpr,
+    CAP: tl.constexpr,
+    ALIGN: tl.constexpr,
+    AHEAD: tl.constexpr,
+    POLICY: tl.constexpr,
+):
     """Write the slots of each segment to PARTIAL, one program per segment.
 
     The first program also stores the target's logit, which the next launch may
@@ -144,7 +181,22 @@ def partial_kernel(
         stop = tl.minimum(V, start + SEGMENT)
         tiles = first_tiles(X + start, stop - start, SLOTS, VECTORS, E, AHEAD, ALIGN, POLICY)
         top, sum, dot, sum_sq, _ = segment_slots(
-            X, tiles, start, stop, stop, k, softcap, SLOTS, VECTORS, E, AHEAD, CAP, True, True, ALIGN, POLICY
+            X,
+            tiles,
+            start,
+            stop,
+            stop,
+            k,
+            softcap,
+            SLOTS,
+            VECTORS,
+            E,
+            AHEAD,
+            CAP,
+            True,
+            True,
+            ALIGN,
+            POLICY,
         )
         P, STATE = _split_row(PARTIAL, row, V, SEGMENT, SLOTS)
         store_slots(P + (pid % segments) * (4 * SLOTS), top, sum, dot, sum_sq, SLOTS)
@@ -154,10 +206,25 @@ def partial_kernel(
 
 @kernel
 def merge_kernel(
-    X, IDS, T, PARTIAL, t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, V: tl.int32, softcap,
-    vocab_start: tl.int64, vocab_total: tl.int64,
-    SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
+    X,
+    IDS,
+    T,
+    PARTIAL,
+    t_stride: tl.int32,
+    per_batch: tl.int32,
+    batch_stride: tl.int64,
+    row_stride: tl.int64,
+    V: tl.int32,
+    softcap,
+    vocab_start: tl.int64,
+    vocab_total: tl.int64,
+    SEGMENT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    E: tl.constexpr,
+    CAP: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
     """Compute the states of split rows from their segments.
 
     It runs before anything overwrites the columns that it may have to read again.
@@ -168,7 +235,9 @@ def merge_kernel(
         X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
         k = base2_scale(tl.load(T + row * t_stride))
         P, STATE = _split_row(PARTIAL, row, V, SEGMENT, SLOTS)
-        top, rest, dot, rest_sq = merged_row(P, X, V, k, softcap, SEGMENT, SLOTS, E, CAP, True, True)
+        top, rest, dot, rest_sq = merged_row(
+            P, X, V, k, softcap, SEGMENT, SLOTS, E, CAP, True, True
+        )
         tl.store(STATE, top)
         tl.store(STATE + 1, rest)
         tl.store(STATE + 2, dot)
@@ -177,11 +246,30 @@ def merge_kernel(
 
 @kernel
 def stats_kernel(
-    X, IDS, T, PARTIAL, OUT, N: tl.int64, t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64,
-    V: tl.int32, softcap, vocab_start: tl.int64, vocab_total: tl.int64, STATS: tl.constexpr,
-    SPLIT: tl.constexpr, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr,
-    ALIGN: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
+    X,
+    IDS,
+    T,
+    PARTIAL,
+    OUT,
+    N: tl.int64,
+    t_stride: tl.int32,
+    per_batch: tl.int32,
+    batch_stride: tl.int64,
+    row_stride: tl.int64,
+    V: tl.int32,
+    softcap,
+    vocab_start: tl.int64,
+    vocab_total: tl.int64,
+    STATS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    E: tl.constexpr,
+    CAP: tl.constexpr,
+    ALIGN: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
     """Write ``OUT[STATS[name], row]``.
 
     STATS is the row of each of (logp, entropy, lse, lse_low, log_sum_p_sq, max_logp),
@@ -198,12 +286,29 @@ def stats_kernel(
         k = base2_scale(t)
         if SPLIT:
             P, _ = _split_row(PARTIAL, row, V, SEGMENT, SLOTS)
-            top, rest, dot, rest_sq = merged_row(P, X, V, k, softcap, SEGMENT, SLOTS, E, CAP, STATS[1] >= 0, STATS[4] >= 0)
+            top, rest, dot, rest_sq = merged_row(
+                P, X, V, k, softcap, SEGMENT, SLOTS, E, CAP, STATS[1] >= 0, STATS[4] >= 0
+            )
         else:
             top, rest, dot, rest_sq = swept_row(
-                X, V, k, softcap, SEGMENT, SLOTS, VECTORS, E, AHEAD, CAP, STATS[1] >= 0, STATS[4] >= 0, ALIGN, "evict_first"
+                X,
+                V,
+                k,
+                softcap,
+                SEGMENT,
+                SLOTS,
+                VECTORS,
+                E,
+                AHEAD,
+                CAP,
+                STATS[1] >= 0,
+                STATS[4] >= 0,
+                ALIGN,
+                "evict_first",
             )
-        logp, entropy, lse, lse_low, log_p_sq, max_logp = _finish(top, rest, dot, rest_sq, w_y, inside, t)
+        logp, entropy, lse, lse_low, log_p_sq, max_logp = _finish(
+            top, rest, dot, rest_sq, w_y, inside, t
+        )
     result = (logp, entropy, lse, lse_low, log_p_sq, max_logp)
     for i in tl.static_range(6):
         if STATS[i] >= 0:
@@ -266,14 +371,47 @@ def _gradient_row(
 
 @kernel
 def loss_grad_kernel(
-    X, OUT, IDS, T, W, OLD, ADV, REF, SAMPLING, PARAMS, PARTIAL, ROWS,
-    N: tl.int64, t_stride: tl.int32, w_stride: tl.int64, has_old: tl.int32,
-    per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, out_batch_stride: tl.int64, out_row_stride: tl.int64,
-    V: tl.int32, width: tl.int32, softcap, vocab_start: tl.int64, vocab_total: tl.int64,
-    PROGRAM: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, READS_P_SQ: tl.constexpr,
-    SPLIT: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
-    CAP: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
+    X,
+    OUT,
+    IDS,
+    T,
+    W,
+    OLD,
+    ADV,
+    REF,
+    SAMPLING,
+    PARAMS,
+    PARTIAL,
+    ROWS,
+    N: tl.int64,
+    t_stride: tl.int32,
+    w_stride: tl.int64,
+    has_old: tl.int32,
+    per_batch: tl.int32,
+    batch_stride: tl.int64,
+    row_stride: tl.int64,
+    out_batch_stride: tl.int64,
+    out_row_stride: tl.int64,
+    V: tl.int32,
+    width: tl.int32,
+    softcap,
+    vocab_start: tl.int64,
+    vocab_total: tl.int64,
+    PROGRAM: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    P_SQ: tl.constexpr,
+    READS_P_SQ: tl.constexpr,
+    SPLIT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    E: tl.constexpr,
+    CAP: tl.constexpr,
+    ALIGN: tl.constexpr,
+    AHEAD: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
     """Compute statistics, ``PROGRAM`` and gradient of a row in one program.
 
     With SPLIT, a program takes the state that merge_kernel found and writes CHUNK
@@ -292,29 +430,84 @@ def loss_grad_kernel(
         k = base2_scale(t)
         if SPLIT:
             _, STATE = _split_row(PARTIAL, row, V, SEGMENT, SLOTS)
-            top, rest, dot, rest_sq = tl.load(STATE), tl.load(STATE + 1), tl.load(STATE + 2), tl.load(STATE + 3)
+            top, rest, dot, rest_sq = (
+                tl.load(STATE),
+                tl.load(STATE + 1),
+                tl.load(STATE + 2),
+                tl.load(STATE + 3),
+            )
             z_y = tl.load(STATE + 4)
         else:
             top, rest, dot, rest_sq = swept_row(
-                X, V, k, softcap, SEGMENT, SLOTS, VECTORS, E, AHEAD, CAP, True, READS_P_SQ, ALIGN, "evict_last"
+                X,
+                V,
+                k,
+                softcap,
+                SEGMENT,
+                SLOTS,
+                VECTORS,
+                E,
+                AHEAD,
+                CAP,
+                True,
+                READS_P_SQ,
+                ALIGN,
+                "evict_last",
             )
             z_y = _target_logit(X, y, inside)
         tiles = load_last_tiles(X, start, stop, V, SLOTS, VECTORS, E, ALIGN)
         w_y, slope = capped(z_y, softcap, CAP)
-        tl.debug_barrier()  # every thread has it before one overwrites it with the gradient
+        # every thread has it before one overwrites it with the gradient
+        tl.debug_barrier()
         logp, entropy, _, _, log_sum_p_sq, _ = _finish(top, rest, dot, rest_sq, w_y, inside, t)
         old = tl.where(has_old != 0, tl.load(OLD + row), logp)
         adv, ref, sampling = tl.load(ADV + row), tl.load(REF + row), tl.load(SAMPLING + row)
-        weighted, loss, d_logp, d_entropy, d_p_sq = PROGRAM(PARAMS, W + row, w_stride, logp, old, ref, sampling, adv, entropy, log_sum_p_sq)
+        weighted, loss, d_logp, d_entropy, d_p_sq = PROGRAM(
+            PARAMS, W + row, w_stride, logp, old, ref, sampling, adv, entropy, log_sum_p_sq
+        )
         has_gradient = (d_logp != 0.0) | (d_entropy != 0.0) | (d_p_sq != 0.0)
         if has_gradient:
-            A, B, C, at_target = _gradient_row(logp, entropy, d_logp, d_entropy, 0.0, d_p_sq, log_sum_p_sq, w_y, slope, t, ENTROPY, P_SQ)
+            A, B, C, at_target = _gradient_row(
+                logp,
+                entropy,
+                d_logp,
+                d_entropy,
+                0.0,
+                d_p_sq,
+                log_sum_p_sq,
+                w_y,
+                slope,
+                t,
+                ENTROPY,
+                P_SQ,
+            )
             c, b = _reference_point(top, math.log1p(rest), zero, t, k)
             column = tl.where(inside, y, -1).to(tl.int32)
             gradient_sweep(
-                X, OUT, tiles, start, stop, V, column, at_target, c, k, b, A, B, C, softcap, SLOTS, VECTORS, E, CAP, ENTROPY, P_SQ, ALIGN,
+                X,
+                OUT,
+                tiles,
+                start,
+                stop,
+                V,
+                column,
+                at_target,
+                c,
+                k,
+                b,
+                A,
+                B,
+                C,
+                softcap,
+                SLOTS,
+                VECTORS,
+                E,
+                CAP,
+                ENTROPY,
+                P_SQ,
+                ALIGN,
                 EMULATE,
-            )  # fmt: skip
+            )
     if has_gradient == 0:
         zero_sweep(OUT, start, stop, SLOTS * VECTORS * E, E)
     if start == 0:
@@ -329,14 +522,43 @@ def loss_grad_kernel(
 
 @kernel
 def gradient_kernel(
-    X, OUT, IDS, T, LOGP, LSE, LSE_LOW, H, LOG_P_SQ, D_LOGP, D_H, D_LSE, D_P_SQ,
-    t_stride: tl.int32, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, out_batch_stride: tl.int64,
-    out_row_stride: tl.int64, V: tl.int32, width: tl.int32, softcap, vocab_start: tl.int64, vocab_total: tl.int64,
-    GIVEN: tl.constexpr, LOW: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr,
-    SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
-    """Write the gradient from given statistics, one program per row or (SPLIT) per CHUNK
-    columns.
+    X,
+    OUT,
+    IDS,
+    T,
+    LOGP,
+    LSE,
+    LSE_LOW,
+    H,
+    LOG_P_SQ,
+    D_LOGP,
+    D_H,
+    D_LSE,
+    D_P_SQ,
+    t_stride: tl.int32,
+    per_batch: tl.int32,
+    batch_stride: tl.int64,
+    row_stride: tl.int64,
+    out_batch_stride: tl.int64,
+    out_row_stride: tl.int64,
+    V: tl.int32,
+    width: tl.int32,
+    softcap,
+    vocab_start: tl.int64,
+    vocab_total: tl.int64,
+    GIVEN: tl.constexpr,
+    LOW: tl.constexpr,
+    SPLIT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    E: tl.constexpr,
+    CAP: tl.constexpr,
+    ALIGN: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """Write the gradient from given statistics, one program per row or (SPLIT) per
+    CHUNK columns.
 
     GIVEN says which of (logp, entropy, lse, log_sum_p_sq) have derivatives. LOW says
     that LSE_LOW holds what rounding lse lost. Only the program that overwrites the
@@ -350,16 +572,34 @@ def gradient_kernel(
     d_entropy = tl.load(D_H + row) if GIVEN[1] else zero
     d_lse = tl.load(D_LSE + row) if GIVEN[2] else zero
     d_p_sq = tl.load(D_P_SQ + row) if GIVEN[3] else zero
-    if keep & (bad == 0) & ((d_logp != 0.0) | (d_entropy != 0.0) | (d_lse != 0.0) | (d_p_sq != 0.0)):
+    if (
+        keep
+        & (bad == 0)
+        & ((d_logp != 0.0) | (d_entropy != 0.0) | (d_lse != 0.0) | (d_p_sq != 0.0))
+    ):
         X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
         tiles = load_last_tiles(X, start, stop, V, SLOTS, VECTORS, E, ALIGN)
         w_y, slope = capped(_target_logit(X, y, inside & (y >= start) & (y < stop)), softcap, CAP)
-        tl.debug_barrier()  # every thread has it before one overwrites it with the gradient
+        # every thread has it before one overwrites it with the gradient
+        tl.debug_barrier()
         t, logp, lse = tl.load(T + row * t_stride), tl.load(LOGP + row), tl.load(LSE + row)
         entropy = tl.load(H + row) if GIVEN[1] else zero
         log_p_sq = tl.load(LOG_P_SQ + row) if GIVEN[3] else zero
         k = base2_scale(t)
-        A, B, C, at_target = _gradient_row(logp, entropy, d_logp, d_entropy, d_lse, d_p_sq, log_p_sq, w_y, slope, t, GIVEN[1], GIVEN[3])
+        A, B, C, at_target = _gradient_row(
+            logp,
+            entropy,
+            d_logp,
+            d_entropy,
+            d_lse,
+            d_p_sq,
+            log_p_sq,
+            w_y,
+            slope,
+            t,
+            GIVEN[1],
+            GIVEN[3],
+        )
         c, b = _reference_point(zero, lse, tl.load(LSE_LOW + row) if LOW else zero, t, k)
         column = tl.where(inside, y, -1).to(tl.int32)
         gradient_sweep(

@@ -15,7 +15,9 @@ _SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
 _LN2_HIGH = tl.constexpr(0.693359375)  # 9 bits: exact when multiplied by an exponent
 _LN2_LOW = tl.constexpr(-2.12194440e-4)
 
-_INVERSE_FACTORIALS = tl.constexpr((1 / 3628800, 1 / 362880, 1 / 40320, 1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2))
+_INVERSE_FACTORIALS = tl.constexpr(
+    (1 / 3628800, 1 / 362880, 1 / 40320, 1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2)
+)
 
 
 @triton.jit
@@ -40,7 +42,8 @@ def exp(x):
 
 @triton.jit
 def expm1(x):
-    # Taylor to x¹²/12! on |x| < 1: the next term is below 2⁻³² of x. Outside, exp(x) - 1 loses less than one bit.
+    # Taylor to x¹²/12! on |x| < 1: the next term is below 2⁻³² of x. Outside, exp(x) -
+    # 1 loses less than one bit.
     y = tl.fma(x, 1 / 479001600, 1 / 39916800)
     for c in tl.static_range(9):
         y = tl.fma(x, y, _INVERSE_FACTORIALS[c])
@@ -50,7 +53,8 @@ def expm1(x):
 @triton.jit
 def _log(x, tail):
     """``log(x) + tail``, rounded once; ``tail`` is far below 1."""
-    # x = 2ᵏ·(1 + f) with 1 + f in [√½, √2); log(1 + f) = f - f²/2 + s·(f²/2 + R), s = f/(2 + f) (Cephes/fdlibm's split).
+    # x = 2ᵏ·(1 + f) with 1 + f in [√½, √2); log(1 + f) = f - f²/2 + s·(f²/2 + R), s =
+    # f/(2 + f) (Cephes/fdlibm's split).
     tiny = x < 1.1754944e-38
     y = tl.where(tiny, x * 33554432.0, x)  # 2²⁵: a subnormal has too few bits to split
     bits = y.to(tl.int32, bitcast=True) - _SQRT_HALF_BITS
@@ -74,7 +78,8 @@ def log(x):
 @triton.jit
 def log1p(x):
     u = 1.0 + x
-    lost = tl.where(tl.abs(x) < 1.0, x - (u - 1.0), 1.0 - (u - x))  # the exact rounding error of 1 + x
+    # the exact rounding error of 1 + x
+    lost = tl.where(tl.abs(x) < 1.0, x - (u - 1.0), 1.0 - (u - x))
     return _log(u, tl.where((u > 0.0) & (u < float("inf")), lost / u, 0.0))
 
 

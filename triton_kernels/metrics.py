@@ -1,4 +1,6 @@
-"""The metrics of a policy loss: sums over each sequence's rows, then over the sequences."""
+"""The metrics of a policy loss: sums over each sequence's rows, then over the
+sequences.
+"""
 
 import triton.language as tl
 
@@ -12,10 +14,28 @@ SUMS = tl.constexpr(10)
 
 @kernel
 def sums_kernel(
-    LOGP, OLD, REF, SAMPLING, ADV, H, LOG_P_SQ, RATIO, D_LOGP, D_H, FACTOR, KEEP, PARAMS, OUT, length: tl.int64, total: tl.int64,
-    PROGRAM: tl.constexpr, GIVEN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Write ``OUT [SUMS, S]``: sums over the rows of each sequence, and the largest ratio.
+    LOGP,
+    OLD,
+    REF,
+    SAMPLING,
+    ADV,
+    H,
+    LOG_P_SQ,
+    RATIO,
+    D_LOGP,
+    D_H,
+    FACTOR,
+    KEEP,
+    PARAMS,
+    OUT,
+    length: tl.int64,
+    total: tl.int64,
+    PROGRAM: tl.constexpr,
+    GIVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write ``OUT [SUMS, S]``: sums over the rows of each sequence, and the largest
+    ratio.
 
     The sums are entropy, kl, clipped below, clipped above, clipped, ratio, ``old -
     logp``, factor, and rows without a gradient. PROGRAM says which rows are clipped and
@@ -23,21 +43,38 @@ def sums_kernel(
     """
     s = tl.program_id(0).to(tl.int64)
     zero = tl.zeros((BLOCK,), tl.float32)
-    entropies, kls, lows, highs, clips, ratios, drifts, factors, skipped = zero, zero, zero, zero, zero, zero, zero, zero, zero
+    entropies, kls, lows, highs, clips, ratios, drifts, factors, skipped = (
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+    )
     largest = zero - float("inf")
     for start in range(0, length, BLOCK):
         t = start + tl.arange(0, BLOCK)
         row = s * length + t
         at = tl.minimum(row, total - 1)
         keep = (t < length) & (row < total) & (tl.load(KEEP + at) != 0)
-        logp, old, ref, sampling = tl.load(LOGP + at), tl.load(OLD + at), tl.load(REF + at), tl.load(SAMPLING + at)
+        logp, old, ref, sampling = (
+            tl.load(LOGP + at),
+            tl.load(OLD + at),
+            tl.load(REF + at),
+            tl.load(SAMPLING + at),
+        )
         adv, entropy, log_sum_p_sq = tl.load(ADV + at), tl.load(H + at), tl.load(LOG_P_SQ + at)
         if GIVEN:
             log_ratio = tl.load(RATIO + at)
         else:
             raw, lower, upper = logp - old, tl.load(PARAMS), tl.load(PARAMS + 1)
             log_ratio = tl.where(raw < lower, lower, tl.where(raw > upper, upper, raw))
-        low, high, kl = PROGRAM(PARAMS, logp, old, ref, sampling, adv, entropy, log_sum_p_sq, log_ratio)
+        low, high, kl = PROGRAM(
+            PARAMS, logp, old, ref, sampling, adv, entropy, log_sum_p_sq, log_ratio
+        )
         ratio = math.exp(log_ratio)
         entropies += tl.where(keep, entropy, 0.0)
         kls += tl.where(keep, kl, 0.0)
@@ -47,7 +84,9 @@ def sums_kernel(
         ratios += tl.where(keep, ratio, 0.0)
         drifts += tl.where(keep, old - logp, 0.0)
         factors += tl.where(keep, tl.load(FACTOR + at), 0.0)
-        skipped += tl.where(keep & (tl.load(D_LOGP + at) == 0.0) & (tl.load(D_H + at) == 0.0), 1.0, 0.0)
+        skipped += tl.where(
+            keep & (tl.load(D_LOGP + at) == 0.0) & (tl.load(D_H + at) == 0.0), 1.0, 0.0
+        )
         largest = tl.maximum(largest, tl.where(keep, ratio, float("-inf")))
     P = OUT + s
     n = tl.num_programs(0)
@@ -64,9 +103,18 @@ def sums_kernel(
 
 
 @kernel
-def metrics_kernel(PARTS, LENGTHS, SUMS_OUT, VALUES, sequences: tl.int64, metrics: tl.int64, AT: tl.constexpr, BLOCK: tl.constexpr):
-    """Write ``SUMS_OUT [metrics, 2]``, numerators and denominators, and ``VALUES``, their
-    quotients.
+def metrics_kernel(
+    PARTS,
+    LENGTHS,
+    SUMS_OUT,
+    VALUES,
+    sequences: tl.int64,
+    metrics: tl.int64,
+    AT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write ``SUMS_OUT [metrics, 2]``, numerators and denominators, and ``VALUES``,
+    their quotients.
 
     AT is the place of each metric, -1 for none. The order is: the nine sums over rows
     (the last one is not divided), the largest ratio, rows, sequences, the smallest
@@ -86,7 +134,10 @@ def metrics_kernel(PARTS, LENGTHS, SUMS_OUT, VALUES, sequences: tl.int64, metric
         count += rows.to(tl.int64)
         there += some.to(tl.int64)
         P = PARTS + s
-        low, high = tl.load(P + 2 * sequences, mask=inside, other=0.0), tl.load(P + 3 * sequences, mask=inside, other=0.0)
+        low, high = (
+            tl.load(P + 2 * sequences, mask=inside, other=0.0),
+            tl.load(P + 3 * sequences, mask=inside, other=0.0),
+        )
         clipped = tl.load(P + 4 * sequences, mask=inside, other=0.0)
         a += tl.load(P, mask=inside, other=0.0)
         b += tl.load(P + sequences, mask=inside, other=0.0)
@@ -110,11 +161,29 @@ def metrics_kernel(PARTS, LENGTHS, SUMS_OUT, VALUES, sequences: tl.int64, metric
     ratios = tl.sum(f, 0)
     # A maximum may ignore a NaN, but the sum shows it: ratios are positive.
     top = tl.where((rows == 0.0) | (ratios != ratios), nan, tl.max(largest, 0))
-    low, high = tl.where(rows == 0.0, nan, tl.min(low_min, 0)), tl.where(rows == 0.0, nan, tl.max(high_max, 0))
+    low, high = (
+        tl.where(rows == 0.0, nan, tl.min(low_min, 0)),
+        tl.where(rows == 0.0, nan, tl.max(high_max, 0)),
+    )
     found = (
-        tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0), tl.sum(d, 0), tl.sum(e, 0), ratios, tl.sum(g, 0), tl.sum(h, 0), tl.sum(i, 0), top, rows,
-        some, low, high, tl.sum(shares_low, 0), tl.sum(shares_high, 0), tl.sum(shares, 0),
-    )  # fmt: skip
+        tl.sum(a, 0),
+        tl.sum(b, 0),
+        tl.sum(c, 0),
+        tl.sum(d, 0),
+        tl.sum(e, 0),
+        ratios,
+        tl.sum(g, 0),
+        tl.sum(h, 0),
+        tl.sum(i, 0),
+        top,
+        rows,
+        some,
+        low,
+        high,
+        tl.sum(shares_low, 0),
+        tl.sum(shares_high, 0),
+        tl.sum(shares, 0),
+    )
     for k in tl.static_range(17):
         if AT[k] >= 0:
             divisor = rows if k < 8 else (all_sequences if k > 13 else one)

@@ -13,9 +13,23 @@ from .sweep import base2_scale, capped, gradient_sweep, load_last_tiles, swept_r
 
 @kernel
 def packed_stats_kernel(
-    X, BOUNDS, IDS, T, OUT, N: tl.int64, t_stride: tl.int32, softcap, STATS: tl.constexpr, SEGMENT: tl.constexpr, SLOTS: tl.constexpr,
-    VECTORS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
+    X,
+    BOUNDS,
+    IDS,
+    T,
+    OUT,
+    N: tl.int64,
+    t_stride: tl.int32,
+    softcap,
+    STATS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    E: tl.constexpr,
+    CAP: tl.constexpr,
+    ALIGN: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
     """Like :func:`.kernels.stats_kernel`."""
     row = tl.program_id(0)
     y = tl.load(IDS + row)
@@ -30,9 +44,24 @@ def packed_stats_kernel(
         w_y, _ = capped(_target_logit(X, y, inside), softcap, CAP)
         k = base2_scale(t)
         top, rest, dot, rest_sq = swept_row(
-            X, V, k, softcap, SEGMENT, SLOTS, VECTORS, E, AHEAD, CAP, STATS[1] >= 0, STATS[4] >= 0, ALIGN, "evict_first"
+            X,
+            V,
+            k,
+            softcap,
+            SEGMENT,
+            SLOTS,
+            VECTORS,
+            E,
+            AHEAD,
+            CAP,
+            STATS[1] >= 0,
+            STATS[4] >= 0,
+            ALIGN,
+            "evict_first",
         )
-        logp, entropy, lse, lse_low, log_p_sq, max_logp = _finish(top, rest, dot, rest_sq, w_y, inside, t)
+        logp, entropy, lse, lse_low, log_p_sq, max_logp = _finish(
+            top, rest, dot, rest_sq, w_y, inside, t
+        )
     result = (logp, entropy, lse, lse_low, log_p_sq, max_logp)
     bad = (y < 0) & (y != OUT_OF_LOSS)
     for i in tl.static_range(6):
@@ -42,11 +71,34 @@ def packed_stats_kernel(
 
 @kernel
 def packed_gradient_kernel(
-    X, OUT, BOUNDS, IDS, T, LOGP, LSE, LSE_LOW, H, LOG_P_SQ, D_LOGP, D_H, D_LSE, D_P_SQ, N: tl.int64, t_stride: tl.int32, softcap,
-    GIVEN: tl.constexpr, LOW: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ALIGN: tl.constexpr,
+    X,
+    OUT,
+    BOUNDS,
+    IDS,
+    T,
+    LOGP,
+    LSE,
+    LSE_LOW,
+    H,
+    LOG_P_SQ,
+    D_LOGP,
+    D_H,
+    D_LSE,
+    D_P_SQ,
+    N: tl.int64,
+    t_stride: tl.int32,
+    softcap,
+    GIVEN: tl.constexpr,
+    LOW: tl.constexpr,
+    SLOTS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    E: tl.constexpr,
+    CAP: tl.constexpr,
+    ALIGN: tl.constexpr,
     EMULATE: tl.constexpr,
-):  # fmt: skip
-    """Like :func:`.kernels.gradient_kernel`; OUT has X's layout and is another tensor."""
+):
+    """Like :func:`.kernels.gradient_kernel`; OUT has X's layout and is
+    another tensor."""
     row = tl.program_id(0)
     y = tl.load(IDS + row)
     if y >= 0:
@@ -66,11 +118,45 @@ def packed_gradient_kernel(
             entropy = tl.load(H + row) if GIVEN[1] else zero
             log_p_sq = tl.load(LOG_P_SQ + row) if GIVEN[3] else zero
             k = base2_scale(t)
-            A, B, C, at_target = _gradient_row(logp, entropy, d_logp, d_entropy, d_lse, d_p_sq, log_p_sq, w_y, slope, t, GIVEN[1], GIVEN[3])
+            A, B, C, at_target = _gradient_row(
+                logp,
+                entropy,
+                d_logp,
+                d_entropy,
+                d_lse,
+                d_p_sq,
+                log_p_sq,
+                w_y,
+                slope,
+                t,
+                GIVEN[1],
+                GIVEN[3],
+            )
             c, b = _reference_point(zero, lse, tl.load(LSE_LOW + row) if LOW else zero, t, k)
             gradient_sweep(
-                X, OUT, tiles, 0, V, V, y.to(tl.int32), at_target, c, k, b, A, B, C, softcap, SLOTS, VECTORS, E, CAP, GIVEN[1], GIVEN[3], ALIGN,
+                X,
+                OUT,
+                tiles,
+                0,
+                V,
+                V,
+                y.to(tl.int32),
+                at_target,
+                c,
+                k,
+                b,
+                A,
+                B,
+                C,
+                softcap,
+                SLOTS,
+                VECTORS,
+                E,
+                CAP,
+                GIVEN[1],
+                GIVEN[3],
+                ALIGN,
                 EMULATE,
-            )  # fmt: skip
+            )
         else:
             zero_sweep(OUT, 0, V, SLOTS * VECTORS * E, E)

@@ -20,10 +20,25 @@ BY_SEQUENCES = tl.constexpr(4)  # sequences that have such a row
 
 @kernel
 def mask_kernel(
-    IDS, MASK, DENOMINATOR, OUT_IDS, KEEP, COUNTED, LENGTHS, length: tl.int64, total: tl.int64, ids_stride: tl.int64, ids_step: tl.int64,
-    mask_stride: tl.int64, mask_step: tl.int64, den_stride: tl.int64, den_step: tl.int64,
-    HAS_MASK: tl.constexpr, HAS_DENOMINATOR: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    IDS,
+    MASK,
+    DENOMINATOR,
+    OUT_IDS,
+    KEEP,
+    COUNTED,
+    LENGTHS,
+    length: tl.int64,
+    total: tl.int64,
+    ids_stride: tl.int64,
+    ids_step: tl.int64,
+    mask_stride: tl.int64,
+    mask_step: tl.int64,
+    den_stride: tl.int64,
+    den_step: tl.int64,
+    HAS_MASK: tl.constexpr,
+    HAS_DENOMINATOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Write ``OUT_IDS``, ``KEEP`` and ``LENGTHS [2, S]``.
 
     OUT_IDS are the ids, -100 where the mask is 0. KEEP marks the rows of the loss.
@@ -34,7 +49,9 @@ def mask_kernel(
     for start in range(0, length, BLOCK):
         t = start + tl.arange(0, BLOCK)
         inside = (t < length) & (s * length + t < total)
-        y = tl.load(IDS + s * ids_stride + t * ids_step, mask=inside, other=OUT_OF_LOSS).to(tl.int64)
+        y = tl.load(IDS + s * ids_stride + t * ids_step, mask=inside, other=OUT_OF_LOSS).to(
+            tl.int64
+        )
         if HAS_MASK:
             m = tl.load(MASK + s * mask_stride + t * mask_step, mask=inside, other=0)
             y = tl.where(m != 0, y, OUT_OF_LOSS)
@@ -64,11 +81,28 @@ def _divisor(LENGTHS, sequences, SEQUENCES: tl.constexpr, BLOCK: tl.constexpr):
 
 @kernel
 def weigh_kernel(
-    KEEP, LENGTHS, DIVISOR, SCALE, FACTOR, W, length: tl.int64, total: tl.int64, sequences: tl.int64, divisor, horizon, scale,
-    DIVIDE: tl.constexpr, PER_LENGTH: tl.constexpr, HORIZON: tl.constexpr, SCALE_BY: tl.constexpr, HAS_FACTOR: tl.constexpr,
-    TERMS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Write ``W [TERMS, N]``: ``1 / divisor / (the sequence's length | horizon) * scale``.
+    KEEP,
+    LENGTHS,
+    DIVISOR,
+    SCALE,
+    FACTOR,
+    W,
+    length: tl.int64,
+    total: tl.int64,
+    sequences: tl.int64,
+    divisor,
+    horizon,
+    scale,
+    DIVIDE: tl.constexpr,
+    PER_LENGTH: tl.constexpr,
+    HORIZON: tl.constexpr,
+    SCALE_BY: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    TERMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write ``W [TERMS, N]``: ``1 / divisor / (the sequence's length | horizon) *
+    scale``.
 
     Term 0 is also multiplied by FACTOR. W is 0 where a row is ignored.
     """
@@ -103,7 +137,17 @@ def weigh_kernel(
 
 @kernel
 def ratio_kernel(
-    LOGP, OLD, KEEP, LENGTHS, PARAMS, RATIO, MEANS, length: tl.int64, HAS_OLD: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr
+    LOGP,
+    OLD,
+    KEEP,
+    LENGTHS,
+    PARAMS,
+    RATIO,
+    MEANS,
+    length: tl.int64,
+    HAS_OLD: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Write each sequence's mean (or sum) of ``logp - old`` to ``MEANS`` and ``RATIO``.
 
@@ -130,7 +174,16 @@ def ratio_kernel(
 
 @kernel
 def adjoint_kernel(
-    D_RATIO, D_LOGP, KEEP, LENGTHS, PARAMS, MEANS, length: tl.int64, NORMALIZE: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr
+    D_RATIO,
+    D_LOGP,
+    KEEP,
+    LENGTHS,
+    PARAMS,
+    MEANS,
+    length: tl.int64,
+    NORMALIZE: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Add the derivatives by the ratio, through :func:`ratio_kernel`, to ``D_LOGP``.
 
@@ -157,23 +210,59 @@ def adjoint_kernel(
 
 @kernel
 def evaluate_kernel(
-    LOGP, OLD, REF, SAMPLING, ADV, H, LOG_P_SQ, RATIO, W, w_stride: tl.int64, PARAMS, KEEP, OUT, n: tl.int64,
-    PROGRAM: tl.constexpr, GIVEN: tl.constexpr, HAS_KEEP: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Write ``OUT [OUTPUTS, n]``: the outputs of PROGRAM on stored rows, 0 where KEEP is
-    false.
+    LOGP,
+    OLD,
+    REF,
+    SAMPLING,
+    ADV,
+    H,
+    LOG_P_SQ,
+    RATIO,
+    W,
+    w_stride: tl.int64,
+    PARAMS,
+    KEEP,
+    OUT,
+    n: tl.int64,
+    PROGRAM: tl.constexpr,
+    GIVEN: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write ``OUT [OUTPUTS, n]``: the outputs of PROGRAM on stored rows, 0 where KEEP
+    is false.
 
     GIVEN says that the ratio is stored too.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < n
     at = tl.minimum(row, n - 1)  # the program's own loads are unmasked
-    logp, old, ref, sampling = tl.load(LOGP + at), tl.load(OLD + at), tl.load(REF + at), tl.load(SAMPLING + at)
+    logp, old, ref, sampling = (
+        tl.load(LOGP + at),
+        tl.load(OLD + at),
+        tl.load(REF + at),
+        tl.load(SAMPLING + at),
+    )
     adv, entropy, log_sum_p_sq = tl.load(ADV + at), tl.load(H + at), tl.load(LOG_P_SQ + at)
     if GIVEN:
-        found = PROGRAM(PARAMS, W + at, w_stride, logp, old, ref, sampling, adv, entropy, log_sum_p_sq, tl.load(RATIO + at))
+        found = PROGRAM(
+            PARAMS,
+            W + at,
+            w_stride,
+            logp,
+            old,
+            ref,
+            sampling,
+            adv,
+            entropy,
+            log_sum_p_sq,
+            tl.load(RATIO + at),
+        )
     else:
-        found = PROGRAM(PARAMS, W + at, w_stride, logp, old, ref, sampling, adv, entropy, log_sum_p_sq)
+        found = PROGRAM(
+            PARAMS, W + at, w_stride, logp, old, ref, sampling, adv, entropy, log_sum_p_sq
+        )
     keep = tl.load(KEEP + at) != 0 if HAS_KEEP else inside
     for k in tl.static_range(OUTPUTS):
         tl.store(OUT + k * n + row, tl.where(keep, found[k], 0.0), mask=inside)

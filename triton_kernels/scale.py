@@ -11,9 +11,19 @@ from .sweep import round_to, row_offset
 
 @kernel
 def scale_kernel(
-    X, FACTOR, rows: tl.int64, columns: tl.int64, tiles: tl.int64, per_batch: tl.int32, batch_stride: tl.int64, row_stride: tl.int64,
-    FLAT: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
+    X,
+    FACTOR,
+    rows: tl.int64,
+    columns: tl.int64,
+    tiles: tl.int64,
+    per_batch: tl.int32,
+    batch_stride: tl.int64,
+    row_stride: tl.int64,
+    FLAT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
     """Compute ``X *= FACTOR`` in tiles of BLOCK elements of SIZE bytes.
 
     Tiles begin at multiples of 16 bytes, wherever a row begins. FLAT says that there is
@@ -30,7 +40,11 @@ def scale_kernel(
             if (first >= before) & (first + BLOCK <= before + columns):
                 cols = tl.arange(0, BLOCK)
                 x = tl.load(P + cols, eviction_policy="evict_first").to(tl.float32) * factor
-                tl.store(P + cols, round_to(x, X.dtype.element_ty, EMULATE), eviction_policy="evict_first")
+                tl.store(
+                    P + cols,
+                    round_to(x, X.dtype.element_ty, EMULATE),
+                    eviction_policy="evict_first",
+                )
             else:
                 for part in range(0, BLOCK, BLOCK // 4):  # masks take registers
                     at = part + tl.arange(0, BLOCK // 4)

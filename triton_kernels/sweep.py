@@ -34,12 +34,15 @@ from .words import load_elements, load_tile, numbers, round_to, store_run, tile_
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # start of a running maximum; it is finite so that -inf - m is -inf and not NaN
+# start of a running maximum; it is finite so that -inf - m is -inf and not NaN
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 #: 2^x is 0 below -150. No exponent goes below this one.
 FLOOR = tl.constexpr(-200.0)
-_FIXED = tl.constexpr(1099511627776.0)  # 2⁴⁰: sums up to 2²³ fit in 63 bits, and 2⁻⁴⁰ is far below fp32's resolution at 1
+# 2⁴⁰: sums up to 2²³ fit in 63 bits, and 2⁻⁴⁰ is far below fp32's resolution at 1
+_FIXED = tl.constexpr(1099511627776.0)
 _UNFIXED = tl.constexpr(9.094947017729282e-13)
-_DOT = tl.constexpr(0.00390625)  # an exponent is at most 200: sums that are 200 times as large still fit
+# an exponent is at most 200: sums that are 200 times as large still fit
+_DOT = tl.constexpr(0.00390625)
 #: A sum that includes the 1 of the largest logit is rounded to 2⁻²⁴ with each tile.
 #: Below this rest, 160 tiles could cost the rest 1 %.
 _SURE = tl.constexpr(2.0**-10)
@@ -67,14 +70,15 @@ def _exponent(d, k, b):
 
     The exponent of p = 0 must not be -inf, because 0 * -inf is NaN.
     """
-    floor = tl.full((), FLOOR, tl.float32)  # the interpreters of Triton 3.7 and 3.8 fail with the constant itself on the left
+    # the interpreters of Triton 3.7 and 3.8 fail with the constant itself on the left
+    floor = tl.full((), FLOOR, tl.float32)
     return tl.fma(math.maximum(d, (floor - b) / k), k, b)
 
 
 @triton.jit
 def capped(z, softcap, CAP: tl.constexpr):
-    """``w = softcap·tanh(z / softcap)`` and its slope; -inf stays -inf, and +inf becomes
-    NaN.
+    """``w = softcap·tanh(z / softcap)`` and its slope; -inf stays -inf, and +inf
+    becomes NaN.
 
     Without a cap, +inf also makes the row NaN. With ``e = exp(-2|u|)``, ``tanh|u| = 1 -
     2e/(1+e)`` and its slope is ``4e/(1+e)²``. The slope comes from e and not from the
@@ -101,7 +105,8 @@ def _halves(x, R: tl.constexpr, E: tl.constexpr):
 
 @triton.jit
 def slot_sum(x, R: tl.constexpr):
-    """Sum of each slot, ``[R, 4]`` to ``[R]``, in an order that no layout can change."""
+    """Sum of each slot, ``[R, 4]`` to ``[R]``, in an order that no layout
+    can change."""
     a, b = _halves(x, R, 4)
     a, b = _halves(a + b, R, 2)
     return a + b
@@ -133,7 +138,19 @@ def _logits(z, softcap, CAP: tl.constexpr):
 
 
 @triton.jit
-def _tile(z, top, sum, dot, sum_sq, k, softcap, SLOTS: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr):
+def _tile(
+    z,
+    top,
+    sum,
+    dot,
+    sum_sq,
+    k,
+    softcap,
+    SLOTS: tl.constexpr,
+    CAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    P_SQ: tl.constexpr,
+):
     """Add one tile, ``z`` in fp32, to the slots.
 
     A slot holds its largest logit and its sums of ``e``, ``e·x`` and ``e²``.
@@ -153,7 +170,8 @@ def _tile(z, top, sum, dot, sum_sq, k, softcap, SLOTS: tl.constexpr, CAP: tl.con
     more = tl.zeros([SLOTS, 4], tl.float32)
     for i in tl.static_range(len(z)):
         d = ws[i] - top[:, None]
-        x = _exponent(d, k, 0.0) if ENTROPY else d * k  # without a dot, no product has an exponent of -inf
+        # without a dot, no product has an exponent of -inf
+        x = _exponent(d, k, 0.0) if ENTROPY else d * k
         e = tl.exp2(x)
         more = e if i == 0 else more + e
         if ENTROPY:
@@ -176,7 +194,9 @@ def _unfixed(total):
 @triton.jit
 def _pair(high, low):
     """Pack two 32-bit numbers into one of 64 bits."""
-    return (high.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low.to(tl.int32, bitcast=True).to(tl.uint32, bitcast=True).to(tl.int64)
+    return (high.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low.to(tl.int32, bitcast=True).to(
+        tl.uint32, bitcast=True
+    ).to(tl.int64)
 
 
 @triton.jit
@@ -199,9 +219,11 @@ def _sum4(a, b, c, d):
 
 
 @triton.jit
-def _rest_of_slot(X, V, slot, top, k, softcap, SLOTS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr):
-    """``Σe`` of one slot's columns of a row, without the largest logit, which occurs there
-    once.
+def _rest_of_slot(
+    X, V, slot, top, k, softcap, SLOTS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr
+):
+    """``Σe`` of one slot's columns of a row, without the largest logit, which occurs
+    there once.
 
     The sum is relatively exact. It reads a few hundred columns.
     """
@@ -211,7 +233,9 @@ def _rest_of_slot(X, V, slot, top, k, softcap, SLOTS: tl.constexpr, E: tl.conste
     for first in range(0, tl.cdiv(V, SLOTS * E) * E, SLOTS):
         i = first + lane
         column = i // E * (SLOTS * E) + slot * E + i % E
-        w, _ = capped(tl.load(X + column, mask=column < V, other=float("-inf")).to(tl.float32), softcap, CAP)
+        w, _ = capped(
+            tl.load(X + column, mask=column < V, other=float("-inf")).to(tl.float32), softcap, CAP
+        )
         w = tl.where(w == top, float("-inf"), w)
         larger = tl.maximum(second, w)
         sum = tl.fma(tl.exp2(_exponent(second - larger, k, 0.0)), sum, tl.exp2((w - larger) * k))
@@ -223,8 +247,20 @@ def _rest_of_slot(X, V, slot, top, k, softcap, SLOTS: tl.constexpr, E: tl.conste
 
 @triton.jit
 def row_of_slots(
-    X, V, k, softcap, top, sum, dot, sum_sq, SLOTS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr
-):  # fmt: skip
+    X,
+    V,
+    k,
+    softcap,
+    top,
+    sum,
+    dot,
+    sum_sq,
+    SLOTS: tl.constexpr,
+    E: tl.constexpr,
+    CAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    P_SQ: tl.constexpr,
+):
     """The state of a row from those of its slots.
 
     It is NaN if no logit is above -inf; top is then -inf unless a logit is NaN. The
@@ -239,7 +275,9 @@ def row_of_slots(
     step = _exponent(tl.where(leads, 0.0, top - largest), k, 0.0)
     lift = -tl.floor(
         _exponent(second - largest, k, 0.0)
-    )  # an integer: a power of 2 does not round, and one rounding of all slots would not average out
+        # an integer: a power of 2 does not round, and one rounding of all slots would not
+        # average out
+    )
     to_top = tl.exp2(-lift)
     scale = tl.where(leads, 0.0, tl.exp2(step + lift))
     none = tl.zeros([SLOTS], tl.int32)
@@ -257,22 +295,39 @@ def row_of_slots(
     rest_dot = rest * 0.0
     rest_sq = rest * 0.0
     if ENTROPY:
-        rest_dot = tl.fma(to_top, _unfixed(U) * (1.0 / _DOT), _low(of_leader).to(tl.float32, bitcast=True))
+        rest_dot = tl.fma(
+            to_top, _unfixed(U) * (1.0 / _DOT), _low(of_leader).to(tl.float32, bitcast=True)
+        )
     if P_SQ:
         square = tl.where(leads, 0.0, tl.exp2(step))
         rest_sq = _unfixed(tl.sum(_fixed(square * square * sum_sq), 0)) + (_high(more) - 1.0)
     if (rest < _SURE) & (rest > -0.5):
-        rest = tl.fma(to_top, _unfixed(S), _rest_of_slot(X, V, lead, largest, k, softcap, SLOTS, E, CAP))
-        rest_sq = tl.minimum(tl.maximum(rest_sq, 0.0), rest * rest)  # a sum of squares is at most rest², too small to change Σp²
+        rest = tl.fma(
+            to_top, _unfixed(S), _rest_of_slot(X, V, lead, largest, k, softcap, SLOTS, E, CAP)
+        )
+        # a sum of squares is at most rest², too small to change Σp²
+        rest_sq = tl.minimum(tl.maximum(rest_sq, 0.0), rest * rest)
     is_nan = (_low(more) > 0) | (largest == float("inf"))
     empty = (rest <= -1.0) & (is_nan == 0)
-    return tl.where(empty, float("-inf"), largest), tl.where(is_nan | empty, float("nan"), rest), rest_dot, rest_sq
+    return (
+        tl.where(empty, float("-inf"), largest),
+        tl.where(is_nan | empty, float("nan"), rest),
+        rest_dot,
+        rest_sq,
+    )
 
 
 @triton.jit
 def first_tiles(
-    X, V, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, AHEAD: tl.constexpr, ALIGN: tl.constexpr, POLICY: tl.constexpr
-):  # fmt: skip
+    X,
+    V,
+    SLOTS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    E: tl.constexpr,
+    AHEAD: tl.constexpr,
+    ALIGN: tl.constexpr,
+    POLICY: tl.constexpr,
+):
     """The first tiles of a sweep of ``V`` columns: one, or two if AHEAD is 2."""
     z = load_tile(X, V, SLOTS, VECTORS, E, ALIGN, POLICY)
     if AHEAD == 1:
@@ -284,9 +339,23 @@ def first_tiles(
 
 @triton.jit
 def segment_slots(
-    X, tiles, start, stop, limit, k, softcap, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, AHEAD: tl.constexpr,
-    CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, ALIGN: tl.constexpr, POLICY: tl.constexpr,
-):  # fmt: skip
+    X,
+    tiles,
+    start,
+    stop,
+    limit,
+    k,
+    softcap,
+    SLOTS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    E: tl.constexpr,
+    AHEAD: tl.constexpr,
+    CAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    P_SQ: tl.constexpr,
+    ALIGN: tl.constexpr,
+    POLICY: tl.constexpr,
+):
     """Slots of columns ``start`` to ``stop`` of the row at ``X``, and the AHEAD tiles
     after them.
 
@@ -296,26 +365,39 @@ def segment_slots(
     dtype: tl.constexpr = X.dtype.element_ty
     top, sum, dot, sum_sq = no_slots(SLOTS)
     full = start + (stop - start) // BLOCK * BLOCK
-    whole = tl.maximum(start, tl.minimum(full, (limit // BLOCK - AHEAD) * BLOCK))  # up to there, the loaded tile is whole
+    # up to there, the loaded tile is whole
+    whole = tl.maximum(start, tl.minimum(full, (limit // BLOCK - AHEAD) * BLOCK))
     for c in range(start, whole, BLOCK):
         ahead = load_tile(X + c + AHEAD * BLOCK, None, SLOTS, VECTORS, E, ALIGN, POLICY)
         w = tile_numbers(tiles[0], VECTORS, dtype, E)
-        top, sum, dot, sum_sq = _tile(w, top, sum, dot, sum_sq, k, softcap, SLOTS, CAP, ENTROPY, P_SQ)
+        top, sum, dot, sum_sq = _tile(
+            w, top, sum, dot, sum_sq, k, softcap, SLOTS, CAP, ENTROPY, P_SQ
+        )
         tiles = (ahead,) if AHEAD == 1 else (tiles[1], ahead)
     for c in range(whole, full, BLOCK):
         there = limit - (c + AHEAD * BLOCK)
         ahead = load_tile(X + c + AHEAD * BLOCK, there, SLOTS, VECTORS, E, ALIGN, POLICY)
         w = tile_numbers(tiles[0], VECTORS, dtype, E)
-        top, sum, dot, sum_sq = _tile(w, top, sum, dot, sum_sq, k, softcap, SLOTS, CAP, ENTROPY, P_SQ)
+        top, sum, dot, sum_sq = _tile(
+            w, top, sum, dot, sum_sq, k, softcap, SLOTS, CAP, ENTROPY, P_SQ
+        )
         tiles = (ahead,) if AHEAD == 1 else (tiles[1], ahead)
     for i in tl.static_range(VECTORS):
         if full + i * (SLOTS * E) < stop:  # the last tile of a row, run by run
             w = numbers(tiles[0][i], dtype, E)
-            top, sum, dot, sum_sq = _tile(w, top, sum, dot, sum_sq, k, softcap, SLOTS, CAP, ENTROPY, P_SQ)
+            top, sum, dot, sum_sq = _tile(
+                w, top, sum, dot, sum_sq, k, softcap, SLOTS, CAP, ENTROPY, P_SQ
+            )
     if stop % E != 0:  # the rest of a vector, in its column's slot
         first = stop // (SLOTS * E) * (SLOTS * E)
-        w = numbers(load_elements(X + first, stop // E * E - first, stop - first, SLOTS, E, POLICY), dtype, E)
-        top, sum, dot, sum_sq = _tile(w, top, sum, dot, sum_sq, k, softcap, SLOTS, CAP, ENTROPY, P_SQ)
+        w = numbers(
+            load_elements(X + first, stop // E * E - first, stop - first, SLOTS, E, POLICY),
+            dtype,
+            E,
+        )
+        top, sum, dot, sum_sq = _tile(
+            w, top, sum, dot, sum_sq, k, softcap, SLOTS, CAP, ENTROPY, P_SQ
+        )
     return top, sum, dot, sum_sq, tiles
 
 
@@ -337,16 +419,43 @@ def merge_slots(top1, sum1, dot1, sq1, top2, sum2, dot2, sq2, k):
 
 @triton.jit
 def swept_row(
-    X, V, k, softcap, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, AHEAD: tl.constexpr,
-    CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, ALIGN: tl.constexpr, POLICY: tl.constexpr,
-):  # fmt: skip
+    X,
+    V,
+    k,
+    softcap,
+    SEGMENT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    E: tl.constexpr,
+    AHEAD: tl.constexpr,
+    CAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    P_SQ: tl.constexpr,
+    ALIGN: tl.constexpr,
+    POLICY: tl.constexpr,
+):
     """The state of a whole row."""
     top, sum, dot, sum_sq = no_slots(SLOTS)
     tiles = first_tiles(X, V, SLOTS, VECTORS, E, AHEAD, ALIGN, POLICY)
     for start in range(0, V, SEGMENT):
         stop = tl.minimum(V, start + SEGMENT)
         top2, sum2, dot2, sq2, tiles = segment_slots(
-            X, tiles, start, stop, V, k, softcap, SLOTS, VECTORS, E, AHEAD, CAP, ENTROPY, P_SQ, ALIGN, POLICY
+            X,
+            tiles,
+            start,
+            stop,
+            V,
+            k,
+            softcap,
+            SLOTS,
+            VECTORS,
+            E,
+            AHEAD,
+            CAP,
+            ENTROPY,
+            P_SQ,
+            ALIGN,
+            POLICY,
         )
         top, sum, dot, sum_sq = merge_slots(top, sum, dot, sum_sq, top2, sum2, dot2, sq2, k)
     return row_of_slots(X, V, k, softcap, top, sum, dot, sum_sq, SLOTS, E, CAP, ENTROPY, P_SQ)
@@ -363,21 +472,40 @@ def store_slots(P, top, sum, dot, sum_sq, SLOTS: tl.constexpr):
 
 @triton.jit
 def merged_row(
-    P, X, V, k, softcap, SEGMENT: tl.constexpr, SLOTS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr
-):  # fmt: skip
+    P,
+    X,
+    V,
+    k,
+    softcap,
+    SEGMENT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    E: tl.constexpr,
+    CAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    P_SQ: tl.constexpr,
+):
     """The state of a row from the slots of its segments, which are at ``P``."""
     top, sum, dot, sum_sq = no_slots(SLOTS)
     P += tl.arange(0, SLOTS)
     for _ in range(tl.cdiv(V, SEGMENT)):
-        top2, sum2, dot2, sq2 = tl.load(P), tl.load(P + SLOTS), tl.load(P + 2 * SLOTS), tl.load(P + 3 * SLOTS)
+        top2, sum2, dot2, sq2 = (
+            tl.load(P),
+            tl.load(P + SLOTS),
+            tl.load(P + 2 * SLOTS),
+            tl.load(P + 3 * SLOTS),
+        )
         top, sum, dot, sum_sq = merge_slots(top, sum, dot, sum_sq, top2, sum2, dot2, sq2, k)
         P += 4 * SLOTS
     return row_of_slots(X, V, k, softcap, top, sum, dot, sum_sq, SLOTS, E, CAP, ENTROPY, P_SQ)
 
 
 @triton.jit
-def gradient_tile(z, c, k, b, A, B, C, softcap, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr):
-    """``p·(A + B·log2 p + C·p)`` with ``log2 p = (w - c)·k + b``, times the slope of the cap."""
+def gradient_tile(
+    z, c, k, b, A, B, C, softcap, CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr
+):
+    """``p·(A + B·log2 p + C·p)`` with ``log2 p = (w - c)·k + b``, times the slope of
+    the cap.
+    """
     w, slope = capped(z, softcap, CAP)
     # Without a logarithm in the factor, no product has an exponent of -inf.
     log2_p = _exponent(w - c, k, b) if ENTROPY else tl.fma(w - c, k, b)
@@ -400,23 +528,55 @@ def _whole_tiles(start, stop, V, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_last_tiles(X, start, stop, V, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, ALIGN: tl.constexpr):
-    """Load the first tiles of :func:`gradient_sweep`: the last whole tile and the vectors
-    after it.
+def load_last_tiles(
+    X,
+    start,
+    stop,
+    V,
+    SLOTS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    E: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Load the first tiles of :func:`gradient_sweep`: the last whole tile and the
+    vectors after it.
 
     Call it before the sweep's coefficients are known.
     """
     BLOCK: tl.constexpr = SLOTS * VECTORS * E
     full = _whole_tiles(start, stop, V, BLOCK)
     end = load_tile(X + full, tl.minimum(stop, V) - full, SLOTS, VECTORS, E, ALIGN, "evict_first")
-    return end, load_tile(X + (full - BLOCK), tl.where(full > start, BLOCK, 0), SLOTS, VECTORS, E, ALIGN, "evict_first")
+    return end, load_tile(
+        X + (full - BLOCK),
+        tl.where(full > start, BLOCK, 0),
+        SLOTS,
+        VECTORS,
+        E,
+        ALIGN,
+        "evict_first",
+    )
 
 
 @triton.jit
 def _gradient_run(
-    P, z, columns, c, k, b, A, B, C, softcap, SLOTS: tl.constexpr, E: tl.constexpr,
-    CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, EMULATE: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
+    P,
+    z,
+    columns,
+    c,
+    k,
+    b,
+    A,
+    B,
+    C,
+    softcap,
+    SLOTS: tl.constexpr,
+    E: tl.constexpr,
+    CAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    P_SQ: tl.constexpr,
+    EMULATE: tl.constexpr,
+    dtype: tl.constexpr,
+):
     w = numbers(z, dtype, E)
     g = (gradient_tile(w[0], c, k, b, A, B, C, softcap, CAP, ENTROPY, P_SQ),)
     if E == 8:
@@ -426,26 +586,99 @@ def _gradient_run(
 
 @triton.jit
 def _gradient_store(
-    P, z, columns, c, k, b, A, B, C, softcap, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
-    CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, EMULATE: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
-    """Write the gradient of the tile of words ``z``, all of it or its first ``columns``,
-    to ``P``.
+    P,
+    z,
+    columns,
+    c,
+    k,
+    b,
+    A,
+    B,
+    C,
+    softcap,
+    SLOTS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    E: tl.constexpr,
+    CAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    P_SQ: tl.constexpr,
+    EMULATE: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Write the gradient of the tile of words ``z``, all of it or its first
+    ``columns``, to ``P``.
     """
     for i in tl.static_range(VECTORS):
         if columns is None:
-            _gradient_run(P + i * (SLOTS * E), z[i], None, c, k, b, A, B, C, softcap, SLOTS, E, CAP, ENTROPY, P_SQ, EMULATE, dtype)
+            _gradient_run(
+                P + i * (SLOTS * E),
+                z[i],
+                None,
+                c,
+                k,
+                b,
+                A,
+                B,
+                C,
+                softcap,
+                SLOTS,
+                E,
+                CAP,
+                ENTROPY,
+                P_SQ,
+                EMULATE,
+                dtype,
+            )
         else:
             left = columns - i * (SLOTS * E)
             if left > 0:
-                _gradient_run(P + i * (SLOTS * E), z[i], left, c, k, b, A, B, C, softcap, SLOTS, E, CAP, ENTROPY, P_SQ, EMULATE, dtype)
+                _gradient_run(
+                    P + i * (SLOTS * E),
+                    z[i],
+                    left,
+                    c,
+                    k,
+                    b,
+                    A,
+                    B,
+                    C,
+                    softcap,
+                    SLOTS,
+                    E,
+                    CAP,
+                    ENTROPY,
+                    P_SQ,
+                    EMULATE,
+                    dtype,
+                )
 
 
 @triton.jit
 def gradient_sweep(
-    X, OUT, tiles, start, stop, V, y, at_target, c, k, b, A, B, C, softcap, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr,
-    CAP: tl.constexpr, ENTROPY: tl.constexpr, P_SQ: tl.constexpr, ALIGN: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
+    X,
+    OUT,
+    tiles,
+    start,
+    stop,
+    V,
+    y,
+    at_target,
+    c,
+    k,
+    b,
+    A,
+    B,
+    C,
+    softcap,
+    SLOTS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    E: tl.constexpr,
+    CAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    P_SQ: tl.constexpr,
+    ALIGN: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
     """Write the gradient of columns ``start`` (a multiple of a tile) to ``stop``, last
     tile first.
 
@@ -459,19 +692,86 @@ def gradient_sweep(
     last = tl.minimum(stop, V)
     end, z = tiles
     if full < last:
-        _gradient_store(OUT + full, end, last - full, c, k, b, A, B, C, softcap, SLOTS, VECTORS, E, CAP, ENTROPY, P_SQ, EMULATE, dtype)
-    for first in range(tl.maximum(start, last // E * E), stop, SLOTS):  # the rest of a vector, and padding
+        _gradient_store(
+            OUT + full,
+            end,
+            last - full,
+            c,
+            k,
+            b,
+            A,
+            B,
+            C,
+            softcap,
+            SLOTS,
+            VECTORS,
+            E,
+            CAP,
+            ENTROPY,
+            P_SQ,
+            EMULATE,
+            dtype,
+        )
+    # the rest of a vector, and padding
+    for first in range(tl.maximum(start, last // E * E), stop, SLOTS):
         column = first + tl.arange(0, SLOTS)
-        w = tl.load(X + column, mask=column < V, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
-        g = tl.where(column < V, gradient_tile(w, c, k, b, A, B, C, softcap, CAP, ENTROPY, P_SQ), 0.0)
-        tl.store(OUT + column, round_to(g, dtype, EMULATE), mask=column < stop, eviction_policy="evict_first")
+        w = tl.load(
+            X + column, mask=column < V, other=float("-inf"), eviction_policy="evict_first"
+        ).to(tl.float32)
+        g = tl.where(
+            column < V, gradient_tile(w, c, k, b, A, B, C, softcap, CAP, ENTROPY, P_SQ), 0.0
+        )
+        tl.store(
+            OUT + column,
+            round_to(g, dtype, EMULATE),
+            mask=column < stop,
+            eviction_policy="evict_first",
+        )
     for i in range((full - start) // BLOCK - 1):
         first = full - (i + 1) * BLOCK
         ahead = load_tile(X + (first - BLOCK), None, SLOTS, VECTORS, E, ALIGN, "evict_first")
-        _gradient_store(OUT + first, z, None, c, k, b, A, B, C, softcap, SLOTS, VECTORS, E, CAP, ENTROPY, P_SQ, EMULATE, dtype)
+        _gradient_store(
+            OUT + first,
+            z,
+            None,
+            c,
+            k,
+            b,
+            A,
+            B,
+            C,
+            softcap,
+            SLOTS,
+            VECTORS,
+            E,
+            CAP,
+            ENTROPY,
+            P_SQ,
+            EMULATE,
+            dtype,
+        )
         z = ahead
     if full > start:
-        _gradient_store(OUT + start, z, None, c, k, b, A, B, C, softcap, SLOTS, VECTORS, E, CAP, ENTROPY, P_SQ, EMULATE, dtype)
+        _gradient_store(
+            OUT + start,
+            z,
+            None,
+            c,
+            k,
+            b,
+            A,
+            B,
+            C,
+            softcap,
+            SLOTS,
+            VECTORS,
+            E,
+            CAP,
+            ENTROPY,
+            P_SQ,
+            EMULATE,
+            dtype,
+        )
     if (y >= start) & (y < stop):
         tl.debug_barrier()  # another thread has just written this column
         tl.store(OUT + y, round_to(at_target, dtype, EMULATE))

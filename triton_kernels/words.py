@@ -40,22 +40,33 @@ def _low_half(x):
 
 @triton.jit
 def load_elements(P, first, stop, SLOTS: tl.constexpr, E: tl.constexpr, policy: tl.constexpr):
-    """Load a run at ``P`` element by element: ``first`` to ``stop``, and -inf outside of
-    them.
+    """Load a run at ``P`` element by element: ``first`` to ``stop``, and -inf outside
+    of them.
     """
     if P.dtype.element_ty == tl.float32:
         i = _offsets(SLOTS, E)
-        return tl.load(P + i, mask=(i >= first) & (i < stop), other=float("-inf"), eviction_policy=policy).to(tl.int32, bitcast=True)
+        return tl.load(
+            P + i, mask=(i >= first) & (i < stop), other=float("-inf"), eviction_policy=policy
+        ).to(tl.int32, bitcast=True)
     else:
         even = tl.arange(0, SLOTS)[:, None] * E + tl.arange(0, 4)[None, :] * 2
         odd = even + 1
-        low = tl.load(P + even, mask=(even >= first) & (even < stop), other=float("-inf"), eviction_policy=policy)
-        high = tl.load(P + odd, mask=(odd >= first) & (odd < stop), other=float("-inf"), eviction_policy=policy)
+        low = tl.load(
+            P + even,
+            mask=(even >= first) & (even < stop),
+            other=float("-inf"),
+            eviction_policy=policy,
+        )
+        high = tl.load(
+            P + odd, mask=(odd >= first) & (odd < stop), other=float("-inf"), eviction_policy=policy
+        )
         return _low_half(low) | (_low_half(high) << 16)
 
 
 @triton.jit
-def load_run(P, columns, SLOTS: tl.constexpr, E: tl.constexpr, ALIGN: tl.constexpr, policy: tl.constexpr):
+def load_run(
+    P, columns, SLOTS: tl.constexpr, E: tl.constexpr, ALIGN: tl.constexpr, policy: tl.constexpr
+):
     """Load a run at ``P``.
 
     It loads the whole run (``columns`` is None), or the whole vectors among the first
@@ -74,14 +85,22 @@ def load_run(P, columns, SLOTS: tl.constexpr, E: tl.constexpr, ALIGN: tl.constex
             words = tl.load(W, eviction_policy=policy)
         else:
             there = tl.arange(0, SLOTS)[:, None] * E + E <= columns
-            words = tl.load(W, mask=there, other=_minus_infinities(P.dtype.element_ty), eviction_policy=policy)
+            words = tl.load(
+                W, mask=there, other=_minus_infinities(P.dtype.element_ty), eviction_policy=policy
+            )
     return words
 
 
 @triton.jit
 def load_tile(
-    P, columns, SLOTS: tl.constexpr, VECTORS: tl.constexpr, E: tl.constexpr, ALIGN: tl.constexpr, policy: tl.constexpr
-):  # fmt: skip
+    P,
+    columns,
+    SLOTS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    E: tl.constexpr,
+    ALIGN: tl.constexpr,
+    policy: tl.constexpr,
+):
     """Load the tile at ``P``: the whole tile, or its vectors as in :func:`load_run`."""
     words = (load_run(P, columns, SLOTS, E, ALIGN, policy),)
     for i in tl.static_range(1, VECTORS):
@@ -101,9 +120,14 @@ def numbers(words, dtype: tl.constexpr, E: tl.constexpr):
             even, odd = tl.split(tl.reshape(x, [x.shape[0], 4, 2]))
             return even, odd
     elif dtype == tl.bfloat16:
-        return (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
+        return (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(
+            tl.float32, bitcast=True
+        )
     else:
-        low, high = (words & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True), (words >> 16).to(tl.uint16).to(dtype, bitcast=True)
+        low, high = (
+            (words & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True),
+            (words >> 16).to(tl.uint16).to(dtype, bitcast=True),
+        )
         return low.to(tl.float32), high.to(tl.float32)
 
 

@@ -1,4 +1,5 @@
-"""Fits the polynomials of csrc/cpu/simd.h by the minimax relative error (Lawson's iteration) and prints them with their errors.
+"""Fits the polynomials of csrc/cpu/simd.h by the minimax relative error (Lawson's
+iteration) and prints them with their errors.
 
 python csrc/cpu/fit_exp2.py        needs numpy
 """
@@ -7,7 +8,9 @@ import numpy as np
 
 
 def fit(degree, truth, first=None, points=4001, rounds=3000):
-    """Coefficients of the polynomial nearest to ``truth`` on [0, 1] in relative error; ``first`` fixes the constant term."""
+    """Coefficients of the polynomial nearest to ``truth`` on [0, 1] in relative error;
+    ``first`` fixes the constant term.
+    """
     x = (np.cos(np.pi * (np.arange(points) + 0.5) / points) + 1) / 2
     y = truth(x)
     low = 0 if first is None else 1
@@ -15,7 +18,9 @@ def fit(degree, truth, first=None, points=4001, rounds=3000):
     target = np.ones(points) if first is None else 1 - first / y
     weight = np.ones(points)
     for _ in range(rounds):
-        found, *_ = np.linalg.lstsq(basis * np.sqrt(weight)[:, None], target * np.sqrt(weight), rcond=None)
+        found, *_ = np.linalg.lstsq(
+            basis * np.sqrt(weight)[:, None], target * np.sqrt(weight), rcond=None
+        )
         error = np.abs(basis @ found - target)
         weight *= error + 1e-30
         weight /= weight.sum()

@@ -1,4 +1,6 @@
-"""What ``ablations.py`` leaves: numbers, a table, a picture, and the page of the documentation that is made from the numbers."""
+"""What ``ablations.py`` leaves: numbers, a table, a picture, and the page of the
+documentation that is made from the numbers.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,13 @@ from .loop import Variant
 
 LAST = 5  # rollouts that a run's final numbers are the mean of
 GREY, BLUE = "#666666", "#0072B2"
-HEADINGS = ("variant", "reward: mean of the seeds", "lowest and highest seed", "entropy", "lowest and highest seed")
+HEADINGS = (
+    "variant",
+    "reward: mean of the seeds",
+    "lowest and highest seed",
+    "entropy",
+    "lowest and highest seed",
+)
 
 
 def machine() -> dict[str, str | int]:
@@ -33,7 +41,9 @@ def machine() -> dict[str, str | int]:
 
     def git(*arguments: str) -> str:
         try:
-            found = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+            found = subprocess.run(
+                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
+            )
         except OSError:
             return ""
         return found.stdout.strip()
@@ -41,18 +51,26 @@ def machine() -> dict[str, str | int]:
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     return {
-        "processor": next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()),
+        "processor": next(
+            (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+            platform.machine(),
+        ),
         "cores": torch.multiprocessing.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "reweight_ops": reweight_ops.__version__,
-        "commit": (git("rev-parse", "--short", "HEAD") or "unknown") + (" (modified)" if git("status", "--porcelain", "-uno") else ""),
+        "commit": (git("rev-parse", "--short", "HEAD") or "unknown")
+        + (" (modified)" if git("status", "--porcelain", "-uno") else ""),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def of_variant(variant: Variant, courses: Sequence[tuple[list[float], list[float]]]) -> dict[str, Any]:
-    """One entry a seed: the means of the last rollouts; and the whole course of the rewards."""
+def of_variant(
+    variant: Variant, courses: Sequence[tuple[list[float], list[float]]]
+) -> dict[str, Any]:
+    """One entry a seed: the means of the last rollouts; and the whole course of the
+    rewards.
+    """
     rewards, entropies = zip(*courses, strict=True)
     return {
         "group": variant.group,
@@ -96,16 +114,45 @@ def table(numbers: dict[str, Any]) -> Table:
 
 
 def picture(numbers: dict[str, Any], path: Path) -> None:
-    """A dot a seed and a bar at their mean, for reward and entropy; behind them the range of the baseline's seeds."""
+    """A dot a seed and a bar at their mean, for reward and entropy; behind them the
+    range of the baseline's seeds.
+    """
     variants = numbers["variants"]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.6 + 0.32 * len(variants)), layout="constrained", sharey=True)
-    labels = {"reward": "reward: share of exact answers", "entropy": "entropy of the sampled tokens in nats"}
+    figure, axes = plt.subplots(
+        1, 2, figsize=(11, 0.6 + 0.32 * len(variants)), layout="constrained", sharey=True
+    )
+    labels = {
+        "reward": "reward: share of exact answers",
+        "entropy": "entropy of the sampled tokens in nats",
+    }
     for axis, (key, label) in zip(axes, labels.items(), strict=True):
         base = variants[0][key]
-        axis.axvspan(min(base), max(base), color=GREY, alpha=0.2, linewidth=0, label="range of the baseline's seeds")
+        axis.axvspan(
+            min(base),
+            max(base),
+            color=GREY,
+            alpha=0.2,
+            linewidth=0,
+            label="range of the baseline's seeds",
+        )
         for y, variant in enumerate(variants):
-            axis.plot(variant[key], [y] * len(variant[key]), "o", color=BLUE, alpha=0.5, markersize=4, label=None if y else "a seed")
-            axis.plot([fmean(variant[key])], [y], "|", color="black", markersize=12, label=None if y else "mean of the seeds")
+            axis.plot(
+                variant[key],
+                [y] * len(variant[key]),
+                "o",
+                color=BLUE,
+                alpha=0.5,
+                markersize=4,
+                label=None if y else "a seed",
+            )
+            axis.plot(
+                [fmean(variant[key])],
+                [y],
+                "|",
+                color="black",
+                markersize=12,
+                label=None if y else "mean of the seeds",
+            )
         for y, (a, b) in enumerate(pairwise(variants)):
             if a["group"] != b["group"]:
                 axis.axhline(y + 0.5, color=GREY, linewidth=0.5)
@@ -114,7 +161,9 @@ def picture(numbers: dict[str, Any], path: Path) -> None:
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(variants)), [variant["name"] for variant in variants])
     axes[0].invert_yaxis()
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside upper right", ncols=3)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), frameon=False, loc="outside upper right", ncols=3
+    )
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -124,26 +173,44 @@ def page(numbers: dict[str, Any]) -> str:
     settings, where = numbers["settings"], numbers["machine"]
     base = numbers["variants"][0]
     low, high = min(base["reward"]), max(base["reward"])
-    outside = [v["name"] for v in numbers["variants"][1:] if max(v["reward"]) < low or min(v["reward"]) > high]
+    outside = [
+        v["name"]
+        for v in numbers["variants"][1:]
+        if max(v["reward"]) < low or min(v["reward"]) > high
+    ]
     lines = [
         "# Ablations on a toy",
         "",
-        "Generated from `docs/demo/ablations.json` by `python examples/ablations.py --page`; do not edit.",
+        "Generated from `docs/demo/ablations.json` by `python examples/ablations.py --page`; do "
+        "not edit.",
         "",
-        "`make ablations` changes one part of a method at a time. A Qwen2 of half a million parameters learns two-digit addition in an own loop:",
-        "the same warm-started model, the same problems for a seed, two optimizer steps on each rollout of 32 prompts x 8 completions. Every variant",
-        "is over the same dual clip (0.2, 0.28, c = 10) and, but for QAE and HAPO's average, GRPO's advantages.",
+        "`make ablations` changes one part of a method at a time. A Qwen2 of half a million "
+        "parameters learns two-digit addition in an own loop:",
+        "the same warm-started model, the same problems for a seed, two optimizer steps on each "
+        "rollout of 32 prompts x 8 completions. Every variant",
+        "is over the same dual clip (0.2, 0.28, c = 10) and, but for QAE and HAPO's average, "
+        "GRPO's advantages.",
         "",
-        f"Measured on {where['processor']}, {where['cores']} cores, PyTorch {where['torch']}, commit {where['commit']}, {where['date'][:10]}: "
-        f"{settings['seeds']} seeds, {settings['rollouts']} rollouts each, {settings['jobs']} runs at a time,",
-        f"{numbers['processor_seconds']} s of processor time in all, {numbers['seconds']} s from start to end.",
-        f"Reward is the share of exact answers, entropy the mean of the sampled tokens in nats: both over the last {LAST} rollouts of a run.",
+        f"Measured on {where['processor']}, {where['cores']} cores, PyTorch {where['torch']}, "
+        f"commit {where['commit']}, {where['date'][:10]}: "
+        f"{settings['seeds']} seeds, {settings['rollouts']} rollouts each, {settings['jobs']} "
+        "runs at a time,",
+        f"{numbers['processor_seconds']} s of processor time in all, {numbers['seconds']} s "
+        "from start to end.",
+        "Reward is the share of exact answers, entropy the mean of the sampled tokens in nats: "
+        f"both over the last {LAST} rollouts of a run.",
         "",
-        "![A dot a seed for every variant: reward and entropy, beside the range of the baseline's seeds](demo/ablations.png)",
+        "![A dot a seed for every variant: reward and entropy, beside the range of the "
+        "baseline's seeds](demo/ablations.png)",
         "",
     ]
     for group, of in groups(numbers).items():
-        lines += [f"## {group[0].upper()}{group[1:]}", "", f"| {' | '.join(HEADINGS)} |", "| --- | ---: | ---: | ---: | ---: |"]
+        lines += [
+            f"## {group[0].upper()}{group[1:]}",
+            "",
+            f"| {' | '.join(HEADINGS)} |",
+            "| --- | ---: | ---: | ---: | ---: |",
+        ]
         lines += [f"| {' | '.join(cells(variant))} |" for variant in of]
         lines.append("")
     lines += [
@@ -153,10 +220,13 @@ def page(numbers: dict[str, Any]) -> str:
         + (
             f"Every seed is outside of that range with: {'; '.join(outside)}."
             if outside
-            else "No variant has every seed outside of that range: the rewards tell none of them apart from the baseline."
+            else "No variant has every seed outside of that range: the rewards tell none of "
+            "them apart from the baseline."
         ),
-        f"{settings['seeds']} seeds of a toy whose completions are four tokens long say nothing about a language model: no method is claimed to be better.",
-        "HAPO's average over tokens differs from GRPO's only where completions differ in length, which here few do.",
+        f"{settings['seeds']} seeds of a toy whose completions are four tokens long say nothing "
+        "about a language model: no method is claimed to be better.",
+        "HAPO's average over tokens differs from GRPO's only where completions differ in "
+        "length, which here few do.",
         "",
     ]
     return "\n".join(lines)

@@ -49,17 +49,25 @@ class Cost(NamedTuple):
     extra_bytes: int
 
 
-def candidates(ids: Tensor, advantages: Tensor, old: Tensor, compiled: bool) -> dict[str, Callable[[Tensor], Tensor]]:
+def candidates(
+    ids: Tensor, advantages: Tensor, old: Tensor, compiled: bool
+) -> dict[str, Callable[[Tensor], Tensor]]:
     def eager(logits: Tensor) -> Tensor:
         return eager_policy_loss(logits, ids, advantages, old_per_token_logps=old)
 
     def fused(logits: Tensor, **keywords: bool) -> Tensor:
-        return rw.policy_loss(logits, ids, advantages, spec=rw.methods.grpo(), old_per_token_logps=old, **keywords).loss
+        return rw.policy_loss(
+            logits, ids, advantages, spec=rw.methods.grpo(), old_per_token_logps=old, **keywords
+        ).loss
 
     found = {"eager PyTorch": eager}
     if compiled:
         found["torch.compile"] = torch.compile(eager)
-    return {**found, "fused op": fused, "fused op, in place": lambda logits: fused(logits, consume_logits=True)}
+    return {
+        **found,
+        "fused op": fused,
+        "fused op, in place": lambda logits: fused(logits, consume_logits=True),
+    }
 
 
 def measure(rows: int, vocab: int = VOCAB, rounds: int = 5, compiled: bool = True) -> list[Cost]:
@@ -75,7 +83,8 @@ def measure(rows: int, vocab: int = VOCAB, rounds: int = 5, compiled: bool = Tru
     times: dict[str, list[float]] = {name: [] for name in calls}
     extra, gradients = {}, {}
     values.requires_grad_()
-    for name, call in calls.items():  # one separate run: compilation, and the slow measurement of memory
+    # one separate run: compilation, and the slow measurement of memory
+    for name, call in calls.items():
         logits = Head.apply(values)
         extra[name] = most_alive(lambda call=call, logits=logits: call(logits).backward())
         gradients[name] = Head.gradient
@@ -90,5 +99,7 @@ def measure(rows: int, vocab: int = VOCAB, rounds: int = 5, compiled: bool = Tru
     truth = gradients["eager PyTorch"].float()
     for name, gradient in gradients.items():
         if (difference := ((gradient.float() - truth).norm() / truth.norm()).item()) > 0.01:
-            raise RuntimeError(f"the gradient of {name} differs from eager PyTorch's by {difference:.1%}")
+            raise RuntimeError(
+                f"the gradient of {name} differs from eager PyTorch's by {difference:.1%}"
+            )
     return [Cost(name, median(ms), extra[name]) for name, ms in times.items()]

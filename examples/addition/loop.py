@@ -1,6 +1,8 @@
-"""An own training loop on two-digit addition, without a trainer: sample, score, compare inside the group, two updates.
+"""An own training loop on two-digit addition, without a trainer: sample, score, compare
+inside the group, two updates.
 
-Every variant of ``ablations.py`` runs in it: from the same warm-started model, on the prompts of its seed, with as many optimizer steps.
+Every variant of ``ablations.py`` runs in it: from the same warm-started model, on the
+prompts of its seed, with as many optimizer steps.
 """
 
 from __future__ import annotations
@@ -41,17 +43,22 @@ def grpo(rollout: Rollout) -> Tensor:
 
 @dataclass(frozen=True)
 class Variant:
-    """What one variant changes: the losses of the two updates on a rollout's data, the advantage, the sampler's temperature."""
+    """What one variant changes: the losses of the two updates on a rollout's data, the
+    advantage, the sampler's temperature.
+    """
 
     group: str
     name: str
     specs: Callable[[Rollout], Sequence[rw.PolicyLossSpec]]
     advantages: Callable[[Rollout], Tensor] = grpo
-    temperature: Callable[[Tensor, Rollout], Tensor] | None = None  # of the next token, by its entropy [B] and the last rollout; default 1
+    # of the next token, by its entropy [B] and the last rollout; default 1
+    temperature: Callable[[Tensor, Rollout], Tensor] | None = None
 
 
 class Course(NamedTuple):
-    """One number a rollout: the share of exact answers and the mean entropy of the sampled tokens, in nats."""
+    """One number a rollout: the share of exact answers and the mean entropy of the
+    sampled tokens, in nats.
+    """
 
     rewards: list[float]
     entropies: list[float]
@@ -64,13 +71,18 @@ def logits_of(model: Any, rollout_ids: Tensor) -> Tensor:
 
 @dataclass
 class Sampler:
-    """Completions of random problems, drawn by a seed's own generators, with what the model thought of them at temperature 1."""
+    """Completions of random problems, drawn by a seed's own generators, with what the
+    model thought of them at temperature 1.
+    """
 
     seed: int
     temperature: Callable[[Tensor, Rollout], Tensor] | None
 
     def __post_init__(self) -> None:
-        self.problems, self.generator = random.Random(f"problems {self.seed}"), torch.Generator().manual_seed(self.seed)
+        self.problems, self.generator = (
+            random.Random(f"problems {self.seed}"),
+            torch.Generator().manual_seed(self.seed),
+        )
         self.encode = task.make_tokenizer().encode
         self.last: Rollout | None = None
 
@@ -83,9 +95,15 @@ class Sampler:
 
     @torch.no_grad()
     def rollout(self, model: Any) -> Rollout:
-        pairs = [(self.problems.randrange(100), self.problems.randrange(100)) for _ in range(PROMPTS)]
-        prompts = torch.tensor([self.encode(task.prompt(a, b)) for a, b in pairs]).repeat_interleave(GROUP, 0)
-        answers = torch.tensor([[*self.encode(task.written(a + b, 3)), EOS] for a, b in pairs]).repeat_interleave(GROUP, 0)
+        pairs = [
+            (self.problems.randrange(100), self.problems.randrange(100)) for _ in range(PROMPTS)
+        ]
+        prompts = torch.tensor(
+            [self.encode(task.prompt(a, b)) for a, b in pairs]
+        ).repeat_interleave(GROUP, 0)
+        answers = torch.tensor(
+            [[*self.encode(task.written(a + b, 3)), EOS] for a, b in pairs]
+        ).repeat_interleave(GROUP, 0)
         tokens, read, cache = [], prompts, None
         for _ in range(task.ANSWER_TOKENS):
             out = model(input_ids=read, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -94,16 +112,21 @@ class Sampler:
             cache = out.past_key_values
         completions = torch.cat(tokens, 1)
         ended = (completions == EOS).cumsum(1)
-        mask = (ended - (completions == EOS).long()) == 0  # up to the first <eos>, that one included
+        # up to the first <eos>, that one included
+        mask = (ended - (completions == EOS).long()) == 0
         ids = torch.cat([prompts, completions], 1)
-        logps, entropies = rw.token_logps(logits_of(model, ids), completions, completion_mask=mask, return_entropy=True)
+        logps, entropies = rw.token_logps(
+            logits_of(model, ids), completions, completion_mask=mask, return_entropy=True
+        )
         right = (completions == answers).all(1)
         self.last = Rollout(ids, completions, mask, logps, entropies, right.float())
         return self.last
 
 
 def train(variant: Variant, model: Any, rollouts: int, seed: int) -> Course:
-    """``rollouts`` rollouts with an update for each of the variant's two losses, on a copy of the model."""
+    """``rollouts`` rollouts with an update for each of the variant's two losses, on a
+    copy of the model.
+    """
     model = copy.deepcopy(model).train()
     sampler = Sampler(seed, variant.temperature)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)

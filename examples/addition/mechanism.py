@@ -37,12 +37,25 @@ def token_gradients(model: Any, rollout: dict[str, Any], temperature: float) -> 
         attention_mask=torch.cat([rollout["prompt_mask"], mask], 1),
         logits_to_keep=ids.size(1) + 1,
     ).logits
-    stats = rw.token_stats(logits, ids, stats=("logps", "log_sum_p_sq"), completion_mask=mask, temperature=temperature, drop_last=True)
+    stats = rw.token_stats(
+        logits,
+        ids,
+        stats=("logps", "log_sum_p_sq"),
+        completion_mask=mask,
+        temperature=temperature,
+        drop_last=True,
+    )
     p = stats.logps.exp()
     direction = (1 - 2 * p + stats.log_sum_p_sq.exp()).clamp(min=0).sqrt() / temperature
 
     def norms(spec: rw.PolicyLossSpec) -> Tensor:
-        out = rw.policy_loss_from_logps(stats.logps, rollout["advantages"], spec=spec, completion_mask=mask, num_items_in_batch=mask.sum())
+        out = rw.policy_loss_from_logps(
+            stats.logps,
+            rollout["advantages"],
+            spec=spec,
+            completion_mask=mask,
+            num_items_in_batch=mask.sum(),
+        )
         return out.coef.abs() * direction
 
     plain, reweighted = norms(PLAIN), norms(REWEIGHTED)
@@ -63,10 +76,17 @@ class QuartileShares(NamedTuple):
 def quartile_shares(parts: list[TokenGradients]) -> QuartileShares:
     probability, plain, reweighted = (torch.cat(column) for column in zip(*parts, strict=True))
     if len(probability) < 4:
-        raise SystemExit("No group of completions had different rewards, so no token has a gradient: set --warm-start to more steps.")
+        raise SystemExit(
+            "No group of completions had different rewards, so no token has a gradient: set "
+            "--warm-start to more steps."
+        )
     quarters = probability.argsort().tensor_split(4)
 
     def shares(norm: Tensor) -> list[float]:
         return [(norm[quarter].sum() / norm.sum()).item() for quarter in quarters]
 
-    return QuartileShares([probability[quarter].max().item() for quarter in quarters], shares(plain), shares(reweighted))
+    return QuartileShares(
+        [probability[quarter].max().item() for quarter in quarters],
+        shares(plain),
+        shares(reweighted),
+    )

@@ -28,7 +28,9 @@ def smoothed(values: list[float]) -> list[float]:
 
 
 def _table(title: str, *headings: str) -> Table:
-    table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
     table.add_column(headings[0], no_wrap=True)
     for heading in headings[1:]:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -36,16 +38,32 @@ def _table(title: str, *headings: str) -> Table:
 
 
 def agreement_table(found: list[Agreement]) -> Table:
-    table = _table("One rollout: the fused op compared to TRL's own loss", "update", "loss", "difference", "gradient, relative difference")
+    table = _table(
+        "One rollout: the fused op compared to TRL's own loss",
+        "update",
+        "loss",
+        "difference",
+        "gradient, relative difference",
+    )
     for a in found:
         policy = "on-policy" if a.update == 1 else "off-policy"
-        table.add_row(f"{a.update} ({policy})", f"{a.loss:+.2e}", f"{a.loss_difference:.1e}", f"{a.gradient_difference:.1e}")
-    table.caption = "On-policy the loss is 0 by construction: ratios are 1, and the advantages of a group sum to 0."
+        table.add_row(
+            f"{a.update} ({policy})",
+            f"{a.loss:+.2e}",
+            f"{a.loss_difference:.1e}",
+            f"{a.gradient_difference:.1e}",
+        )
+    table.caption = (
+        "On-policy the loss is 0 by construction: ratios are 1, and the advantages "
+        "of a group sum to 0."
+    )
     return table
 
 
 def runs_table(runs: list[Run]) -> Table:
-    table = _table("Training runs", "run", "seed", "reward", "loss", "clipped", "entropy", "ms", "MiB")
+    table = _table(
+        "Training runs", "run", "seed", "reward", "loss", "clipped", "entropy", "ms", "MiB"
+    )
     for run in runs:
         reward, loss = run.series("reward"), run.series("loss")
         table.add_row(
@@ -59,8 +77,10 @@ def runs_table(runs: list[Run]) -> Table:
             f"{run.peak_bytes / 2**20:.0f}",
         )
     table.caption = (
-        f"reward: first and last {WINDOW} rollouts; loss: last 10 updates; clipped: share of tokens, off-policy updates; ms: an update.\n"
-        "MiB: peak of forward, loss and backward. Stock TRL's head has a buffer of 32768 columns for a vocabulary of any size, here 64: "
+        f"reward: first and last {WINDOW} rollouts; loss: last 10 updates; clipped: share of "
+        "tokens, off-policy updates; ms: an update.\n"
+        "MiB: peak of forward, loss and backward. Stock TRL's head has a buffer of 32768 "
+        "columns for a vocabulary of any size, here 64: "
         "the numbers do not predict real models."
     )
     return table
@@ -68,12 +88,18 @@ def runs_table(runs: list[Run]) -> Table:
 
 def distance(a: Run, b: Run) -> float:
     """Mean distance between two smoothed reward curves."""
-    return fmean(abs(x - y) for x, y in zip(smoothed(a.series("reward")), smoothed(b.series("reward")), strict=True))
+    return fmean(
+        abs(x - y)
+        for x, y in zip(smoothed(a.series("reward")), smoothed(b.series("reward")), strict=True)
+    )
 
 
 def cost_table(costs: list[Cost], rows: int) -> Table:
     table = _table(
-        f"The loss alone on this machine: {rows} rows of {VOCAB} bf16 logits, forward and backward", "loss", "ms", "MiB besides the logits"
+        f"The loss alone on this machine: {rows} rows of {VOCAB} bf16 logits, forward and backward",
+        "loss",
+        "ms",
+        "MiB besides the logits",
     )
     for c in costs:
         table.add_row(c.name, f"{c.milliseconds:.1f}", f"{c.extra_bytes / 2**20:.1f}")
@@ -89,7 +115,9 @@ def cost_panels(time: plt.Axes, memory: plt.Axes, costs: list[Cost]) -> None:
         (memory, [c.extra_bytes / 2**20 for c in costs][::-1], "MiB besides the logits"),
     ):
         bars = axes.barh(names, values, color=colours)
-        axes.bar_label(bars, [f"{v:,.0f}" if v >= 10 else f"{v:.1f}" for v in values], fontsize=8, padding=2)
+        axes.bar_label(
+            bars, [f"{v:,.0f}" if v >= 10 else f"{v:.1f}" for v in values], fontsize=8, padding=2
+        )
         axes.set(xlabel=unit)
         axes.margins(x=0.16)
         axes.spines[["top", "right"]].set_visible(False)
@@ -97,7 +125,9 @@ def cost_panels(time: plt.Axes, memory: plt.Axes, costs: list[Cost]) -> None:
     memory.set(title="and the memory that it takes")
 
 
-def picture(stock: list[Run], others: list[Run], shares: QuartileShares, costs: list[Cost], path: Path) -> None:
+def picture(
+    stock: list[Run], others: list[Run], shares: QuartileShares, costs: list[Cost], path: Path
+) -> None:
     """Draw reward curves over the spread of the stock seeds, and the gradient's share
     by token probability.
 
@@ -118,7 +148,9 @@ def picture(stock: list[Run], others: list[Run], shares: QuartileShares, costs: 
         cost_panels(*grid[1], costs)
     curves = list(zip(*(smoothed(run.series("reward")) for run in stock), strict=True))
     x = [PASSES * i for i in range(len(curves))]
-    left.fill_between(x, [min(c) for c in curves], [max(c) for c in curves], color=GREY, alpha=0.25, linewidth=0)
+    left.fill_between(
+        x, [min(c) for c in curves], [max(c) for c in curves], color=GREY, alpha=0.25, linewidth=0
+    )
     for i, run in enumerate(stock):
         label = f"stock TRL: {len(stock)} seeds and their range" if i == 0 else None
         left.plot(x, smoothed(run.series("reward")), color=GREY, linewidth=1, label=label)
@@ -142,11 +174,18 @@ def picture(stock: list[Run], others: list[Run], shares: QuartileShares, costs: 
     left.legend(frameon=False, loc="lower right")
 
     places = range(len(shares.plain))
-    for offset, values, colour, label in ((-0.2, shares.plain, GREY, "plain"), (0.2, shares.reweighted, ORANGE, "reweighted: AR, α = 0.3")):
-        bars = right.bar([i + offset for i in places], [100 * v for v in values], 0.38, color=colour, label=label)
+    for offset, values, colour, label in (
+        (-0.2, shares.plain, GREY, "plain"),
+        (0.2, shares.reweighted, ORANGE, "reweighted: AR, α = 0.3"),
+    ):
+        bars = right.bar(
+            [i + offset for i in places], [100 * v for v in values], 0.38, color=colour, label=label
+        )
         right.bar_label(bars, fmt="%.0f", fontsize=8, padding=1)
     lower = [0.0, *shares.upper[:-1]]
-    right.set_xticks(list(places), [f"{a:.2g} to {b:.2g}" for a, b in zip(lower, shares.upper, strict=True)])
+    right.set_xticks(
+        list(places), [f"{a:.2g} to {b:.2g}" for a, b in zip(lower, shares.upper, strict=True)]
+    )
     right.set(
         xlabel="probability of the token (quartiles)",
         ylabel="share of the logit-gradient norm (%)",

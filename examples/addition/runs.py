@@ -22,7 +22,8 @@ from . import task
 from .mechanism import TokenGradients, token_gradients
 from .memory import most_alive
 
-PASSES = 2  # updates per rollout: the second is off-policy, so that clipping has an effect
+# updates per rollout: the second is off-policy, so that clipping has an effect
+PASSES = 2
 RECORD_EVERY = 5  # rollouts
 
 
@@ -84,12 +85,24 @@ class Kind:
 
 STOCK = Kind("stock TRL", GRPOTrainer, {})
 FUSED = Kind("fused", RecordingTrainer, {"fuse_loss": True})
-REWEIGHTED = Kind("fused + AR", ReweightGRPOTrainer, {"reweight": rw.weights.AdvantageReweighting(alpha=0.3)})
-LOPTI = Kind("fused, Lopti", ReweightGRPOTrainer, {"spec": [rw.methods.lopti("low"), rw.methods.lopti("high")]})
+REWEIGHTED = Kind(
+    "fused + AR", ReweightGRPOTrainer, {"reweight": rw.weights.AdvantageReweighting(alpha=0.3)}
+)
+LOPTI = Kind(
+    "fused, Lopti",
+    ReweightGRPOTrainer,
+    {"spec": [rw.methods.lopti("low"), rw.methods.lopti("high")]},
+)
 
 
 def make_trainer(
-    kind: Kind, model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, out: str, lm_head: str
+    kind: Kind,
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    steps: int,
+    seed: int,
+    out: str,
+    lm_head: str,
 ) -> GRPOTrainer:
     """Build a trainer on a copy of the model.
 
@@ -134,7 +147,14 @@ def train(kind: Kind, trainer: GRPOTrainer, on_step: Callable[[], None], peak_by
     trainer.train()
     seconds = time.perf_counter() - start - getattr(trainer, "recording_seconds", 0.0)
     calls = (dict(getattr(trainer, name, {})) for name in ("fused_calls", "delegated_calls"))
-    return Run(kind.name, trainer.args.seed, seconds / trainer.args.max_steps, peak_bytes, *calls, trainer.state.log_history)
+    return Run(
+        kind.name,
+        trainer.args.seed,
+        seconds / trainer.args.max_steps,
+        peak_bytes,
+        *calls,
+        trainer.state.log_history,
+    )
 
 
 @dataclass(frozen=True)
@@ -154,14 +174,17 @@ def compare(stock: GRPOTrainer, fused: ReweightGRPOTrainer) -> list[Agreement]:
     Both start from the same parameters.
     """
     for trainer in (stock, fused):
-        trainer.current_gradient_accumulation_steps = 1  # only the training loop sets it
+        # only the training loop sets it
+        trainer.current_gradient_accumulation_steps = 1
         trainer.model.train()
     rollout = stock._prepare_inputs(next(iter(stock.get_train_dataloader())))
     optimizer = torch.optim.Adam(stock.model.parameters(), lr=3e-4)
     found = []
     for update in range(1, PASSES + 1):
         fused.model.load_state_dict(stock.model.state_dict())
-        (loss, gradient), (other, other_gradient) = (_loss_and_gradient(trainer, rollout) for trainer in (stock, fused))
+        (loss, gradient), (other, other_gradient) = (
+            _loss_and_gradient(trainer, rollout) for trainer in (stock, fused)
+        )
         relative = ((other_gradient - gradient).norm() / gradient.norm()).item()
         found.append(Agreement(update, loss, abs(other - loss), relative))
         optimizer.step()
@@ -174,7 +197,9 @@ def _loss_and_gradient(trainer: GRPOTrainer, rollout: dict[str, Any]) -> tuple[f
     trainer.model.zero_grad()
     loss = trainer._compute_loss(trainer.model, dict(rollout))
     loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+    return loss.item(), torch.cat(
+        [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
+    )
 
 
 def peak_memory(trainer: GRPOTrainer) -> int:

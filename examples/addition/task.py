@@ -24,10 +24,14 @@ ANSWER_TOKENS = 4  # three digits and <eos>
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Tokenizer with one token per character."""
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(TOKENS)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate(TOKENS)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()  # no spaces between characters
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2ForCausalLM:
@@ -60,30 +64,48 @@ def make_prompts(count: int, seed: int) -> Dataset:
     """Random problems with their answers."""
     rng = random.Random(seed)
     pairs = [(rng.randrange(100), rng.randrange(100)) for _ in range(count)]
-    return Dataset.from_list([{"prompt": prompt(a, b), "answer": written(a + b, 3)} for a, b in pairs])
+    return Dataset.from_list(
+        [{"prompt": prompt(a, b), "answer": written(a + b, 3)} for a, b in pairs]
+    )
 
 
 def exact_match(completions: list[str], answer: list[str], **_: object) -> list[float]:
     """Reward: 1 for the right answer, otherwise 0."""
-    return [float(completion == right) for completion, right in zip(completions, answer, strict=True)]
+    return [
+        float(completion == right) for completion, right in zip(completions, answer, strict=True)
+    ]
 
 
-def noisy_batches(tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Token ids ``[batch_size, 10]`` of problems whose answers' digits are random with probability :data:`NOISE`."""
+def noisy_batches(
+    tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int
+) -> Iterator[torch.Tensor]:
+    """Token ids ``[batch_size, 10]`` of problems whose answers' digits are random with
+    probability :data:`NOISE`.
+    """
     rng = random.Random(seed)
     while True:
         rows = []
         for _ in range(batch_size):
             a, b = rng.randrange(100), rng.randrange(100)
-            answer = "".join(str(rng.randrange(10)) if rng.random() < NOISE else digit for digit in written(a + b, 3))
+            answer = "".join(
+                str(rng.randrange(10)) if rng.random() < NOISE else digit
+                for digit in written(a + b, 3)
+            )
             rows.append([*tokenizer.encode(prompt(a, b) + answer), tokenizer.eos_token_id])
         yield torch.tensor(rows)
 
 
-def warm_start(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, on_step: Callable[[], None]) -> None:
+def warm_start(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    steps: int,
+    on_step: Callable[[], None],
+) -> None:
     """Next-token training on noisy answers, in place."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.1
+    )
     model.train()
     for _, ids in zip(range(steps), noisy_batches(tokenizer, 64, seed=1), strict=False):
         labels = ids.clone()

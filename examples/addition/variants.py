@@ -1,4 +1,6 @@
-"""The variants of ``ablations.py``: each changes one part of one method, over the same dual clip (0.2, 0.28, c = 10) and GRPO's advantages."""
+"""The variants of ``ablations.py``: each changes one part of one method, over the same
+dual clip (0.2, 0.28, c = 10) and GRPO's advantages.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,18 @@ def qae(quantile: float) -> Callable[[Rollout], Tensor]:
 
 def steer(floor: float) -> Callable[[Rollout], list[rw.PolicyLossSpec]]:
     """By the entropies of the rollout, as the authors'."""
-    return lambda rollout: [PLAIN.with_weight(rw.weights.steer(w_min=floor, entropies=rollout.entropies))] * 2
+    return lambda rollout: (
+        [PLAIN.with_weight(rw.weights.steer(w_min=floor, entropies=rollout.entropies))] * 2
+    )
 
 
 def hapo(alpha: float, beta: float) -> Callable[[Rollout], list[rw.PolicyLossSpec]]:
-    """``alpha`` 1: clip bounds of every token's own; ``beta`` 1: advantages redistributed; 0 leaves that part out."""
-    return lambda rollout: [rw.methods.hapo(**CLIP, alpha=alpha, beta=beta, entropies=rollout.entropies)] * 2
+    """``alpha`` 1: clip bounds of every token's own; ``beta`` 1: advantages
+    redistributed; 0 leaves that part out.
+    """
+    return lambda rollout: (
+        [rw.methods.hapo(**CLIP, alpha=alpha, beta=beta, entropies=rollout.entropies)] * 2
+    )
 
 
 def token_average(rollout: Rollout) -> Tensor:
@@ -53,13 +61,18 @@ def warmer(entropies: Tensor, last: Rollout) -> Tensor:
 BASELINE = Variant("baseline", "GRPO, dual clip", twice(PLAIN))
 VARIANTS = (
     BASELINE,
-    Variant("AR and Lopti", "AR, α = 0.3", twice(rw.methods.advantage_reweighting(alpha=0.3, **CLIP))),
+    Variant(
+        "AR and Lopti", "AR, α = 0.3", twice(rw.methods.advantage_reweighting(alpha=0.3, **CLIP))
+    ),
     Variant("AR and Lopti", "Lopti, unlikely tokens first", lopti("low_first", 0.0)),
     Variant("AR and Lopti", "Lopti, unlikely tokens last", lopti("high_first", 0.0)),
     Variant("AR and Lopti", "AR and Lopti, unlikely tokens first", lopti("low_first", 0.3)),
     Variant("AR and Lopti", "AR and Lopti, unlikely tokens last", lopti("high_first", 0.3)),
     *(Variant("QAE's K", f"QAE, K = {k}", twice(PLAIN), qae(k)) for k in (0.2, 0.4, 0.6, 0.8)),
-    *(Variant("STEER's floor", f"STEER, at least {floor}", steer(floor)) for floor in (0.2, 0.5, 0.8)),
+    *(
+        Variant("STEER's floor", f"STEER, at least {floor}", steer(floor))
+        for floor in (0.2, 0.5, 0.8)
+    ),
     Variant("HAPO's parts", "HAPO: average over tokens only", twice(PLAIN), token_average),
     Variant("HAPO's parts", "HAPO: clip bounds only", hapo(1.0, 0.0)),
     Variant("HAPO's parts", "HAPO: redistribution only", hapo(0.0, 1.0)),

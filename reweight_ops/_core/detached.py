@@ -24,8 +24,10 @@ _TORCH = str(Path(torch.__file__).parent)
 _said: set[str] = set()
 
 _MESSAGE = (
-    "reweight_ops: the detached entropies of a loss met a tensor that requires grad, and no gradient flows through them. If they are a term of the "
-    "loss: differentiable_outputs=True keeps those of policy_loss in the graph, token_logps(..., return_entropy=True) has differentiable ones, and an "
+    "reweight_ops: the detached entropies of a loss met a tensor that requires grad, and no "
+    "gradient flows through them. If they are a term of the "
+    "loss: differentiable_outputs=True keeps those of policy_loss in the graph, "
+    "token_logps(..., return_entropy=True) has differentiable ones, and an "
     "entropy bonus is a penalty of the spec. If they are a constant: .detach() says so."
 )
 
@@ -48,7 +50,9 @@ class Detached(Tensor):
         if isinstance(result, Tensor):
             return _seen(result, args, kwargs)
         if type(result) in (tuple, list):
-            return type(result)([_seen(x, args, kwargs) if isinstance(x, Tensor) else x for x in result])
+            return type(result)(
+                [_seen(x, args, kwargs) if isinstance(x, Tensor) else x for x in result]
+            )
         return result
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
@@ -66,8 +70,14 @@ def _seen(result: Tensor, args: Any, kwargs: Any) -> Tensor:
     return it unmarked.
     """
     if not result.requires_grad:
-        return result.as_subclass(Detached) if type(result) is Tensor and result.is_floating_point() else result
-    if not _said and all(not x.requires_grad for x in tree_leaves((args, kwargs)) if isinstance(x, Detached)):
+        return (
+            result.as_subclass(Detached)
+            if type(result) is Tensor and result.is_floating_point()
+            else result
+        )
+    if not _said and all(
+        not x.requires_grad for x in tree_leaves((args, kwargs)) if isinstance(x, Detached)
+    ):
         _said.add(_MESSAGE)
         warnings.warn(_MESSAGE, UserWarning, stacklevel=1 + _depth())
     return result

@@ -87,7 +87,8 @@ class _Moved(importlib.abc.MetaPathFinder):
         new = MOVED.get(name.removeprefix(f"{_PACKAGE}."))
         if new is not None and name.startswith(f"{_PACKAGE}."):
             raise ModuleNotFoundError(
-                f"{name} is now {_PACKAGE}.{new}. Names without an underscore are in {_PACKAGE} itself.",
+                f"{name} is now {_PACKAGE}.{new}. Names without an underscore are in {_PACKAGE} "
+                "itself.",
                 name=name,
             )
 

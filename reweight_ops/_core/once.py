@@ -23,7 +23,9 @@ def keeps(like: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    return not torch._C._len_torch_dispatch_stack() and (not torch.is_inference_mode_enabled() or like.is_inference())
+    return not torch._C._len_torch_dispatch_stack() and (
+        not torch.is_inference_mode_enabled() or like.is_inference()
+    )
 
 
 def outside_of_modes(function: Callable[[], T]) -> T:
@@ -55,5 +57,6 @@ class computed_once(Generic[T]):
             return self
         value = self.function(owner)
         if keeps(owner.loss):
-            object.__setattr__(owner, self.name, value)  # later reads find it there; this works for a frozen class too
+            # later reads find it there; this works for a frozen class too
+            object.__setattr__(owner, self.name, value)
         return value

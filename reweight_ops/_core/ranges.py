@@ -33,11 +33,14 @@ T = TypeVar("T")
 class Unread:
     """The base of objects other than tensors that stand for a number."""
 
-    if TYPE_CHECKING:  # a formula's arithmetic is its subclass's; a type checker sees that there is one
+    # a formula's arithmetic is its subclass's; a type checker sees that there is one
+    if TYPE_CHECKING:
 
         def _arithmetic(self, other: Any) -> Any: ...
 
-        __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = _arithmetic
+        __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = (
+            __rtruediv__
+        ) = __pow__ = _arithmetic
         __lt__ = __le__ = __gt__ = __ge__ = _arithmetic
 
         def __neg__(self) -> Any: ...
@@ -53,7 +56,15 @@ class Interval:
     tuple. Without ``text`` only a tuple is allowed.
     """
 
-    def __init__(self, text: str = "", *, whole: bool = False, fixed: bool = False, words: tuple[str, ...] = (), entries: str = "") -> None:
+    def __init__(
+        self,
+        text: str = "",
+        *,
+        whole: bool = False,
+        fixed: bool = False,
+        words: tuple[str, ...] = (),
+        entries: str = "",
+    ) -> None:
         self.text, self.whole, self.fixed, self.words = text, whole, fixed or whole, words
         self.entries = Interval(entries) if entries else None
         if text:
@@ -73,7 +84,11 @@ class Interval:
         """Return whether the value is in the interval."""
         kind = type(value)
         if kind is float or kind is int:  # nearly always
-            return bool(self.text) and self.low <= value <= self.high and (kind is int or not self.whole)
+            return (
+                bool(self.text)
+                and self.low <= value <= self.high
+                and (kind is int or not self.whole)
+            )
         if isinstance(value, tuple):
             return self.entries is not None and all(self.entries.has(each) for each in value)
         if isinstance(value, str):
@@ -127,7 +142,8 @@ class Flag(Range):
         return f"True or False{' or None' if self.optional else ''}"
 
 
-#: What a hyper-parameter may be: a number, a 0-d tensor or one a row, or a formula (a TokenWeight) that stands for one.
+#: What a hyper-parameter may be: a number, a 0-d tensor or one a row, or a formula (a
+#: TokenWeight) that stands for one.
 Number: TypeAlias = float | Tensor | Unread
 #: What a keyword of an op may be: a number, or a tensor.
 Scalar: TypeAlias = float | Tensor
@@ -150,20 +166,30 @@ CountOrZero = Annotated[T, Interval("[0, inf)", whole=True)]
 
 
 def _range(annotation: Any, module: str, optional: bool, plain: bool) -> Range | None:
-    """Return the range in an annotation. With ``plain`` a bare ``float`` has one too."""
+    """Return the range in an annotation. With ``plain`` a bare ``float``
+    has one too."""
     if isinstance(annotation, str):
         try:
             annotation = eval(annotation, vars(sys.modules[module]))
-        except (NameError, AttributeError):  # imported for type checkers only, or local to a function
+        except (
+            NameError,
+            AttributeError,
+        ):  # imported for type checkers only, or local to a function
             return None
-    parts = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    parts = (
+        get_args(annotation)
+        if get_origin(annotation) in (Union, types.UnionType)
+        else (annotation,)
+    )
     optional = optional or type(None) in parts
     for part in parts:
         found = [x for x in getattr(part, "__metadata__", ()) if isinstance(x, Interval)]
         if found:
             kind = get_args(part)[0]
             kinds = get_args(kind) or (kind,)
-            return Range(found[0], optional, not found[0].fixed or Tensor in (*kinds, *parts) or Any in kinds)
+            return Range(
+                found[0], optional, not found[0].fixed or Tensor in (*kinds, *parts) or Any in kinds
+            )
     if bool in parts and {*parts} <= {bool, type(None)}:
         return Flag(optional)
     return Range(PLAIN, optional, True) if plain and float in parts else None
@@ -178,9 +204,14 @@ def ranges_of(what: Any, plain: bool = False) -> dict[str, Range]:
     annotations: dict[str, tuple[Any, str]] = {}
     if inspect.isclass(what):
         for base in reversed(what.__mro__):
-            annotations |= {name: (kind, base.__module__) for name, kind in inspect.get_annotations(base).items()}
+            annotations |= {
+                name: (kind, base.__module__)
+                for name, kind in inspect.get_annotations(base).items()
+            }
     else:
-        annotations = {name: (kind, what.__module__) for name, kind in inspect.get_annotations(what).items()}
+        annotations = {
+            name: (kind, what.__module__) for name, kind in inspect.get_annotations(what).items()
+        }
     found = {}
     for name, parameter in inspect.signature(what).parameters.items():
         if name in annotations and parameter.kind is not parameter.VAR_KEYWORD:
@@ -208,11 +239,15 @@ def ranged(what: T, plain: bool = False) -> T:
     call = target.__init__ if is_class else target
     parameters = inspect.signature(target).parameters
     # A function that takes any keyword refuses unknown ones itself.
-    target.__known__ = None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else frozenset(parameters)
+    target.__known__ = (
+        None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else frozenset(parameters)
+    )
     if not ranges and target.__known__ is None:
         return what
     positional = tuple(
-        name for name, p in inspect.signature(call).parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY)
+        name
+        for name, p in inspect.signature(call).parameters.items()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY)
     )
 
     known, names = target.__known__, frozenset(ranges)
@@ -220,11 +255,20 @@ def ranged(what: T, plain: bool = False) -> T:
 
     @functools.wraps(call)
     def checked(*args: Any, **keywords: Any) -> Any:
-        if (known is None or known.issuperset(keywords)) and names.isdisjoint(keywords) and not (args and by_position):
-            return call(*args, **keywords)  # nothing to check: a warm call of an op ends here
+        if (
+            (known is None or known.issuperset(keywords))
+            and names.isdisjoint(keywords)
+            and not (args and by_position)
+        ):
+            # nothing to check: a warm call of an op ends here
+            return call(*args, **keywords)
         given = [*zip(positional, args, strict=False), *keywords.items()]
         if torch.compiler.is_compiling():
-            _check_constants(target, tuple(keywords), tuple([(name, value) for name, value in given if is_constant(value)]))
+            _check_constants(
+                target,
+                tuple(keywords),
+                tuple([(name, value) for name, value in given if is_constant(value)]),
+            )
         else:
             _check(target, keywords, given)
         return call(*args, **keywords)
@@ -239,15 +283,20 @@ def _check(target: Any, keywords: Iterable[str], given: Iterable[tuple[str, Any]
     """Raise for a keyword that is none, and for a number that cannot be meant."""
     known, ranges = target.__known__, target.__ranges__
     if known is not None and not known.issuperset(keywords):
-        raise unexpected(target.__name__, min(set(keywords) - known), inspect.signature(target).parameters)
+        raise unexpected(
+            target.__name__, min(set(keywords) - known), inspect.signature(target).parameters
+        )
     for name, value in given:
         if name in ranges:
             ranges[name].check(target.__name__, name, value)
 
 
 @torch.compiler.assume_constant_result
-def _check_constants(target: Any, keywords: tuple[str, ...], given: tuple[tuple[str, Any], ...]) -> None:
-    # torch.compile runs this and follows none of it: what it raises is the reason that compilation ends with.
+def _check_constants(
+    target: Any, keywords: tuple[str, ...], given: tuple[tuple[str, Any], ...]
+) -> None:
+    # torch.compile runs this and follows none of it: what it raises is the reason that
+    # compilation ends with.
     _check(target, keywords, given)
 
 
@@ -264,4 +313,7 @@ def described(doc: str | None, ranges: dict[str, Range]) -> str | None:
     """Return a docstring with the ranges of its hyper-parameters."""
     if doc is None or not ranges:
         return doc
-    return f"{inspect.cleandoc(doc)}\n\nRanges: {'; '.join(f'``{name}`` {allowed}' for name, allowed in ranges.items())}."
+    return (
+        f"{inspect.cleandoc(doc)}\n\nRanges: "
+        f"{'; '.join(f'``{name}`` {allowed}' for name, allowed in ranges.items())}."
+    )

@@ -17,7 +17,17 @@ from .optimal_baseline import otb, tir_otb
 from .outcome import a_star_po, aapo, dr_grpo, gdpo, gpg, grpo, lite_ppo, opo, pvpo, qae, rloo
 from .policy_statistics import canon, edge_grpo
 from .segments import SpoSegments, gigpo, spo_chain, spo_segments, spo_tree
-from .tokens import Gae, decoupled_gae, discounted_returns, gae, hapo, reinforce_plus_plus, reinforce_plus_plus_baseline, remax, whiten
+from .tokens import (
+    Gae,
+    decoupled_gae,
+    discounted_returns,
+    gae,
+    hapo,
+    reinforce_plus_plus,
+    reinforce_plus_plus_baseline,
+    remax,
+    whiten,
+)
 
 __all__ = [
     "Gae",

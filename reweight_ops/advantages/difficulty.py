@@ -38,11 +38,14 @@ def grpo_lead(
 ) -> Tensor:
     """GRPO's advantage times a weight by difficulty. ``[B] -> [B]``.
 
-    ``a = (r - mean_g)/(std_g + epsilon)``; ``q`` the share of positive rewards of the group; ``w(x) = low + (high - low)/(1 + e^(steepness (x -
-    midpoint)))``; ``A = a·w(q)`` where ``a > 0``, else ``a·w(1 - q)``. The rewards are those of :func:`reweight_ops.rewards.grpo_lead_length`:
-    positive for a correct completion, negative for a wrong one.
+    ``a = (r - mean_g)/(std_g + epsilon)``; ``q`` the share of positive rewards of the
+    group; ``w(x) = low + (high - low)/(1 + e^(steepness (x - midpoint)))``;
+    ``A = a·w(q)`` where ``a > 0``, else ``a·w(1 - q)``. The rewards are those of
+    :func:`reweight_ops.rewards.grpo_lead_length`: positive for a correct completion,
+    negative for a wrong one.
 
-    Differs from the paper: a group of one has advantage 0; the authors' code keeps its reward.
+    Differs from the paper: a group of one has advantage 0; the authors' code keeps its
+    reward.
     """
     g = grouped("grpo_lead", rewards, groups)
     a = g.centered / (g.std(g.values) + epsilon)
@@ -61,22 +64,37 @@ def grpo_lead(
     arxiv="2509.18849",
     level="group",
 )
-def mapo_mixed(rewards: Tensor, correct: Tensor, *, epsilon: NonNegative[float] = 1e-6, **groups: Unpack[GroupKeywords]) -> Tensor:
-    """``A = (1 - λ)·(r - mean_g)/(std_g + epsilon) + λ·(r - mean_g)/(mean_g + epsilon)`` with ``λ = 1 - 4p(1 - p)``. ``[B], [B] -> [B]``.
+def mapo_mixed(
+    rewards: Tensor,
+    correct: Tensor,
+    *,
+    epsilon: NonNegative[float] = 1e-6,
+    **groups: Unpack[GroupKeywords],
+) -> Tensor:
+    """``A = (1 - λ)·(r - mean_g)/(std_g + epsilon) + λ·(r - mean_g)/(mean_g +
+    epsilon)`` with ``λ = 1 - 4p(1 - p)``. ``[B], [B] -> [B]``.
 
     ``correct`` marks the right completions (nonzero), and ``p`` is their share of the
     group. The more certain a prompt is, the more the deviation counts in percent of the
     mean. Rewards must not be negative: a mean near 0 or below would make advantages
     very large or turn their sign (one correct of 8 with rewards of ±1 would get -0.23).
 
-    Differs from the paper: ``correct`` is an argument; the authors' code tests ``r == 1``, which a format reward breaks.
+    Differs from the paper: ``correct`` is an argument; the authors' code tests
+    ``r == 1``, which a format reward breaks.
     """
     g = grouped("mapo_mixed", rewards, groups)
-    x = require("mapo_mixed", g.values >= 0, "a reward is negative; the advantage in percent of the mean needs rewards >= 0.", g.centered)
+    x = require(
+        "mapo_mixed",
+        g.values >= 0,
+        "a reward is negative; the advantage in percent of the mean needs rewards >= 0.",
+        g.centered,
+    )
     p = g.mean(g.mask("correct", correct).to(x.dtype))
     certain = 1 - 4 * p * (1 - p)
     mean = g.mean(g.values)
-    return g.result((1 - certain) * x / (g.std(g.values) + epsilon) + certain * x / (mean + epsilon))
+    return g.result(
+        (1 - certain) * x / (g.std(g.values) + epsilon) + certain * x / (mean + epsilon)
+    )
 
 
 @published(
@@ -88,10 +106,15 @@ def mapo_mixed(rewards: Tensor, correct: Tensor, *, epsilon: NonNegative[float] 
     level="group",
 )
 def difficulty_prior(
-    rewards: Tensor, correct: Tensor, *, slope: Real[float], normalize: bool = False, **groups: Unpack[GroupKeywords]
+    rewards: Tensor,
+    correct: Tensor,
+    *,
+    slope: Real[float],
+    normalize: bool = False,
+    **groups: Unpack[GroupKeywords],
 ) -> Tensor:
-    """``A = (r - mean_g)·exp(slope·(1 - p))`` with the share ``p`` of correct completions of the group: hard prompts count more. ``[B], [B] ->
-    [B]``.
+    """``A = (r - mean_g)·exp(slope·(1 - p))`` with the share ``p`` of correct
+    completions of the group: hard prompts count more. ``[B], [B] -> [B]``.
 
     Derived: the paper states no formula. Its review says that a steep exponential of
     the accuracy replaces the standard deviation and did best. ``slope`` is our choice,
@@ -121,7 +144,8 @@ def ngrpo(
     singleton: str = "reward",
     **groups: Unpack[GroupKeywords],
 ) -> Tensor:
-    """GRPO with ``num_virtual`` completions of ``max_reward`` added to the mean and the unbiased standard deviation. ``[B] -> [B]``.
+    """GRPO with ``num_virtual`` completions of ``max_reward`` added to the mean and the
+    unbiased standard deviation. ``[B] -> [B]``.
 
     An all-wrong group therefore learns: at 0/1 rewards its advantage is
     ``-1/sqrt(G + 1)`` (-1/3 for G = 8, -0.447 for G = 4). A group whose rewards are all
@@ -132,7 +156,8 @@ def ngrpo(
     """
     g = grouped("ngrpo", rewards, groups)
     count = g.size + num_virtual
-    from_max = g.values - max_reward  # measured from there, the virtual completions are zeros
+    # measured from there, the virtual completions are zeros
+    from_max = g.values - max_reward
     mean = g.sum(from_max) / count
     squares = g.sum((from_max - mean) ** 2) + num_virtual * mean**2
     scale = torch.where(g.size == 1, 1, (squares / (count - 1).clamp(min=1)).sqrt()) + epsilon
@@ -159,9 +184,11 @@ def lens(
     """Wrong answers are penalized by their confidence, so that all-wrong groups learn
     too. ``[B], [B, T], [B, T] -> [B]``.
 
-    ``π_i = exp(mean_t logp)``; ``r~_i = 1`` if correct, else ``-(1/G)·π_i/(D - π_i)``; ``D = max(D_imp, 2·max_j π_j)`` with
-    ``D_imp = G / sum_{i correct} 1/π(o_i)`` in a mixed group, and ``2·max_j π_j`` in an all-wrong one (so the fraction is at most 1).
-    Mixed: ``A = (r~ - mean)/(std + epsilon)``. All wrong: ``A = negative_weight·(r~ - mean)``. All correct: ``r~`` is constant, ``A = 0``.
+    ``π_i = exp(mean_t logp)``; ``r~_i = 1`` if correct, else ``-(1/G)·π_i/(D - π_i)``;
+    ``D = max(D_imp, 2·max_j π_j)`` with ``D_imp = G / sum_{i correct} 1/π(o_i)`` in a
+    mixed group, and ``2·max_j π_j`` in an all-wrong one (so the fraction is at most 1).
+    Mixed: ``A = (r~ - mean)/(std + epsilon)``. All wrong:
+    ``A = negative_weight·(r~ - mean)``. All correct: ``r~`` is constant, ``A = 0``.
 
     ``importance`` selects the ``π(o_i)`` of ``D_imp``, which the paper leaves open.
     ``"length_normalized"`` is ``π_i``. ``"raw"`` is ``exp(sum_t logp)``, with which
@@ -171,21 +198,31 @@ def lens(
     deviation; this one is unbiased. All-correct groups are 0/0 there.
     """
     if importance not in ("length_normalized", "raw"):
-        raise InvalidCall(f"lens: importance is {importance!r}, expected 'length_normalized' or 'raw'.")
+        raise InvalidCall(
+            f"lens: importance is {importance!r}, expected 'length_normalized' or 'raw'."
+        )
     g = grouped("lens", correct, groups, name="correct")
     logps = floats("lens", "old_per_token_logps", old_per_token_logps)
     if logps.dim() != 2 or len(logps) != len(g.values):
-        raise InvalidCall(f"lens: old_per_token_logps has shape {tuple(logps.shape)}, expected ({len(g.values)}, T).")
+        raise InvalidCall(
+            f"lens: old_per_token_logps has shape {tuple(logps.shape)}, expected "
+            f"({len(g.values)}, T)."
+        )
     valid = floats("lens", "completion_mask", completion_mask, tuple(logps.shape)) != 0
     total = torch.where(valid, logps, 0).sum(-1)
     mean_logp = total / valid.sum(-1).clamp(min=1)
     right = is_correct("lens", "correct", g.values)
     likelihood = mean_logp.exp().to(g.values.dtype)
     # In logs: 1/π of a whole text overflows.
-    weights = torch.where(right, -(mean_logp if importance == "length_normalized" else total).to(g.values.dtype), -math.inf)
+    weights = torch.where(
+        right,
+        -(mean_logp if importance == "length_normalized" else total).to(g.values.dtype),
+        -math.inf,
+    )
     largest = g.max(weights)
     base = torch.where(largest.isneginf(), 0, largest)
-    log_sum = base + g.sum(torch.where(right, (weights - base).exp(), 0)).log()  # -inf without a correct completion
+    # -inf without a correct completion
+    log_sum = base + g.sum(torch.where(right, (weights - base).exp(), 0)).log()
     some = g.max(right.to(g.values.dtype)) > 0
     by_correct = torch.where(some, (g.size.log() - log_sum).exp(), 0)
     denominator = torch.maximum(by_correct, 2 * g.max(likelihood))

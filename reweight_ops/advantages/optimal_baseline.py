@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-@published("otb", "Optimal Token Baseline (OTB)", arxiv="2602.07078", certainty="secondary", level="token")
+@published(
+    "otb", "Optimal Token Baseline (OTB)", arxiv="2602.07078", certainty="secondary", level="token"
+)
 def otb(
     rewards: Tensor,
     completion_mask: Tensor,
@@ -32,7 +34,8 @@ def otb(
     epsilon: NonNegative[float] = 1e-8,
     **groups: Unpack[GroupKeywords],
 ) -> Tensor:
-    """``A_t = G_t - B_t``, ``B_t = Σ_g G_t·W_t / (Σ_g W_t + epsilon)``, ``W_t = Σ_{s<=t} (1 - 2π_s + Σ_v π²)·ρ²``. ``[B, T] or [B], [B, T]... -> [B, T]``.
+    """``A_t = G_t - B_t``, ``B_t = Σ_g G_t·W_t / (Σ_g W_t + epsilon)``,
+    ``W_t = Σ_{s<=t} (1 - 2π_s + Σ_v π²)·ρ²``. ``[B, T] or [B], [B, T]... -> [B, T]``.
 
     ``G_t`` is the sum of rewards from t on (``rewards`` ``[B]`` are on each response's
     last token). ``W`` sums the squared norms of the tokens' gradients by their logits,
@@ -45,7 +48,15 @@ def otb(
     is the paper's (PMLR v306).
     """
     return _baselined(
-        "otb", rewards, completion_mask, old_per_token_logps, log_sum_p_sq, importance_sampling_ratio, zero_tail, epsilon, groups
+        "otb",
+        rewards,
+        completion_mask,
+        old_per_token_logps,
+        log_sum_p_sq,
+        importance_sampling_ratio,
+        zero_tail,
+        epsilon,
+        groups,
     )
 
 
@@ -71,7 +82,8 @@ def tir_otb(
     of tools do not count (verl's ``tir_optimal_token_baseline``).
     """
     mask = _mask("tir_otb", completion_mask)
-    # Valid tokens first, in their order; each response then has its n-th token in column n.
+    # Valid tokens first, in their order; each response then has its n-th token in
+    # column n.
     order = (~mask).to(torch.uint8).sort(dim=-1, stable=True).indices
     at_end = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
     r = floats("tir_otb", "rewards", rewards)
@@ -79,24 +91,45 @@ def tir_otb(
     packed = [
         None if x is None else floats("tir_otb", name, x, tuple(mask.shape)).gather(-1, order)
         for name, x in (
-            ("rewards", r), ("old_per_token_logps", old_per_token_logps), ("log_sum_p_sq", log_sum_p_sq),
+            ("rewards", r),
+            ("old_per_token_logps", old_per_token_logps),
+            ("log_sum_p_sq", log_sum_p_sq),
             ("importance_sampling_ratio", importance_sampling_ratio),
         )
-    ]  # fmt: skip
-    result = _baselined("tir_otb", packed[0], mask.gather(-1, order), packed[1], packed[2], packed[3], zero_tail, epsilon, groups)
+    ]
+    result = _baselined(
+        "tir_otb",
+        packed[0],
+        mask.gather(-1, order),
+        packed[1],
+        packed[2],
+        packed[3],
+        zero_tail,
+        epsilon,
+        groups,
+    )
     return torch.zeros_like(result).scatter(-1, order, result)
 
 
 def _mask(op: str, completion_mask: Tensor) -> Tensor:
     if completion_mask.dim() != 2:
-        raise InvalidCall(f"{op}: completion_mask has shape {tuple(completion_mask.shape)}, expected (B, T).")
+        raise InvalidCall(
+            f"{op}: completion_mask has shape {tuple(completion_mask.shape)}, expected (B, T)."
+        )
     return completion_mask != 0
 
 
 def _baselined(
-    op: str, rewards: Tensor | None, completion_mask: Tensor, logps: Tensor | None, log_sum_p_sq: Tensor | None, ratio: Tensor | None,
-    zero_tail: bool, epsilon: float, groups: GroupKeywords,
-) -> Tensor:  # fmt: skip
+    op: str,
+    rewards: Tensor | None,
+    completion_mask: Tensor,
+    logps: Tensor | None,
+    log_sum_p_sq: Tensor | None,
+    ratio: Tensor | None,
+    zero_tail: bool,
+    epsilon: float,
+    groups: GroupKeywords,
+) -> Tensor:
     mask = _mask(op, completion_mask)
     r = floats(op, "rewards", rewards)
     if r.shape == mask.shape[:1]:
@@ -107,12 +140,21 @@ def _baselined(
     mask = mask & scored[:, None]
     r = torch.where(mask, r, 0)
     returns = r.flip(-1).cumsum(-1).flip(-1)
-    uncertainty = 1 - 2 * floats(op, "old_per_token_logps", logps, shape).exp() + floats(op, "log_sum_p_sq", log_sum_p_sq, shape).exp()
+    uncertainty = (
+        1
+        - 2 * floats(op, "old_per_token_logps", logps, shape).exp()
+        + floats(op, "log_sum_p_sq", log_sum_p_sq, shape).exp()
+    )
     if ratio is not None:
         uncertainty = uncertainty * floats(op, "importance_sampling_ratio", ratio, shape) ** 2
     weight = torch.where(mask, torch.where(mask, uncertainty, 0).cumsum(-1), 0)
     lengths = mask.sum(-1).to(returns.dtype)
-    g = grouped(op, torch.where(scored if op == "otb" else lengths > 0, lengths, torch.nan), groups, name="completion_mask")
+    g = grouped(
+        op,
+        torch.where(scored if op == "otb" else lengths > 0, lengths, torch.nan),
+        groups,
+        name="completion_mask",
+    )
     baseline = _by_column(g, returns * weight) / (_by_column(g, weight) + epsilon)
     alone = _alone(g, mask) if zero_tail else torch.zeros_like(mask)
     baseline = torch.where(alone | (g.size < 2)[:, None], 0, baseline)

@@ -1,4 +1,5 @@
-"""Estimators from a group's rewards alone. They differ in the baseline and the divisor."""
+"""Estimators from a group's rewards alone. They differ in the baseline
+and the divisor."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def singletons(g: Grouped, advantages: Tensor, singleton: str) -> Tensor:
     the reward itself (verl: mean 0, standard deviation 1).
     """
     if singleton not in ("zero", "reward"):
-        raise InvalidCall(f"{g.op}: singleton is {singleton!r}, expected 'zero' (as TRL) or 'reward' (as verl).")
+        raise InvalidCall(
+            f"{g.op}: singleton is {singleton!r}, expected 'zero' (as TRL) or 'reward' (as verl)."
+        )
     return g.result(torch.where(g.size == 1, g.values if singleton == "reward" else 0, advantages))
 
 
@@ -51,7 +54,8 @@ def grpo(
     singleton: str = "zero",
     **groups: Unpack[GroupKeywords],
 ) -> Tensor:
-    """``A = (r - mean_g) / (std_g + epsilon)`` (section 4.1.2), ``std_g`` unbiased. ``[B] -> [B]``.
+    """``A = (r - mean_g) / (std_g + epsilon)`` (section 4.1.2), ``std_g`` unbiased.
+    ``[B] -> [B]``.
 
     ``scale_rewards`` is ``"group"``, ``"batch"`` (the standard deviation of all
     rewards) or ``"none"``, as in TRL. ``epsilon`` is TRL's 1e-4; verl has 1e-6.
@@ -68,8 +72,16 @@ def grpo(
     elif scale_rewards == "none":
         scale = torch.ones_like(g.values)
     else:
-        raise InvalidCall(f"grpo: scale_rewards is {scale_rewards!r}, expected 'group', 'batch' or 'none'.")
-    forbid_unused("grpo", grpo, {"epsilon": epsilon}, "scale_rewards='none'", {"epsilon": scale_rewards != "none"})
+        raise InvalidCall(
+            f"grpo: scale_rewards is {scale_rewards!r}, expected 'group', 'batch' or 'none'."
+        )
+    forbid_unused(
+        "grpo",
+        grpo,
+        {"epsilon": epsilon},
+        "scale_rewards='none'",
+        {"epsilon": scale_rewards != "none"},
+    )
     return singletons(g, g.centered, singleton) / scale
 
 
@@ -90,24 +102,44 @@ def dr_grpo(rewards: Tensor, *, singleton: str = "zero", **groups: Unpack[GroupK
 @published(
     "gdpo",
     "Group reward-Decoupled Normalization Policy Optimization",
-    paper="GDPO: Group reward-Decoupled Normalization Policy Optimization for Multi-reward RL Optimization",
+    paper="GDPO: Group reward-Decoupled Normalization Policy Optimization for Multi-reward RL "
+    "Optimization",
     arxiv="2601.05242",
     certainty="secondary",
     level="group",
 )
-def gdpo(rewards: Tensor, weights: Tensor | None = None, *, epsilon: NonNegative[float] = 1e-4, **groups: Unpack[GroupKeywords]) -> Tensor:
+def gdpo(
+    rewards: Tensor,
+    weights: Tensor | None = None,
+    *,
+    epsilon: NonNegative[float] = 1e-4,
+    **groups: Unpack[GroupKeywords],
+) -> Tensor:
     """Each of K rewards is normalized in its group; then they are summed, and the sum
     is normalized over the batch. ``[B, K] -> [B]``.
 
-    ``a = sum_k w_k (r_k - mean_gk) / (std_gk + epsilon)``, ``A = (a - mean) / (std + epsilon)``: TRL's ``normalize_then_sum``. ``weights [K]``: 1
-    each by default. A NaN is a reward that does not apply to its completion; a completion without any has advantage 0.
+    ``a = sum_k w_k (r_k - mean_gk) / (std_gk + epsilon)``,
+    ``A = (a - mean) / (std + epsilon)``: TRL's ``normalize_then_sum``. ``weights [K]``:
+    1 each by default. A NaN is a reward that does not apply to its completion; a
+    completion without any has advantage 0.
     """
     x = floats("gdpo", "rewards", rewards)
     if x.dim() != 2:
-        raise InvalidCall(f"gdpo: rewards has shape {tuple(x.shape)}, expected (B, K): K rewards per completion.")
-    w = x.new_ones(x.shape[1]) if weights is None else floats("gdpo", "weights", weights, (x.shape[1],)).to(x.dtype)
+        raise InvalidCall(
+            f"gdpo: rewards has shape {tuple(x.shape)}, expected (B, K): K rewards per completion."
+        )
+    w = (
+        x.new_ones(x.shape[1])
+        if weights is None
+        else floats("gdpo", "weights", weights, (x.shape[1],)).to(x.dtype)
+    )
     parts = [grouped("gdpo", column, groups) for column in x.unbind(1)]
-    total = torch.stack([v * g.result(g.centered / (g.std(g.values) + epsilon)) for v, g in zip(w, parts, strict=True)]).sum(0)
+    total = torch.stack(
+        [
+            v * g.result(g.centered / (g.std(g.values) + epsilon))
+            for v, g in zip(w, parts, strict=True)
+        ]
+    ).sum(0)
     scored = torch.stack([g.scored for g in parts]).any(0)
     mean = torch.where(scored, total, 0).sum() / scored.sum().clamp(min=1)
     return torch.where(scored, (total - mean) / (batch_std(total, scored) + epsilon), 0)
@@ -116,7 +148,8 @@ def gdpo(rewards: Tensor, weights: Tensor | None = None, *, epsilon: NonNegative
 @published(
     "rloo",
     "REINFORCE Leave-One-Out",
-    paper="Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs",
+    paper="Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human "
+    "Feedback in LLMs",
     arxiv="2402.14740",
     level="group",
 )
@@ -128,7 +161,8 @@ def rloo(
     singleton: str = "zero",
     **groups: Unpack[GroupKeywords],
 ) -> Tensor:
-    """``A_i = r_i - mean_{j != i} r_j``, that is ``n/(n-1)·(r_i - mean_g)``. ``[B] -> [B]``.
+    """``A_i = r_i - mean_{j != i} r_j``, that is ``n/(n-1)·(r_i - mean_g)``.
+    ``[B] -> [B]``.
 
     ``normalize_advantages`` is TRL's option, ``(A - mean)/(std + epsilon)`` over the
     batch. ``singleton`` is the advantage of a group of one, ``"zero"`` (TRL) or
@@ -136,7 +170,13 @@ def rloo(
     """
     g = grouped("rloo", rewards, groups)
     advantages = singletons(g, g.centered * g.size / (g.size - 1).clamp(min=1), singleton)
-    forbid_unused("rloo", rloo, {"epsilon": epsilon}, "normalize_advantages=False", {"epsilon": normalize_advantages})
+    forbid_unused(
+        "rloo",
+        rloo,
+        {"epsilon": epsilon},
+        "normalize_advantages=False",
+        {"epsilon": normalize_advantages},
+    )
     if not normalize_advantages:
         return advantages
     # TRL drops a group with one scored completion from the normalization, because its
@@ -154,8 +194,11 @@ def rloo(
     certainty="secondary",
     level="group",
 )
-def opo(rewards: Tensor, lengths: Tensor, *, singleton: str = "zero", **groups: Unpack[GroupKeywords]) -> Tensor:
-    """``A = r - sum_j L_j r_j / sum_j L_j``: the baseline of least variance if a completion's gradient norm grows with its length. ``[B], [B] -> [B]``.
+def opo(
+    rewards: Tensor, lengths: Tensor, *, singleton: str = "zero", **groups: Unpack[GroupKeywords]
+) -> Tensor:
+    """``A = r - sum_j L_j r_j / sum_j L_j``: the baseline of least variance if a
+    completion's gradient norm grows with its length. ``[B], [B] -> [B]``.
 
     ``lengths`` are numbers of valid tokens. There is no division by a standard
     deviation. The method is strictly on-policy. ``singleton`` is the advantage of a
@@ -182,14 +225,18 @@ def aapo(
     clip_high: NonNegativeOrInf[float] = 0.28,
     **groups: Unpack[GroupKeywords],
 ) -> Tensor:
-    """``A = (r - mean_g) [/ (std_g + epsilon)] + clip(r - r_ref, -clip_low, clip_high)``. ``[B], [B] -> [B]``.
+    """``A = (r - mean_g) [/ (std_g + epsilon)] + clip(r - r_ref, -clip_low,
+    clip_high)``. ``[B], [B] -> [B]``.
 
-    ``reference_rewards``: the reward of a reference-model completion paired with each row. ``scale_rewards`` is off in the authors' script. The
-    loss is ``methods.reinforce``: no ratio, no clip, no KL.
+    ``reference_rewards``: the reward of a reference-model completion paired with each
+    row. ``scale_rewards`` is off in the authors' script. The loss is
+    ``methods.reinforce``: no ratio, no clip, no KL.
     """
     g = grouped("aapo", rewards, groups)
     reference = g.like("reference_rewards", reference_rewards)
-    forbid_unused("aapo", aapo, {"epsilon": epsilon}, "scale_rewards=False", {"epsilon": scale_rewards})
+    forbid_unused(
+        "aapo", aapo, {"epsilon": epsilon}, "scale_rewards=False", {"epsilon": scale_rewards}
+    )
     base = g.centered / (g.std(g.values) + epsilon) if scale_rewards else g.centered
     return g.result(base + (g.values - reference).clamp(-clip_low, clip_high))
 
@@ -215,7 +262,8 @@ def pvpo(rewards: Tensor, reference_rewards: Tensor, **groups: Unpack[GroupKeywo
     reference = floats("pvpo", "reference_rewards", reference_rewards).to(g.values.dtype)
     if reference.dim() != 2 or reference.shape[0] != g.groups.count:
         raise InvalidCall(
-            f"pvpo: reference_rewards has shape {tuple(reference.shape)}, expected ({g.groups.count}, M): M rewards per group."
+            f"pvpo: reference_rewards has shape {tuple(reference.shape)}, expected "
+            f"({g.groups.count}, M): M rewards per group."
         )
     return g.result(g.values - g.groups.spread(reference.nanmean(1)))
 
@@ -235,7 +283,8 @@ def qae(
     epsilon: NonNegative[float] = 1e-6,
     **groups: Unpack[GroupKeywords],
 ) -> Tensor:
-    """``A = (r - b) / (std_g + epsilon)`` with the ``quantile`` K of the group as baseline, ``b = inf{x: F(x) >= K}``. ``[B] -> [B]``.
+    """``A = (r - b) / (std_g + epsilon)`` with the ``quantile`` K of the group as
+    baseline, ``b = inf{x: F(x) >= K}``. ``[B] -> [B]``.
 
     For 0/1 rewards with a share p of ones, ``b = 0`` (only correct answers count) if
     ``p <= 1 - K``, else 1 (only wrong ones). Integer counts decide which of the group's
@@ -244,12 +293,16 @@ def qae(
     which the paper's totals ``sqrt(p/(1-p))`` assume; the authors' snippet has 1. The
     rest of the method is DAPO. K is 0.4, and 0.6 where entropy collapses.
 
-    Differs from the paper: ``epsilon``. The authors' snippet interpolates the quantile, which is not the paper's ``b``.
+    Differs from the paper: ``epsilon``. The authors' snippet interpolates the quantile,
+    which is not the paper's ``b``.
     """
     g = grouped("qae", rewards, groups)
     share = Fraction(quantile).limit_denominator(10**6)
-    size = torch.zeros_like(g.start).index_put((g.index,), g.scored.long(), accumulate=True)[g.index]
-    place = (share.numerator * size + share.denominator - 1) // share.denominator - 1  # ceil(K n)-th of n, from 0
+    size = torch.zeros_like(g.start).index_put((g.index,), g.scored.long(), accumulate=True)[
+        g.index
+    ]
+    # ceil(K n)-th of n, from 0
+    place = (share.numerator * size + share.denominator - 1) // share.denominator - 1
     baseline = g.sum(torch.where(g.rank(g.values) == place, g.values, 0))
     return g.result((g.values - baseline) / (g.std(g.values, correction) + epsilon))
 
@@ -262,7 +315,9 @@ def qae(
     certainty="secondary",
     level="batch",
 )
-def lite_ppo(rewards: Tensor, *, epsilon: NonNegative[float] = 1e-4, **groups: Unpack[GroupKeywords]) -> Tensor:
+def lite_ppo(
+    rewards: Tensor, *, epsilon: NonNegative[float] = 1e-4, **groups: Unpack[GroupKeywords]
+) -> Tensor:
     """``A = (r - mean_g) / (std + epsilon)`` with the unbiased standard deviation of
     the whole batch. ``[B] -> [B]``.
 
@@ -280,7 +335,13 @@ def lite_ppo(rewards: Tensor, *, epsilon: NonNegative[float] = 1e-4, **groups: U
     certainty="secondary",
     level="batch",
 )
-def gpg(rewards: Tensor, *, f_norm: Positive[float] = 1.0, singleton: str = "zero", **groups: Unpack[GroupKeywords]) -> Tensor:
+def gpg(
+    rewards: Tensor,
+    *,
+    f_norm: Positive[float] = 1.0,
+    singleton: str = "zero",
+    **groups: Unpack[GroupKeywords],
+) -> Tensor:
     """``A = α·(r - mean_g) / f_norm``. ``[B] -> [B]``.
 
     ``α`` is the number of responses over that of responses with a nonzero reward.
@@ -300,8 +361,15 @@ def gpg(rewards: Tensor, *, f_norm: Positive[float] = 1.0, singleton: str = "zer
     certainty="secondary",
     level="group",
 )
-def a_star_po(rewards: Tensor, reference_rewards: Tensor, *, beta: Positive[float] = 0.5, **groups: Unpack[GroupKeywords]) -> Tensor:
-    """``A = r - V*``, ``V* = β·log(mean_m exp(r_ref/β))`` from M rewards of the reference policy for the prompt. ``[B], [num_groups, M] -> [B]``.
+def a_star_po(
+    rewards: Tensor,
+    reference_rewards: Tensor,
+    *,
+    beta: Positive[float] = 0.5,
+    **groups: Unpack[GroupKeywords],
+) -> Tensor:
+    """``A = r - V*``, ``V* = β·log(mean_m exp(r_ref/β))`` from M rewards of the
+    reference policy for the prompt. ``[B], [num_groups, M] -> [B]``.
 
     NaN fills up fewer than M. It is for ``methods.a_star_po``. Prompts that the
     reference never solves are left out beforehand. β is ``beta1`` of TRL's
@@ -311,7 +379,8 @@ def a_star_po(rewards: Tensor, reference_rewards: Tensor, *, beta: Positive[floa
     reference = floats("a_star_po", "reference_rewards", reference_rewards).to(g.values.dtype)
     if reference.dim() != 2 or reference.shape[0] != g.groups.count:
         raise InvalidCall(
-            f"a_star_po: reference_rewards has shape {tuple(reference.shape)}, expected ({g.groups.count}, M): M rewards a group."
+            f"a_star_po: reference_rewards has shape {tuple(reference.shape)}, expected "
+            f"({g.groups.count}, M): M rewards a group."
         )
     known = ~reference.isnan()
     scaled = torch.where(known, reference / beta, -torch.inf)

@@ -44,11 +44,15 @@ def canon(
     authors' code and scripts, compares only with the other half. At μ = 1/2 the metric
     has no effect in groups of even size: A is Dr. GRPO's ``r - mean_g``.
 
-    ``alpha`` and ``beta`` (eq. 8) favour one half in ``inter``. ``metric_kind="entropy"`` (the mean token entropy under the old policy): L has
-    ``r - α·mean(S) + β``, S has ``α·r - mean(L) - β``. ``"length"``: L has ``α·r - mean(S) + β``, S has ``r - α·mean(L) - β`` (α = 0.9 for
-    shorter answers). ``inter_weight`` may be a 0-d tensor: First-Intra-Later-Inter is the batch's mean reward.
+    ``alpha`` and ``beta`` (eq. 8) favour one half in ``inter``.
+    ``metric_kind="entropy"`` (the mean token entropy under the old policy): L has
+    ``r - α·mean(S) + β``, S has ``α·r - mean(L) - β``. ``"length"``: L has
+    ``α·r - mean(S) + β``, S has ``r - α·mean(L) - β`` (α = 0.9 for shorter answers).
+    ``inter_weight`` may be a 0-d tensor: First-Intra-Later-Inter is the batch's mean
+    reward.
 
-    Differs from the paper: a group of one has advantage 0; the authors' code keeps its reward.
+    Differs from the paper: a group of one has advantage 0; the authors' code keeps its
+    reward.
     """
     if metric_kind not in ("entropy", "length"):
         raise InvalidCall(f"canon: metric_kind is {metric_kind!r}, expected 'entropy' or 'length'.")
@@ -80,7 +84,8 @@ def edge_grpo(
     epsilon: NonNegative[float] = 1e-4,
     **groups: Unpack[GroupKeywords],
 ) -> Tensor:
-    """GRPO's advantage divided by the completion's relative entropy: confident answers count more. ``[B], [B] -> [B]``.
+    """GRPO's advantage divided by the completion's relative entropy: confident answers
+    count more. ``[B], [B] -> [B]``.
 
     ``A = (r - mean_g)/(std_g + epsilon) / P``, ``P = entropy_i / mean_g(entropy)``.
     ``entropy`` is the mean over a completion's valid tokens. It is detached.

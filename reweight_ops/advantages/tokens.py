@@ -1,4 +1,5 @@
-"""Token-level estimators: returns along a completion, with a critic (GAE) or without."""
+"""Token-level estimators: returns along a completion, with a critic (GAE)
+or without."""
 
 from __future__ import annotations
 
@@ -44,7 +45,10 @@ def _scan(b: Tensor, a: Tensor) -> Tensor:
 def _masked(op: str, completion_mask: Tensor) -> Tensor:
     mask = floats(op, "completion_mask", completion_mask)
     if mask.dim() != 2:
-        raise InvalidCall(f"{op}: completion_mask has shape {tuple(mask.shape)}, expected (B, T). {describe({'completion_mask': mask})}")
+        raise InvalidCall(
+            f"{op}: completion_mask has shape {tuple(mask.shape)}, expected (B, T). "
+            f"{describe({'completion_mask': mask})}"
+        )
     return mask != 0
 
 
@@ -57,7 +61,8 @@ def _token_rewards(op: str, rewards: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask, r, 0)
     if r.shape != mask.shape[:1]:
         raise InvalidCall(
-            f"{op}: rewards has shape {tuple(r.shape)}, expected {tuple(mask.shape)} per token, or ({len(mask)},) per completion."
+            f"{op}: rewards has shape {tuple(r.shape)}, expected {tuple(mask.shape)} per token, "
+            f"or ({len(mask)},) per completion."
         )
     last = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
     return torch.where(last, r[:, None], 0)
@@ -87,12 +92,15 @@ def discounted_returns(rewards: Tensor, completion_mask: Tensor, *, gamma: Unit[
     return torch.where(mask, _scan(r, torch.where(mask, gamma * torch.ones_like(r), 1)), 0)
 
 
-def _gae(op: str, rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor) -> Tensor:
+def _gae(
+    op: str, rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor
+) -> Tensor:
     v = floats(op, "values", values, tuple(mask.shape))
     r = _token_rewards(op, rewards, mask).to(v.dtype)
     v = torch.where(mask, v, 0)
     one = torch.ones_like(v)
-    following = _scan(v, torch.where(mask, 0, one))  # the value at t, or at the next valid token
+    # the value at t, or at the next valid token
+    following = _scan(v, torch.where(mask, 0, one))
     following = torch.nn.functional.pad(following[:, 1:], (0, 1))
     delta = torch.where(mask, r + gamma * following - v, 0)
     decay = lam[:, None] if isinstance(lam, Tensor) and lam.dim() == 1 else lam
@@ -115,8 +123,8 @@ def gae(
     lam: Unit[float | Tensor] = 0.95,
     whitened: bool = True,
 ) -> Gae:
-    """``A_t = sum_k (gamma·lam)^k δ_{t+k}``, ``δ_t = r_t + gamma·V_{t+1} - V_t`` (eq. 16); returns ``A + V``. ``[B, T]`` or ``[B]``, ``[B, T],
-    [B, T]``.
+    """``A_t = sum_k (gamma·lam)^k δ_{t+k}``, ``δ_t = r_t + gamma·V_{t+1} - V_t`` (eq.
+    16); returns ``A + V``. ``[B, T]`` or ``[B]``, ``[B, T], [B, T]``.
 
     Rewards per completion are on the last valid token. A masked token inside a
     completion (a tool's answer) is skipped, and the next valid token follows. With
@@ -147,34 +155,48 @@ def decoupled_gae(
     lam_critic: Unit[float | Tensor] = 1.0,
     whitened: bool = True,
 ) -> Gae:
-    """:func:`gae` with one λ for the policy's advantages and another for the critic's returns: two passes of the recursion.
+    """:func:`gae` with one λ for the policy's advantages and another for the critic's
+    returns: two passes of the recursion.
 
-    ``lam_critic=1`` keeps the reward at the end from decaying on its way to the first tokens of a long completion; a ``lam_actor`` from 0.95 to
-    below 1 keeps the policy's variance down. The value model is trained beforehand on a fixed policy, with λ = 1. ``whitened``: the
-    advantages have mean 0 and deviation 1 over the batch.
+    ``lam_critic=1`` keeps the reward at the end from decaying on its way to the first
+    tokens of a long completion; a ``lam_actor`` from 0.95 to below 1 keeps the policy's
+    variance down. The value model is trained beforehand on a fixed policy, with λ = 1.
+    ``whitened``: the advantages have mean 0 and deviation 1 over the batch.
     """
     mask = _masked("decoupled_gae", completion_mask)
     advantages = _gae("decoupled_gae", rewards, values, mask, gamma, lam_actor)
-    returns = torch.where(mask, _gae("decoupled_gae", rewards, values, mask, gamma, lam_critic) + values.detach(), 0)
+    returns = torch.where(
+        mask, _gae("decoupled_gae", rewards, values, mask, gamma, lam_critic) + values.detach(), 0
+    )
     return Gae(whiten(advantages, mask) if whitened else advantages, returns)
 
 
 @published("reinforce_plus_plus", "REINFORCE++", arxiv="2501.03262", level="token")
-def reinforce_plus_plus(rewards: Tensor, completion_mask: Tensor, *, gamma: Unit[float] = 1.0) -> Tensor:
+def reinforce_plus_plus(
+    rewards: Tensor, completion_mask: Tensor, *, gamma: Unit[float] = 1.0
+) -> Tensor:
     """Discounted returns, normalized over all valid tokens of the batch, without groups
     or a critic. ``[B, T]`` or ``[B]``, ``[B, T] -> [B, T]``.
 
-    The paper's KL penalty is part of the token rewards: ``r_t = 1[t = end]·r - β·(logp - ref_logp)``.
+    The paper's KL penalty is part of the token rewards:
+    ``r_t = 1[t = end]·r - β·(logp - ref_logp)``.
     """
     mask = _masked("reinforce_plus_plus", completion_mask)
     return whiten(discounted_returns(rewards, mask, gamma=gamma), mask)
 
 
-@published("reinforce_plus_plus_baseline", "REINFORCE++-baseline", arxiv="2501.03262", level="token")
+@published(
+    "reinforce_plus_plus_baseline", "REINFORCE++-baseline", arxiv="2501.03262", level="token"
+)
 def reinforce_plus_plus_baseline(
-    rewards: Tensor, completion_mask: Tensor, *, singleton: str = "zero", **groups: Unpack[GroupKeywords]
+    rewards: Tensor,
+    completion_mask: Tensor,
+    *,
+    singleton: str = "zero",
+    **groups: Unpack[GroupKeywords],
 ) -> Tensor:
-    """``r - mean_g``, normalized over all valid tokens of the batch instead of by the group. ``[B], [B, T] -> [B, T]``.
+    """``r - mean_g``, normalized over all valid tokens of the batch instead of by the
+    group. ``[B], [B, T] -> [B, T]``.
 
     ``singleton`` is the advantage of a group of one before the normalization,
     ``"zero"`` or ``"reward"`` (verl). A completion without a score is left out of the
@@ -183,14 +205,20 @@ def reinforce_plus_plus_baseline(
     g = grouped("reinforce_plus_plus_baseline", rewards, groups)
     mask = _masked("reinforce_plus_plus_baseline", completion_mask)
     if len(mask) != len(g.values):
-        raise InvalidCall(f"reinforce_plus_plus_baseline: completion_mask has {len(mask)} rows, rewards {len(g.values)}.")
-    return whiten(singletons(g, g.centered, singleton)[:, None].expand(mask.shape), mask & g.scored[:, None])
+        raise InvalidCall(
+            f"reinforce_plus_plus_baseline: completion_mask has {len(mask)} rows, rewards "
+            f"{len(g.values)}."
+        )
+    return whiten(
+        singletons(g, g.centered, singleton)[:, None].expand(mask.shape), mask & g.scored[:, None]
+    )
 
 
 @published(
     "remax",
     "ReMax",
-    paper="ReMax: A Simple, Effective, and Efficient Reinforcement Learning Method for Aligning Large Language Models",
+    paper="ReMax: A Simple, Effective, and Efficient Reinforcement Learning Method for Aligning "
+    "Large Language Models",
     arxiv="2310.10505",
     level="token",
 )
@@ -205,7 +233,8 @@ def remax(
     per_token_logps: Tensor | None = None,
     ref_per_token_logps: Tensor | None = None,
 ) -> Tensor:
-    """The reward of the prompt's greedy completion is the baseline: ``A_t = r - r_greedy``. ``[B], [B], [B, T] -> [B, T]``.
+    """The reward of the prompt's greedy completion is the baseline:
+    ``A_t = r - r_greedy``. ``[B], [B], [B, T] -> [B, T]``.
 
     The defaults are the paper's algorithm 1. The authors' code has ``A_t =
     gamma^n·clip(r - r_greedy, ±reward_clip) - kl_coef·(logp_t - ref_logp_t)``, where
@@ -218,12 +247,20 @@ def remax(
     gain = (r - like("remax", "greedy_rewards", greedy_rewards, r)).clamp(-reward_clip, reward_clip)
     remaining = mask.flip(-1).cumsum(-1).flip(-1).to(r.dtype)
     advantages = gain[:, None] * gamma**remaining
-    if (per_token_logps is None) != (ref_per_token_logps is None) or (kl_coef != 0) != (per_token_logps is not None):
-        raise InvalidCall("remax: kl_coef needs per_token_logps and ref_per_token_logps; without kl_coef they would have no effect.")
+    if (per_token_logps is None) != (ref_per_token_logps is None) or (kl_coef != 0) != (
+        per_token_logps is not None
+    ):
+        raise InvalidCall(
+            "remax: kl_coef needs per_token_logps and ref_per_token_logps; without kl_coef they "
+            "would have no effect."
+        )
     if per_token_logps is not None:
         logps, ref = (
             floats("remax", name, x, tuple(mask.shape)).to(r.dtype)
-            for name, x in (("per_token_logps", per_token_logps), ("ref_per_token_logps", ref_per_token_logps))
+            for name, x in (
+                ("per_token_logps", per_token_logps),
+                ("ref_per_token_logps", ref_per_token_logps),
+            )
         )
         advantages = advantages - kl_coef * (logps - ref)
     return torch.where(mask, advantages, 0)
@@ -243,11 +280,13 @@ def hapo(
     epsilon: NonNegative[float] = 1e-6,
     **groups: Unpack[GroupKeywords],
 ) -> Tensor:
-    """GRPO with mean and standard deviation over the group's *tokens*: a completion counts by its length. ``[B], [B] -> [B]``.
+    """GRPO with mean and standard deviation over the group's *tokens*: a completion
+    counts by its length. ``[B], [B] -> [B]``.
 
-    ``mean = sum L_i r_i / sum L_i``, ``std^2 = sum L_i (r_i - mean)^2 / sum L_i``, ``A = (r - mean)/(std + epsilon)``, so that the tokens'
-    advantages sum to zero under a token mean. A group in which some ``|A| >= limit`` takes GRPO's advantage (unbiased) instead. ``lengths``:
-    valid tokens.
+    ``mean = sum L_i r_i / sum L_i``, ``std^2 = sum L_i (r_i - mean)^2 / sum L_i``,
+    ``A = (r - mean)/(std + epsilon)``, so that the tokens' advantages sum to zero under
+    a token mean. A group in which some ``|A| >= limit`` takes GRPO's advantage
+    (unbiased) instead. ``lengths``: valid tokens.
     """
     g = grouped("hapo", rewards, groups)
     tokens = g.like("lengths", lengths)

@@ -10,8 +10,14 @@ from . import ROOT, generated_files, stale_files
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m reweight_ops.codegen", description="Write the generated files.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 and name the files that are stale")
+    parser = argparse.ArgumentParser(
+        prog="python -m reweight_ops.codegen", description="Write the generated files."
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; exit 1 and name the files that are stale",
+    )
     check = parser.parse_args().check
     if not (ROOT / "csrc").is_dir():
         sys.exit(f"{ROOT} is not a checkout of the repository: the generated files are in docs/.")

@@ -1,4 +1,6 @@
-"""An example of every entry of the catalogue, for its docstring: a golden row or the entry's own arguments, and what the call returns."""
+"""An example of every entry of the catalogue, for its docstring: a golden row or the
+entry's own arguments, and what the call returns.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def examples_module() -> str:
         for name, entry in entries.items():
             if not entry.function.__module__.startswith("reweight_ops."):
                 continue
-            found = next((x for row in _rows(entry) if (x := _example(entry, row)) is not None), None)
+            found = next(
+                (x for row in _rows(entry) if (x := _example(entry, row)) is not None), None
+            )
             if found is not None:
                 lines.append(f"    {f'{kind}/{name}'!r}: {found!r},\n")
     return f"{_HEAD}{''.join(lines)}}}\n"
@@ -45,7 +49,9 @@ def _text(value: Any) -> str:
         value = value.tolist()
         return f"torch.tensor({_rounded(value)})"
     if isinstance(value, list):
-        return f"torch.tensor({_rounded(value)})".replace("nan", "math.nan").replace("inf", "math.inf")
+        return f"torch.tensor({_rounded(value)})".replace("nan", "math.nan").replace(
+            "inf", "math.inf"
+        )
     if isinstance(value, Built):
         namespace = value.function.__module__.split(".")[1]
         return f"rw.{namespace}.{value.function.__name__}({', '.join(f'{name}={_text(x)}' for name, x in value.arguments.items())})"
@@ -61,10 +67,14 @@ def _rounded(value: Any) -> Any:
 
 
 def _example(entry: Entry, row: Golden) -> tuple[str, str] | None:
-    """What the result's shape is, and the lines of a doctest; None if the row makes none."""
+    """What the result's shape is, and the lines of a doctest; None if the row makes
+    none.
+    """
     scope: dict[str, Any] = {"torch": torch}
     try:
-        call = f"{entry.call}({', '.join(f'{name}={_text(x)}' for name, x in row.arguments.items())})"
+        call = (
+            f"{entry.call}({', '.join(f'{name}={_text(x)}' for name, x in row.arguments.items())})"
+        )
         given = [_text(x) for x in (*row.init, *row.updates[:1])]
     except KeyError:
         return None
@@ -75,7 +85,10 @@ def _example(entry: Entry, row: Golden) -> tuple[str, str] | None:
         else "import reweight_ops as rw"
     ]
     if row.updates:
-        lines += [f"step = {call}", f"state, result = step.update(step.init({', '.join(given[:-1])}), {given[-1]})"]
+        lines += [
+            f"step = {call}",
+            f"state, result = step.update(step.init({', '.join(given[:-1])}), {given[-1]})",
+        ]
         shown = "result"
     else:
         shown = call
@@ -92,7 +105,8 @@ def _example(entry: Entry, row: Golden) -> tuple[str, str] | None:
         shown_result = repr(eval(shown, scope))
     except (TypeError, ValueError, NameError, AttributeError):
         return None
-    if re.search(r"object at|e-0[7-9]|e-[1-9]\d|\binf\b", shown_result):  # prints differ between versions
+    # prints differ between versions
+    if re.search(r"object at|e-0[7-9]|e-[1-9]\d|\binf\b", shown_result):
         return None
     lines.append(shown)
     return shape, "\n".join([*(f">>> {line}" for line in lines), shown_result])
@@ -101,7 +115,11 @@ def _example(entry: Entry, row: Golden) -> tuple[str, str] | None:
 def _shape(result: Any, row: Golden, scope: dict[str, Any]) -> str:
     if isinstance(result, tuple):
         names = getattr(result, "_fields", None) or [f"result {i}" for i in range(len(result))]
-        parts = [f"``{name}``: {said}" for name, x in zip(names, result, strict=True) if (said := _shape(x, row, scope))]
+        parts = [
+            f"``{name}``: {said}"
+            for name, x in zip(names, result, strict=True)
+            if (said := _shape(x, row, scope))
+        ]
         return "; ".join(parts)
     if isinstance(result, (int, float)):
         return "a number"
@@ -109,8 +127,15 @@ def _shape(result: Any, row: Golden, scope: dict[str, Any]) -> str:
         return ""
     if result.dim() == 0:
         return "0-d"
-    for name, value in (*row.arguments.items(), *(("argument of update", x) for x in row.updates[:1])):
+    for name, value in (
+        *row.arguments.items(),
+        *(("argument of update", x) for x in row.updates[:1]),
+    ):
         if isinstance(value, list) and torch.tensor(value).shape == result.shape:
             return f"that of ``{name}``" if name.isidentifier() else f"that of the {name}"
-    shapes = [f"{name} {list(torch.tensor(x).shape)}" for name, x in row.arguments.items() if isinstance(x, list)]
+    shapes = [
+        f"{name} {list(torch.tensor(x).shape)}"
+        for name, x in row.arguments.items()
+        if isinstance(x, list)
+    ]
     return f"``{list(result.shape)}`` of {', '.join(f'``{x}``' for x in shapes)} in the example"

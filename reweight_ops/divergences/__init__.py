@@ -5,7 +5,16 @@ Every loss is per token, of shape R, with a gradient to the logits.
 
 from .._core.engine.distillation import DistillationLossOutput
 from .._core.losses.distillation import distillation_loss, token_divergence
-from .composites import aldr, confidence_masked_kl, dhkd, kd, ldr, pld, stablemax, symmetric_cross_entropy
+from .composites import (
+    aldr,
+    confidence_masked_kl,
+    dhkd,
+    kd,
+    ldr,
+    pld,
+    stablemax,
+    symmetric_cross_entropy,
+)
 
 __all__ = [
     "DistillationLossOutput",

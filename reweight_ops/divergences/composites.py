@@ -1,4 +1,6 @@
-"""Published losses on two logits tensors or with another normaliser, per token. Each is a few lines on the fused statistics, or a formula in chunks."""
+"""Published losses on two logits tensors or with another normaliser, per token. Each is
+a few lines on the fused statistics, or a formula in chunks.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from .._core.calls.keywords import DivergenceKeywords, SoftmaxKeywords, SoftmaxOptions, TemperedKeywords, parse
+from .._core.calls.keywords import (
+    DivergenceKeywords,
+    SoftmaxKeywords,
+    SoftmaxOptions,
+    TemperedKeywords,
+    parse,
+)
 from .._core.calls.logits import resolve_logits
 from .._core.calls.sampling_mask import refuse_sampling_mask
 from .._core.calls.two_logits import resolve_two_logits
@@ -41,20 +49,31 @@ def _label(ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @published(
-    "symmetric_cross_entropy", "Symmetric cross-entropy with a mean teacher", level="token", plan="two passes", arxiv="2211.13081",
+    "symmetric_cross_entropy",
+    "Symmetric cross-entropy with a mean teacher",
+    level="token",
+    plan="two passes",
+    arxiv="2211.13081",
     paper="Robust Mean Teacher for Continual and Gradual Test-Time Adaptation",
-)  # fmt: skip
-def symmetric_cross_entropy(logits: Tensor, teacher_logits: Tensor, **keywords: Unpack[DivergenceKeywords]) -> Tensor:
+)
+def symmetric_cross_entropy(
+    logits: Tensor, teacher_logits: Tensor, **keywords: Unpack[DivergenceKeywords]
+) -> Tensor:
     """``-½·Σ q·log p - ½·Σ p·log q`` per token, q the (detached) teacher's: R.
 
-    Arguments of :func:`token_divergence`; the paper's form over three views is a mean of such terms.
+    Arguments of :func:`token_divergence`; the paper's form over three views is a mean
+    of such terms.
     """
     return token_divergence(logits, teacher_logits, kind="symmetric_cross_entropy", **keywords)
 
 
 @published(
-    "confidence_masked_kl", "Confidence-masked consistency (UDA)", level="token", plan="two passes", arxiv="1904.12848",
-)  # fmt: skip
+    "confidence_masked_kl",
+    "Confidence-masked consistency (UDA)",
+    level="token",
+    plan="two passes",
+    arxiv="1904.12848",
+)
 def confidence_masked_kl(
     logits: Tensor,
     teacher_logits: Tensor,
@@ -64,25 +83,43 @@ def confidence_masked_kl(
     completion_mask: Tensor | None = None,
     **keywords: Unpack[SoftmaxKeywords],
 ) -> Tensor:
-    """``1[max_v q₁(v) > threshold]·KL(q_T‖p)`` per token: R. ``q_T`` is the softmax of the teacher's logits over ``sharpening_temperature``, ``q₁`` over 1.
+    """``1[max_v q₁(v) > threshold]·KL(q_T‖p)`` per token: R. ``q_T`` is the softmax of
+    the teacher's logits over ``sharpening_temperature``, ``q₁`` over 1.
 
     Tokens on which the teacher is not confident get exactly 0. They count in any mean
     that the caller takes, as in the paper. The other arguments are those of
     :func:`token_divergence`. Differs from the paper: it is per token, where the paper
     has one prediction per example.
     """
-    kl = token_divergence(logits, teacher_logits, completion_mask=completion_mask, other_temperature=sharpening_temperature, **keywords)
-    head = {name: value for name, value in keywords.items() if name in ("vocab_size", "process_group", "backend")}
+    kl = token_divergence(
+        logits,
+        teacher_logits,
+        completion_mask=completion_mask,
+        other_temperature=sharpening_temperature,
+        **keywords,
+    )
+    head = {
+        name: value
+        for name, value in keywords.items()
+        if name in ("vocab_size", "process_group", "backend")
+    }
     ids = torch.zeros(kl.shape, dtype=torch.int64, device=kl.device)
     rows = teacher_logits[..., : kl.shape[-1], :]
-    top = token_stats(rows.detach(), ids, stats=("max_logp",), completion_mask=completion_mask, **head).max_logp  # type: ignore[arg-type]
+    top = token_stats(
+        rows.detach(), ids, stats=("max_logp",), completion_mask=completion_mask, **head
+    ).max_logp  # type: ignore[arg-type]
     assert top is not None
     return torch.where(top > math.log(threshold), kl, 0)
 
 
 @published(
-    "kd", "Knowledge distillation beside the labels", level="token", plan="two passes", arxiv="1503.02531", certainty="secondary",
-)  # fmt: skip
+    "kd",
+    "Knowledge distillation beside the labels",
+    level="token",
+    plan="two passes",
+    arxiv="1503.02531",
+    certainty="secondary",
+)
 def kd(
     logits: Tensor,
     teacher_logits: Tensor,
@@ -93,7 +130,8 @@ def kd(
     completion_mask: Tensor | None = None,
     **keywords: Unpack[TemperedKeywords],
 ) -> Tensor:
-    """``α·(-log p(y)) + (1-α)·T²·KL(q_T‖p_T)`` per token: R. Softmax of both logits over ``kd_temperature`` T in the KL, and over 1 in the first term.
+    """``α·(-log p(y)) + (1-α)·T²·KL(q_T‖p_T)`` per token: R. Softmax of both logits
+    over ``kd_temperature`` T in the KL, and over 1 in the first term.
 
     ``vocab_size``, ``softcap`` and ``backend`` are those of :func:`token_divergence`.
     The defaults are ours: the paper gives the first term less weight, in its section
@@ -102,7 +140,8 @@ def kd(
     for name in ("temperature", "other_temperature"):
         if name in keywords:
             raise InvalidCall(
-                f"kd: {name} is not read: kd_temperature is the temperature of both distributions in the KL, and that of the labels is 1."
+                f"kd: {name} is not read: kd_temperature is the temperature of both "
+                "distributions in the KL, and that of the labels is 1."
             )
     ce: Tensor = -token_logps(logits, completion_ids, completion_mask=completion_mask, **keywords)
     both: dict[str, Any] = {
@@ -111,13 +150,20 @@ def kd(
         "other_temperature": kd_temperature,
         **keywords,
     }
-    return alpha * ce + (1 - alpha) * kd_temperature**2 * token_divergence(logits, teacher_logits, **both)
+    return alpha * ce + (1 - alpha) * kd_temperature**2 * token_divergence(
+        logits, teacher_logits, **both
+    )
 
 
 @published(
-    "pld", "Plackett-Luce Distillation", level="token", plan="composite", arxiv="2506.12542", certainty="verified",
+    "pld",
+    "Plackett-Luce Distillation",
+    level="token",
+    plan="composite",
+    arxiv="2506.12542",
+    certainty="verified",
     paper="PLD: A Choice-Theoretic List-Wise Knowledge Distillation",
-)  # fmt: skip
+)
 def pld(
     logits: Tensor,
     teacher_logits: Tensor,
@@ -129,14 +175,22 @@ def pld(
 ) -> Tensor:
     """``Σ_k q[π_k]·(log Σ_{j≥k} e^(s[π_j]) - s[π_k])`` per token: R.
 
-    π: the label first, then the other tokens by descending teacher logit; q the teacher's softmax over ``teacher_temperature``; s the student's logits.
-    With q on the label alone it is cross-entropy. A sort and a suffix log-sum-exp of the whole vocabulary, in chunks of rows.
+    π: the label first, then the other tokens by descending teacher logit; q the
+    teacher's softmax over ``teacher_temperature``; s the student's logits. With q on
+    the label alone it is cross-entropy. A sort and a suffix log-sum-exp of the whole
+    vocabulary, in chunks of rows.
     """
     op = "pld"
     call = resolve_two_logits(
-        op, logits, teacher_logits, completion_mask, _options(op, keywords, (*_OWN, "teacher_temperature")), teacher_temperature, None,
+        op,
+        logits,
+        teacher_logits,
+        completion_mask,
+        _options(op, keywords, (*_OWN, "teacher_temperature")),
+        teacher_temperature,
+        None,
         {"completion_ids": completion_ids},
-    )  # fmt: skip
+    )
 
     def rows(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
         q = torch.softmax(t, -1)
@@ -146,16 +200,22 @@ def pld(
         # The sum runs from the end. A tail of -inf logits has no sum, and its q must be
         # 0.
         tail = torch.logcumsumexp(s.flip(-1), -1).flip(-1)
-        losses = torch.where(q == 0, 0, q * (torch.where(q == 0, 0, tail) - torch.where(q == 0, 0, s)))
+        losses = torch.where(
+            q == 0, 0, q * (torch.where(q == 0, 0, tail) - torch.where(q == 0, 0, s))
+        )
         return torch.where(valid, losses.sum(-1), math.nan)
 
     return run(formula_call(FormulaSource(call, rows, (call.p.ids,))))
 
 
 @published(
-    "dhkd", "Dual-Head Knowledge Distillation (the auxiliary head's loss)", level="token", plan="composite", arxiv="2411.08937",
+    "dhkd",
+    "Dual-Head Knowledge Distillation (the auxiliary head's loss)",
+    level="token",
+    plan="composite",
+    arxiv="2411.08937",
     paper="Dual-Head Knowledge Distillation: Enhancing Logits Utilization with an Auxiliary Head",
-)  # fmt: skip
+)
 def dhkd(
     logits: Tensor,
     teacher_logits: Tensor,
@@ -164,12 +224,23 @@ def dhkd(
     temperature: Annotated[float, Interval("(0, inf)", fixed=True)] = 2.0,
     **keywords: Unpack[TemperedKeywords],
 ) -> Tensor:
-    """``T²·Σ_v log cosh((s_v - t_v)/(2T))`` per token: R. ``logits`` s are the auxiliary head's; no softmax. Gradient ``T/2·tanh((s-t)/(2T))``.
+    """``T²·Σ_v log cosh((s_v - t_v)/(2T))`` per token: R. ``logits`` s are the
+    auxiliary head's; no softmax. Gradient ``T/2·tanh((s-t)/(2T))``.
 
-    It is the released code's ``T²·Σ_v KL(½‖σ(d)) + KL(½‖1-σ(d))``, ``d = (s-t)/T``, without its ε. The main head keeps its cross-entropy; T is 2 there.
+    It is the released code's ``T²·Σ_v KL(½‖σ(d)) + KL(½‖1-σ(d))``, ``d = (s-t)/T``,
+    without its ε. The main head keeps its cross-entropy; T is 2 there.
     """
     op = "dhkd"
-    call = resolve_two_logits(op, logits, teacher_logits, completion_mask, _options(op, keywords, (*_OWN, "temperature")), None, None, {})
+    call = resolve_two_logits(
+        op,
+        logits,
+        teacher_logits,
+        completion_mask,
+        _options(op, keywords, (*_OWN, "temperature")),
+        None,
+        None,
+        {},
+    )
 
     def rows(s: Tensor, t: Tensor) -> Tensor:
         # A column that is masked in both counts as equal.
@@ -181,8 +252,12 @@ def dhkd(
 
 
 @published(
-    "ldr", "Label-distributionally robust loss (LDR-KL)", level="token", plan="two passes", arxiv="2112.14869",
-)  # fmt: skip
+    "ldr",
+    "Label-distributionally robust loss (LDR-KL)",
+    level="token",
+    plan="two passes",
+    arxiv="2112.14869",
+)
 def ldr(
     logits: Tensor,
     completion_ids: Tensor,
@@ -192,7 +267,8 @@ def ldr(
     completion_mask: Tensor | None = None,
     **keywords: Unpack[TemperedKeywords],
 ) -> Tensor:
-    """``λ·log( 1/V·Σ_k exp((c·1[k≠y] + f_k - f_y)/λ) )`` per token: R. c is ``margin``; λ = 1 and c = 0 is cross-entropy less log V.
+    """``λ·log( 1/V·Σ_k exp((c·1[k≠y] + f_k - f_y)/λ) )`` per token: R. c is ``margin``;
+    λ = 1 and c = 0 is cross-entropy less log V.
 
     It equals ``λ·(log(1 + (1/p - 1)·e^(c/λ)) - log V)`` with p the label's probability
     at temperature λ. It therefore needs only the label's log-prob and runs on every
@@ -206,9 +282,12 @@ def ldr(
         raise InvalidCall("ldr: the temperature is called lambda_ here.")
     if keywords.get("process_group") is not None and keywords.get("vocab_size") is None:
         raise InvalidCall(
-            "ldr: process_group needs vocab_size: the loss is relative to log V, and a rank sees only its own columns: pass V."
+            "ldr: process_group needs vocab_size: the loss is relative to log V, and a rank "
+            "sees only its own columns: pass V."
         )
-    logp = token_logps(logits, completion_ids, completion_mask=completion_mask, temperature=lambda_, **keywords)
+    logp = token_logps(
+        logits, completion_ids, completion_mask=completion_mask, temperature=lambda_, **keywords
+    )
     columns = keywords.get("vocab_size") or logits.shape[-1]
     loss = lambda_ * (F.softplus(log1mexp(logp) - logp + margin / lambda_) - math.log(columns))
     keep = completion_ids != -100
@@ -219,9 +298,14 @@ def ldr(
     "aldr", "Adaptive LDR-KL", level="sample", plan="two passes", arxiv="2112.14869",
 )  # fmt: skip
 def aldr(
-    entropies: Tensor, vocab_size: Annotated[int, Interval("[2, inf)", whole=True)], *, lambda0: Positive[float], alpha: Positive[float]
+    entropies: Tensor,
+    vocab_size: Annotated[int, Interval("[2, inf)", whole=True)],
+    *,
+    lambda0: Positive[float],
+    alpha: Positive[float],
 ) -> Tensor:
-    """The next λ of :func:`ldr` for every row: ``λ ← λ₀ - λ₀·KL(p‖U)/(α·log V)``, ``KL(p‖U) = log V - H(p)``.
+    """The next λ of :func:`ldr` for every row: ``λ ← λ₀ - λ₀·KL(p‖U)/(α·log V)``,
+    ``KL(p‖U) = log V - H(p)``.
 
     ``entropies`` are those of the softmax at the row's current λ
     (``token_logps(..., temperature=lambda_, return_entropy=True)``), in any shape. The
@@ -239,14 +323,26 @@ def aldr(
     paper="Grokking at the Edge of Numerical Stability",
 )  # fmt: skip
 def stablemax(
-    logits: Tensor, completion_ids: Tensor, *, completion_mask: Tensor | None = None, **keywords: Unpack[SoftmaxKeywords]
+    logits: Tensor,
+    completion_ids: Tensor,
+    *,
+    completion_mask: Tensor | None = None,
+    **keywords: Unpack[SoftmaxKeywords],
 ) -> Tensor:
-    """``-log( s(z_y) / Σ_v s(z_v) )`` per token with ``s(x) = x + 1`` for ``x ≥ 0``, else ``1/(1 - x)``: R. Not invariant under shifts of the logits.
+    """``-log( s(z_y) / Σ_v s(z_v) )`` per token with ``s(x) = x + 1`` for ``x ≥ 0``,
+    else ``1/(1 - x)``: R. Not invariant under shifts of the logits.
 
-    Differs from the paper: in fp32 (fp64 for fp64 logits), where it computes in fp64; without its ε of 1e-30.
+    Differs from the paper: in fp32 (fp64 for fp64 logits), where it computes in fp64;
+    without its ε of 1e-30.
     """
     op = "stablemax"
-    call = resolve_logits(op, logits, completion_ids, _options(op, keywords, _OWN), {"completion_mask": completion_mask})
+    call = resolve_logits(
+        op,
+        logits,
+        completion_ids,
+        _options(op, keywords, _OWN),
+        {"completion_mask": completion_mask},
+    )
 
     def rows(x: Tensor, y: Tensor) -> Tensor:
         # Each branch sees only arguments of its own sign, so that no gradient is NaN.

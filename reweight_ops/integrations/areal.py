@@ -1,4 +1,5 @@
-"""AReaL (1.0) on our ops: its log-probs and entropies, and any of our token-mean losses in place of its PPO loss.
+"""AReaL (1.0) on our ops: its log-probs and entropies, and any of our token-mean losses
+in place of its PPO loss.
 
 ::
 
@@ -6,8 +7,10 @@
     from areal.trainer.ppo import actor
     from reweight_ops.integrations.areal import patch_logprobs, patch_loss
 
-    patch_logprobs(fsdp_engine)                                                # or megatron_engine, archon_engine
-    patch_loss(rw.methods.advantage_reweighting(alpha=0.3), actor=actor)       # in the process of the actor
+    patch_logprobs(fsdp_engine)                                                # or
+    megatron_engine, archon_engine
+    patch_loss(rw.methods.advantage_reweighting(alpha=0.3), actor=actor)       # in the
+    process of the actor
 """
 
 from __future__ import annotations
@@ -36,11 +39,25 @@ LIBRARY = check_version("AReaL")
 _HOST = Host("AReaL", frozenset({"adv", "logp", "log_ratio", "old_logp", "sampling_logp"}))
 _GATHER = ("logits", "labels", "temperature", "tp_group", "chunk_size")
 _LOSS = (
-    "logprobs", "proximal_logprobs", "old_logprobs", "advantages", "eps_clip", "loss_mask", "eps_clip_higher", "c_clip", "rejection_sampling",
-    "importance_sampling_level", "cu_seqlens",
-)  # fmt: skip
+    "logprobs",
+    "proximal_logprobs",
+    "old_logprobs",
+    "advantages",
+    "eps_clip",
+    "loss_mask",
+    "eps_clip_higher",
+    "c_clip",
+    "rejection_sampling",
+    "importance_sampling_level",
+    "cu_seqlens",
+)
 #: Options of AReaL's loss, with the values at which they have no effect.
-_OPTIONS = {"eps_clip": 0.2, "eps_clip_higher": None, "c_clip": None, "importance_sampling_level": "token"}
+_OPTIONS = {
+    "eps_clip": 0.2,
+    "eps_clip_higher": None,
+    "c_clip": None,
+    "importance_sampling_level": "token",
+}
 
 __all__ = ["loss_fn", "patch_logprobs", "patch_loss"]
 
@@ -52,7 +69,8 @@ def _unsupported_reason(spec: PolicyLossSpec) -> str | None:
 
 
 def loss_fn(spec: PolicyLossSpec | str) -> Any:
-    """A spec, or the name of a method, with the call and the two results of AReaL's ``ppo_actor_loss_fn``.
+    """A spec, or the name of a method, with the call and the two results of AReaL's
+    ``ppo_actor_loss_fn``.
 
     ``proximal_logprobs`` are ``old_logp`` of the spec. ``old_logprobs``, those of the
     policy that wrote the tokens, are ``sampling_logp``. AReaL's rejection sampling
@@ -63,7 +81,11 @@ def loss_fn(spec: PolicyLossSpec | str) -> Any:
     Raises:
         UnsupportedRequest: AReaL cannot train the spec; the reason is named.
     """
-    reason = level_unsupported_reason(METHODS[spec], "a micro-batch") if isinstance(spec, str) and spec in METHODS else None
+    reason = (
+        level_unsupported_reason(METHODS[spec], "a micro-batch")
+        if isinstance(spec, str) and spec in METHODS
+        else None
+    )
     spec = named_spec("areal.loss_fn", spec)
     name = spec.name or "the spec"
     reason = reason or _unsupported_reason(spec)
@@ -92,13 +114,15 @@ def loss_fn(spec: PolicyLossSpec | str) -> Any:
         ignored = [f"{n}={v!r}" for n, v in given.items() if v != _OPTIONS[n]]
         if ignored:
             raise InvalidCall(
-                f"{name} replaces AReaL's loss, so actor.{', actor.'.join(ignored)} would have no effect: put it into the spec."
+                f"{name} replaces AReaL's loss, so actor.{', actor.'.join(ignored)} would have "
+                "no effect: put it into the spec."
             )
         kept, weight, fraction = loss_mask, None, 0.0
         if rejection_sampling is not None:
             if "sampling_logp" in spec.requires:
                 raise InvalidCall(
-                    f"{name} corrects for the sampler itself, so actor.rejection_sampling would do it twice: leave one of them out."
+                    f"{name} corrects for the sampler itself, so actor.rejection_sampling would "
+                    "do it twice: leave one of them out."
                 )
             filtered = apply_rejection_sampling(
                 proximal_logprobs=proximal_logprobs,
@@ -107,7 +131,11 @@ def loss_fn(spec: PolicyLossSpec | str) -> Any:
                 cu_seqlens=cu_seqlens,
                 config=rejection_sampling,
             )
-            kept, weight, fraction = filtered.loss_mask, filtered.behave_imp_weight, filtered.filtered_fraction
+            kept, weight, fraction = (
+                filtered.loss_mask,
+                filtered.behave_imp_weight,
+                filtered.filtered_fraction,
+            )
         out = policy_loss_from_logps(
             logprobs,
             advantages,
@@ -142,7 +170,8 @@ def loss_fn(spec: PolicyLossSpec | str) -> Any:
 
 
 def patch_logprobs(*engines: Any, backend: str = "auto") -> Patch:
-    """Replace ``gather_logprobs`` and ``gather_logprobs_entropy`` in engine modules: ``fsdp_engine``, ``megatron_engine``, ``archon_engine``.
+    """Replace ``gather_logprobs`` and ``gather_logprobs_entropy`` in engine modules:
+    ``fsdp_engine``, ``megatron_engine``, ``archon_engine``.
 
     Both results have gradients, and logits of any dtype are read without an fp32 copy.
     With a tensor-parallel group of several ranks a call is left to AReaL. Returns a
@@ -151,33 +180,55 @@ def patch_logprobs(*engines: Any, backend: str = "auto") -> Patch:
 
     Raises:
         InvalidCall: no engine.
-        BackendUnavailable: an engine's functions are not the ones that are replaced here.
+        BackendUnavailable: an engine's functions are not the ones that are replaced
+            here.
     """
     if not engines:
-        raise InvalidCall("patch_logprobs: pass the engine modules that are in use, such as areal.engine.fsdp_engine.")
+        raise InvalidCall(
+            "patch_logprobs: pass the engine modules that are in use, such as "
+            "areal.engine.fsdp_engine."
+        )
     counts = Counts("AReaL")
 
     def replaced(engine: Any, name: str, entropy: bool) -> Replacement:
         original = getattr(engine, name, None)
 
-        def gather(logits: Tensor, labels: Tensor, temperature: float = 1.0, tp_group: Any = None, chunk_size: int = 1024) -> Any:
+        def gather(
+            logits: Tensor,
+            labels: Tensor,
+            temperature: float = 1.0,
+            tp_group: Any = None,
+            chunk_size: int = 1024,
+        ) -> Any:
             if tp_group is not None and torch.distributed.get_world_size(tp_group) > 1:
                 counts.left("tensor parallelism: a call's rows are whole")
                 assert original is not None
                 return original(logits, labels, temperature, tp_group, chunk_size)
             counts.ran("token_logps")
-            return token_logps(logits, labels.long(), temperature=temperature, return_entropy=entropy, backend=backend)
+            return token_logps(
+                logits,
+                labels.long(),
+                temperature=temperature,
+                return_entropy=entropy,
+                backend=backend,
+            )
 
         return Replacement(engine, name, gather, _GATHER)
 
     names = (("gather_logprobs", False), ("gather_logprobs_entropy", True))
-    return Patch(LIBRARY, [replaced(engine, name, entropy) for engine in engines for name, entropy in names], counts)
+    return Patch(
+        LIBRARY,
+        [replaced(engine, name, entropy) for engine in engines for name, entropy in names],
+        counts,
+    )
 
 
 def patch_loss(spec: PolicyLossSpec | str, *, actor: Any) -> Patch:
-    """Replace ``ppo_actor_loss_fn`` in ``actor``, the module ``areal.trainer.ppo.actor``; ``use_sapo_loss`` is an error then.
+    """Replace ``ppo_actor_loss_fn`` in ``actor``, the module
+    ``areal.trainer.ppo.actor``; ``use_sapo_loss`` is an error then.
 
-    M2PO's mask, approximations of the proximal policy, distillation and statistics stay AReaL's (``grpo_loss_fn``).
+    M2PO's mask, approximations of the proximal policy, distillation and statistics stay
+    AReaL's (``grpo_loss_fn``).
 
     Raises:
         UnsupportedRequest: AReaL cannot train the spec; the reason is named.
@@ -193,9 +244,22 @@ def patch_loss(spec: PolicyLossSpec | str, *, actor: Any) -> Patch:
 
     def sapo_loss_fn(**given: Any) -> None:
         raise InvalidCall(
-            "actor.use_sapo_loss=True bypasses the loss that patch_loss has installed: set it to False (methods.sapo is SAPO)."
+            "actor.use_sapo_loss=True bypasses the loss that patch_loss has installed: set it "
+            "to False (methods.sapo is SAPO)."
         )
 
-    sapo = ("logprobs", "old_logprobs", "advantages", "tau_pos", "tau_neg", "loss_mask", "importance_sampling_level", "cu_seqlens")
-    replacements = [Replacement(actor, "ppo_actor_loss_fn", counted, _LOSS), Replacement(actor, "sapo_loss_fn", sapo_loss_fn, sapo)]
+    sapo = (
+        "logprobs",
+        "old_logprobs",
+        "advantages",
+        "tau_pos",
+        "tau_neg",
+        "loss_mask",
+        "importance_sampling_level",
+        "cu_seqlens",
+    )
+    replacements = [
+        Replacement(actor, "ppo_actor_loss_fn", counted, _LOSS),
+        Replacement(actor, "sapo_loss_fn", sapo_loss_fn, sapo),
+    ]
     return Patch(LIBRARY, replacements, counts)

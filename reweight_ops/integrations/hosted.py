@@ -33,7 +33,10 @@ class Host:
         checked elsewhere.
         """
         if spec.penalties and self.penalties is not None:
-            return f"it has penalties, and {self.name} adds its own: leave them out and set {self.penalties}"
+            return (
+                f"it has penalties, and {self.name} adds its own: leave them out and set "
+                f"{self.penalties}"
+            )
         missing = sorted(spec.requires - self.leaves)
         if missing:
             return f"it reads {', '.join(missing)}, which {self.name} does not pass to a loss"
@@ -48,7 +51,11 @@ def level_unsupported_reason(entry: Entry, part: str) -> str | None:
     """Return why a method of the catalogue changes if a call is only ``part`` of a
     batch, or None if it is the same.
     """
-    return None if level(entry) in ("token", "sequence") else f"it is of level {level(entry)}, and {part} is not the batch"
+    return (
+        None
+        if level(entry) in ("token", "sequence")
+        else f"it is of level {level(entry)}, and {part} is not the batch"
+    )
 
 
 def per_sequence(x: Tensor, mask: Tensor) -> Tensor:
@@ -65,7 +72,11 @@ def agg_mode(reduction: Reduction) -> str | None:
         return "token-mean" if reduction.weight is None and not reduction.per_call else None
     if isinstance(reduction, TokenSum):
         return "token-sum"
-    per = {"token_sum": "seq-mean-token-sum", "constant": "seq-mean-token-sum-norm", "token_mean": "seq-mean-token-mean"}
+    per = {
+        "token_sum": "seq-mean-token-sum",
+        "constant": "seq-mean-token-sum-norm",
+        "token_mean": "seq-mean-token-mean",
+    }
     return per[reduction.per] if isinstance(reduction, SequenceMean) else None
 
 
@@ -76,7 +87,8 @@ def divisors(reduction: Reduction, ranks: int, tokens: Any, sequences: Any) -> d
     ``tokens`` and ``sequences`` are those counts, None if only this call's are known.
 
     Raises:
-        InvalidCall: there are several ranks and the count that the reduction needs is missing.
+        InvalidCall: there are several ranks and the count that the reduction needs is
+            missing.
     """
     if isinstance(reduction, TokenSum):
         return {} if ranks == 1 else {"loss_scale": float(ranks)}
@@ -85,7 +97,8 @@ def divisors(reduction: Reduction, ranks: int, tokens: Any, sequences: Any) -> d
     if count is None:
         if ranks > 1:
             raise InvalidCall(
-                f"the count of {'tokens' if of_tokens else 'sequences'} over all {ranks} ranks is missing, which the loss divides by."
+                f"the count of {'tokens' if of_tokens else 'sequences'} over all {ranks} ranks "
+                "is missing, which the loss divides by."
             )
         return {}
     return {"num_items_in_batch" if of_tokens else "num_sequences_in_batch": count / ranks}

@@ -23,7 +23,9 @@ def predicting(x: Tensor, keep: int) -> Tensor:
 
 
 def predicted(x: Tensor) -> Tensor:
-    """``[B, S, ...] -> [B, S - 1, ...]``: of the tokens that another one stands before, by the positions that predict them."""
+    """``[B, S, ...] -> [B, S - 1, ...]``: of the tokens that another one stands before,
+    by the positions that predict them.
+    """
     return x[:, 1:]
 
 
@@ -62,10 +64,18 @@ def packed(tokens: Sequence[Tensor], response_lengths: Sequence[int], length: in
         InvalidCall: the sequences do not fit, or a response has no token before it.
     """
     lengths = [t.numel() for t in tokens]
-    if sum(lengths) > length or any(not 0 <= r < n for r, n in zip(response_lengths, lengths, strict=True)):
-        raise InvalidCall(f"sequences of {lengths} tokens with responses of {list(response_lengths)} do not fit {length} packed positions.")
+    if sum(lengths) > length or any(
+        not 0 <= r < n for r, n in zip(response_lengths, lengths, strict=True)
+    ):
+        raise InvalidCall(
+            f"sequences of {lengths} tokens with responses of {list(response_lengths)} do not "
+            f"fit {length} packed positions."
+        )
     device = tokens[0].device
-    targets, owner = torch.full((length,), -100, device=device), torch.full((length,), len(lengths), device=device)
+    targets, owner = (
+        torch.full((length,), -100, device=device),
+        torch.full((length,), len(lengths), device=device),
+    )
     rows, start = [], 0
     for i, (ids, response) in enumerate(zip(tokens, response_lengths, strict=True)):
         end = start + ids.numel()

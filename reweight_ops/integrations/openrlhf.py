@@ -1,10 +1,12 @@
-"""OpenRLHF (0.11) on our ops: its log-probs and entropies, and any of our losses in place of its own.
+"""OpenRLHF (0.11) on our ops: its log-probs and entropies, and any of our losses in
+place of its own.
 
 ::
 
     from reweight_ops.integrations.openrlhf import patch
-    patch()                                 # log-probs and entropies, OpenRLHF's own loss
-    patch(spec=rw.methods.gspo_token())     # another loss besides, in the process of the actor
+    patch()                                 # log-probs and entropies, OpenRLHF's own
+    loss patch(spec=rw.methods.gspo_token())     # another loss besides, in the process
+    of the actor
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ try:
     from openrlhf.models import actor
     from openrlhf.models.loss import PolicyLoss as Theirs
 except ImportError as error:
-    raise BackendUnavailable(f"reweight_ops.integrations.openrlhf needs OpenRLHF: pip install 'openrlhf>=0.11' ({error})") from error
+    raise BackendUnavailable(
+        f"reweight_ops.integrations.openrlhf needs OpenRLHF: pip install 'openrlhf>=0.11' ({error})"
+    ) from error
 
 #: The installed version, for messages.
 LIBRARY = check_version("OpenRLHF")
@@ -43,7 +47,8 @@ __all__ = ["PolicyLoss", "patch"]
 
 
 class PolicyLoss(torch.nn.Module):
-    """A spec, or the name of a method, in place of OpenRLHF's ``PolicyLoss``: the same call, the same five results.
+    """A spec, or the name of a method, in place of OpenRLHF's ``PolicyLoss``: the same
+    call, the same five results.
 
     The loss is a token mean over ``batch_num_tokens`` or a mean over
     ``global_batch_size`` samples, times ``dp_size``, by the spec's reduction. The
@@ -57,12 +62,22 @@ class PolicyLoss(torch.nn.Module):
 
     def __init__(self, spec: PolicyLossSpec | str) -> None:
         super().__init__()
-        reason = level_unsupported_reason(METHODS[spec], "a micro-batch") if isinstance(spec, str) and spec in METHODS else None
+        reason = (
+            level_unsupported_reason(METHODS[spec], "a micro-batch")
+            if isinstance(spec, str) and spec in METHODS
+            else None
+        )
         self.spec = named_spec("openrlhf.PolicyLoss", spec)
         self.name = self.spec.name or "the spec"
         reason = reason or _HOST.unsupported_reason(self.spec)
-        if reason is None and agg_mode(self.spec.reduction) not in ("token-mean", "seq-mean-token-mean"):
-            reason = f"its reduction, {self.spec.reduction!r}, is neither a token mean nor a mean of the samples' token means, as OpenRLHF's KL is"
+        if reason is None and agg_mode(self.spec.reduction) not in (
+            "token-mean",
+            "seq-mean-token-mean",
+        ):
+            reason = (
+                f"its reduction, {self.spec.reduction!r}, is neither a token mean nor a "
+                "mean of the samples' token means, as OpenRLHF's KL is"
+            )
         if reason is not None:
             raise UnsupportedRequest(f"OpenRLHF cannot train {self.name}: {reason}.")
 
@@ -88,7 +103,9 @@ class PolicyLoss(torch.nn.Module):
         None, None)``. All tensors are ``[B, T]``.
         """
         if isinstance(self.spec.ratio, GeometricMeanRatio):
-            advantages = per_sequence(advantages, torch.ones_like(advantages) if action_mask is None else action_mask)
+            advantages = per_sequence(
+                advantages, torch.ones_like(advantages) if action_mask is None else action_mask
+            )
         out = policy_loss_from_logps(
             log_probs,
             advantages,
@@ -100,11 +117,22 @@ class PolicyLoss(torch.nn.Module):
             **divisors(self.spec.reduction, dp_size, batch_num_tokens, global_batch_size),
         )
         clipped = next(
-            (out.metrics[n] for n in ("clip_ratio/region_mean", "cispo_clip_ratio") if n in out.metrics), torch.zeros_like(out.loss)
+            (
+                out.metrics[n]
+                for n in ("clip_ratio/region_mean", "cispo_clip_ratio")
+                if n in out.metrics
+            ),
+            torch.zeros_like(out.loss),
         )
         moved = old_log_probs - log_probs.detach()
         keep = torch.ones_like(moved) if action_mask is None else action_mask.to(moved.dtype)
-        return out.loss, clipped.detach(), torch.where(keep != 0, moved, 0).sum() / keep.sum(), None, None
+        return (
+            out.loss,
+            clipped.detach(),
+            torch.where(keep != 0, moved, 0).sum() / keep.sum(),
+            None,
+            None,
+        )
 
 
 def _in_place_of(spec: PolicyLossSpec | str) -> Any:
@@ -117,26 +145,39 @@ def _in_place_of(spec: PolicyLossSpec | str) -> Any:
     def build(**options: Any) -> PolicyLoss:
         if options.pop("token_level_loss", True) != ours.token_level_loss:
             wanted = agg_mode(ours.spec.reduction)
-            raise InvalidCall(f"{ours.name} reduces by {wanted}: set actor.loss_agg_mode={wanted} (OpenRLHF's KL and entropy follow it).")
-        defaults = {"is_correction_threshold": options.get("is_correction_threshold")}  # read only with a level other than off
+            raise InvalidCall(
+                f"{ours.name} reduces by {wanted}: set actor.loss_agg_mode={wanted} (OpenRLHF's "
+                "KL and entropy follow it)."
+            )
+        # read only with a level other than off
+        defaults = {"is_correction_threshold": options.get("is_correction_threshold")}
         if "sampling_logp" in ours.spec.requires:
             # Only the switch of the correction is read. OpenRLHF asks the sampler for
             # its log-probs if it is on.
             if options.get("is_correction_level", "off") == "off":
                 raise InvalidCall(
-                    f"{ours.name} reads the sampler's log-probs: set algo.advantage.is_correction_level=token, or OpenRLHF asks for none."
+                    f"{ours.name} reads the sampler's log-probs: set "
+                    "algo.advantage.is_correction_level=token, or OpenRLHF asks for none."
                 )
             defaults["is_correction_level"] = "token"
-        ignored = [f"{n}={v!r}" for n, v in options.items() if v != defaults.get(n, parameters[n].default)]
+        ignored = [
+            f"{n}={v!r}" for n, v in options.items() if v != defaults.get(n, parameters[n].default)
+        ]
         if ignored:
-            raise InvalidCall(f"{ours.name} replaces OpenRLHF's loss, so {', '.join(ignored)} would have no effect: put it into the spec.")
+            raise InvalidCall(
+                f"{ours.name} replaces OpenRLHF's loss, so {', '.join(ignored)} would have no "
+                "effect: put it into the spec."
+            )
         return ours
 
     return build
 
 
-def patch(*, spec: PolicyLossSpec | str | None = None, backend: str = "auto", ppo_actor: Any = None) -> Patch:
-    """Replace ``log_probs_from_logits`` and ``compute_entropy`` of ``openrlhf.models.actor``; with ``spec``, the loss of ``ppo_actor`` too.
+def patch(
+    *, spec: PolicyLossSpec | str | None = None, backend: str = "auto", ppo_actor: Any = None
+) -> Patch:
+    """Replace ``log_probs_from_logits`` and ``compute_entropy`` of
+    ``openrlhf.models.actor``; with ``spec``, the loss of ``ppo_actor`` too.
 
     ``ppo_actor`` is the module ``openrlhf.trainer.ray.ppo_actor``, needed with ``spec``
     (importing it starts ray and vLLM, so this function does not).
@@ -144,12 +185,17 @@ def patch(*, spec: PolicyLossSpec | str | None = None, backend: str = "auto", pp
     them to fp32 first.
 
     Raises:
-        InvalidCall: ``spec`` without ``ppo_actor`` or the reverse; when the trainer is built, an option of OpenRLHF's loss that would have no effect.
+        InvalidCall: ``spec`` without ``ppo_actor`` or the reverse; when the trainer is
+            built, an option of OpenRLHF's loss that would have no effect.
         UnsupportedRequest: OpenRLHF cannot train the spec.
-        BackendUnavailable: OpenRLHF's functions are not the ones that are replaced here.
+        BackendUnavailable: OpenRLHF's functions are not the ones that are replaced
+            here.
     """
     if (spec is None) != (ppo_actor is None):
-        raise InvalidCall("patch: pass spec and ppo_actor (import openrlhf.trainer.ray.ppo_actor) together, or neither.")
+        raise InvalidCall(
+            "patch: pass spec and ppo_actor (import openrlhf.trainer.ray.ppo_actor) together, "
+            "or neither."
+        )
     counts = Counts("OpenRLHF")
 
     def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
@@ -165,7 +211,12 @@ def patch(*, spec: PolicyLossSpec | str | None = None, backend: str = "auto", pp
         return found
 
     replacements = [
-        Replacement(actor, "log_probs_from_logits", log_probs_from_logits, ("logits", "labels", "temperature")),
+        Replacement(
+            actor,
+            "log_probs_from_logits",
+            log_probs_from_logits,
+            ("logits", "labels", "temperature"),
+        ),
         Replacement(actor, "compute_entropy", compute_entropy, ("logits",)),
     ]
     if spec is not None:

@@ -22,7 +22,8 @@ class Counts:
 
     Attributes:
         fused_calls: calls that ran here, by op.
-        delegated_calls: calls that were left to the trainer, by reason. Each reason is reported once by a warning.
+        delegated_calls: calls that were left to the trainer, by reason. Each reason is
+            reported once by a warning.
     """
 
     def __init__(self, library: str, total: Counts | None = None) -> None:
@@ -41,7 +42,9 @@ class Counts:
         self.delegated_calls[reason] += 1
         if self.total is not None:
             self.total.delegated_calls[reason] += 1
-        self.warn_once(f"reweight_ops leaves this to {self.library}: {reason}. delegated_calls counts it.")
+        self.warn_once(
+            f"reweight_ops leaves this to {self.library}: {reason}. delegated_calls counts it."
+        )
 
     def warn_once(self, message: str) -> None:
         if message not in self._warned:
@@ -76,7 +79,8 @@ class Replacement:
 
 
 def check_signature(library: str, owner: Any, name: str, expected: tuple[str, ...]) -> None:
-    """Raise :class:`BackendUnavailable` unless ``owner.name`` takes ``expected`` and then only optional parameters.
+    """Raise :class:`BackendUnavailable` unless ``owner.name`` takes ``expected`` and
+    then only optional parameters.
 
     ``name`` may be dotted. ``library`` is a name and a version for the message.
     """
@@ -85,16 +89,26 @@ def check_signature(library: str, owner: Any, name: str, expected: tuple[str, ..
         function = getattr(function, part, None)
     parameters = [] if function is None else list(inspect.signature(function).parameters.values())
     rest = parameters[len(expected) :]
-    if tuple(p.name for p in parameters[: len(expected)]) != expected or any(_required(p) for p in rest):
-        found = "does not exist" if function is None else f"has the signature {inspect.signature(function)}"
+    if tuple(p.name for p in parameters[: len(expected)]) != expected or any(
+        _required(p) for p in rest
+    ):
+        found = (
+            "does not exist"
+            if function is None
+            else f"has the signature {inspect.signature(function)}"
+        )
         raise BackendUnavailable(
-            f"{library}: {owner.__name__}.{name} {found}, expected ({', '.join(expected)}, optional ...). "
+            f"{library}: {owner.__name__}.{name} {found}, expected ({', '.join(expected)}, "
+            "optional ...). "
             "`reweight-ops trainers` lists the versions that this integration was tested with."
         )
 
 
 def _required(parameter: inspect.Parameter) -> bool:
-    return parameter.default is parameter.empty and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return parameter.default is parameter.empty and parameter.kind not in (
+        parameter.VAR_POSITIONAL,
+        parameter.VAR_KEYWORD,
+    )
 
 
 def source_digest(function: Callable[..., Any]) -> str:
@@ -107,16 +121,20 @@ _ACTIVE: dict[tuple[int, str], Patch] = {}
 
 
 class Patch:
-    """Replaced attributes of another library. ``undo()``, or leaving the ``with`` block, restores them.
+    """Replaced attributes of another library. ``undo()``, or leaving the ``with``
+    block, restores them.
 
     ``counts`` has everything that ran under the patch.
 
     Raises:
         InvalidCall: one of the attributes is patched already.
-        BackendUnavailable: an attribute does not exist, or is not what the replacement stands in for.
+        BackendUnavailable: an attribute does not exist, or is not what the replacement
+            stands in for.
     """
 
-    def __init__(self, library: str, replacements: Sequence[Replacement], counts: Counts | None = None) -> None:
+    def __init__(
+        self, library: str, replacements: Sequence[Replacement], counts: Counts | None = None
+    ) -> None:
         self.counts = counts or Counts(library)
         for each in replacements:
             if (id(each.owner), each.name) in _ACTIVE:
@@ -124,7 +142,12 @@ class Patch:
             if not hasattr(each.owner, each.name):
                 raise BackendUnavailable(f"{library}: {each.place} does not exist.")
             if each.parameters is not None:
-                check_signature(library, each.owner, f"{each.name}.{each.read_from}".rstrip("."), each.parameters)
+                check_signature(
+                    library,
+                    each.owner,
+                    f"{each.name}.{each.read_from}".rstrip("."),
+                    each.parameters,
+                )
         self._undo: list[tuple[Replacement, bool, Any]] = []
         for each in replacements:
             own = each.name in vars(each.owner)
@@ -148,7 +171,10 @@ class Patch:
             each, own, original = self._undo.pop()
             del _ACTIVE[id(each.owner), each.name]
             if vars(each.owner).get(each.name) is not each.value:
-                warnings.warn(f"{each.place} was replaced again after this patch, and is left as it is.", stacklevel=2)
+                warnings.warn(
+                    f"{each.place} was replaced again after this patch, and is left as it is.",
+                    stacklevel=2,
+                )
             elif own:
                 setattr(each.owner, each.name, original)
             else:

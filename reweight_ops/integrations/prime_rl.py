@@ -1,4 +1,5 @@
-"""prime-rl on our ops: any token-mean method as its custom loss, and the fused head with entropies that have gradients.
+"""prime-rl on our ops: any token-mean method as its custom loss, and the fused head
+with entropies that have gradients.
 
 ::
 
@@ -40,7 +41,9 @@ try:
     from prime_rl.trainer.models.layers import lm_head, lm_head_gemma
     from prime_rl.trainer.rl.loss import LossInputs, LossOutputs
 except ImportError as error:
-    raise BackendUnavailable(f"reweight_ops.integrations.prime_rl needs prime-rl ({error})") from error
+    raise BackendUnavailable(
+        f"reweight_ops.integrations.prime_rl needs prime-rl ({error})"
+    ) from error
 
 #: The installed version, for messages.
 LIBRARY = check_version("prime-rl")
@@ -53,14 +56,21 @@ __all__ = ["loss", "loss_fn", "patch_head"]
 
 def _unsupported_reason(spec: PolicyLossSpec) -> str | None:
     if "sampling_logp" in spec.requires:
-        return "it reads sampling_logp beside old_logp, and prime-rl has one policy before the update: the sampler's, which the ratio is against"
+        return (
+            "it reads sampling_logp beside old_logp, and prime-rl has one policy before the "
+            "update: the sampler's, which the ratio is against"
+        )
     if {agg_mode(r) for r in spec.reductions} != {"token-mean"}:
-        return "its reduction is not a token mean, and prime-rl divides by the tokens of the global batch"
+        return (
+            "its reduction is not a token mean, and prime-rl divides by the tokens of the "
+            "global batch"
+        )
     return _HOST.unsupported_reason(spec)
 
 
 def loss_fn(spec: PolicyLossSpec | str) -> Callable[[LossInputs], LossOutputs]:
-    """A spec, or the name of a method, as prime-rl's custom loss of one sample: the sum over its tokens, which prime-rl divides.
+    """A spec, or the name of a method, as prime-rl's custom loss of one sample: the sum
+    over its tokens, which prime-rl divides.
 
     The ratio is against ``inference_logprobs``. ``ref_logprobs`` are the reference's,
     if the algorithm provides them. ``loss_weights`` multiply the tokens' loss,
@@ -80,10 +90,16 @@ def loss_fn(spec: PolicyLossSpec | str) -> Callable[[LossInputs], LossOutputs]:
 
     def sample_loss(inputs: LossInputs) -> LossOutputs:
         if "ref_logp" in spec.requires and inputs.ref_logprobs is None:
-            raise UnsupportedRequest(f"{name} reads the reference's log-probs, but the algorithm provides none (ref_logprobs is None).")
+            raise UnsupportedRequest(
+                f"{name} reads the reference's log-probs, but the algorithm provides none "
+                "(ref_logprobs is None)."
+            )
         weights, resolved = inputs.loss_weights, summed
         if weights is not None:
-            resolved = dataclasses.replace(summed, reduction=FromFunction(lambda token_loss, mask: (token_loss * weights).sum()))
+            resolved = dataclasses.replace(
+                summed,
+                reduction=FromFunction(lambda token_loss, mask: (token_loss * weights).sum()),
+            )
         out = policy_loss_from_logps(
             inputs.trainer_logprobs[None],
             inputs.advantages[None],
@@ -93,7 +109,9 @@ def loss_fn(spec: PolicyLossSpec | str) -> Callable[[LossInputs], LossOutputs]:
             completion_mask=inputs.loss_mask[None],
             unused="ignore",  # prime-rl always passes the sampler's log-probs
         )
-        return LossOutputs(loss=out.loss, metrics={n: v for n, v in out.metrics.items() if n not in _COUNTS})
+        return LossOutputs(
+            loss=out.loss, metrics={n: v for n, v in out.metrics.items() if n not in _COUNTS}
+        )
 
     return sample_loss
 
@@ -102,7 +120,9 @@ def loss_fn(spec: PolicyLossSpec | str) -> Callable[[LossInputs], LossOutputs]:
 def _named_loss(method: str, options: str) -> Callable[[LossInputs], LossOutputs]:
     reason = level_unsupported_reason(entry_of(method, "policy_loss"), "one sample")
     if reason is not None:
-        raise UnsupportedRequest(f"prime-rl cannot train {method}: {reason}: name a loss_fn(spec) if that will do.")
+        raise UnsupportedRequest(
+            f"prime-rl cannot train {method}: {reason}: name a loss_fn(spec) if that will do."
+        )
     return loss_fn(method_named(method, **json.loads(options)))
 
 
@@ -114,7 +134,8 @@ def loss(inputs: LossInputs, method: str, options: dict[str, Any] | None = None)
 
 
 def patch_head(*, backend: str = "auto", memory_budget: int | None = None) -> Patch:
-    """Replace the forwards of prime-rl's fused heads, ``FusedOutputLinear`` and Gemma's, which has a soft cap.
+    """Replace the forwards of prime-rl's fused heads, ``FusedOutputLinear`` and
+    Gemma's, which has a soft cap.
 
     Log-probs and entropies are fp32 and have gradients; prime-rl's entropies have none.
     ``memory_budget`` is the number of bytes of logits at a time. It replaces prime-rl's
@@ -130,9 +151,15 @@ def patch_head(*, backend: str = "auto", memory_budget: int | None = None) -> Pa
     def replaced(head: Any, capped: bool) -> Replacement:
         original = head.forward
 
-        def forward(self: Any, hidden_states: Tensor, labels: Tensor | None = None, temperature: Tensor | None = None) -> Any:
+        def forward(
+            self: Any,
+            hidden_states: Tensor,
+            labels: Tensor | None = None,
+            temperature: Tensor | None = None,
+        ) -> Any:
             if labels is None or temperature is None:
-                return original(self, hidden_states, labels, temperature)  # its error says what is missing
+                # its error says what is missing
+                return original(self, hidden_states, labels, temperature)
             if is_sharded(self.weight):
                 counts.left("a head that is a DTensor")
                 return original(self, hidden_states, labels, temperature)
@@ -151,5 +178,8 @@ def patch_head(*, backend: str = "auto", memory_budget: int | None = None) -> Pa
 
         return Replacement(head, "forward", forward, parameters)
 
-    heads = [replaced(lm_head.FusedOutputLinear, False), replaced(lm_head_gemma.GemmaFusedOutputLinear, True)]
+    heads = [
+        replaced(lm_head.FusedOutputLinear, False),
+        replaced(lm_head_gemma.GemmaFusedOutputLinear, True),
+    ]
     return Patch(LIBRARY, heads, counts)

@@ -12,7 +12,8 @@ from ..errors import UnsupportedRequest
 
 
 def is_sharded(parameter: Any) -> bool:
-    """Return whether a parameter is a DTensor. FSDP2's own forward gives plain tensors."""
+    """Return whether a parameter is a DTensor. FSDP2's own forward gives
+    plain tensors."""
     return isinstance(parameter, DTensor)
 
 
@@ -21,7 +22,10 @@ def unsupported_reason(parameter: DTensor) -> str | None:
     rank of its mesh must have its own data.
     """
     if sum(not isinstance(placement, Replicate) for placement in parameter.placements) > 1:
-        return "it is sharded over several dimensions of its mesh, of which one may be tensor parallelism"
+        return (
+            "it is sharded over several dimensions of its mesh, of which one may be tensor "
+            "parallelism"
+        )
     return None
 
 

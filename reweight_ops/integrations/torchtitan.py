@@ -3,7 +3,8 @@
 ::
 
     from reweight_ops.integrations.torchtitan import PolicyLoss
-    loss=ChunkedLossWrapper.Config(num_chunks=8, loss_fn=PolicyLoss.Config(method="advantage_reweighting", options={"alpha": 0.3}))
+    loss=ChunkedLossWrapper.Config(num_chunks=8,
+    loss_fn=PolicyLoss.Config(method="advantage_reweighting", options={"alpha": 0.3}))
 
 The logits that the trainer, or its ``ChunkedLossWrapper``, passes are read once, and
 their gradient is written once.
@@ -29,7 +30,9 @@ from .hosted import agg_mode
 try:
     from torchtitan.components.loss import BaseLoss
 except ImportError as error:
-    raise BackendUnavailable(f"reweight_ops.integrations.torchtitan needs torchtitan ({error})") from error
+    raise BackendUnavailable(
+        f"reweight_ops.integrations.torchtitan needs torchtitan ({error})"
+    ) from error
 try:
     from torchtitan.distributed.spmd_types import spmd_mesh_size
 except ImportError:  # a torchtitan whose only sharded logits are DTensors
@@ -44,11 +47,17 @@ __all__ = ["PolicyLoss"]
 def _unsupported_reason(spec: PolicyLossSpec) -> str | None:
     missing = sorted(spec.requires & {"ref_logp", "sampling_logp"})
     if missing:
-        return f"it reads {', '.join(missing)}, which torchtitan does not pass to a loss: it has the generator's log-probs, which the ratio is against"
+        return (
+            f"it reads {', '.join(missing)}, which torchtitan does not pass to a loss: it "
+            "has the generator's log-probs, which the ratio is against"
+        )
     if "adv" not in spec.requires:
         return "it does not read advantages, so the reward would have no effect"
     if spec.couples_rows:
-        return "it couples tokens, and torchtitan passes chunks of packed tokens without their sequences"
+        return (
+            "it couples tokens, and torchtitan passes chunks of packed tokens without their "
+            "sequences"
+        )
     if {agg_mode(r) for r in spec.reductions} != {"token-mean"}:
         return "its reduction is not a token mean, and torchtitan divides by global_valid_tokens"
     return None
@@ -57,7 +66,8 @@ def _unsupported_reason(spec: PolicyLossSpec) -> str | None:
 class PolicyLoss(BaseLoss):  # type: ignore[misc]  # torchtitan has no types here
     """A token-level method with the call of torchtitan's ``DAPOLoss``.
 
-    ``Config(method=, options=)``: a name of ``docs/methods.md`` and its hyper-parameters. Entropy bonuses are allowed.
+    ``Config(method=, options=)``: a name of ``docs/methods.md`` and its
+    hyper-parameters. Entropy bonuses are allowed.
 
     Raises:
         UnsupportedRequest: torchtitan cannot train the method; the reason is named.
@@ -95,12 +105,15 @@ class PolicyLoss(BaseLoss):  # type: ignore[misc]  # torchtitan has no types her
         """
         if isinstance(logits, torch.distributed.tensor.DTensor):
             raise UnsupportedRequest(
-                "the logits are a DTensor: a call's rows are whole; use torchtitan's own loss with tensor parallelism."
+                "the logits are a DTensor: a call's rows are whole; use torchtitan's own loss "
+                "with tensor parallelism."
             )
         ranks = spmd_mesh_size("tp")
-        if ranks > 1:  # the default backend passes plain tensors with a rank's part of the vocabulary
+        # the default backend passes plain tensors with a rank's part of the vocabulary
+        if ranks > 1:
             raise UnsupportedRequest(
-                f"tensor parallelism of {ranks}: the logits are a rank's part of the vocabulary, and a call's rows are whole; use torchtitan's own loss."
+                f"tensor parallelism of {ranks}: the logits are a rank's part of the "
+                "vocabulary, and a call's rows are whole; use torchtitan's own loss."
             )
         keep = loss_mask.bool() & torch.isfinite(generator_logprobs)
         divisor = 1 if global_valid_tokens is None else max(global_valid_tokens, 1)
@@ -118,7 +131,9 @@ class PolicyLoss(BaseLoss):  # type: ignore[misc]  # torchtitan has no types her
 
 
 @torch.no_grad()
-def _metrics(out: PolicyLossOutput, generator_logprobs: Tensor, keep: Tensor, divisor: Any) -> dict[str, Tensor]:
+def _metrics(
+    out: PolicyLossOutput, generator_logprobs: Tensor, keep: Tensor, divisor: Any
+) -> dict[str, Tensor]:
     """Return torchtitan's metrics, to be summed over ranks except the maximum."""
     drift = torch.where(keep, out.per_token_logps - generator_logprobs, 0)
     assert out.entropies is not None

@@ -44,7 +44,11 @@ class Trainer:
             return "tested"
         if _numbers(version) > _numbers(self.tested[-1]):
             return "newer than any tested"
-        return "older than any tested" if _numbers(version) < _numbers(self.tested[0]) else "between tested ones"
+        return (
+            "older than any tested"
+            if _numbers(version) < _numbers(self.tested[0])
+            else "between tested ones"
+        )
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -56,24 +60,43 @@ _HERE = "reweight_ops.integrations"
 TRAINERS: dict[str, Trainer] = {
     t.name: t
     for t in (
-        Trainer("TRL", "trl", ("1.15.0", "1.16.0"), f"{_HERE}.trl: ReweightGRPOTrainer, patch_trl()", "docs/trainers/trl.md"),
+        Trainer(
+            "TRL",
+            "trl",
+            ("1.15.0", "1.16.0"),
+            f"{_HERE}.trl: ReweightGRPOTrainer, patch_trl()",
+            "docs/trainers/trl.md",
+        ),
         Trainer(
             "TRL by logits",
             "trl",
             ("0.15.2", "0.29.0", "1.9.0", "1.14.2", "1.16.0"),
-            f"{_HERE}.logits: patch_logits_functions() before 1.15, and for CPO, ORPO, TPO; Axolotl, ms-swift",
+            f"{_HERE}.logits: patch_logits_functions() before 1.15, and for CPO, ORPO, TPO; "
+            "Axolotl, ms-swift",
             "docs/trainers/logits.md",
         ),
         Trainer(
             "verl",
             "verl",
             ("0.9.1",),
-            f"{_HERE}.verl: loss_mode=rw_<method>, adv_estimator=rw_<estimator>, patch_fused_linear()",
+            f"{_HERE}.verl: loss_mode=rw_<method>, adv_estimator=rw_<estimator>, "
+            "patch_fused_linear()",
             "docs/trainers/verl.md",
         ),
-        Trainer("OpenRLHF", "openrlhf", ("0.11.2",), f"{_HERE}.openrlhf: patch(), PolicyLoss(spec)", "docs/trainers/openrlhf.md"),
         Trainer(
-            "slime, Miles", "slime", (), f"{_HERE}.slime.loss by --custom-loss-function-path", "docs/trainers/slime.md", "slime 624b824a"
+            "OpenRLHF",
+            "openrlhf",
+            ("0.11.2",),
+            f"{_HERE}.openrlhf: patch(), PolicyLoss(spec)",
+            "docs/trainers/openrlhf.md",
+        ),
+        Trainer(
+            "slime, Miles",
+            "slime",
+            (),
+            f"{_HERE}.slime.loss by --custom-loss-function-path",
+            "docs/trainers/slime.md",
+            "slime 624b824a",
         ),
         Trainer(
             "torchtitan RL",
@@ -92,7 +115,12 @@ TRAINERS: dict[str, Trainer] = {
             "prime-rl 559b4477",
         ),
         Trainer(
-            "NeMo-RL", "nemo-rl", (), f"{_HERE}.nemo_rl: PolicyLoss(master_config, spec)", "docs/trainers/nemo_rl.md", "NeMo-RL 7ea279ab"
+            "NeMo-RL",
+            "nemo-rl",
+            (),
+            f"{_HERE}.nemo_rl: PolicyLoss(master_config, spec)",
+            "docs/trainers/nemo_rl.md",
+            "NeMo-RL 7ea279ab",
         ),
         Trainer(
             "SkyRL",
@@ -102,8 +130,21 @@ TRAINERS: dict[str, Trainer] = {
             "docs/trainers/skyrl.md",
             "SkyRL a9564572",
         ),
-        Trainer("AReaL", "areal", (), f"{_HERE}.areal: patch_logprobs(), patch_loss(spec)", "docs/trainers/areal.md", "AReaL 4aef98d8"),
-        Trainer("Tinker", "tinker", ("0.38.0",), f"{_HERE}.tinker: custom_loss(spec)", "docs/trainers/tinker.md"),
+        Trainer(
+            "AReaL",
+            "areal",
+            (),
+            f"{_HERE}.areal: patch_logprobs(), patch_loss(spec)",
+            "docs/trainers/areal.md",
+            "AReaL 4aef98d8",
+        ),
+        Trainer(
+            "Tinker",
+            "tinker",
+            ("0.38.0",),
+            f"{_HERE}.tinker: custom_loss(spec)",
+            "docs/trainers/tinker.md",
+        ),
     )
 }
 
@@ -128,7 +169,8 @@ def check_version(name: str) -> str:
     if trainer.standing(version) == "newer than any tested" and name not in _reported:
         _reported.add(name)
         warnings.warn(
-            f"{name} {version} is newer than any that reweight_ops was tested with ({trainer.tested[-1]}). "
+            f"{name} {version} is newer than any that reweight_ops was tested with "
+            f"({trainer.tested[-1]}). "
             "What it replaces is checked by signature only.",
             stacklevel=3,
         )

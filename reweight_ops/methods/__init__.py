@@ -3,7 +3,8 @@
 
 ``trl`` and ``verl`` take the option names of those libraries.
 
-Every module of this folder is imported, and every registered method is an attribute: a new method is one new file and no other edit.
+Every module of this folder is imported, and every registered method is an attribute: a
+new method is one new file and no other edit.
 """
 
 import importlib

@@ -7,32 +7,60 @@ from __future__ import annotations
 import math
 
 from .._core.catalogue.registry import published
-from .._core.ranges import AtLeastOne, NonNegative, NonNegativeOrInf, Number, Positive, PositiveOrInf, Real
+from .._core.ranges import (
+    AtLeastOne,
+    NonNegative,
+    NonNegativeOrInf,
+    Number,
+    Positive,
+    PositiveOrInf,
+    Real,
+)
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.reduction import SequenceMean, TokenMean
 from ..rules.surrogates import Cispo, Clip, DppoTV, DualClip, Reinforce, Sapo
 from .penalties import entropy, kl
 
 
-@published("ppo", "Proximal Policy Optimization", paper="Proximal Policy Optimization Algorithms", arxiv="1707.06347")
-def ppo(epsilon: NonNegativeOrInf[Number] = 0.2, entropy_coef: Real[Number] = 0.0) -> PolicyLossSpec:
-    """``-min(r·A, clip(r, 1-ε, 1+ε)·A)``, token mean (eq. 7); ``entropy_coef`` is c₂ of eq. 9.
+@published(
+    "ppo",
+    "Proximal Policy Optimization",
+    paper="Proximal Policy Optimization Algorithms",
+    arxiv="1707.06347",
+)
+def ppo(
+    epsilon: NonNegativeOrInf[Number] = 0.2, entropy_coef: Real[Number] = 0.0
+) -> PolicyLossSpec:
+    """``-min(r·A, clip(r, 1-ε, 1+ε)·A)``, token mean (eq. 7); ``entropy_coef`` is c₂ of
+    eq. 9.
 
     Differs from the paper: there is no value loss, because it is not a function of the
     policy's logits.
     """
-    return PolicyLossSpec(surrogate=Clip(epsilon_low=epsilon, epsilon_high=epsilon), penalties=entropy(entropy_coef), name="ppo")
+    return PolicyLossSpec(
+        surrogate=Clip(epsilon_low=epsilon, epsilon_high=epsilon),
+        penalties=entropy(entropy_coef),
+        name="ppo",
+    )
 
 
 @published(
-    "dual_clip_ppo", "Dual-clip PPO", paper="Mastering Complex Control in MOBA Games with Deep Reinforcement Learning", arxiv="1912.09729"
+    "dual_clip_ppo",
+    "Dual-clip PPO",
+    paper="Mastering Complex Control in MOBA Games with Deep Reinforcement Learning",
+    arxiv="1912.09729",
 )
 def dual_clip_ppo(
-    epsilon_low: NonNegativeOrInf[Number] = 0.2, epsilon_high: NonNegativeOrInf[Number] = 0.2, clip_ratio_c: AtLeastOne[Number] = 3.0
+    epsilon_low: NonNegativeOrInf[Number] = 0.2,
+    epsilon_high: NonNegativeOrInf[Number] = 0.2,
+    clip_ratio_c: AtLeastOne[Number] = 3.0,
 ) -> PolicyLossSpec:
     """PPO with a loss of at most ``-c·A`` for ``A < 0`` (eq. 5), token mean."""
     return PolicyLossSpec(
-        surrogate=DualClip(epsilon_low=epsilon_low, epsilon_high=epsilon_high, clip_ratio_c=clip_ratio_c), name="dual_clip_ppo"
+        surrogate=DualClip(
+            epsilon_low=epsilon_low, epsilon_high=epsilon_high, clip_ratio_c=clip_ratio_c
+        ),
+        name="dual_clip_ppo",
     )
 
 
@@ -48,12 +76,18 @@ def grpo(
     delta: PositiveOrInf[Number] = math.inf,
     entropy_coef: Real[Number] = 0.0,
 ) -> PolicyLossSpec:
-    """Clip, mean over each sequence's tokens, then over sequences, plus ``beta`` times k3 (eq. 3 and 4).
+    """Clip, mean over each sequence's tokens, then over sequences, plus ``beta`` times
+    k3 (eq. 3 and 4).
 
     Differs from the paper: ``beta`` is 0 by default, as in TRL (the paper has 0.04).
     """
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high, delta=delta)
-    return PolicyLossSpec(surrogate=clip, penalties=(*kl(beta), *entropy(entropy_coef)), reduction=SequenceMean(), name="grpo")
+    return PolicyLossSpec(
+        surrogate=clip,
+        penalties=(*kl(beta), *entropy(entropy_coef)),
+        reduction=SequenceMean(),
+        name="grpo",
+    )
 
 
 @published("dr_grpo", "GRPO Done Right", arxiv="2503.20783")
@@ -63,12 +97,18 @@ def dr_grpo(
     epsilon_high: NonNegativeOrInf[Number] = 0.2,
     beta: NonNegative[Number] = 0.0,
 ) -> PolicyLossSpec:
-    """Clip, each sequence's sum over a constant, ``horizon`` (the generation budget; default the padded length), mean over sequences.
+    """Clip, each sequence's sum over a constant, ``horizon`` (the generation budget;
+    default the padded length), mean over sequences.
 
     The advantages should be ``reward - mean``, not divided by the standard deviation.
     """
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
-    return PolicyLossSpec(surrogate=clip, penalties=kl(beta), reduction=SequenceMean(per="constant", horizon=horizon), name="dr_grpo")
+    return PolicyLossSpec(
+        surrogate=clip,
+        penalties=kl(beta),
+        reduction=SequenceMean(per="constant", horizon=horizon),
+        name="dr_grpo",
+    )
 
 
 @published(
@@ -77,11 +117,17 @@ def dr_grpo(
     arxiv="2503.14476",
 )
 def dapo(
-    epsilon_low: NonNegativeOrInf[Number] = 0.2, epsilon_high: NonNegativeOrInf[Number] = 0.28, entropy_coef: Real[Number] = 0.0
+    epsilon_low: NonNegativeOrInf[Number] = 0.2,
+    epsilon_high: NonNegativeOrInf[Number] = 0.28,
+    entropy_coef: Real[Number] = 0.0,
 ) -> PolicyLossSpec:
-    """Clip-higher (0.2, 0.28) and the token mean over the batch, no KL (eq. 8). TRL's ``loss_type="dapo"`` clips at 0.2 on both sides."""
+    """Clip-higher (0.2, 0.28) and the token mean over the batch, no KL (eq. 8). TRL's
+    ``loss_type="dapo"`` clips at 0.2 on both sides.
+    """
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
-    return PolicyLossSpec(surrogate=clip, penalties=entropy(entropy_coef), reduction=TokenMean(), name="dapo")
+    return PolicyLossSpec(
+        surrogate=clip, penalties=entropy(entropy_coef), reduction=TokenMean(), name="dapo"
+    )
 
 
 @published(
@@ -90,20 +136,38 @@ def dapo(
     paper="MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention",
     arxiv="2506.13585",
 )
-def cispo(ratio_max: PositiveOrInf[Number] = 5.0, ratio_min: Real[Number] = 0.0, entropy_coef: Real[Number] = 0.0) -> PolicyLossSpec:
-    """``-sg(clip(r, ratio_min, ratio_max))·A·logp``, token mean (eq. 4): no token loses its gradient.
+def cispo(
+    ratio_max: PositiveOrInf[Number] = 5.0,
+    ratio_min: Real[Number] = 0.0,
+    entropy_coef: Real[Number] = 0.0,
+) -> PolicyLossSpec:
+    """``-sg(clip(r, ratio_min, ratio_max))·A·logp``, token mean (eq. 4): no token loses
+    its gradient.
 
     Differs from the paper: the paper does not publish its bounds. 5.0 is the cap of the
     ScaleRL recipe (arXiv:2510.13786) and of TRL's documentation.
     """
-    return PolicyLossSpec(surrogate=Cispo(ratio_min=ratio_min, ratio_max=ratio_max), penalties=entropy(entropy_coef), name="cispo")
+    return PolicyLossSpec(
+        surrogate=Cispo(ratio_min=ratio_min, ratio_max=ratio_max),
+        penalties=entropy(entropy_coef),
+        name="cispo",
+    )
 
 
-@published("sapo", "Soft Adaptive Policy Optimization", paper="Soft Adaptive Policy Optimization", arxiv="2511.20347")
+@published(
+    "sapo",
+    "Soft Adaptive Policy Optimization",
+    paper="Soft Adaptive Policy Optimization",
+    arxiv="2511.20347",
+)
 def sapo(
-    temperature_pos: Positive[Number] = 1.0, temperature_neg: Positive[Number] = 1.05, beta: NonNegative[Number] = 0.0
+    temperature_pos: Positive[Number] = 1.0,
+    temperature_neg: Positive[Number] = 1.05,
+    beta: NonNegative[Number] = 0.0,
 ) -> PolicyLossSpec:
-    """A sigmoid gate of the ratio instead of a clip, per-sequence token mean (eq. 5 and 6)."""
+    """A sigmoid gate of the ratio instead of a clip, per-sequence token mean (eq. 5 and
+    6).
+    """
     gate = Sapo(temperature_pos=temperature_pos, temperature_neg=temperature_neg)
     return PolicyLossSpec(surrogate=gate, penalties=kl(beta), reduction=SequenceMean(), name="sapo")
 
@@ -115,20 +179,27 @@ def sapo(
     certainty="secondary",
 )
 def dppo_tv(
-    divergence_low: NonNegativeOrInf[Number] = 0.2, divergence_high: NonNegativeOrInf[Number] = 0.2, ratio_max: PositiveOrInf[Number] = 20.0
+    divergence_low: NonNegativeOrInf[Number] = 0.2,
+    divergence_high: NonNegativeOrInf[Number] = 0.2,
+    ratio_max: PositiveOrInf[Number] = 20.0,
 ) -> PolicyLossSpec:
-    """Drops the tokens whose probability has already moved too far in the update's direction, token mean.
+    """Drops the tokens whose probability has already moved too far in the update's
+    direction, token mean.
 
-    Differs from the paper: after verl's implementation (``dppo_tv``): the gradient of the log-prob times the truncated, detached ratio.
+    Differs from the paper: after verl's implementation (``dppo_tv``): the gradient of
+    the log-prob times the truncated, detached ratio.
     """
-    rule = DppoTV(divergence_low=divergence_low, divergence_high=divergence_high, ratio_max=ratio_max)
+    rule = DppoTV(
+        divergence_low=divergence_low, divergence_high=divergence_high, ratio_max=ratio_max
+    )
     return PolicyLossSpec(surrogate=rule, name="dppo_tv")
 
 
 @published(
     "reinforce",
     "REINFORCE",
-    paper="Simple statistical gradient-following algorithms for connectionist reinforcement learning",
+    paper="Simple statistical gradient-following algorithms for connectionist reinforcement "
+    "learning",
     arxiv="unknown",
 )
 def reinforce(entropy_coef: Real[Number] = 0.0) -> PolicyLossSpec:
@@ -153,6 +224,12 @@ def gpg() -> PolicyLossSpec:
     "Negative-enhanced GRPO (NGRPO)",
     arxiv="2509.18851",
 )
-def ngrpo(epsilon_neg: NonNegativeOrInf[Number] = 0.16, epsilon_pos: NonNegativeOrInf[Number] = 0.24) -> PolicyLossSpec:
-    """Clip with a tighter bound where ``A < 0`` (``1 - ε_neg``) than where ``A > 0`` (``1 + ε_pos``), token mean, for ``advantages.ngrpo``."""
-    return PolicyLossSpec(surrogate=Clip(epsilon_low=epsilon_neg, epsilon_high=epsilon_pos), name="ngrpo")
+def ngrpo(
+    epsilon_neg: NonNegativeOrInf[Number] = 0.16, epsilon_pos: NonNegativeOrInf[Number] = 0.24
+) -> PolicyLossSpec:
+    """Clip with a tighter bound where ``A < 0`` (``1 - ε_neg``) than where ``A > 0``
+    (``1 + ε_pos``), token mean, for ``advantages.ngrpo``.
+    """
+    return PolicyLossSpec(
+        surrogate=Clip(epsilon_low=epsilon_neg, epsilon_high=epsilon_pos), name="ngrpo"
+    )

@@ -33,10 +33,12 @@ def clip_cov(
     epsilon_high: NonNegativeOrInf[Number] = 0.2,
     seed: Real[Number] = 0.0,
 ) -> PolicyLossSpec:
-    """Clip, and no loss for a ``fraction`` of the tokens, drawn among those with ``lower < (A - mean A)·(logp - mean logp) < upper``; token mean.
+    """Clip, and no loss for a ``fraction`` of the tokens, drawn among those with
+    ``lower < (A - mean A)·(logp - mean logp) < upper``; token mean.
 
-    Differs from the paper: transcribed from verl (``clip_cov``), which is the authors' code: the surrogate is PPO's, and tokens that it clips are not
-    drawn. The draw is by ``seed`` and position, not from a random generator.
+    Differs from the paper: transcribed from verl (``clip_cov``), which is the authors'
+    code: the surrogate is PPO's, and tokens that it clips are not drawn. The draw is by
+    ``seed`` and position, not from a random generator.
     """
     bounds: dict[str, Any] = {"epsilon_low": epsilon_low, "epsilon_high": epsilon_high}
     chosen = ClipCov(fraction=fraction, lower=lower, upper=upper, seed=seed, **bounds)
@@ -45,11 +47,14 @@ def clip_cov(
 
 @published("kl_cov", "KL-Cov", arxiv="2505.22617", certainty="secondary", level="batch")
 def kl_cov(fraction: Unit[Number] = 2e-4, kl_coef: NonNegative[Number] = 1.0) -> PolicyLossSpec:
-    """``-r·A``, plus ``kl_coef·|log r|`` for the ``fraction`` of the tokens with the largest ``(A - mean A)·(logp - mean logp)``; token mean.
+    """``-r·A``, plus ``kl_coef·|log r|`` for the ``fraction`` of the tokens with the
+    largest ``(A - mean A)·(logp - mean logp)``; token mean.
 
-    Differs from the paper: transcribed from verl (``kl_cov``), which is the authors' code; the paper writes KL(old, current) for ``|log r|``.
-    Of tokens with equal covariances the first are taken. If only rounding distinguishes
-    two, as is always so with two tokens, rounding decides, and another backend may
-    decide differently.
+    Differs from the paper: transcribed from verl (``kl_cov``), which is the authors'
+    code; the paper writes KL(old, current) for ``|log r|``. Of tokens with equal
+    covariances the first are taken. If only rounding distinguishes two, as is always so
+    with two tokens, rounding decides, and another backend may decide differently.
     """
-    return PolicyLossSpec(surrogate=KlCov(kl_coef=TopCovariance(fraction=fraction, value=kl_coef)), name="kl_cov")
+    return PolicyLossSpec(
+        surrogate=KlCov(kl_coef=TopCovariance(fraction=fraction, value=kl_coef)), name="kl_cov"
+    )

@@ -32,7 +32,8 @@ def sft() -> PolicyLossSpec:
 @published(
     "dft",
     "Dynamic Fine-Tuning",
-    paper="On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification",
+    paper="On the Generalization of SFT: A Reinforcement Learning Perspective with Reward "
+    "Rectification",
     arxiv="2508.05629",
     certainty="secondary",
 )
@@ -42,7 +43,9 @@ def dft() -> PolicyLossSpec:
     This is the cross-entropy without the weight ``1/p`` that its gradient has relative
     to a policy gradient.
     """
-    return PolicyLossSpec(surrogate=NLL(), weights=(CurrentAdvantageReweighting(alpha=1.0),), name="dft")
+    return PolicyLossSpec(
+        surrogate=NLL(), weights=(CurrentAdvantageReweighting(alpha=1.0),), name="dft"
+    )
 
 
 @published(
@@ -53,7 +56,8 @@ def dft() -> PolicyLossSpec:
     example={"tau": 1.5},
 )
 def comp_sum(tau: NonNegative[Number]) -> PolicyLossSpec:
-    """``(p^(τ-1) - 1)/(1-τ)``, token mean: τ = 0 sum-exponential, 1 cross-entropy, (1, 2) generalised cross-entropy, 2 mean absolute error.
+    """``(p^(τ-1) - 1)/(1-τ)``, token mean: τ = 0 sum-exponential, 1 cross-entropy, (1,
+    2) generalised cross-entropy, 2 mean absolute error.
 
     Equal to the paper's ``Φ_τ(Σ_{v≠y} exp(z_v - z_y))``, since that sum is ``1/p - 1``.
     """
@@ -67,7 +71,9 @@ def comp_sum(tau: NonNegative[Number]) -> PolicyLossSpec:
     arxiv="1805.07836",
 )
 def gce(q: Annotated[float, Interval("(0, 1]")] = 0.7) -> PolicyLossSpec:
-    """``(1 - p^q)/q``, token mean: the gradient of the cross-entropy times ``p^q``, so that unlikely (noisy) targets count less."""
+    """``(1 - p^q)/q``, token mean: the gradient of the cross-entropy times ``p^q``, so
+    that unlikely (noisy) targets count less.
+    """
     return PolicyLossSpec(surrogate=CompSum(tau=1 + q), name="gce")
 
 
@@ -78,7 +84,9 @@ def gce(q: Annotated[float, Interval("(0, 1]")] = 0.7) -> PolicyLossSpec:
     certainty="secondary",
 )
 def mae() -> PolicyLossSpec:
-    """``1 - p``, token mean: ``comp_sum(tau=2)``, half the absolute distance of the one-hot target to the distribution."""
+    """``1 - p``, token mean: ``comp_sum(tau=2)``, half the absolute distance of the
+    one-hot target to the distribution.
+    """
     return PolicyLossSpec(surrogate=CompSum(tau=2.0), name="mae")
 
 
@@ -89,7 +97,8 @@ def mae() -> PolicyLossSpec:
     example={"margin": 0.5},
 )
 def ldam(margin: NonNegative[Number]) -> PolicyLossSpec:
-    """``log(1 + (1/p - 1)·e^Δ)``, token mean: the cross-entropy of logits whose target is Δ lower.
+    """``log(1 + (1/p - 1)·e^Δ)``, token mean: the cross-entropy of logits whose target
+    is Δ lower.
 
     ``margin`` is a number (one pass), or one per token, ``C / n_y^(1/4)`` of the
     target's class frequency (two passes). The authors' code first scales the logits by
@@ -107,7 +116,9 @@ def gradient_ascent() -> PolicyLossSpec:
     return PolicyLossSpec(surrogate=LikelihoodAscent(), name="gradient_ascent")
 
 
-@published("grad_diff", "Gradient difference (unlearning)", arxiv="2410.17509", example={"gamma": 1.0})
+@published(
+    "grad_diff", "Gradient difference (unlearning)", arxiv="2410.17509", example={"gamma": 1.0}
+)
 def grad_diff(gamma: NonNegative[Number]) -> PolicyLossSpec:
     """``-NLL(forget) + γ·NLL(retain)``, each the mean over its own tokens, for one
     batch with both.
@@ -133,8 +144,11 @@ def grad_diff(gamma: NonNegative[Number]) -> PolicyLossSpec:
     arxiv="2404.05868",
     certainty="secondary",
 )
-def npo(beta: Positive[Number] = 0.1, gamma: NonNegative[Number] = 0.0, level: str = "sequence") -> PolicyLossSpec:
-    """``-(2/β)·log σ(-β·log(π/π_ref))``, the log-ratio summed over the sequence, mean over sequences to forget. Needs ``ref_per_token_logps``.
+def npo(
+    beta: Positive[Number] = 0.1, gamma: NonNegative[Number] = 0.0, level: str = "sequence"
+) -> PolicyLossSpec:
+    """``-(2/β)·log σ(-β·log(π/π_ref))``, the log-ratio summed over the sequence, mean
+    over sequences to forget. Needs ``ref_per_token_logps``.
 
     ``gamma`` adds ``γ·NLL(retain)``, the mean over the tokens to retain, for one batch
     with both. ``advantages`` are then the labels, one per sequence: negative to forget,
@@ -146,7 +160,9 @@ def npo(beta: Positive[Number] = 0.1, gamma: NonNegative[Number] = 0.0, level: s
     of ``gradient_ascent()`` with ``level="batch"``, and on sequence sums otherwise.
     """
     if level not in ("sequence", "batch"):
-        raise InvalidCall(f"npo: level is {level!r}, expected 'sequence' (the paper) or 'batch' (WAGLE's code).")
+        raise InvalidCall(
+            f"npo: level is {level!r}, expected 'sequence' (the paper) or 'batch' (WAGLE's code)."
+        )
     forget, retain = (None, None) if is_zero(gamma) else _LABELS
     ratio: Ratio = SequenceRatio(clamp=math.inf, against="ref", normalize=False)
     reduction: Reduction = SequenceMean(weight=forget)
@@ -154,4 +170,6 @@ def npo(beta: Positive[Number] = 0.1, gamma: NonNegative[Number] = 0.0, level: s
         ratio = BatchMeanRatio(clamp=math.inf, against="ref", negative_only=forget is not None)
         reduction = TokenMean(per_call=True, weight=forget)
     penalties = () if retain is None else (Penalty(NLL(), gamma, TokenMean(weight=retain)),)
-    return PolicyLossSpec(surrogate=NPO(beta=beta), penalties=penalties, ratio=ratio, reduction=reduction, name="npo")
+    return PolicyLossSpec(
+        surrogate=NPO(beta=beta), penalties=penalties, ratio=ratio, reduction=reduction, name="npo"
+    )

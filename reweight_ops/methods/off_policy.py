@@ -39,7 +39,9 @@ def topr(level: str = "sequence", ratio_max: Positive[Number] = 1.0) -> PolicyLo
     if level == "token":
         return PolicyLossSpec(surrogate=rule, name="topr")
     if level != "sequence":
-        raise InvalidCall(f"topr: level is {level!r}, expected 'sequence' (the paper) or 'token' (ROLL).")
+        raise InvalidCall(
+            f"topr: level is {level!r}, expected 'sequence' (the paper) or 'token' (ROLL)."
+        )
     ratio, reduction = SequenceRatio(normalize=False), SequenceMean(per="token_sum")
     return PolicyLossSpec(surrogate=rule, ratio=ratio, reduction=reduction, name="topr")
 
@@ -52,18 +54,24 @@ def topr(level: str = "sequence", ratio_max: Positive[Number] = 1.0) -> PolicyLo
     certainty="secondary",
 )
 def kimi_opmd(tau: NonNegative[Number] = 0.1, level: str = "sequence") -> PolicyLossSpec:
-    """``-A·log π(y) + τ/2·(log π(y) - log π_old(y))²`` of whole responses, mean over sequences (eq. 3); A is the reward less the group's mean.
+    """``-A·log π(y) + τ/2·(log π(y) - log π_old(y))²`` of whole responses, mean over
+    sequences (eq. 3); A is the reward less the group's mean.
 
     ``level="token"`` is ROLL's form, per token with a token mean, which is
     ``dro(beta=tau)``. τ is ROLL's default; the paper states none.
     """
     if level == "token":
-        return PolicyLossSpec(surrogate=Dro(beta=tau), ratio=TokenRatio(clamp=math.inf), name="kimi_opmd")
+        return PolicyLossSpec(
+            surrogate=Dro(beta=tau), ratio=TokenRatio(clamp=math.inf), name="kimi_opmd"
+        )
     if level != "sequence":
-        raise InvalidCall(f"kimi_opmd: level is {level!r}, expected 'sequence' (the paper) or 'token' (ROLL).")
+        raise InvalidCall(
+            f"kimi_opmd: level is {level!r}, expected 'sequence' (the paper) or 'token' (ROLL)."
+        )
     return PolicyLossSpec(
         surrogate=Reinforce(),
-        penalties=(Penalty(DriftK2(), tau, SequenceMean()),),  # the mean of a number that is repeated over the sequence's tokens
+        # the mean of a number that is repeated over the sequence's tokens
+        penalties=(Penalty(DriftK2(), tau, SequenceMean()),),
         ratio=SequenceRatio(clamp=math.inf, normalize=False),
         reduction=SequenceMean(per="token_sum"),
         name="kimi_opmd",
@@ -83,7 +91,9 @@ def decoupled_ppo(
     ratio_max: PositiveOrInf[Number] = math.inf,
     mode: str = "truncate",
 ) -> PolicyLossSpec:
-    """``-w·min(u·A, clip(u, 1-ε_low, 1+ε_high)·A)``, ``u = π/π_prox``, ``w = π_prox/π_behave``, token mean: PPO around a recent policy, data of an older one.
+    """``-w·min(u·A, clip(u, 1-ε_low, 1+ε_high)·A)``, ``u = π/π_prox``,
+    ``w = π_prox/π_behave``, token mean: PPO around a recent policy, data of an older
+    one.
 
     ``old_per_token_logps`` are those of the proximal policy, and
     ``sampling_per_token_logps`` those of the policy that wrote the tokens. A ``w``
@@ -94,4 +104,6 @@ def decoupled_ppo(
     if mode not in modes:
         raise InvalidCall(f"decoupled_ppo: mode is {mode!r}, expected 'truncate' or 'mask'.")
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
-    return PolicyLossSpec(surrogate=clip, weights=(modes[mode](ratio_max=ratio_max),), name="decoupled_ppo")
+    return PolicyLossSpec(
+        surrogate=clip, weights=(modes[mode](ratio_max=ratio_max),), name="decoupled_ppo"
+    )

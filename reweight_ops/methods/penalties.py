@@ -1,4 +1,5 @@
-"""Penalties that several methods share, from the coefficients under their usual names."""
+"""Penalties that several methods share, from the coefficients under their
+usual names."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ def is_zero(coef: Number) -> bool:
     return not isinstance(coef, Tensor) and coef == 0
 
 
-def kl(beta: Number, rule: Rule | None = None, reduction: Reduction | None = None) -> tuple[Penalty, ...]:
+def kl(
+    beta: Number, rule: Rule | None = None, reduction: Reduction | None = None
+) -> tuple[Penalty, ...]:
     """Return ``beta`` times a KL estimator, k3 by default, or nothing for 0."""
     return () if is_zero(beta) else (Penalty(K3() if rule is None else rule, beta, reduction),)
 

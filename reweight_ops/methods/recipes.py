@@ -1,4 +1,6 @@
-"""Recipes: known terms with the reduction, bounds and additions that a report trains with."""
+"""Recipes: known terms with the reduction, bounds and additions that a report trains
+with.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +23,22 @@ from ..weights.probability import SignWeight
     arxiv="2510.13786",
     certainty="secondary",
 )
-def scale_rl(ratio_max: PositiveOrInf[Number] = 5.0, group_size: Count[int] | None = None) -> PolicyLossSpec:
-    """``-sg(min(r, ratio_max))·A·logp``, the mean over all tokens of a prompt's responses, then over prompts.
+def scale_rl(
+    ratio_max: PositiveOrInf[Number] = 5.0, group_size: Count[int] | None = None
+) -> PolicyLossSpec:
+    """``-sg(min(r, ratio_max))·A·logp``, the mean over all tokens of a prompt's
+    responses, then over prompts.
 
     ``group_size`` consecutive sequences share a prompt, or the call's ``group_ids``
     tell. The rest of the recipe is outside of the loss: advantages over the batch's
     standard deviation (``advantages.grpo(scale_rewards="batch")``), logits in fp32, and
     prompts without variance left out. The default 5.0 is that of TRL's documentation.
     """
-    return PolicyLossSpec(surrogate=Cispo(ratio_max=ratio_max), reduction=PromptMean(group_size=group_size), name="scale_rl")
+    return PolicyLossSpec(
+        surrogate=Cispo(ratio_max=ratio_max),
+        reduction=PromptMean(group_size=group_size),
+        name="scale_rl",
+    )
 
 
 @published(
@@ -52,6 +61,12 @@ def vapo(
     own advantages come from a critic (``advantages.decoupled_gae``) and may have either
     sign inside a response: pass ``correct``. Its value loss is not included.
     """
-    weight = SignWeight(positive=1.0, negative=0.0) if correct is None else Precomputed(values=correct)
+    weight = (
+        SignWeight(positive=1.0, negative=0.0) if correct is None else Precomputed(values=correct)
+    )
     imitation = Penalty(NLL(), mu, TokenMean(weight=weight))
-    return PolicyLossSpec(surrogate=Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high), penalties=(imitation,), name="vapo")
+    return PolicyLossSpec(
+        surrogate=Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high),
+        penalties=(imitation,),
+        name="vapo",
+    )

@@ -26,7 +26,9 @@ class AdvantageRegression(Rule):
 
 @rule("kto")
 class Kto(Rule):
-    """``desirable_weight·(1 - σ(β·(log_ratio - z)))`` where ``A > 0``, else ``undesirable_weight·(1 - σ(β·(z - log_ratio)))``, ``z`` = ``kl``."""
+    """``desirable_weight·(1 - σ(β·(log_ratio - z)))`` where ``A > 0``, else
+    ``undesirable_weight·(1 - σ(β·(z - log_ratio)))``, ``z`` = ``kl``.
+    """
 
     beta: Positive[Number] = 0.1
     kl: Real[Number] = 0.0
@@ -36,7 +38,9 @@ class Kto(Rule):
     def loss(self, xp, t):
         x = self.beta * (t.log_ratio - self.kl)
         desirable = t.adv > 0
-        return xp.where(desirable, self.desirable_weight, self.undesirable_weight) * xp.sigmoid(xp.where(desirable, -x, x))
+        return xp.where(desirable, self.desirable_weight, self.undesirable_weight) * xp.sigmoid(
+            xp.where(desirable, -x, x)
+        )
 
 
 def _against_reference() -> SequenceRatio:
@@ -50,12 +54,18 @@ def _against_reference() -> SequenceRatio:
     certainty="secondary",
 )
 def a_star_po(beta: Positive[Number] = 1e-3) -> PolicyLossSpec:
-    """``(β·log(π(y)/π_ref(y)) - (r - V*))²``, mean over responses. Needs ``ref_per_token_logps``.
+    """``(β·log(π(y)/π_ref(y)) - (r - V*))²``, mean over responses. Needs
+    ``ref_per_token_logps``.
 
     ``advantages`` come from ``advantages.a_star_po``: the reward minus the prompt's
     optimal value. Transcribed from TRL's ``A2POTrainer``; β is its ``beta2``.
     """
-    return PolicyLossSpec(surrogate=AdvantageRegression(beta=beta), ratio=_against_reference(), reduction=SequenceMean(), name="a_star_po")
+    return PolicyLossSpec(
+        surrogate=AdvantageRegression(beta=beta),
+        ratio=_against_reference(),
+        reduction=SequenceMean(),
+        name="a_star_po",
+    )
 
 
 @published(
@@ -71,7 +81,8 @@ def kto(
     undesirable_weight: NonNegative[Number] = 1.0,
     kl: Real[Number] = 0.0,
 ) -> PolicyLossSpec:
-    """``λ_D·(1 - σ(β·(x - z)))`` of a desirable response, ``λ_U·(1 - σ(β·(z - x)))`` of another, ``x = log(π(y)/π_ref(y))``; mean over responses (eq. 7).
+    """``λ_D·(1 - σ(β·(x - z)))`` of a desirable response, ``λ_U·(1 - σ(β·(z - x)))`` of
+    another, ``x = log(π(y)/π_ref(y))``; mean over responses (eq. 7).
 
     The preferences are unpaired: ``advantages`` are the labels, one per sequence,
     desirable where above 0. It needs ``ref_per_token_logps``. ``kl`` is z, a number or
@@ -82,5 +93,9 @@ def kto(
     its names), whose mean includes every response. A response
     without valid tokens adds 0 and counts in the mean.
     """
-    rule = Kto(beta=beta, kl=kl, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
-    return PolicyLossSpec(surrogate=rule, ratio=_against_reference(), reduction=SequenceMean(), name="kto")
+    rule = Kto(
+        beta=beta, kl=kl, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight
+    )
+    return PolicyLossSpec(
+        surrogate=rule, ratio=_against_reference(), reduction=SequenceMean(), name="kto"
+    )

@@ -15,32 +15,51 @@ from .penalties import kl
 
 @published("gspo", "Group Sequence Policy Optimization", arxiv="2507.18071")
 def gspo(
-    epsilon_low: NonNegativeOrInf[Number] = 3e-4, epsilon_high: NonNegativeOrInf[Number] = 4e-4, beta: NonNegative[Number] = 0.0
+    epsilon_low: NonNegativeOrInf[Number] = 3e-4,
+    epsilon_high: NonNegativeOrInf[Number] = 4e-4,
+    beta: NonNegative[Number] = 0.0,
 ) -> PolicyLossSpec:
-    """Clip of the length-normalised sequence ratio, mean over sequences (eq. 5 and 7); clip bounds of section 5.1."""
+    """Clip of the length-normalised sequence ratio, mean over sequences (eq. 5 and 7);
+    clip bounds of section 5.1.
+    """
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
-    return PolicyLossSpec(surrogate=clip, penalties=kl(beta), ratio=SequenceRatio(), reduction=SequenceMean(), name="gspo")
+    return PolicyLossSpec(
+        surrogate=clip,
+        penalties=kl(beta),
+        ratio=SequenceRatio(),
+        reduction=SequenceMean(),
+        name="gspo",
+    )
 
 
 @published("gspo_token", "GSPO, token-level variant", arxiv="2507.18071")
 def gspo_token(
-    epsilon_low: NonNegativeOrInf[Number] = 3e-4, epsilon_high: NonNegativeOrInf[Number] = 4e-4, beta: NonNegative[Number] = 0.0
+    epsilon_low: NonNegativeOrInf[Number] = 3e-4,
+    epsilon_high: NonNegativeOrInf[Number] = 4e-4,
+    beta: NonNegative[Number] = 0.0,
 ) -> PolicyLossSpec:
-    """GSPO with each token's own gradient, so that advantages may differ inside a sequence (eq. 13 and 14)."""
+    """GSPO with each token's own gradient, so that advantages may differ inside a
+    sequence (eq. 13 and 14).
+    """
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     ratio = SequenceRatio(gradient="token")
-    return PolicyLossSpec(surrogate=clip, penalties=kl(beta), ratio=ratio, reduction=SequenceMean(), name="gspo_token")
+    return PolicyLossSpec(
+        surrogate=clip, penalties=kl(beta), ratio=ratio, reduction=SequenceMean(), name="gspo_token"
+    )
 
 
 @published(
     "luspo",
     "Length-Unbiased Sequence Policy Optimization",
-    paper="Length-Unbiased Sequence Policy Optimization: Revealing and Controlling Response Length Variation in RLVR",
+    paper="Length-Unbiased Sequence Policy Optimization: Revealing and Controlling Response "
+    "Length Variation in RLVR",
     arxiv="2602.05261",
     certainty="secondary",
 )
 def luspo(
-    epsilon_low: NonNegativeOrInf[Number] = 3e-4, epsilon_high: NonNegativeOrInf[Number] = 4e-4, beta: NonNegative[Number] = 0.0
+    epsilon_low: NonNegativeOrInf[Number] = 3e-4,
+    epsilon_high: NonNegativeOrInf[Number] = 4e-4,
+    beta: NonNegative[Number] = 0.0,
 ) -> PolicyLossSpec:
     """GSPO with each sequence's loss times its length: the sum over tokens, then the
     mean over sequences.
@@ -50,14 +69,24 @@ def luspo(
     """
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     reduction = SequenceMean(per="token_sum")
-    return PolicyLossSpec(surrogate=clip, penalties=kl(beta), ratio=SequenceRatio(), reduction=reduction, name="luspo")
+    return PolicyLossSpec(
+        surrogate=clip, penalties=kl(beta), ratio=SequenceRatio(), reduction=reduction, name="luspo"
+    )
 
 
-@published("gmpo", "Geometric-Mean Policy Optimization", paper="Geometric-Mean Policy Optimization", arxiv="2507.20673")
+@published(
+    "gmpo",
+    "Geometric-Mean Policy Optimization",
+    paper="Geometric-Mean Policy Optimization",
+    arxiv="2507.20673",
+)
 def gmpo(
-    epsilon_low: NonNegativeOrInf[Number] = 0.4, epsilon_high: NonNegativeOrInf[Number] = 0.4, beta: NonNegative[Number] = 0.0
+    epsilon_low: NonNegativeOrInf[Number] = 0.4,
+    epsilon_high: NonNegativeOrInf[Number] = 0.4,
+    beta: NonNegative[Number] = 0.0,
 ) -> PolicyLossSpec:
-    """``-A·(Π_t r_t)^(1/L)``, each ``log r_t`` clipped to ``[-ε_low, ε_high]`` on the side that its advantage pushes to; mean over sequences.
+    """``-A·(Π_t r_t)^(1/L)``, each ``log r_t`` clipped to ``[-ε_low, ε_high]`` on the
+    side that its advantage pushes to; mean over sequences.
 
     The bounds are in log space: ratios of ``e^±0.4``. The paper's A belongs to the
     sequence. For tokens of different signs the geometric mean is undefined, so a tensor
@@ -65,13 +94,20 @@ def gmpo(
     sequence; verl's ``geo_mean`` says that it supports no other).
     """
     ratio = GeometricMeanRatio(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
-    return PolicyLossSpec(surrogate=Unclipped(), penalties=kl(beta), ratio=ratio, reduction=SequenceMean(), name="gmpo")
+    return PolicyLossSpec(
+        surrogate=Unclipped(),
+        penalties=kl(beta),
+        ratio=ratio,
+        reduction=SequenceMean(),
+        name="gmpo",
+    )
 
 
 @published(
     "vespo",
     "Variational Sequence-level Soft Policy Optimization",
-    paper="VESPO: Variational Sequence-Level Soft Policy Optimization for Stable Off-Policy LLM Training",
+    paper="VESPO: Variational Sequence-Level Soft Policy Optimization for Stable Off-Policy LLM "
+    "Training",
     arxiv="2602.10693",
     certainty="secondary",
     level="sequence",
@@ -83,11 +119,13 @@ def vespo(
     lambda_neg: NonNegative[Number] = 2.0,
     beta: NonNegative[Number] = 0.0,
 ) -> PolicyLossSpec:
-    """``-sg(W^k·exp(λ(1 - W)))·A·logp``, token mean, with W the product of the sequence's token ratios, and k, λ by the sign of A.
+    """``-sg(W^k·exp(λ(1 - W)))·A·logp``, token mean, with W the product of the
+    sequence's token ratios, and k, λ by the sign of A.
 
     To measure W against the sampler (staleness and mismatch together), pass its
     log-probs as ``old_per_token_logps``.
-    Differs from the paper: transcribed from TRL's ``loss_type="vespo"``, whose clamps of log W it has.
+    Differs from the paper: transcribed from TRL's ``loss_type="vespo"``, whose clamps
+    of log W it has.
     """
     gamma = SequenceGamma(k_pos=k_pos, lambda_pos=lambda_pos, k_neg=k_neg, lambda_neg=lambda_neg)
     return PolicyLossSpec(surrogate=Reinforce(), penalties=kl(beta), weights=(gamma,), name="vespo")
@@ -109,14 +147,19 @@ def opsm(
     epsilon_high: NonNegativeOrInf[Number] = 0.2,
     beta: NonNegative[Number] = 0.0,
 ) -> PolicyLossSpec:
-    """GRPO without the sequences that have a negative advantage and have drifted: mean of ``old_logp - logp`` above ``threshold`` (eq. 9).
+    """GRPO without the sequences that have a negative advantage and have drifted: mean
+    of ``old_logp - logp`` above ``threshold`` (eq. 9).
 
-    ``against="sampler"`` measures the drift from ``sampling_per_token_logps``. The masked tokens stay in the denominator, and a KL penalty acts
-    on them as on all (TRL's ``off_policy_mask_threshold``, which it documents with 0.5; the paper states no value).
+    ``against="sampler"`` measures the drift from ``sampling_per_token_logps``. The
+    masked tokens stay in the denominator, and a KL penalty acts on them as on all
+    (TRL's ``off_policy_mask_threshold``, which it documents with 0.5; the paper states
+    no value).
     """
     masks = {"old": OffPolicySequenceMask, "sampler": SamplerSequenceMask}
     if against not in masks:
         raise InvalidCall(f"opsm: against is {against!r}, expected 'old' or 'sampler'.")
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     mask = masks[against](threshold=threshold)
-    return PolicyLossSpec(surrogate=clip, penalties=kl(beta), weights=(mask,), reduction=SequenceMean(), name="opsm")
+    return PolicyLossSpec(
+        surrogate=clip, penalties=kl(beta), weights=(mask,), reduction=SequenceMean(), name="opsm"
+    )

@@ -1,4 +1,6 @@
-"""Methods with a teacher's log-probs of the sampled tokens: pass them as ``ref_per_token_logps``."""
+"""Methods with a teacher's log-probs of the sampled tokens: pass them as
+``ref_per_token_logps``.
+"""
 
 from __future__ import annotations
 
@@ -50,10 +52,12 @@ def sdar(
     epsilon_low: NonNegativeOrInf[Number] = 0.2,
     epsilon_high: NonNegativeOrInf[Number] = 0.2,
 ) -> PolicyLossSpec:
-    """GRPO plus ``coef·mean_t sg(σ(gate_beta·d))·d``, ``d = log p_T - log p``: distillation on the tokens of which the teacher is more certain.
+    """GRPO plus ``coef·mean_t sg(σ(gate_beta·d))·d``, ``d = log p_T - log p``:
+    distillation on the tokens of which the teacher is more certain.
 
-    The mean is over all tokens of the call. Differs from the paper: transcribed from ms-swift's ``sdar_loss_coef``, a port of the authors' code; 0.1 is
-    the value that it names, 0.01 for ALFWorld.
+    The mean is over all tokens of the call. Differs from the paper: transcribed from
+    ms-swift's ``sdar_loss_coef``, a port of the authors' code; 0.1 is the value that it
+    names, 0.01 for ALFWorld.
     """
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     gate = Penalty(GatedDistillation(gate_beta=gate_beta), coef, TokenMean(per_call=True))
@@ -72,7 +76,8 @@ def opd() -> PolicyLossSpec:
 
     This is the policy gradient of the reverse KL to the teacher, on sampled tokens.
 
-    Thinking Machines (a blog post, 2025). ``old_per_token_logps`` are the sampler's. The full distributions' KL is ``distillation_loss``.
+    Thinking Machines (a blog post, 2025). ``old_per_token_logps`` are the sampler's.
+    The full distributions' KL is ``distillation_loss``.
     """
     return PolicyLossSpec(surrogate=TeacherReinforce(), name="opd")
 
@@ -86,9 +91,12 @@ def opd() -> PolicyLossSpec:
     level="token",
 )
 def iw_opd(gamma: NonNegative[Number] = 1.0) -> PolicyLossSpec:
-    """``-w_t·a_t·logp_t``, token mean, ``a = log p_T - log p_old``, ``w_t = 1 + γ·(1 - Σ_{s<t}|a_s|/Σ_s|a_s|)``: earlier disagreements count more.
+    """``-w_t·a_t·logp_t``, token mean, ``a = log p_T - log p_old``,
+    ``w_t = 1 + γ·(1 - Σ_{s<t}|a_s|/Σ_s|a_s|)``: earlier disagreements count more.
 
     It does not read advantages. Differs from the paper: transcribed from TRL's
     ``IWOPDTrainer``.
     """
-    return PolicyLossSpec(surrogate=TeacherReinforce(), weights=(PrefixDiscrepancy(gamma=gamma),), name="iw_opd")
+    return PolicyLossSpec(
+        surrogate=TeacherReinforce(), weights=(PrefixDiscrepancy(gamma=gamma),), name="iw_opd"
+    )

@@ -6,7 +6,17 @@ import math
 
 from .._core.calls.unused_options import forbid_unused
 from .._core.formula.base import Rule, TokenWeight
-from .._core.ranges import Count, NonNegative, NonNegativeOrInf, Number, Positive, PositiveOrInf, Real, Unit, ranged
+from .._core.ranges import (
+    Count,
+    NonNegative,
+    NonNegativeOrInf,
+    Number,
+    Positive,
+    PositiveOrInf,
+    Real,
+    Unit,
+    ranged,
+)
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.ratio import SequenceRatio, TokenRatio
 from .._core.spec.reduction import Reduction, SequenceMean, TokenMean
@@ -28,14 +38,23 @@ from .penalties import entropy, is_zero, kl
 #: other types.
 _CLIPPED = ("grpo", "dr_grpo", "dapo", "bnpo", "luspo")
 _READ_BY: dict[str, tuple[str, ...]] = {
-    "epsilon": (*_CLIPPED, "cispo"), "epsilon_high": (*_CLIPPED, "cispo"), "delta": _CLIPPED,
-    "max_completion_length": ("dr_grpo",), "sapo_temperature_pos": ("sapo",), "sapo_temperature_neg": ("sapo",),
-    "vespo_k_pos": ("vespo",), "vespo_lambda_pos": ("vespo",), "vespo_k_neg": ("vespo",), "vespo_lambda_neg": ("vespo",),
-}  # fmt: skip
+    "epsilon": (*_CLIPPED, "cispo"),
+    "epsilon_high": (*_CLIPPED, "cispo"),
+    "delta": _CLIPPED,
+    "max_completion_length": ("dr_grpo",),
+    "sapo_temperature_pos": ("sapo",),
+    "sapo_temperature_neg": ("sapo",),
+    "vespo_k_pos": ("vespo",),
+    "vespo_lambda_pos": ("vespo",),
+    "vespo_k_neg": ("vespo",),
+    "vespo_lambda_neg": ("vespo",),
+}
 _IMPORTANCE = {
-    "token_truncate": TruncatedImportance, "token_mask": MaskedImportance, "sequence_truncate": SequenceTruncatedImportance,
+    "token_truncate": TruncatedImportance,
+    "token_mask": MaskedImportance,
+    "sequence_truncate": SequenceTruncatedImportance,
     "sequence_mask": SequenceMaskedImportance,
-}  # fmt: skip
+}
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
 
@@ -64,11 +83,14 @@ def trl(
     vllm_importance_sampling_clip_max: PositiveOrInf[Number] | None = 3.0,
     unused: str = "error",
 ) -> PolicyLossSpec:
-    """The loss of TRL's ``GRPOTrainer._compute_loss`` (1.15 and later), exactly: bare ``exp``, k3 without a clamp.
+    """The loss of TRL's ``GRPOTrainer._compute_loss`` (1.15 and later), exactly: bare
+    ``exp``, k3 without a clamp.
 
-    ``dapo``, ``cispo`` and ``vespo`` divide by ``num_items_in_batch``, a call argument here: pass TRL's final normalizer (see
-    :mod:`reweight_ops.integrations.trl`). ``off_policy_mask_threshold`` is against ``old_per_token_logps``, as in TRL without vLLM; against the
-    sampler's log-probs it is ``weights.SamplerSequenceMask``.
+    ``dapo``, ``cispo`` and ``vespo`` divide by ``num_items_in_batch``, a call argument
+    here: pass TRL's final normalizer (see
+    :mod:`reweight_ops.integrations.trl`). ``off_policy_mask_threshold`` is against
+    ``old_per_token_logps``, as in TRL without vLLM; against the sampler's log-probs it
+    is ``weights.SamplerSequenceMask``.
 
     ``vllm_importance_sampling_mode`` is TRL's correction for
     ``sampling_per_token_logps``. None, the default here, means no correction, or one
@@ -82,35 +104,71 @@ def trl(
     if unused not in ("error", "ignore"):
         raise InvalidCall(f"methods.trl: unused is {unused!r}, expected 'error' or 'ignore'.")
     given = {
-        "epsilon": epsilon, "epsilon_high": epsilon_high, "delta": delta, "max_completion_length": max_completion_length,
-        "sapo_temperature_pos": sapo_temperature_pos, "sapo_temperature_neg": sapo_temperature_neg, "vespo_k_pos": vespo_k_pos,
-        "vespo_lambda_pos": vespo_lambda_pos, "vespo_k_neg": vespo_k_neg, "vespo_lambda_neg": vespo_lambda_neg,
-        "use_bias_correction_kl": use_bias_correction_kl, "vllm_importance_sampling_clip_min": vllm_importance_sampling_clip_min,
+        "epsilon": epsilon,
+        "epsilon_high": epsilon_high,
+        "delta": delta,
+        "max_completion_length": max_completion_length,
+        "sapo_temperature_pos": sapo_temperature_pos,
+        "sapo_temperature_neg": sapo_temperature_neg,
+        "vespo_k_pos": vespo_k_pos,
+        "vespo_lambda_pos": vespo_lambda_pos,
+        "vespo_k_neg": vespo_k_neg,
+        "vespo_lambda_neg": vespo_lambda_neg,
+        "use_bias_correction_kl": use_bias_correction_kl,
+        "vllm_importance_sampling_clip_min": vllm_importance_sampling_clip_min,
         "vllm_importance_sampling_clip_max": vllm_importance_sampling_clip_max,
-    }  # fmt: skip
+    }
     if loss_type not in LOSS_TYPES:
-        raise InvalidCall(f"methods.trl: loss_type is {loss_type!r}, expected one of {', '.join(LOSS_TYPES)}.")
+        raise InvalidCall(
+            f"methods.trl: loss_type is {loss_type!r}, expected one of {', '.join(LOSS_TYPES)}."
+        )
     levels = {"token": TokenRatio(clamp=math.inf), "sequence": SequenceRatio(clamp=math.inf)}
     if importance_sampling_level not in levels:
-        raise InvalidCall(f"methods.trl: importance_sampling_level is {importance_sampling_level!r}, expected 'token' or 'sequence'.")
+        raise InvalidCall(
+            f"methods.trl: importance_sampling_level is {importance_sampling_level!r}, expected "
+            "'token' or 'sequence'."
+        )
     if loss_type == "dr_grpo" and max_completion_length is None:
-        raise InvalidCall("methods.trl: loss_type='dr_grpo' divides by max_completion_length: pass it.")
+        raise InvalidCall(
+            "methods.trl: loss_type='dr_grpo' divides by max_completion_length: pass it."
+        )
     high = epsilon if epsilon_high is None else epsilon_high
-    surrogate: Rule = Clip(epsilon_low=epsilon, epsilon_high=high, delta=math.inf if delta is None else delta)
+    surrogate: Rule = Clip(
+        epsilon_low=epsilon, epsilon_high=high, delta=math.inf if delta is None else delta
+    )
     if loss_type == "cispo":
         surrogate = Cispo(ratio_max=high)
     elif loss_type == "sapo":
         surrogate = Sapo(temperature_pos=sapo_temperature_pos, temperature_neg=sapo_temperature_neg)
     elif loss_type == "vespo":
         if importance_sampling_level != "token":
-            raise InvalidCall("methods.trl: loss_type='vespo' has its own sequence ratio; importance_sampling_level must be 'token'.")
+            raise InvalidCall(
+                "methods.trl: loss_type='vespo' has its own sequence ratio; "
+                "importance_sampling_level must be 'token'."
+            )
         surrogate = Reinforce()
-    correction = _correction(loss_type, vllm_importance_sampling_mode, vllm_importance_sampling_clip_min, vllm_importance_sampling_clip_max)
+    correction = _correction(
+        loss_type,
+        vllm_importance_sampling_mode,
+        vllm_importance_sampling_clip_min,
+        vllm_importance_sampling_clip_max,
+    )
     if unused == "error":
-        clips = dict.fromkeys(("vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"), correction is not None)
+        clips = dict.fromkeys(
+            ("vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"),
+            correction is not None,
+        )
         forbid_unused("methods.trl", trl, given, "vllm_importance_sampling_mode=None", clips)
-        forbid_unused("methods.trl", trl, given, "beta=0", {"use_bias_correction_kl": not is_zero(beta)})
-        forbid_unused("methods.trl", trl, given, f"loss_type={loss_type!r}", {name: loss_type in types for name, types in _READ_BY.items()})
+        forbid_unused(
+            "methods.trl", trl, given, "beta=0", {"use_bias_correction_kl": not is_zero(beta)}
+        )
+        forbid_unused(
+            "methods.trl",
+            trl,
+            given,
+            f"loss_type={loss_type!r}",
+            {name: loss_type in types for name, types in _READ_BY.items()},
+        )
     reductions: dict[str, Reduction] = {
         "grpo": SequenceMean(),
         "sapo": SequenceMean(),
@@ -129,8 +187,16 @@ def trl(
     bonus = entropy(entropy_coef, TokenMean(per_call=True, weight=top))
     weights: tuple[TokenWeight, ...] = () if top is None else (top,)
     if loss_type == "vespo":
-        numbers = {"k_pos": vespo_k_pos, "lambda_pos": vespo_lambda_pos, "k_neg": vespo_k_neg, "lambda_neg": vespo_lambda_neg}
-        weights = (*weights, SequenceGamma(**numbers, correction=1.0 if correction is None else correction))  # type: ignore[arg-type]
+        numbers = {
+            "k_pos": vespo_k_pos,
+            "lambda_pos": vespo_lambda_pos,
+            "k_neg": vespo_k_neg,
+            "lambda_neg": vespo_lambda_neg,
+        }
+        weights = (
+            *weights,
+            SequenceGamma(**numbers, correction=1.0 if correction is None else correction),
+        )  # type: ignore[arg-type]
     elif correction is not None:
         weights = (*weights, correction)
     if off_policy_mask_threshold is not None:
@@ -145,14 +211,28 @@ def trl(
     )
 
 
-def _correction(loss_type: str, mode: str | None, clip_min: Number | None, clip_max: Number | None) -> TokenWeight | None:
+def _correction(
+    loss_type: str, mode: str | None, clip_min: Number | None, clip_max: Number | None
+) -> TokenWeight | None:
     """Return TRL's correction of the sampler's mismatch."""
     if mode is None:
         return None
     if mode not in _IMPORTANCE:
-        raise InvalidCall(f"methods.trl: vllm_importance_sampling_mode is {mode!r}, expected None or one of {', '.join(_IMPORTANCE)}.")
+        raise InvalidCall(
+            f"methods.trl: vllm_importance_sampling_mode is {mode!r}, expected None or one of "
+            f"{', '.join(_IMPORTANCE)}."
+        )
     if loss_type == "vespo" and not mode.startswith("token_"):
-        raise InvalidCall("methods.trl: loss_type='vespo' needs a token mode of vllm_importance_sampling_mode, as in TRL.")
+        raise InvalidCall(
+            "methods.trl: loss_type='vespo' needs a token mode of "
+            "vllm_importance_sampling_mode, as in TRL."
+        )
     if mode.endswith("_truncate") and clip_min is None and clip_max is None:
-        raise InvalidCall(f"methods.trl: vllm_importance_sampling_mode={mode!r} needs vllm_importance_sampling_clip_min or _max.")
-    return _IMPORTANCE[mode](ratio_min=0.0 if clip_min is None else clip_min, ratio_max=math.inf if clip_max is None else clip_max)
+        raise InvalidCall(
+            f"methods.trl: vllm_importance_sampling_mode={mode!r} needs "
+            "vllm_importance_sampling_clip_min or _max."
+        )
+    return _IMPORTANCE[mode](
+        ratio_min=0.0 if clip_min is None else clip_min,
+        ratio_max=math.inf if clip_max is None else clip_max,
+    )

@@ -44,7 +44,10 @@ class Sigmoid(PairLoss):
     average: bool = False
 
     def loss(self, p: Pairs) -> Tensor:
-        return smoothed(p.beta * (averaged_margins(p) if self.average else p.margins) - self.target, self.label_smoothing)
+        return smoothed(
+            p.beta * (averaged_margins(p) if self.average else p.margins) - self.target,
+            self.label_smoothing,
+        )
 
 
 def averaged_margins(p: Pairs) -> Tensor:
@@ -56,7 +59,9 @@ def averaged_margins(p: Pairs) -> Tensor:
 @ranged
 @dataclass(frozen=True, kw_only=True)
 class Robust(PairLoss):
-    """``(-(1-ε)·log σ(β·m) + ε·log σ(-β·m)) / (1 - 2ε)``: unbiased under flipped labels. arXiv:2403.00409."""
+    """``(-(1-ε)·log σ(β·m) + ε·log σ(-β·m)) / (1 - 2ε)``: unbiased under flipped
+    labels. arXiv:2403.00409.
+    """
 
     label_smoothing: Annotated[Number, Interval("[0, 0.5)")] = 0.0
 
@@ -102,7 +107,9 @@ class ExoPair(PairLoss):
 
 @dataclass(frozen=True, kw_only=True)
 class NcaPair(PairLoss):
-    """``-log σ(r_w) - ½·log σ(-r_w) - ½·log σ(-r_l)``, ``r = β·log-ratio``. arXiv:2402.05369."""
+    """``-log σ(r_w) - ½·log σ(-r_w) - ½·log σ(-r_l)``, ``r = β·log-ratio``.
+    arXiv:2402.05369.
+    """
 
     reads: ClassVar[tuple[str, ...]] = ("ref",)
 
@@ -120,17 +127,23 @@ class BcoPair(PairLoss):
     reads: ClassVar[tuple[str, ...]] = ("ref",)
 
     def loss(self, p: Pairs) -> Tensor:
-        return -F.logsigmoid(p.beta * p.chosen.logratios) - F.logsigmoid(-p.beta * p.rejected.logratios)
+        return -F.logsigmoid(p.beta * p.chosen.logratios) - F.logsigmoid(
+            -p.beta * p.rejected.logratios
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SppoHard(PairLoss):
-    """``(log-ratio_w - 1/(2β))² + (log-ratio_l + 1/(2β))²``. arXiv:2405.00675, eq. 4.7 with hard labels."""
+    """``(log-ratio_w - 1/(2β))² + (log-ratio_l + 1/(2β))²``. arXiv:2405.00675, eq. 4.7
+    with hard labels.
+    """
 
     reads: ClassVar[tuple[str, ...]] = ("ref",)
 
     def loss(self, p: Pairs) -> Tensor:
-        return squared(p.chosen.logratios - 0.5 / p.beta) + squared(p.rejected.logratios + 0.5 / p.beta)
+        return squared(p.chosen.logratios - 0.5 / p.beta) + squared(
+            p.rejected.logratios + 0.5 / p.beta
+        )
 
 
 @ranged
@@ -160,23 +173,32 @@ class Aot(PairLoss):
         left, order = torch.where(p.keep, left, torch.inf).sort()
         right = torch.where(p.keep, right, torch.inf).sort().values
         there = torch.arange(left.numel(), device=left.device) < p.keep.sum()
-        losses = smoothed(p.beta * (torch.where(there, left, 0) - torch.where(there, right, 0)), self.label_smoothing)
+        losses = smoothed(
+            p.beta * (torch.where(there, left, 0) - torch.where(there, right, 0)),
+            self.label_smoothing,
+        )
         return torch.zeros_like(losses).scatter(0, order, losses)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ApoZero(PairLoss):
-    """``1 - σ(r_w) + σ(r_l)``: for chosen answers better than the model's own. arXiv:2408.06266, eq. 7."""
+    """``1 - σ(r_w) + σ(r_l)``: for chosen answers better than the model's own.
+    arXiv:2408.06266, eq. 7.
+    """
 
     reads: ClassVar[tuple[str, ...]] = ("ref",)
 
     def loss(self, p: Pairs) -> Tensor:
-        return torch.sigmoid(-p.beta * p.chosen.logratios) + torch.sigmoid(p.beta * p.rejected.logratios)
+        return torch.sigmoid(-p.beta * p.chosen.logratios) + torch.sigmoid(
+            p.beta * p.rejected.logratios
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ApoDown(PairLoss):
-    """``σ(r_w) + 1 - σ(r_w - r_l)``: for chosen answers worse than the model's own. arXiv:2408.06266, eq. 8."""
+    """``σ(r_w) + 1 - σ(r_w - r_l)``: for chosen answers worse than the model's own.
+    arXiv:2408.06266, eq. 8.
+    """
 
     reads: ClassVar[tuple[str, ...]] = ("ref",)
 
@@ -188,7 +210,9 @@ class ApoDown(PairLoss):
 @ranged
 @dataclass(frozen=True, kw_only=True)
 class Discopop(PairLoss):
-    """``-(1-g)·log σ(x) + g·exp(-x)``, ``x = β·m``, ``g = σ(x/τ)``. arXiv:2406.08414, eq. 5."""
+    """``-(1-g)·log σ(x) + g·exp(-x)``, ``x = β·m``, ``g = σ(x/τ)``. arXiv:2406.08414,
+    eq. 5.
+    """
 
     tau: Positive[Number] = 0.05
 
@@ -214,7 +238,9 @@ class ChosenNll(PairLoss):
 
     def __post_init__(self) -> None:
         if self.per not in ("batch", "sequence", "sum"):
-            raise InvalidCall(f"ChosenNll: per is {self.per!r}, expected 'batch', 'sequence' or 'sum'.")
+            raise InvalidCall(
+                f"ChosenNll: per is {self.per!r}, expected 'batch', 'sequence' or 'sum'."
+            )
 
     def loss(self, p: Pairs) -> Tensor:
         side = p.sides[self.side]
@@ -225,7 +251,9 @@ class ChosenNll(PairLoss):
 
 @dataclass(frozen=True, kw_only=True)
 class OddsRatio(PairLoss):
-    """``-log σ(log odds(y_w) - log odds(y_l))``, ``odds = P/(1-P)`` and ``P`` the geometric mean of the tokens' probabilities."""
+    """``-log σ(log odds(y_w) - log odds(y_l))``, ``odds = P/(1-P)`` and ``P`` the
+    geometric mean of the tokens' probabilities.
+    """
 
     def loss(self, p: Pairs) -> Tensor:
         chosen, rejected = (x - log1mexp(x) for x in (p.chosen.mean_logps, p.rejected.mean_logps))
@@ -234,7 +262,9 @@ class OddsRatio(PairLoss):
 
 @dataclass(frozen=True, kw_only=True)
 class SoftLabel(PairLoss):
-    """``-c·log σ(β·m) - (1-c)·log σ(-β·m)`` with the caller's ``consistency`` c of each pair."""
+    """``-c·log σ(β·m) - (1-c)·log σ(-β·m)`` with the caller's ``consistency`` c of each
+    pair.
+    """
 
     reads: ClassVar[tuple[str, ...]] = ("consistency",)
 
@@ -244,7 +274,9 @@ class SoftLabel(PairLoss):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfidence(PairLoss):
-    """The sigmoid loss smoothed by ``ε = min(1 - c, ½)``, ``c = 1/(1 + q_l / max(1, q_w))`` from the search's visit counts or values q."""
+    """The sigmoid loss smoothed by ``ε = min(1 - c, ½)``,
+    ``c = 1/(1 + q_l / max(1, q_w))`` from the search's visit counts or values q.
+    """
 
     reads: ClassVar[tuple[str, ...]] = ("chosen_values", "rejected_values")
 
@@ -267,11 +299,18 @@ class SquaredNash(PairLoss):
 
     def __post_init__(self) -> None:
         if not 0 < self.tau < self.eta:
-            raise InvalidCall(f"SquaredNash: tau is {self.tau}, eta {self.eta}; expected 0 < tau < eta.")
+            raise InvalidCall(
+                f"SquaredNash: tau is {self.tau}, eta {self.eta}; expected 0 < tau < eta."
+            )
 
     def loss(self, p: Pairs) -> Tensor:
         c, r, share = p.chosen, p.rejected, self.tau / self.eta
-        assert c.ref_logps is not None and r.ref_logps is not None and c.old_logps is not None and r.old_logps is not None
+        assert (
+            c.ref_logps is not None
+            and r.ref_logps is not None
+            and c.old_logps is not None
+            and r.old_logps is not None
+        )
         stored = share * (c.ref_logps - r.ref_logps) + (1 - share) * (c.old_logps - r.old_logps)
         return squared(c.logps - r.logps - stored - 1 / (2 * self.eta))
 
@@ -325,7 +364,9 @@ def ensemble_slopes(s: Tensor, noise: Tensor, box_cox: float, keep: Tensor) -> T
 
 @dataclass(frozen=True, kw_only=True)
 class ListLikelihood(PairLoss):
-    """``Σ_{k in skips} Σ_i softplus(-β·(s_i - s_{i+k}))`` over a list of scores, best first; ``"all"``: ``Σ_i log(1 + Σ_{j>i} e^(β(s_j - s_i)))``."""
+    """``Σ_{k in skips} Σ_i softplus(-β·(s_i - s_{i+k}))`` over a list of scores, best
+    first; ``"all"``: ``Σ_i log(1 + Σ_{j>i} e^(β(s_j - s_i)))``.
+    """
 
     skips: tuple[int, ...] | Literal["all"] = (1, 2)
 

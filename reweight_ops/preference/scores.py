@@ -75,4 +75,9 @@ class MaskedLogRatio(Score):
         t = s.tokens
         # A mask of 0 selects 0: a KL of inf under it must not become NaN.
         parts = ((t["reward_mask"], t["logp"] - t["ref_logp"]), (t["kl_mask"], t["kl"]))
-        return s.sum(sum((m * torch.where((m == 0) & ~x.isfinite(), 0, x) for m, x in parts), torch.zeros_like(t["logp"])))
+        return s.sum(
+            sum(
+                (m * torch.where((m == 0) & ~x.isfinite(), 0, x) for m, x in parts),
+                torch.zeros_like(t["logp"]),
+            )
+        )

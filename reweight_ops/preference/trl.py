@@ -47,7 +47,16 @@ LOSS_TYPES: dict[str, tuple[Any, bool]] = {
     "sft": (lambda e: ChosenNll(), False),
     "sigmoid_norm": (lambda e: Sigmoid(average=True), False),
 }
-_ANY_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+_ANY_DIVERGENCE = {
+    "sigmoid",
+    "sigmoid_norm",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "robust",
+    "discopop",
+    "sft",
+}
 
 
 @ranged
@@ -75,33 +84,59 @@ def trl(
     types = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     unknown = [t for t in types if t not in LOSS_TYPES]
     if unknown or not types:
-        raise InvalidCall(f"preference.trl: loss_type is {loss_type!r}, expected some of {', '.join(LOSS_TYPES)}.")
+        raise InvalidCall(
+            f"preference.trl: loss_type is {loss_type!r}, expected some of {', '.join(LOSS_TYPES)}."
+        )
     coefficients = [1.0] * len(types) if loss_weights is None else list(loss_weights)
     if len(coefficients) != len(types):
-        raise InvalidCall(f"preference.trl: {len(coefficients)} loss_weights for {len(types)} loss types.")
+        raise InvalidCall(
+            f"preference.trl: {len(coefficients)} loss_weights for {len(types)} loss types."
+        )
     if label_smoothing and not any(LOSS_TYPES[t][1] for t in types):
         smooth = [name for name, (_, reads) in LOSS_TYPES.items() if reads]
         raise InvalidCall(
-            f"preference.trl: label_smoothing has no effect on {types}; it has on {', '.join(smooth)} (preference.cdpo smooths the sigmoid)."
+            f"preference.trl: label_smoothing has no effect on {types}; it has on "
+            f"{', '.join(smooth)} (preference.cdpo smooths the sigmoid)."
         )
     is_alpha = f_divergence_type == "alpha_divergence"
-    forbid_unused("preference.trl", trl, {"discopop_tau": discopop_tau}, f"loss_type={loss_type!r}", {"discopop_tau": "discopop" in types})
+    forbid_unused(
+        "preference.trl",
+        trl,
+        {"discopop_tau": discopop_tau},
+        f"loss_type={loss_type!r}",
+        {"discopop_tau": "discopop" in types},
+    )
     given = {"f_alpha_divergence_coef": f_alpha_divergence_coef}
-    forbid_unused("preference.trl", trl, given, f"f_divergence_type={f_divergence_type!r}", {"f_alpha_divergence_coef": is_alpha})
+    forbid_unused(
+        "preference.trl",
+        trl,
+        given,
+        f"f_divergence_type={f_divergence_type!r}",
+        {"f_alpha_divergence_coef": is_alpha},
+    )
     if f_divergence_type != "reverse_kl" and not set(types) <= _ANY_DIVERGENCE:
         raise InvalidCall(
-            f"preference.trl: f_divergence_type={f_divergence_type!r} is defined for {', '.join(sorted(_ANY_DIVERGENCE))} only."
+            f"preference.trl: f_divergence_type={f_divergence_type!r} is defined for "
+            f"{', '.join(sorted(_ANY_DIVERGENCE))} only."
         )
     if use_weighting and {"aot", "aot_unpaired"} & set(types):
-        raise InvalidCall("preference.trl: use_weighting weighs pairs, but 'aot' sorts their sides separately.")
+        raise InvalidCall(
+            "preference.trl: use_weighting weighs pairs, but 'aot' sorts their sides separately."
+        )
 
     def term(name: str) -> PairLoss:
-        found: PairLoss = Discopop(tau=discopop_tau) if name == "discopop" else LOSS_TYPES[name][0](label_smoothing)
+        found: PairLoss = (
+            Discopop(tau=discopop_tau)
+            if name == "discopop"
+            else LOSS_TYPES[name][0](label_smoothing)
+        )
         return found
 
     alpha = f_alpha_divergence_coef if is_alpha else 1.0
     return PairSpec(
-        terms=tuple(PairTerm(loss=term(t), coef=c) for t, c in zip(types, coefficients, strict=True)),
+        terms=tuple(
+            PairTerm(loss=term(t), coef=c) for t, c in zip(types, coefficients, strict=True)
+        ),
         beta=beta,
         score=LogRatio(ld_alpha=ld_alpha, divergence=f_divergence_type, alpha=alpha),
         weights=(SampledAlignment(clamp=False),) if use_weighting else (),

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def kto_baseline(
-    per_token_logps: Tensor, ref_per_token_logps: Tensor, completion_mask: Tensor, *, process_group: ProcessGroup | None = None
+    per_token_logps: Tensor,
+    ref_per_token_logps: Tensor,
+    completion_mask: Tensor,
+    *,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """``z = max(0, mean_i log(π(y'_i|x_i)/π_ref(y'_i|x_i)))``, 0-d.
 
@@ -30,13 +34,23 @@ def kto_baseline(
     in TRL's trainer.
 
     >>> import torch
-    >>> kto_baseline(torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.5, -3.0]]), torch.tensor([[1, 0]]))
+    >>> logps, ref = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.5, -3.0]])
+    >>> kto_baseline(logps, ref, torch.tensor([[1, 0]]))
     tensor(0.5000)
     """
-    for name, x in (("per_token_logps", per_token_logps), ("ref_per_token_logps", ref_per_token_logps)):
+    for name, x in (
+        ("per_token_logps", per_token_logps),
+        ("ref_per_token_logps", ref_per_token_logps),
+    ):
         if x.dtype not in (torch.float32, torch.float64):
-            raise InvalidCall(f"kto_baseline: {name} is {x.dtype}: log-probs in 16 bits lose the ratio; compute them with .float().")
-    if per_token_logps.dim() != 2 or not per_token_logps.shape == ref_per_token_logps.shape == completion_mask.shape:
+            raise InvalidCall(
+                f"kto_baseline: {name} is {x.dtype}: log-probs in 16 bits lose the ratio; "
+                "compute them with .float()."
+            )
+    if (
+        per_token_logps.dim() != 2
+        or not per_token_logps.shape == ref_per_token_logps.shape == completion_mask.shape
+    ):
         shapes = [tuple(x.shape) for x in (per_token_logps, ref_per_token_logps, completion_mask)]
         raise InvalidCall(f"kto_baseline: shapes are {shapes}, expected [B, T] three times.")
     total = torch.where(completion_mask != 0, per_token_logps - ref_per_token_logps, 0).sum()

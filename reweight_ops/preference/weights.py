@@ -50,8 +50,15 @@ class MarginAdaptive(PairWeight):
     tau: Real[Number]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.c_min, Tensor) and not isinstance(self.c_max, Tensor) and not 0 < self.c_min < 1 < self.c_max:
-            raise InvalidCall(f"MarginAdaptive: c_min is {self.c_min}, c_max {self.c_max}; expected 0 < c_min < 1 < c_max.")
+        if (
+            not isinstance(self.c_min, Tensor)
+            and not isinstance(self.c_max, Tensor)
+            and not 0 < self.c_min < 1 < self.c_max
+        ):
+            raise InvalidCall(
+                f"MarginAdaptive: c_min is {self.c_min}, c_max {self.c_max}; expected 0 < c_min "
+                "< 1 < c_max."
+            )
 
     def weight(self, p: Pairs) -> Tensor:
         h = p.inputs["reward_margins"]

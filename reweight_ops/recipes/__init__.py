@@ -1,4 +1,6 @@
-"""Recipes: everything that one paper trains with, from rewards to the loss. :func:`recipe` finds one; ``docs/recipes.md`` lists them."""
+"""Recipes: everything that one paper trains with, from rewards to the loss.
+:func:`recipe` finds one; ``docs/recipes.md`` lists them.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,9 @@ from .._core.catalogue.recipes import Recipe
 from .sources import EXAMPLE, PAPER, SCRIPT, VERL, published
 
 _CRITIC = ("The critic is trained beside the policy, on the returns of the same call: `.returns`.",)
-_SPO_LOSS = "rw.methods.ppo().replace(reduction=rw.TokenMean(weight=rw.weights.spo_probability_mask()))"
+_SPO_LOSS = (
+    "rw.methods.ppo().replace(reduction=rw.TokenMean(weight=rw.weights.spo_probability_mask()))"
+)
 _OTB = "rewards, completion_mask, old_per_token_logps, log_sum_p_sq, group_size=group_size"
 _WHOLE = "rw.methods.reinforce().replace(reduction=rw.SequenceMean(per='token_sum'))"
 
@@ -16,7 +18,10 @@ ALL = (
         entry="rw.advantages.grpo",
         advantages="rw.advantages.grpo(rewards, group_size=group_size)",
         spec="rw.methods.grpo(beta=0.04)",
-        settings=(*published(PAPER, beta=0.04), *published("TRL's default", epsilon_low=0.2, epsilon_high=0.2)),
+        settings=(
+            *published(PAPER, beta=0.04),
+            *published("TRL's default", epsilon_low=0.2, epsilon_high=0.2),
+        ),
     ),
     Recipe(
         name="dr_grpo",
@@ -38,7 +43,10 @@ ALL = (
         entry="rw.advantages.rloo",
         advantages="rw.advantages.rloo(rewards, group_size=group_size)",
         spec=_WHOLE,
-        rollout=("A whole completion is one action. The KL to the reference is part of the reward there.",),
+        rollout=(
+            "A whole completion is one action. The KL to the reference is part of the reward "
+            "there.",
+        ),
     ),
     Recipe(
         name="opo",
@@ -53,7 +61,10 @@ ALL = (
         advantages="rw.advantages.aapo(rewards, reference_rewards, group_size=group_size)",
         spec="rw.methods.reinforce()",
         settings=published(SCRIPT, clip_low=0.2, clip_high=0.28, scale_rewards=False),
-        rollout=("`reference_rewards` are `[B]`: the reward of a completion by the reference model, paired with each row.",),
+        rollout=(
+            "`reference_rewards` are `[B]`: the reward of a completion by the reference model, "
+            "paired with each row.",
+        ),
     ),
     Recipe(
         name="pvpo",
@@ -61,8 +72,10 @@ ALL = (
         advantages="rw.advantages.pvpo(rewards, reference_rewards, group_size=group_size)",
         spec="rw.methods.grpo()",
         rollout=(
-            "`reference_rewards` are `[num_groups, M]`: rewards of the reference policy's completions, made beforehand.",
-            "Prompts of accuracy 1 are dropped; into those of accuracy 0 one true trajectory is put.",
+            "`reference_rewards` are `[num_groups, M]`: rewards of the reference policy's "
+            "completions, made beforehand.",
+            "Prompts of accuracy 1 are dropped; into those of accuracy 0 one true trajectory is "
+            "put.",
             "The coefficient of its KL penalty was not found; 0 here.",
         ),
     ),
@@ -73,7 +86,9 @@ ALL = (
         spec="rw.methods.dapo()",
         settings=(
             *published(PAPER, quantile="0.4; 0.6 where entropy collapses"),
-            *published("DAPO's, which the rest of the method is", epsilon_low=0.2, epsilon_high=0.28),
+            *published(
+                "DAPO's, which the rest of the method is", epsilon_low=0.2, epsilon_high=0.28
+            ),
         ),
     ),
     Recipe(
@@ -83,7 +98,16 @@ ALL = (
         advantages="rw.advantages.grpo_lead(rewards, group_size=group_size)",
         spec="rw.methods.ppo()",
         settings=published(
-            SCRIPT, alpha=0.05, wrong_reward=-1, min_length=4000, low=0.4, high=1.5, midpoint=0.75, steepness=10, epsilon=0.2, beta=0
+            SCRIPT,
+            alpha=0.05,
+            wrong_reward=-1,
+            min_length=4000,
+            low=0.4,
+            high=1.5,
+            midpoint=0.75,
+            steepness=10,
+            epsilon=0.2,
+            beta=0,
         ),
     ),
     Recipe(
@@ -96,23 +120,35 @@ ALL = (
     Recipe(
         name="difficulty_prior",
         entry="rw.advantages.difficulty_prior",
-        advantages="rw.advantages.difficulty_prior(rewards, correct, slope=1.0, group_size=group_size)",
+        advantages="rw.advantages.difficulty_prior(rewards, correct, slope=1.0, "
+        "group_size=group_size)",
         spec="rw.methods.grpo()",
         settings=published(EXAMPLE, slope=1),
-        rollout=("Prompts are kept only where the share of correct completions is from 0.1 to 0.87.",),
+        rollout=(
+            "Prompts are kept only where the share of correct completions is from 0.1 to 0.87.",
+        ),
     ),
     Recipe(
         name="ngrpo",
         entry="rw.advantages.ngrpo",
         advantages="rw.advantages.ngrpo(rewards, group_size=group_size)",
         spec="rw.methods.ngrpo()",
-        settings=published(SCRIPT, max_reward=1, num_virtual=1, epsilon_neg=0.16, epsilon_pos=0.24, num_generations=8, beta=0),
+        settings=published(
+            SCRIPT,
+            max_reward=1,
+            num_virtual=1,
+            epsilon_neg=0.16,
+            epsilon_pos=0.24,
+            num_generations=8,
+            beta=0,
+        ),
         rollout=("Groups whose completions are all correct are left out.",),
     ),
     Recipe(
         name="lens",
         entry="rw.advantages.lens",
-        advantages="rw.advantages.lens(correct, old_per_token_logps, completion_mask, group_size=group_size)",
+        advantages="rw.advantages.lens(correct, old_per_token_logps, completion_mask, "
+        "group_size=group_size)",
         spec="rw.methods.grpo()",
         settings=published(PAPER, negative_weight=0.25, num_generations=16, temperature=1, beta=0),
     ),
@@ -121,19 +157,38 @@ ALL = (
         entry="rw.advantages.canon",
         advantages="rw.advantages.canon(rewards, mean_entropies, group_size=group_size)",
         spec="rw.methods.dr_grpo(epsilon_high=0.28)",
-        settings=published(SCRIPT, inter_weight=1, alpha="1; 0.9 by length", beta=0, epsilon_low=0.2, epsilon_high=0.28),
+        settings=published(
+            SCRIPT,
+            inter_weight=1,
+            alpha="1; 0.9 by length",
+            beta=0,
+            epsilon_low=0.2,
+            epsilon_high=0.28,
+        ),
         rollout=(
-            "By length instead of entropy: `metric_kind='length'` with `lengths`. First-Intra-Later-Inter: `inter_weight=rewards.mean()`.",
+            "By length instead of entropy: `metric_kind='length'` with `lengths`. "
+            "First-Intra-Later-Inter: `inter_weight=rewards.mean()`.",
         ),
     ),
     Recipe(
         name="canon_scheduled",
         entry="rw.schedules.canon",
         schedule='rw.schedules.canon(step, order="intra_first")',
-        advantages="rw.advantages.canon(rewards, mean_entropies, inter_weight=schedule, group_size=group_size)",
+        advantages="rw.advantages.canon(rewards, mean_entropies, inter_weight=schedule, "
+        "group_size=group_size)",
         spec="rw.methods.dr_grpo(epsilon_high=0.28)",
-        settings=published(SCRIPT, total_steps=150, warmup_steps=30, cycles=3, lowest=0.4, epsilon_low=0.2, epsilon_high=0.28),
-        rollout=("Cosine, First-Intra-Later-Inter. `order='inter_first'` is First-Inter-Later-Intra.",),
+        settings=published(
+            SCRIPT,
+            total_steps=150,
+            warmup_steps=30,
+            cycles=3,
+            lowest=0.4,
+            epsilon_low=0.2,
+            epsilon_high=0.28,
+        ),
+        rollout=(
+            "Cosine, First-Intra-Later-Inter. `order='inter_first'` is First-Inter-Later-Intra.",
+        ),
     ),
     Recipe(
         name="edge_grpo",
@@ -141,7 +196,9 @@ ALL = (
         advantages="rw.advantages.edge_grpo(rewards, mean_entropies, group_size=group_size)",
         spec="rw.methods.ppo()",
         settings=published(SCRIPT, epsilon=0.2, beta=0),
-        rollout=("Guided error correction rewrites some wrong completions before they are scored.",),
+        rollout=(
+            "Guided error correction rewrites some wrong completions before they are scored.",
+        ),
     ),
     Recipe(
         name="spo_chain",
@@ -149,7 +206,9 @@ ALL = (
         advantages="rw.advantages.spo_chain(values, rewards, segments, completion_mask)",
         spec=_SPO_LOSS,
         settings=published(SCRIPT, threshold=0.9, interval=5, rollouts_per_cut=9, epsilon=0.2),
-        rollout=("`values` are Monte Carlo: the mean reward of 9 rollouts from every cut of `segments`.",),
+        rollout=(
+            "`values` are Monte Carlo: the mean reward of 9 rollouts from every cut of `segments`.",
+        ),
     ),
     Recipe(
         name="spo_tree",
@@ -158,7 +217,8 @@ ALL = (
         spec=_SPO_LOSS,
         settings=published(SCRIPT, threshold=0.9, branches="6-6-6", segment_length=30, epsilon=0.2),
         rollout=(
-            "Rows are the tree's nodes: segments of 30 tokens. `values` are `[B]`, the mean of the children's. Rows of advantage 0 are dropped.",
+            "Rows are the tree's nodes: segments of 30 tokens. `values` are `[B]`, the mean of "
+            "the children's. Rows of advantage 0 are dropped.",
         ),
     ),
     Recipe(
@@ -175,7 +235,9 @@ ALL = (
         entry="rw.advantages.gae",
         advantages="rw.advantages.gae(rewards, values, completion_mask).advantages",
         spec="rw.methods.ppo()",
-        settings=published("the customary values for language models", gamma=1, lam=0.95, epsilon=0.2),
+        settings=published(
+            "the customary values for language models", gamma=1, lam=0.95, epsilon=0.2
+        ),
         rollout=_CRITIC,
     ),
     Recipe(
@@ -184,19 +246,26 @@ ALL = (
         advantages="rw.advantages.decoupled_gae(rewards, values, completion_mask).advantages",
         spec="rw.methods.ppo()",
         settings=published(PAPER, lam_actor=0.95, lam_critic=1, gamma=1),
-        rollout=(*_CRITIC, "The critic is trained beforehand on completions of the fixed policy, with λ = 1."),
+        rollout=(
+            *_CRITIC,
+            "The critic is trained beforehand on completions of the fixed policy, with λ = 1.",
+        ),
     ),
     Recipe(
         name="reinforce_plus_plus",
         entry="rw.advantages.reinforce_plus_plus",
         advantages="rw.advantages.reinforce_plus_plus(rewards, completion_mask)",
         spec="rw.methods.ppo()",
-        rollout=("The KL penalty is part of the token rewards `[B, T]`: `-β·(logp - ref_logp)`, and the reward at the last token.",),
+        rollout=(
+            "The KL penalty is part of the token rewards `[B, T]`: `-β·(logp - ref_logp)`, and "
+            "the reward at the last token.",
+        ),
     ),
     Recipe(
         name="reinforce_plus_plus_baseline",
         entry="rw.advantages.reinforce_plus_plus_baseline",
-        advantages="rw.advantages.reinforce_plus_plus_baseline(rewards, completion_mask, group_size=group_size)",
+        advantages="rw.advantages.reinforce_plus_plus_baseline(rewards, completion_mask, "
+        "group_size=group_size)",
         spec="rw.methods.ppo()",
     ),
     Recipe(
@@ -204,7 +273,10 @@ ALL = (
         entry="rw.advantages.remax",
         advantages="rw.advantages.remax(rewards, greedy_rewards, completion_mask)",
         spec="rw.methods.reinforce()",
-        settings=(*published(f"{PAPER}, algorithm 1", gamma=1), *published(SCRIPT, reward_clip=5, gamma=0.99, kl_coef=0.05)),
+        settings=(
+            *published(f"{PAPER}, algorithm 1", gamma=1),
+            *published(SCRIPT, reward_clip=5, gamma=0.99, kl_coef=0.05),
+        ),
         rollout=("One greedy completion of every prompt besides.",),
     ),
     Recipe(
@@ -212,7 +284,9 @@ ALL = (
         entry="rw.advantages.lite_ppo",
         advantages="rw.advantages.lite_ppo(rewards, group_size=group_size)",
         spec="rw.methods.ppo()",
-        rollout=("Both of its tricks are here: the standard deviation of the batch, and the token mean.",),
+        rollout=(
+            "Both of its tricks are here: the standard deviation of the batch, and the token mean.",
+        ),
     ),
     Recipe(
         name="gpg",
@@ -220,7 +294,9 @@ ALL = (
         advantages="rw.advantages.gpg(rewards, group_size=group_size)",
         spec="rw.methods.gpg()",
         settings=published(VERL, f_norm=1),
-        rollout=("The paper drops groups of equal rewards; strictly on-policy: one update a rollout.",),
+        rollout=(
+            "The paper drops groups of equal rewards; strictly on-policy: one update a rollout.",
+        ),
     ),
     Recipe(
         name="a_star_po",
@@ -232,7 +308,8 @@ ALL = (
             *published("TRL's default (`beta2`, of the loss)", beta=0.001),
         ),
         rollout=(
-            "`reference_rewards` are `[num_groups, M]`: rewards of the reference policy's completions, made beforehand.",
+            "`reference_rewards` are `[num_groups, M]`: rewards of the reference policy's "
+            "completions, made beforehand.",
             "Prompts that the reference never solves are left out.",
         ),
     ),

@@ -1,14 +1,22 @@
-"""Recipes without rewards: likelihood, unlearning, pairs, and distributions of a teacher."""
+"""Recipes without rewards: likelihood, unlearning, pairs, and distributions of a
+teacher.
+"""
 
 from __future__ import annotations
 
 from .._core.catalogue.recipes import Recipe
 from .sources import EXAMPLE, PAPER, SCRIPT, published
 
-_PAIRS = "rw.preference_loss(policy(batch), completion_ids, spec=spec, completion_mask=completion_mask{}).loss"
+_PAIRS = (
+    "rw.preference_loss(policy(batch), completion_ids, spec=spec, "
+    "completion_mask=completion_mask{}).loss"
+)
 _REFERENCE = ", ref_per_token_logps=ref_per_token_logps"
 _HALVES = ("All chosen completions, then all rejected ones.",)
-_MEAN = "rw.divergences.ldr(policy(batch), completion_ids, completion_mask=completion_mask{}).sum() / completion_mask.sum()"
+_MEAN = (
+    "rw.divergences.ldr(policy(batch), completion_ids, "
+    "completion_mask=completion_mask{}).sum() / completion_mask.sum()"
+)
 
 ALL = (
     Recipe(name="sft", entry="rw.methods.sft", spec="rw.methods.sft()"),
@@ -23,17 +31,28 @@ ALL = (
         name="ldam_drw",
         entry="rw.methods.ldam",
         schedule="rw.schedules.drw(step, switch_epoch=total_steps * 4 // 5, beta=0.9999)",
-        sample_weights="rw.sample_weights.class_balanced(completion_ids, class_counts, beta=schedule)",
+        sample_weights="rw.sample_weights.class_balanced(completion_ids, class_counts, "
+        "beta=schedule)",
         loss="rw.policy_loss(policy(batch), completion_ids, None, "
-        "spec=rw.methods.ldam(margin=0.5 * (class_counts.min() / class_counts[completion_ids]) ** 0.25)"
+        "spec=rw.methods.ldam(margin=0.5 * (class_counts.min() / class_counts[completion_ids]) "
+        "** 0.25)"
         ".replace(reduction=rw.TokenMean(weight=rw.weights.Precomputed(values=sample_weights))), completion_mask=completion_mask).loss",
-        settings=published(SCRIPT, max_margin=0.5, scale=30, beta=0.9999, switch_epoch="160 of 200"),
+        settings=published(
+            SCRIPT, max_margin=0.5, scale=30, beta=0.9999, switch_epoch="160 of 200"
+        ),
         rollout=(
-            "A class is a token. Margins are 0.5 for the rarest, and fall with the fourth root of the count.",
-            "The authors' logits are cosines, times a scale of 30 after the margin: `temperature=1/30` with margins times 30.",
+            "A class is a token. Margins are 0.5 for the rarest, and fall with the fourth root "
+            "of the count.",
+            "The authors' logits are cosines, times a scale of 30 after the margin: "
+            "`temperature=1/30` with margins times 30.",
         ),
     ),
-    Recipe(name="dft", entry="rw.methods.dft", spec="rw.methods.dft()", settings=published("TRL's documentation", learning_rate="5e-5")),
+    Recipe(
+        name="dft",
+        entry="rw.methods.dft",
+        spec="rw.methods.dft()",
+        settings=published("TRL's documentation", learning_rate="5e-5"),
+    ),
     Recipe(
         name="dynamic_loss_reweighting",
         entry="rw.sample_weights.dynamic_loss_reweighting",
@@ -42,7 +61,10 @@ ALL = (
         "-(old_per_token_logps * completion_mask).sum(-1) / lengths, temperature=schedule)",
         spec="rw.methods.sft()",
         settings=published(SCRIPT, strategy="linupper", temperature="0.4 or 1", burn_in_steps=1000),
-        rollout=("`old_per_token_logps` are the model's before the step: the weights are of its losses on this batch, over all ranks.",),
+        rollout=(
+            "`old_per_token_logps` are the model's before the step: the weights are of its "
+            "losses on this batch, over all ranks.",
+        ),
     ),
     Recipe(
         name="upweight",
@@ -50,12 +72,15 @@ ALL = (
         sample_weights="rw.sample_weights.upweight(source_ids, source_counts, temperature=3.3)",
         spec="rw.methods.sft()",
         settings=published(EXAMPLE, temperature=3.3),
-        rollout=("Samples are drawn uniformly. Cooldown: a temperature that falls as training goes.",),
+        rollout=(
+            "Samples are drawn uniformly. Cooldown: a temperature that falls as training goes.",
+        ),
     ),
     Recipe(
         name="kl_dro",
         entry="rw.sample_weights.kl_dro",
-        sample_weights="rw.sample_weights.kl_dro(-(old_per_token_logps * completion_mask).sum(-1) / lengths, temperature=1.0)",
+        sample_weights="rw.sample_weights.kl_dro(-(old_per_token_logps * "
+        "completion_mask).sum(-1) / lengths, temperature=1.0)",
         spec="rw.methods.sft()",
         settings=published(EXAMPLE, temperature=1),
         rollout=("`old_per_token_logps` are the model's before the step.",),
@@ -63,7 +88,8 @@ ALL = (
     Recipe(
         name="kd",
         entry="rw.divergences.kd",
-        loss="rw.divergences.kd(policy(batch), teacher_logits, completion_ids, alpha=0.5, kd_temperature=2.0, completion_mask=completion_mask).sum()"
+        loss="rw.divergences.kd(policy(batch), teacher_logits, completion_ids, alpha=0.5, "
+        "kd_temperature=2.0, completion_mask=completion_mask).sum()"
         " / completion_mask.sum()",
         settings=published(
             f"{PAPER}, section 4.1 (speech)",
@@ -113,17 +139,25 @@ ALL = (
         entry="rw.divergences.confidence_masked_kl",
         schedule="rw.schedules.tsa(step / total_steps, num_classes=vocab_size)",
         spec="rw.methods.sft().replace(reduction=rw.TokenMean(weight=rw.weights.TrainingSignalAnnealing(threshold=schedule)))",
-        loss="rw.policy_loss(policy(batch), completion_ids, None, spec=spec, completion_mask=completion_mask).loss"
-        " + rw.divergences.confidence_masked_kl(policy(augmented), teacher_logits, threshold=0.8, sharpening_temperature=0.4).mean()",
+        loss="rw.policy_loss(policy(batch), completion_ids, None, spec=spec, "
+        "completion_mask=completion_mask).loss"
+        " + rw.divergences.confidence_masked_kl(policy(augmented), teacher_logits, "
+        "threshold=0.8, sharpening_temperature=0.4).mean()",
         settings=published(EXAMPLE, threshold=0.8, sharpening_temperature=0.4),
-        rollout=("`teacher_logits` are the policy's own, without gradient, on the texts before augmentation.",),
+        rollout=(
+            "`teacher_logits` are the policy's own, without gradient, on the texts before "
+            "augmentation.",
+        ),
     ),
     Recipe(
         name="ldr",
         entry="rw.divergences.ldr",
         loss=_MEAN.format(""),
         settings=published(SCRIPT, margin=0.1, lambda_="1 (10 to choose from)"),
-        rollout=("The authors rescale the logits first: softplus over its mean, or over the mean absolute value.",),
+        rollout=(
+            "The authors rescale the logits first: softplus over its mean, or over the mean "
+            "absolute value.",
+        ),
     ),
     Recipe(
         name="aldr",
@@ -131,7 +165,8 @@ ALL = (
         loss=_MEAN.format(", lambda_=lambdas"),
         after={
             "batch.lambdas": "rw.divergences.aldr("
-            "rw.token_logps(policy(batch), completion_ids, temperature=lambdas, return_entropy=True)[1], vocab_size, lambda0=1.0, alpha=2.0)"
+            "rw.token_logps(policy(batch), completion_ids, temperature=lambdas, "
+            "return_entropy=True)[1], vocab_size, lambda0=1.0, alpha=2.0)"
         },
         settings=(*published(SCRIPT, alpha=2), *published(EXAMPLE, lambda0=1)),
         rollout=("λ is a state of the example, from epoch to epoch; it starts at λ₀.",),

@@ -1,4 +1,6 @@
-"""Recipes of losses and corrections for data that another policy wrote: a stale one, a sampler of other numerics, or one that a teacher grades."""
+"""Recipes of losses and corrections for data that another policy wrote: a stale one, a
+sampler of other numerics, or one that a teacher grades.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,14 @@ from .sources import EXAMPLE, GRPO, SCRIPT, published
 _CENTERED = "rw.advantages.dr_grpo(rewards, group_size=group_size)"
 _SAMPLER = {"old_per_token_logps": "sampling_per_token_logps"}
 _TEACHER = ("`ref_per_token_logps` are the teacher's, on the tokens that the policy sampled.",)
-_MISMATCH = ("The sampler's log-probs are of what it really sampled from: after its own temperature and truncation.",)
-_PROXIMAL = ("The sampler's log-probs stand for the old policy's: the ratio holds staleness and mismatch together.",)
+_MISMATCH = (
+    "The sampler's log-probs are of what it really sampled from: after its own temperature and "
+    "truncation.",
+)
+_PROXIMAL = (
+    "The sampler's log-probs stand for the old policy's: the ratio holds staleness and mismatch "
+    "together.",
+)
 
 ALL = (
     Recipe(
@@ -17,7 +25,10 @@ ALL = (
         entry="rw.methods.topr",
         advantages=_CENTERED,
         spec="rw.methods.topr()",
-        rollout=("The paper's rewards are 1 and -1, less a baseline that sets how much wrong responses count.",),
+        rollout=(
+            "The paper's rewards are 1 and -1, less a baseline that sets how much wrong "
+            "responses count.",
+        ),
     ),
     Recipe(
         name="dro",
@@ -48,7 +59,9 @@ ALL = (
         advantages=_CENTERED,
         spec="rw.methods.prime_rl()",
         keywords=_SAMPLER,
-        settings=published("prime-rl's default", mask="dppo", mask_low=0.2, mask_high=0.2, kl_tau=0.001),
+        settings=published(
+            "prime-rl's default", mask="dppo", mask_low=0.2, mask_high=0.2, kl_tau=0.001
+        ),
         rollout=_PROXIMAL,
     ),
     Recipe(
@@ -64,7 +77,10 @@ ALL = (
         advantages='rw.advantages.grpo(rewards, scale_rewards="batch", group_size=group_size)',
         spec="rw.methods.scale_rl(group_size=group_size)",
         settings=published("TRL's documentation", ratio_max=5, num_generations=16),
-        rollout=("Logits are in fp32. Prompts whose responses all have one reward are left out: `sample_weights.dynamic_sampling`.",),
+        rollout=(
+            "Logits are in fp32. Prompts whose responses all have one reward are left out: "
+            "`sample_weights.dynamic_sampling`.",
+        ),
     ),
     Recipe(
         name="vapo",
@@ -78,7 +94,9 @@ ALL = (
         entry="rw.methods.ctpo",
         advantages=GRPO,
         spec="rw.methods.ctpo()",
-        settings=published(SCRIPT, log_clip_low=0.025, log_clip_high=0.05, log_clip_c=0.05, power=0.5),
+        settings=published(
+            SCRIPT, log_clip_low=0.025, log_clip_high=0.05, log_clip_c=0.05, power=0.5
+        ),
     ),
     Recipe(
         name="real",
@@ -93,7 +111,9 @@ ALL = (
         entry="rw.weights.FutureInfluence",
         advantages=GRPO,
         spec="rw.methods.dapo().with_weight(rw.weights.FutureInfluence())",
-        settings=published("ms-swift's default", half_life=32, weight_min=1, weight_max=1.2, safety_ratio=4),
+        settings=published(
+            "ms-swift's default", half_life=32, weight_min=1, weight_max=1.2, safety_ratio=4
+        ),
     ),
     Recipe(
         name="tis",
@@ -107,7 +127,8 @@ ALL = (
         name="icepop",
         entry="rw.weights.MaskedImportance",
         advantages=GRPO,
-        spec="rw.methods.grpo().with_weight(rw.weights.MaskedImportance(ratio_min=0.5, ratio_max=2.0))",
+        spec="rw.methods.grpo().with_weight(rw.weights.MaskedImportance(ratio_min=0.5, "
+        "ratio_max=2.0))",
         settings=published(EXAMPLE, ratio_min=0.5, ratio_max=2),
         rollout=_MISMATCH,
     ),
@@ -156,15 +177,18 @@ ALL = (
         name="tr_grpo",
         entry="rw.weights.TokenRegulation",
         advantages=GRPO,
-        spec="rw.methods.grpo().with_weight(rw.weights.TokenRegulation(alpha=2.0, tau=1.0, mu=0.25, lower=0.5, upper=1.0))",
+        spec="rw.methods.grpo().with_weight(rw.weights.TokenRegulation(alpha=2.0, tau=1.0, "
+        "mu=0.25, lower=0.5, upper=1.0))",
         settings=published(EXAMPLE, alpha=2, tau=1, mu=0.25, lower=0.5, upper=1),
     ),
     Recipe(
         name="stapo",
         entry="rw.weights.SpuriousTokens",
         advantages=GRPO,
-        spec="rw.methods.dapo().with_weight(rw.weights.SpuriousTokens(probability=0.01, entropy_quantile=0.05))"
-        ".replace(reduction=rw.TokenMean(weight=rw.weights.SpuriousTokens(probability=0.01, entropy_quantile=0.05)))",
+        spec="rw.methods.dapo().with_weight(rw.weights.SpuriousTokens(probability=0.01, "
+        "entropy_quantile=0.05))"
+        ".replace(reduction=rw.TokenMean(weight=rw.weights.SpuriousTokens(probability=0.01, "
+        "entropy_quantile=0.05)))",
         settings=published(EXAMPLE, probability=0.01, entropy_quantile=0.05),
     ),
     Recipe(
@@ -186,10 +210,18 @@ ALL = (
         entry="rw.methods.sdar",
         advantages=GRPO,
         spec="rw.methods.sdar()",
-        settings=published("ms-swift, after the authors' code", coef="0.1 (0.01 for ALFWorld)", gate_beta=5),
+        settings=published(
+            "ms-swift, after the authors' code", coef="0.1 (0.01 for ALFWorld)", gate_beta=5
+        ),
         rollout=_TEACHER,
     ),
-    Recipe(name="opd", entry="rw.methods.opd", spec="rw.methods.opd()", keywords=_SAMPLER, rollout=_TEACHER),
+    Recipe(
+        name="opd",
+        entry="rw.methods.opd",
+        spec="rw.methods.opd()",
+        keywords=_SAMPLER,
+        rollout=_TEACHER,
+    ),
     Recipe(
         name="iw_opd",
         entry="rw.methods.iw_opd",
@@ -208,9 +240,14 @@ ALL = (
     Recipe(
         name="adaptive_entropy",
         entry="rw.schedules.AdaptiveEntropy",
-        setup={"control": "rw.schedules.AdaptiveEntropy()", "state": "control.init()", "coef": "state.coef"},
+        setup={
+            "control": "rw.schedules.AdaptiveEntropy()",
+            "state": "control.init()",
+            "coef": "state.coef",
+        },
         advantages=GRPO,
-        loss="rw.policy_loss(policy(batch), completion_ids, advantages, spec=rw.methods.dapo(entropy_coef=coef), "
+        loss="rw.policy_loss(policy(batch), completion_ids, advantages, "
+        "spec=rw.methods.dapo(entropy_coef=coef), "
         "completion_mask=completion_mask, old_per_token_logps=old_per_token_logps).loss",
         after={"state, coef": "control.update(state, entropies[completion_mask != 0].mean())"},
         settings=published(SCRIPT, target_entropy=0.2, step="1e-4", coef_max=0.005),

@@ -1,16 +1,22 @@
-"""Recipes of preferences: pairs, triples, and single responses that were liked or not."""
+"""Recipes of preferences: pairs, triples, and single responses that were
+liked or not."""
 
 from __future__ import annotations
 
 from .._core.catalogue.recipes import Recipe, Setting
 from .sources import EXAMPLE, PAPER, published
 
-_LOSS = "rw.preference_loss(policy(batch), completion_ids, spec={}, completion_mask=completion_mask{}).loss"
+_LOSS = (
+    "rw.preference_loss(policy(batch), completion_ids, spec={}, "
+    "completion_mask=completion_mask{}).loss"
+)
 _REFERENCE = ", ref_per_token_logps=ref_per_token_logps"
 _HALVES = ("All chosen completions, then all rejected ones.",)
 
 
-def _pairs(name: str, arguments: str = "", reference: bool = True, settings: tuple[Setting, ...] = ()) -> Recipe:
+def _pairs(
+    name: str, arguments: str = "", reference: bool = True, settings: tuple[Setting, ...] = ()
+) -> Recipe:
     """A preference loss of pairs by its entry's name."""
     return Recipe(
         name=name,
@@ -41,11 +47,15 @@ ALL = (
         name="beta_dpo",
         entry="rw.schedules.BetaDpo",
         setup={"control": "rw.schedules.BetaDpo(beta=0.1, a=0.6)", "state": "control.init()"},
-        schedule="control.update(state, -((old_per_token_logps - ref_per_token_logps) * completion_mask).sum(-1).view(2, -1).diff(dim=0)[0])",
+        schedule="control.update(state, -((old_per_token_logps - ref_per_token_logps) * "
+        "completion_mask).sum(-1).view(2, -1).diff(dim=0)[0])",
         loss=_LOSS.format("rw.preference.dpo(beta=schedule[1])", _REFERENCE),
         after={"state": "schedule[0]"},
         settings=published("the authors' command", a=0.6),
-        rollout=(*_HALVES, "`old_per_token_logps` are the policy's before the step, on the same pairs."),
+        rollout=(
+            *_HALVES,
+            "`old_per_token_logps` are the policy's before the step, on the same pairs.",
+        ),
     ),
     Recipe(
         name="kto",
@@ -54,7 +64,8 @@ ALL = (
         spec="rw.methods.kto()",
         rollout=(
             "`correct`: whether a response was liked.",
-            "`kl=rw.preference.kto_baseline(...)` of each prompt with another prompt's response is the paper's baseline.",
+            "`kl=rw.preference.kto_baseline(...)` of each prompt with another prompt's response "
+            "is the paper's baseline.",
         ),
     ),
 )

@@ -8,7 +8,8 @@ from .sources import SCRIPT, published
 _GAE = "rw.advantages.gae(rewards, values, completion_mask).advantages"
 _ENSEMBLE = (
     "A column of `rewards_per_func` is a reward model of the ensemble.",
-    "A KL penalty of 0.1 (adaptive: target 6, horizon 10000) is part of the rewards; rewards are clipped to ±10.",
+    "A KL penalty of 0.1 (adaptive: target 6, horizon 10000) is part of the rewards; rewards "
+    "are clipped to ±10.",
 )
 _PPO = published(SCRIPT, epsilon=0.2, gamma=1, lam=0.95)
 
@@ -59,22 +60,38 @@ ALL = (
         after={"state, factor": "weighting.update(state, metrics)"},
         settings=published(SCRIPT, base=0.5, scale=1.5),
         rollout=(
-            "`reference` are the validation metrics before training; `metrics` those after the step.",
-            "A factor of all rewards cancels in advantages that are divided by a standard deviation.",
+            "`reference` are the validation metrics before training; `metrics` those after the "
+            "step.",
+            "A factor of all rewards cancels in advantages that are divided by a standard "
+            "deviation.",
         ),
     ),
     Recipe(
         name="gradient_reward_weighting",
         entry="rw.objectives.GradientRewardWeighting",
-        setup={"weighting": "rw.objectives.GradientRewardWeighting()", "state": "weighting.init(2)", "weights": "state.exp()"},
+        setup={
+            "weighting": "rw.objectives.GradientRewardWeighting()",
+            "state": "weighting.init(2)",
+            "weights": "state.exp()",
+        },
         rewards="rewards_per_func @ weights",
         advantages="rw.advantages.grpo(rewards, group_size=group_size)",
         spec="rw.methods.grpo(epsilon_low=100.0, epsilon_high=100.0, beta=0.001)",
-        after={"state, weights": "weighting.update(state, rw.objectives.gradient_influences(gradients))"},
+        after={
+            "state, weights": "weighting.update(state, "
+            "rw.objectives.gradient_influences(gradients))"
+        },
         settings=published(
-            SCRIPT, learning_rate="1e-6", regularization="1e-5", epsilon_low="100 (no clip)", beta="0.001 (k3)", num_generations=8
+            SCRIPT,
+            learning_rate="1e-6",
+            regularization="1e-5",
+            epsilon_low="100 (no clip)",
+            beta="0.001 (k3)",
+            num_generations=8,
         ),
-        rollout=("`gradients` cost a backward pass each; the authors take layers 10 to 25 of Qwen3-8B.",),
+        rollout=(
+            "`gradients` cost a backward pass each; the authors take layers 10 to 25 of Qwen3-8B.",
+        ),
     ),
     Recipe(
         name="trajectory_rw",
@@ -82,7 +99,9 @@ ALL = (
         sample_weights="rw.sample_weights.trajectory_rw(returns)",
         spec="rw.methods.sft()",
         settings=published(SCRIPT, temperature=0.1),
-        rollout=("Weights are over the data set: give the returns of all of it, and take the batch's.",),
+        rollout=(
+            "Weights are over the data set: give the returns of all of it, and take the batch's.",
+        ),
     ),
     Recipe(
         name="trajectory_aw",
@@ -90,6 +109,8 @@ ALL = (
         sample_weights="rw.sample_weights.trajectory_aw(returns, start_values)",
         spec="rw.methods.sft()",
         settings=published(SCRIPT, temperature=0.1),
-        rollout=("Weights are over the data set: give the returns of all of it, and take the batch's.",),
+        rollout=(
+            "Weights are over the data set: give the returns of all of it, and take the batch's.",
+        ),
     ),
 )

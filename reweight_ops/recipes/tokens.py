@@ -7,19 +7,31 @@ from .sources import EXAMPLE, GRPO, PAPER, SCRIPT, VERL, published
 
 _LOGIC = f"{SCRIPT} (K&K logic puzzles)"
 _AR = published(
-    _LOGIC, epsilon_low=0.2, epsilon_high=0.24, clip_ratio_c=10, beta="0.001 (k3)", num_generations=8, temperature=0.7, learning_rate="1e-6"
+    _LOGIC,
+    epsilon_low=0.2,
+    epsilon_high=0.24,
+    clip_ratio_c=10,
+    beta="0.001 (k3)",
+    num_generations=8,
+    temperature=0.7,
+    learning_rate="1e-6",
 )
 _TWO_UPDATES = (
-    "Train on all mini-batches with the first spec, then on all of them with the second; the old log-probs stay those of the rollout.",
+    "Train on all mini-batches with the first spec, then on all of them with the second; the "
+    "old log-probs stay those of the rollout.",
 )
-_MISMATCH = ("The sampler's log-probs are of what it really sampled from: after its own temperature and truncation.",)
+_MISMATCH = (
+    "The sampler's log-probs are of what it really sampled from: after its own temperature and "
+    "truncation.",
+)
 
 ALL = (
     Recipe(
         name="ar_lopti",
         entry="rw.schedules.lopti",
         advantages=GRPO,
-        spec="rw.schedules.lopti(eta=0.5, alpha=0.3, epsilon_high=0.24, clip_ratio_c=10.0, beta=0.001)",
+        spec="rw.schedules.lopti(eta=0.5, alpha=0.3, epsilon_high=0.24, clip_ratio_c=10.0, "
+        "beta=0.001)",
         settings=(*published(_LOGIC, alpha=0.3, eta=0.5), *_AR),
         rollout=_TWO_UPDATES,
     ),
@@ -35,8 +47,13 @@ ALL = (
         name="advantage_reweighting",
         entry="rw.methods.advantage_reweighting",
         advantages=GRPO,
-        spec="rw.methods.advantage_reweighting(alpha=0.2, epsilon_high=0.24, clip_ratio_c=10.0, beta=0.001)",
-        settings=(*published(_LOGIC, alpha=0.2), *published(f"{PAPER} (mathematics)", alpha=0.1), *_AR),
+        spec="rw.methods.advantage_reweighting(alpha=0.2, epsilon_high=0.24, clip_ratio_c=10.0, "
+        "beta=0.001)",
+        settings=(
+            *published(_LOGIC, alpha=0.2),
+            *published(f"{PAPER} (mathematics)", alpha=0.1),
+            *_AR,
+        ),
     ),
     Recipe(
         name="hapo",
@@ -44,11 +61,20 @@ ALL = (
         advantages="rw.advantages.hapo(rewards, lengths, group_size=group_size)",
         spec="rw.methods.hapo(entropies=entropies)",
         settings=(
-            *published(PAPER, epsilon_low=0.2, epsilon_high=0.28, alpha=1, beta=1, pivot=0.8, temperature_step=0.1),
+            *published(
+                PAPER,
+                epsilon_low=0.2,
+                epsilon_high=0.28,
+                alpha=1,
+                beta=1,
+                pivot=0.8,
+                temperature_step=0.1,
+            ),
             *published(SCRIPT, epsilon_high=0.2, clip_ratio_c=10, temperature_step=0.05),
         ),
         rollout=(
-            "The sampling temperature adapts to each token's entropy: `rw.schedules.hapo_temperature(entropies, rollout_entropies, completion_mask, "
+            "The sampling temperature adapts to each token's entropy: "
+            "`rw.schedules.hapo_temperature(entropies, rollout_entropies, completion_mask, "
             "tau=0.1)`, with τ the temperature step.",
         ),
     ),
@@ -58,15 +84,28 @@ ALL = (
         advantages=GRPO,
         spec="rw.methods.dual_clip_ppo(epsilon_low=0.2, epsilon_high=0.28, clip_ratio_c=10.0)"
         ".with_weight(rw.weights.steer(entropies=entropies))",
-        settings=published(SCRIPT, epsilon_low=0.2, epsilon_high=0.28, clip_ratio_c=10, w_min=0.8, w_max="1.2 (linear)", beta=0),
+        settings=published(
+            SCRIPT,
+            epsilon_low=0.2,
+            epsilon_high=0.28,
+            clip_ratio_c=10,
+            w_min=0.8,
+            w_max="1.2 (linear)",
+            beta=0,
+        ),
     ),
     Recipe(
         name="stare",
         entry="rw.weights.SurprisalReweighting",
         advantages=GRPO,
         spec="rw.methods.dual_clip_ppo().with_weight(rw.weights.SurprisalReweighting())",
-        settings=published(PAPER, fraction=0.1, amplify=1.1, damp="1 (O1) or 0.9 (C2)", target_entropy=0.3),
-        rollout=("The target-entropy gate keeps a state: `rw.weights.stare_update` makes the weight of the next step.",),
+        settings=published(
+            PAPER, fraction=0.1, amplify=1.1, damp="1 (O1) or 0.9 (C2)", target_entropy=0.3
+        ),
+        rollout=(
+            "The target-entropy gate keeps a state: `rw.weights.stare_update` makes the weight "
+            "of the next step.",
+        ),
     ),
     Recipe(
         name="capo",
@@ -74,7 +113,8 @@ ALL = (
         advantages=GRPO,
         spec="rw.methods.grpo()",
         keywords={
-            "completion_mask": "rw.schedules.capo(advantages, completion_mask, step=step, switch_step=total_steps // 5)",
+            "completion_mask": "rw.schedules.capo(advantages, completion_mask, step=step, "
+            "switch_step=total_steps // 5)",
             "denominator_mask": "completion_mask",
         },
         settings=published(PAPER, switch_step="10 to 30 % of the training"),
@@ -83,13 +123,16 @@ ALL = (
     Recipe(
         name="d3s",
         entry="rw.sample_weights.d3s",
-        schedule="rw.schedules.d3s(step / total_steps, num_samples=(4, 8), token_fraction=(0.2, 1.0))",
+        schedule="rw.schedules.d3s(step / total_steps, num_samples=(4, 8), token_fraction=(0.2, "
+        "1.0))",
         advantages=GRPO,
         sample_weights="rw.sample_weights.d3s(advantages, num_samples=schedule.num_samples)",
         spec="rw.methods.grpo().with_weight(rw.weights.DualLevelDownSampling(fraction=schedule.token_fraction, entropies=entropies))",
         keywords={"completion_mask": "completion_mask * sample_weights[:, None]"},
         settings=published(EXAMPLE, num_samples="(4, 8)", token_fraction="(0.2, 1.0)"),
-        rollout=("The budget of samples is of this call: scale it with the number of completions.",),
+        rollout=(
+            "The budget of samples is of this call: scale it with the number of completions.",
+        ),
     ),
     Recipe(
         name="dapo",
@@ -109,8 +152,10 @@ ALL = (
             overlong_buffer="4096 tokens of 20480, penalty 1",
         ),
         rollout=(
-            "Prompts are sampled anew until as many are kept as a batch has, at most 10 times; here those left out only leave the loss.",
-            "Soft overlong punishment is part of the rewards: from 0 to -1 over the last 4096 tokens of the budget. `correct` is without it.",
+            "Prompts are sampled anew until as many are kept as a batch has, at most 10 times; "
+            "here those left out only leave the loss.",
+            "Soft overlong punishment is part of the rewards: from 0 to -1 over the last 4096 "
+            "tokens of the budget. `correct` is without it.",
         ),
     ),
     Recipe(
@@ -119,9 +164,11 @@ ALL = (
         rewards="rw.rewards.soft_multi_choice(chosen_options, right_options) + rewards",
         advantages=GRPO,
         spec="rw.methods.dapo()",
-        loss="rw.policy_loss(policy(batch), completion_ids, advantages, spec=spec, completion_mask=completion_mask, "
+        loss="rw.policy_loss(policy(batch), completion_ids, advantages, spec=spec, "
+        "completion_mask=completion_mask, "
         "old_per_token_logps=old_per_token_logps, "
-        "token_weights=rw.weights.tw_grpo(policy(batch), completion_mask, max_weight=1.7, group_size=group_size)).loss",
+        "token_weights=rw.weights.tw_grpo(policy(batch), completion_mask, max_weight=1.7, "
+        "group_size=group_size)).loss",
         settings=published(
             SCRIPT,
             max_weight=1.7,
@@ -134,9 +181,11 @@ ALL = (
             max_grad_norm=20,
         ),
         rollout=(
-            "`rewards` are those of the format, which are added. Questions of one right option are inverted into questions of several beforehand.",
+            "`rewards` are those of the format, which are added. Questions of one right option "
+            "are inverted into questions of several beforehand.",
             "The ratio is always 1 in the authors' code: one update a rollout.",
-            "The weights are of the same logits as the loss: keep `policy(batch)` rather than compute it twice.",
+            "The weights are of the same logits as the loss: keep `policy(batch)` rather than "
+            "compute it twice.",
         ),
     ),
     Recipe(
@@ -144,7 +193,9 @@ ALL = (
         entry="rw.methods.clip_cov",
         advantages=GRPO,
         spec="rw.methods.clip_cov()",
-        settings=published(VERL, fraction=0.0002, lower=1, upper=5, epsilon_low=0.2, epsilon_high=0.2),
+        settings=published(
+            VERL, fraction=0.0002, lower=1, upper=5, epsilon_low=0.2, epsilon_high=0.2
+        ),
     ),
     Recipe(
         name="kl_cov",
@@ -201,7 +252,8 @@ ALL = (
         name="geometric_mask",
         entry="rw.weights.GeometricSequenceMask",
         advantages=GRPO,
-        spec="rw.methods.grpo().with_weight(rw.weights.GeometricSequenceMask(ratio_min=0.9, ratio_max=1.1))",
+        spec="rw.methods.grpo().with_weight(rw.weights.GeometricSequenceMask(ratio_min=0.9, "
+        "ratio_max=1.1))",
         settings=published(EXAMPLE, ratio_min=0.9, ratio_max=1.1),
         rollout=_MISMATCH,
     ),
@@ -218,13 +270,18 @@ ALL = (
         advantages=GRPO,
         spec="rw.methods.decoupled_ppo().with_weight(rw.weights.SecondMomentMask())",
         settings=published("the paper's budget", threshold=0.04),
-        rollout=("`old_per_token_logps` are the proximal policy's, `sampling_per_token_logps` those of the policy that wrote the tokens.",),
+        rollout=(
+            "`old_per_token_logps` are the proximal policy's, `sampling_per_token_logps` those "
+            "of the policy that wrote the tokens.",
+        ),
     ),
     Recipe(
         name="fipo",
         entry="rw.methods.fipo",
         advantages=GRPO,
         spec="rw.methods.fipo()",
-        settings=published("ms-swift's default", half_life=32, weight_min=1, weight_max=1.2, safety_ratio=4),
+        settings=published(
+            "ms-swift's default", half_life=32, weight_min=1, weight_max=1.2, safety_ratio=4
+        ),
     ),
 )

@@ -28,24 +28,29 @@ class LikelihoodAscent(Rule):
 
 @rule("comp_sum", kind="any")
 class CompSum(Rule):
-    """``(p^(τ-1) - 1)/(1-τ)``, at ``τ = 1`` its limit ``-logp``. Comp-sum losses, arXiv:2304.07288.
+    """``(p^(τ-1) - 1)/(1-τ)``, at ``τ = 1`` its limit ``-logp``. Comp-sum losses,
+    arXiv:2304.07288.
 
     It depends on the log-prob alone, since ``Σ_v≠y e^(z_v-z_y) = 1/p - 1``.
 
-    τ = 0 sum-exponential loss, 1 cross-entropy, between 1 and 2 generalised cross-entropy with ``q = τ-1``, 2 ``1 - p`` (mean absolute error).
-    Below τ = 1 it overflows fp32 for ``p < exp(-88/(1-τ))``.
+    τ = 0 sum-exponential loss, 1 cross-entropy, between 1 and 2 generalised
+    cross-entropy with ``q = τ-1``, 2 ``1 - p`` (mean absolute error). Below τ = 1 it
+    overflows fp32 for ``p < exp(-88/(1-τ))``.
     """
 
     tau: NonNegative[Number] = 1.0
 
     def loss(self, xp, t):
         limit = self.tau == 1
-        return xp.where(limit, -t.logp, xp.expm1((self.tau - 1) * t.logp) / xp.where(limit, 1.0, 1 - self.tau))
+        return xp.where(
+            limit, -t.logp, xp.expm1((self.tau - 1) * t.logp) / xp.where(limit, 1.0, 1 - self.tau)
+        )
 
 
 @rule("margin_nll", kind="any")
 class MarginNLL(Rule):
-    """``log(1 + (1/p - 1)·e^Δ)``: cross-entropy with ``margin`` Δ taken off the target's logit (LDAM, arXiv:1906.07413; LDR at λ = 1).
+    """``log(1 + (1/p - 1)·e^Δ)``: cross-entropy with ``margin`` Δ taken off the
+    target's logit (LDAM, arXiv:1906.07413; LDR at λ = 1).
 
     It is computed as ``log1p((1-p)·(e^Δ - 1)) - logp``, which keeps every digit as p
     goes to 1.
@@ -73,7 +78,9 @@ class NPO(Rule):
         x = self.beta * t.log_ratio
         positive = x > 0
         above = x + xp.log1p(xp.exp(-xp.where(positive, x, 0.0)))
-        return 2 / self.beta * xp.where(positive, above, xp.log1p(xp.exp(xp.where(positive, 0.0, x))))
+        return (
+            2 / self.beta * xp.where(positive, above, xp.log1p(xp.exp(xp.where(positive, 0.0, x))))
+        )
 
 
 @rule("likelihood_ratio", kind="any")

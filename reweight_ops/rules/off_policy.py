@@ -1,4 +1,6 @@
-"""Terms for data of an older policy that bound or regularize the update without PPO's clip. ``r = exp(log_ratio)``, ``sg`` stop-gradient."""
+"""Terms for data of an older policy that bound or regularize the update without PPO's
+clip. ``r = exp(log_ratio)``, ``sg`` stop-gradient.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from .._core.ranges import Number, Positive
 
 @rule("topr")
 class Topr(Rule):
-    """``-sg(w)·A·logp``: ``w`` is 1 where ``A >= 0``, else ``min(r, ratio_max)``. TOPR, arXiv:2503.14286, eq. 8."""
+    """``-sg(w)·A·logp``: ``w`` is 1 where ``A >= 0``, else ``min(r, ratio_max)``. TOPR,
+    arXiv:2503.14286, eq. 8.
+    """
 
     ratio_max: Positive[Number] = 1.0
 

@@ -41,7 +41,9 @@ class K2(Rule):
 
 @rule("k3", kind="penalty")
 class K3(Rule):
-    """``min(exp(d) - d - 1, cap)``: GRPO's KL (DeepSeekMath, arXiv:2402.03300, eq. 4); verl's ``low_var_kl`` has ``cap=10``."""
+    """``min(exp(d) - d - 1, cap)``: GRPO's KL (DeepSeekMath, arXiv:2402.03300, eq. 4);
+    verl's ``low_var_kl`` has ``cap=10``.
+    """
 
     clamp: PositiveOrInf[Number] = 20.0
     cap: PositiveOrInf[Number] = math.inf
@@ -61,7 +63,8 @@ class Absolute(Rule):
 
 @rule("k3_corrected", kind="penalty")
 class K3Corrected(Rule):
-    """``r·(exp(d) - d - 1)``: k3 times the importance ratio, gradient through both (DeepSeek-V3.2, arXiv:2512.02556; TRL's
+    """``r·(exp(d) - d - 1)``: k3 times the importance ratio, gradient through both
+    (DeepSeek-V3.2, arXiv:2512.02556; TRL's
     ``use_bias_correction_kl``)."""
 
     clamp: PositiveOrInf[Number] = 20.0
@@ -91,7 +94,9 @@ class AbsoluteStraightThrough(Rule):
 
 @rule("k3_straight_through", kind="penalty")
 class K3StraightThrough(Rule):
-    """The value of k3 with the gradient of k2 (verl's ``k3+`` and ``low_var_kl+``, with ``cap=10``)."""
+    """The value of k3 with the gradient of k2 (verl's ``k3+`` and ``low_var_kl+``, with
+    ``cap=10``).
+    """
 
     clamp: PositiveOrInf[Number] = 20.0
     cap: PositiveOrInf[Number] = math.inf
@@ -113,7 +118,8 @@ def _reverse_kl_gradient(xp, t, value, ratio_max):
 
 @rule("k1_unbiased", kind="penalty")
 class K1Unbiased(Rule):
-    """The value of k1, cut at ±10, with the gradient of ``sg(min(r, ratio_max))·k2``, the reverse KL's off-policy (arXiv:2506.09477; OpenRLHF's
+    """The value of k1, cut at ±10, with the gradient of ``sg(min(r, ratio_max))·k2``,
+    the reverse KL's off-policy (arXiv:2506.09477; OpenRLHF's
     ``unbiased_gradient``)."""
 
     ratio_max: PositiveOrInf[Number] = 10.0
@@ -129,7 +135,9 @@ class K2Unbiased(Rule):
     ratio_max: PositiveOrInf[Number] = 10.0
 
     def loss(self, xp, t):
-        return _reverse_kl_gradient(xp, t, 0.5 * (t.ref_logp - t.logp) * (t.ref_logp - t.logp), self.ratio_max)
+        return _reverse_kl_gradient(
+            xp, t, 0.5 * (t.ref_logp - t.logp) * (t.ref_logp - t.logp), self.ratio_max
+        )
 
 
 @rule("k3_unbiased", kind="penalty")
@@ -139,7 +147,9 @@ class K3Unbiased(Rule):
     ratio_max: PositiveOrInf[Number] = 10.0
 
     def loss(self, xp, t):
-        return _reverse_kl_gradient(xp, t, _k3(xp, xp.minimum(t.ref_logp - t.logp, 10.0)), self.ratio_max)
+        return _reverse_kl_gradient(
+            xp, t, _k3(xp, xp.minimum(t.ref_logp - t.logp, 10.0)), self.ratio_max
+        )
 
 
 @rule("entropy_bonus", kind="penalty")

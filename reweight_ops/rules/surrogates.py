@@ -1,4 +1,6 @@
-"""Surrogates: the advantage-weighted term of a policy loss. ``r = exp(log_ratio)``, ``A`` the advantage, ``sg`` stop-gradient."""
+"""Surrogates: the advantage-weighted term of a policy loss. ``r = exp(log_ratio)``,
+``A`` the advantage, ``sg`` stop-gradient.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,10 @@ from .._core.ranges import AtLeastOne, Interval, NonNegativeOrInf, Number, Posit
 class Clip(Rule):
     """``-min(min(r, delta)·A, clip(r, 1-epsilon_low, 1+epsilon_high)·A)``.
 
-    Schulman et al. 2017, arXiv:1707.06347, eq. 7. Asymmetric bounds: DAPO, arXiv:2503.14476, eq. 10. ``delta``: TRL's two-sided
-    clipping (INTELLECT-2, arXiv:2505.07291), an upper bound on the unclipped ratio for both signs of A; off is ``inf``.
+    Schulman et al. 2017, arXiv:1707.06347, eq. 7. Asymmetric bounds: DAPO,
+    arXiv:2503.14476, eq. 10. ``delta``: TRL's two-sided clipping (INTELLECT-2,
+    arXiv:2505.07291), an upper bound on the unclipped ratio for both signs of A; off is
+    ``inf``.
     """
 
     epsilon_low: NonNegativeOrInf[Number] = 0.2
@@ -28,7 +32,9 @@ class Clip(Rule):
 
     def clipped(self, xp, t):
         ratio = xp.minimum(xp.exp(t.log_ratio), self.delta)
-        return (ratio < 1 - self.epsilon_low) & (t.adv < 0), (ratio > 1 + self.epsilon_high) & (t.adv > 0)
+        return (ratio < 1 - self.epsilon_low) & (t.adv < 0), (ratio > 1 + self.epsilon_high) & (
+            t.adv > 0
+        )
 
 
 @rule("unclipped")
@@ -60,21 +66,28 @@ class DualClip(Rule):
     def clipped(self, xp, t):
         ratio = xp.exp(t.log_ratio)
         low = (ratio < 1 - self.epsilon_low) & (t.adv < 0)
-        return low, ((ratio > 1 + self.epsilon_high) & (t.adv > 0)) | ((ratio > self.clip_ratio_c) & (t.adv < 0))
+        return low, ((ratio > 1 + self.epsilon_high) & (t.adv > 0)) | (
+            (ratio > self.clip_ratio_c) & (t.adv < 0)
+        )
 
 
 @rule("cispo")
 class Cispo(Rule):
     """``-sg(clip(r, ratio_min, ratio_max))·A·logp``.
 
-    MiniMax-M1, arXiv:2506.13585, eq. 4. ``ratio_max`` is the cap itself: TRL's ``epsilon_high``, verl's ``1 + clip_ratio_high``.
+    MiniMax-M1, arXiv:2506.13585, eq. 4. ``ratio_max`` is the cap itself: TRL's
+    ``epsilon_high``, verl's ``1 + clip_ratio_high``.
     """
 
     ratio_min: Annotated[Number, Interval("[-inf, inf)")] = 0.0
     ratio_max: PositiveOrInf[Number] = 5.0
 
     def loss(self, xp, t):
-        return -xp.stop_gradient(xp.clip(xp.exp(t.log_ratio), self.ratio_min, self.ratio_max)) * t.adv * t.logp
+        return (
+            -xp.stop_gradient(xp.clip(xp.exp(t.log_ratio), self.ratio_min, self.ratio_max))
+            * t.adv
+            * t.logp
+        )
 
     def clipped(self, xp, t):
         ratio = xp.exp(t.log_ratio)
@@ -83,7 +96,8 @@ class Cispo(Rule):
 
 @rule("sapo")
 class Sapo(Rule):
-    """``-(4/τ)·sigmoid(τ·(r-1))·A`` with ``τ = temperature_pos`` where ``A > 0``, else ``temperature_neg``.
+    """``-(4/τ)·sigmoid(τ·(r-1))·A`` with ``τ = temperature_pos`` where ``A > 0``, else
+    ``temperature_neg``.
 
     Soft Adaptive Policy Optimization, arXiv:2511.20347, eq. 5-6.
     """
@@ -108,7 +122,8 @@ class Reinforce(Rule):
 
 @rule("dppo_tv")
 class DppoTV(Rule):
-    """``-sg(min(r, ratio_max)·keep)·A·logp``, ``keep``: ``p - p_old <= divergence_high`` where ``A > 0``, else ``>= -divergence_low``.
+    """``-sg(min(r, ratio_max)·keep)·A·logp``, ``keep``:
+    ``p - p_old <= divergence_high`` where ``A > 0``, else ``>= -divergence_low``.
 
     Divergence PPO with the binary total variation, arXiv:2602.04879. Differs from the
     paper: as in verl, it is written with the log-prob instead of the ratio (the same
@@ -121,7 +136,9 @@ class DppoTV(Rule):
 
     def _outside(self, xp, t):
         drift = xp.exp(t.logp) - xp.exp(t.old_logp)
-        return (drift < -self.divergence_low) & (t.adv <= 0), (drift > self.divergence_high) & (t.adv > 0)
+        return (drift < -self.divergence_low) & (t.adv <= 0), (drift > self.divergence_high) & (
+            t.adv > 0
+        )
 
     def loss(self, xp, t):
         low, high = self._outside(xp, t)

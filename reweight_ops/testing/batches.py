@@ -1,4 +1,5 @@
-"""Batches that exercise a loss: meaningful logits, masks, ratios, and the same in fp64."""
+"""Batches that exercise a loss: meaningful logits, masks, ratios, and the
+same in fp64."""
 
 from __future__ import annotations
 
@@ -26,9 +27,11 @@ def make_batch(
     seed: int = 0,
     on_policy: bool = False,
 ) -> dict[str, Any]:
-    """Keyword arguments for ``policy_loss(**batch, spec=spec)`` that exercise the spec: outlier logits, targets with real mass, a ragged
-    mask, log-ratios on both sides of any clip. The logits are a non-leaf slice of a larger tensor and require grad.
-    Raises :class:`~reweight_ops.InvalidCall` where so few columns or rows cannot be all that.
+    """Keyword arguments for ``policy_loss(**batch, spec=spec)`` that exercise the spec:
+    outlier logits, targets with real mass, a ragged mask, log-ratios on both sides of
+    any clip. The logits are a non-leaf slice of a larger tensor and require grad.
+    Raises :class:`~reweight_ops.InvalidCall` where so few columns or rows cannot be all
+    that.
 
     >>> import reweight_ops as rw
     >>> batch = make_batch(rw.methods.grpo())
@@ -47,9 +50,11 @@ def make_batch(
     def uniform(size: tuple[int, ...]) -> Tensor:
         return torch.rand(size, generator=g, dtype=torch.float32, device="cpu")
 
-    z += 8.0 * (uniform(z.shape) < 4 / vocab)  # outliers: without them every p is about 1/V
+    # outliers: without them every p is about 1/V
+    z += 8.0 * (uniform(z.shape) < 4 / vocab)
     lift = uniform(shape) * 12
-    z.scatter_add_(-1, ids[..., None], lift.to(z.dtype)[..., None])  # targets from rare to nearly certain
+    # targets from rare to nearly certain
+    z.scatter_add_(-1, ids[..., None], lift.to(z.dtype)[..., None])
     buffer = torch.zeros(*shape[:-1], shape[-1] + 1, vocab + 3, dtype=dtype, device="cpu")
     buffer[..., :-1, :vocab] = z.to(dtype)
     leaf = buffer.to(device).requires_grad_()
@@ -67,16 +72,25 @@ def make_batch(
     }
     # Drawn always: what is drawn after it does not depend on the spec.
     old = (logp + 0.4 * normal(*shape)).clamp(max=-1e-4).to(device, row)
-    reads_old = "old_logp" in spec.requires or ("log_ratio" in spec.requires and spec.ratio.against == "old")
+    reads_old = "old_logp" in spec.requires or (
+        "log_ratio" in spec.requires and spec.ratio.against == "old"
+    )
     if reads_old and not on_policy:
         batch["old_per_token_logps"] = old
     if "ref_logp" in spec.requires:
-        batch["ref_per_token_logps"] = (logp + 0.5 * normal(*shape)).clamp(max=-1e-4).to(device, row)
+        batch["ref_per_token_logps"] = (
+            (logp + 0.5 * normal(*shape)).clamp(max=-1e-4).to(device, row)
+        )
     if "sampling_logp" in spec.requires:
-        batch["sampling_per_token_logps"] = (logp + 0.5 * normal(*shape)).clamp(max=-1e-4).to(device, row)
+        batch["sampling_per_token_logps"] = (
+            (logp + 0.5 * normal(*shape)).clamp(max=-1e-4).to(device, row)
+        )
     if any(r.reads_groups for r in spec.reductions):
         sequences = math.prod(shape[:-1])
-        batch["group_ids"], batch["num_groups"] = (torch.arange(sequences, device="cpu") * 2 // sequences).to(device), 2
+        batch["group_ids"], batch["num_groups"] = (
+            (torch.arange(sequences, device="cpu") * 2 // sequences).to(device),
+            2,
+        )
         sign = (1.0 - 2.0 * (torch.arange(sequences, dtype=torch.float64, device="cpu") % 2)).view(
             *shape[:-1], 1
         )  # both labels in both groups
@@ -84,7 +98,9 @@ def make_batch(
     if spec.ratio.one_advantage:
         batch["advantages"] = batch["advantages"][..., :1]
     if isinstance(spec.ratio, SegmentRatio):
-        batch["segment_ids"] = (torch.arange(shape[-1], device="cpu") // 3).expand(shape).contiguous().to(device)
+        batch["segment_ids"] = (
+            (torch.arange(shape[-1], device="cpu") // 3).expand(shape).contiguous().to(device)
+        )
     _assert_meaningful(spec, batch, logp)
     return batch
 
@@ -94,17 +110,24 @@ def _assert_meaningful(spec: PolicyLossSpec, batch: dict[str, Any], logp: Tensor
     if not ((p > 0.5).any() and (p < 0.05).any()):
         shape = f"{tuple(logp.shape)} rows of {batch['logits'].shape[-1]} columns"
         raise InvalidCall(
-            f"make_batch: of {shape} no target is likely, or none is unlikely; take more rows, or at least {LEAST_VOCAB} columns."
+            f"make_batch: of {shape} no target is likely, or none is unlikely; take more rows, "
+            f"or at least {LEAST_VOCAB} columns."
         )
     if "old_per_token_logps" in batch and logp.numel() >= 32:
         ratio = (logp - batch["old_per_token_logps"].double().cpu()).exp()
         if not ((ratio > 1.3).any() and (ratio < 0.7).any()):
-            raise InvalidCall(f"make_batch: of {tuple(logp.shape)} rows the ratios lie on one side of 1; take more rows, or another seed.")
+            raise InvalidCall(
+                f"make_batch: of {tuple(logp.shape)} rows the ratios lie on one side of 1; take "
+                "more rows, or another seed."
+            )
 
 
 def double_batch(batch: dict[str, Any]) -> dict[str, Any]:
     """The batch with its floating-point tensors in fp64."""
-    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
+    return {
+        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in batch.items()
+    }
 
 
 def double_spec(spec: PolicyLossSpec) -> PolicyLossSpec:
@@ -116,7 +139,9 @@ def double_spec(spec: PolicyLossSpec) -> PolicyLossSpec:
         if isinstance(x, tuple):
             return tuple(double(y) for y in x)
         if dataclasses.is_dataclass(x) and not isinstance(x, type):
-            return dataclasses.replace(x, **{f.name: double(getattr(x, f.name)) for f in dataclasses.fields(x)})
+            return dataclasses.replace(
+                x, **{f.name: double(getattr(x, f.name)) for f in dataclasses.fields(x)}
+            )
         return x
 
     result: PolicyLossSpec = double(spec)
@@ -124,9 +149,13 @@ def double_spec(spec: PolicyLossSpec) -> PolicyLossSpec:
 
 
 def make_sampling_mask(batch: dict[str, Any], share: float = 0.3, seed: int = 0) -> Tensor:
-    """A bool mask ``R + (V,)`` for the batch, of which every row keeps its id and ``share`` of the others: in the first row none, in the last all."""
+    """A bool mask ``R + (V,)`` for the batch, of which every row keeps its id and
+    ``share`` of the others: in the first row none, in the last all.
+    """
     ids, vocab = batch["completion_ids"], batch["logits"].size(-1)
     g = torch.Generator().manual_seed(seed)
     kept = torch.rand((ids.numel(), vocab), generator=g, dtype=torch.float32, device="cpu") < share
     kept[0], kept[-1] = False, True
-    return kept.view(*ids.shape, vocab).to(ids.device).scatter(-1, ids.clamp(min=0)[..., None], True)
+    return (
+        kept.view(*ids.shape, vocab).to(ids.device).scatter(-1, ids.clamp(min=0)[..., None], True)
+    )

@@ -1,4 +1,6 @@
-"""What ``reweight-ops check`` runs: every loss and op on every backend and dtype here, by the accuracy criterion; golden rows of the others."""
+"""What ``reweight-ops check`` runs: every loss and op on every backend and dtype here,
+by the accuracy criterion; golden rows of the others.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from .golden_rows import GOLDEN, GOLDEN_KINDS
 from .ops import OPS, compare_op, make_op_batch
 from .pairs import compare_divergence, compare_pairs, make_divergence, make_pairs
 
-#: The kinds that are compared with the fp64 reference; of the divergences the one that has kernels, the others have golden rows.
+#: The kinds that are compared with the fp64 reference; of the divergences the one that
+#: has kernels, the others have golden rows.
 LOSS_KINDS = ("policy_loss", "pair_loss", "divergence")
 #: Ops and modules, which are not entries of the catalogue.
 OP = "op"
@@ -64,7 +67,9 @@ def by_hand(kind: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Selection:
-    """What to check; empty means everything. A name selects the entries of that name of all selected kinds (GRPO is a loss and an advantage)."""
+    """What to check; empty means everything. A name selects the entries of that name of
+    all selected kinds (GRPO is a loss and an advantage).
+    """
 
     backends: Sequence[str] = ()
     methods: Sequence[str] = ()
@@ -76,28 +81,46 @@ class Selection:
         _known("kind", self.kinds, kinds)
         _known("backend", self.backends, NAMES)
         _known("dtype", self.dtypes, DTYPES)
-        _known("method", self.methods, sorted({name for kind in self.kinds or kinds for name in (*compared(kind), *by_hand(kind))}))
+        _known(
+            "method",
+            self.methods,
+            sorted(
+                {name for kind in self.kinds or kinds for name in (*compared(kind), *by_hand(kind))}
+            ),
+        )
         for backend in self.backends:
             if not _devices(backend):
                 raise InvalidCall(
-                    f"check: {backend}: {unsupported_reason(backend, Request('token_stats', torch.device('cpu'), torch.float32))}"
+                    f"check: {backend}: "
+                    f"{unsupported_reason(backend, Request('token_stats', torch.device('cpu'), torch.float32))}"
                 )
 
-    def entries(self, kinds: Iterable[str], names: Callable[[str], list[str]]) -> list[tuple[str, str]]:
+    def entries(
+        self, kinds: Iterable[str], names: Callable[[str], list[str]]
+    ) -> list[tuple[str, str]]:
         """Kind and name of what is selected of some kinds."""
-        found = [(kind, name) for kind in kinds if kind in (self.kinds or kinds) for name in names(kind)]
+        found = [
+            (kind, name) for kind in kinds if kind in (self.kinds or kinds) for name in names(kind)
+        ]
         return [(kind, name) for kind, name in found if name in (self.methods or [name])]
 
 
 def _known(what: str, given: Sequence[str], known: Sequence[str]) -> None:
     unknown = [x for x in given if x not in known]
     if unknown:
-        raise InvalidCall(f"check: unknown {what} {', '.join(unknown)}; expected one of {', '.join(known)}.")
+        raise InvalidCall(
+            f"check: unknown {what} {', '.join(unknown)}; expected one of {', '.join(known)}."
+        )
 
 
 def _devices(backend: str) -> list[str]:
     available = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return [d for d in available if unsupported_reason(backend, Request("token_stats", torch.device(d), torch.float32)) is None]
+    return [
+        d
+        for d in available
+        if unsupported_reason(backend, Request("token_stats", torch.device(d), torch.float32))
+        is None
+    ]
 
 
 def _directions(kind: str, name: str) -> tuple[str, ...]:
@@ -110,7 +133,11 @@ def _directions(kind: str, name: str) -> tuple[str, ...]:
 
 def cases(selection: Selection) -> list[Case]:
     """The losses to compare with the fp64 reference."""
-    places = [(backend, devices[-1]) for backend in selection.backends or NAMES if (devices := _devices(backend))]
+    places = [
+        (backend, devices[-1])
+        for backend in selection.backends or NAMES
+        if (devices := _devices(backend))
+    ]
     return [
         Case(backend, name, dtype, device, kind, direction)
         for backend, device in places
@@ -121,30 +148,57 @@ def cases(selection: Selection) -> list[Case]:
 
 
 def run_case(case: Case, vocab: int) -> Comparison:
-    """Loss and gradient of one case; one_pass where the spec allows it and the backend has it, with a loss scale so that fp16 takes it too."""
+    """Loss and gradient of one case; one_pass where the spec allows it and the backend
+    has it, with a loss scale so that fp16 takes it too.
+    """
     dtype, backend = getattr(torch, case.dtype), case.backend
     if case.kind == OP:
         judged = OPS[case.method][case.direction]
-        return compare_op(judged, make_op_batch((4, 16), vocab, dtype, case.device), backend=backend, loss_scale=LOSS_SCALE)
+        return compare_op(
+            judged,
+            make_op_batch((4, 16), vocab, dtype, case.device),
+            backend=backend,
+            loss_scale=LOSS_SCALE,
+        )
     if case.kind == "divergence":
         return compare_divergence(
-            case.direction, make_divergence((4, 16), vocab, dtype, case.device), backend=backend, loss_scale=LOSS_SCALE
+            case.direction,
+            make_divergence((4, 16), vocab, dtype, case.device),
+            backend=backend,
+            loss_scale=LOSS_SCALE,
         )
     if case.direction:
         masked = method(case.method, entropy_coef=0.01)
         batch = make_batch(masked, (4, 16), vocab, dtype, case.device)
         return compare(
-            masked, batch, backend=backend, loss_scale=LOSS_SCALE, sampling_mask=make_sampling_mask(batch), entropy_over=case.direction
+            masked,
+            batch,
+            backend=backend,
+            loss_scale=LOSS_SCALE,
+            sampling_mask=make_sampling_mask(batch),
+            entropy_over=case.direction,
         )
     spec = CATALOGUE[case.kind][case.method].build()
     if case.kind == "pair_loss":
-        return compare_pairs(spec, make_pairs(spec, 4, 8, vocab, dtype, case.device), backend=backend, loss_scale=LOSS_SCALE)
-    return compare(spec, make_batch(spec, (4, 16), vocab, dtype, case.device), backend=backend, loss_scale=LOSS_SCALE)
+        return compare_pairs(
+            spec,
+            make_pairs(spec, 4, 8, vocab, dtype, case.device),
+            backend=backend,
+            loss_scale=LOSS_SCALE,
+        )
+    return compare(
+        spec,
+        make_batch(spec, (4, 16), vocab, dtype, case.device),
+        backend=backend,
+        loss_scale=LOSS_SCALE,
+    )
 
 
 @dataclass(frozen=True)
 class GoldenCase:
-    """The golden rows of an entry. They are PyTorch on small vectors: fp64 on the CPU, and fp32 on a GPU if there is one."""
+    """The golden rows of an entry. They are PyTorch on small vectors: fp64 on the CPU,
+    and fp32 on a GPU if there is one.
+    """
 
     kind: str
     name: str
@@ -157,13 +211,23 @@ class GoldenCase:
 
 
 def golden_cases(selection: Selection) -> list[GoldenCase]:
-    """The entries whose golden rows to evaluate: no backend computes them, so they are left out where only others than ``reference`` are asked for."""
+    """The entries whose golden rows to evaluate: no backend computes them, so they are
+    left out where only others than ``reference`` are asked for.
+    """
     if selection.backends and "reference" not in selection.backends:
         return []
     places = [("float64", "cpu"), *([("float32", "cuda")] if torch.cuda.is_available() else [])]
-    return [GoldenCase(kind, name, *place) for kind, name in selection.entries(GOLDEN_KINDS, by_hand) for place in places]
+    return [
+        GoldenCase(kind, name, *place)
+        for kind, name in selection.entries(GOLDEN_KINDS, by_hand)
+        for place in places
+    ]
 
 
 def run_golden(case: GoldenCase) -> float:
-    """The worst error of an entry's rows over what is allowed; ``inf`` without a row."""
-    return max((golden_error(row, getattr(torch, case.dtype), case.device) for row in case.rows), default=float("inf"))
+    """The worst error of an entry's rows over what is allowed; ``inf``
+    without a row."""
+    return max(
+        (golden_error(row, getattr(torch, case.dtype), case.device) for row in case.rows),
+        default=float("inf"),
+    )

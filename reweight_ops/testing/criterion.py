@@ -1,4 +1,6 @@
-"""The accuracy criterion: a kernel's error against fp64, by the error of PyTorch's own fp32 maths."""
+"""The accuracy criterion: a kernel's error against fp64, by the error of PyTorch's own
+fp32 maths.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,18 @@ from .._core.spec.policy import PolicyLossSpec
 from .batches import double_batch, double_spec
 from .yardstick import yardstick
 
-#: A kernel's error may be this multiple of the error of fp32 PyTorch maths rounded once to the same dtype ...
+#: A kernel's error may be this multiple of the error of fp32 PyTorch maths rounded once
+#: to the same dtype ...
 ERROR_RATIO = 1.5
-#: ... plus this many times (|d_logp| + |d_entropy|) / T: four roundings of an fp32 number of that size.
+#: ... plus this many times (|d_logp| + |d_entropy|) / T: four roundings of an fp32
+#: number of that size.
 ERROR_FLOOR = 4 * 2.0**-24
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Errors against fp64, each as a multiple of what the accuracy criterion allows (<= 1 passes); the gradient's for target and non-target
+    """Errors against fp64, each as a multiple of what the accuracy criterion allows (<=
+    1 passes); the gradient's for target and non-target
     columns apart, maximum and rms. ``worst`` names the worst gradient element."""
 
     loss: float
@@ -54,24 +59,53 @@ def _gradient(spec: PolicyLossSpec, batch: dict[str, Any], **options: Any) -> tu
     return grad, out
 
 
-def compare(spec: PolicyLossSpec, batch: dict[str, Any], *, backend: str = "auto", plan: str = "auto", **options: Any) -> Comparison:
-    """Loss and gradient of a backend and plan against the fp64 reference, by the criterion of the package. ``sampling_mask`` among the options is a bool mask.
+def compare(
+    spec: PolicyLossSpec,
+    batch: dict[str, Any],
+    *,
+    backend: str = "auto",
+    plan: str = "auto",
+    **options: Any,
+) -> Comparison:
+    """Loss and gradient of a backend and plan against the fp64 reference, by the
+    criterion of the package. ``sampling_mask`` among the options is a bool mask.
 
-    The gradient's error is divided by 1.5 times the error of ``torch.log_softmax`` in fp32 rounded once to the logits' dtype, plus a floor of four fp32
-    roundings of ``(|d_logp| + |d_entropy|)/T``, and of what four roundings of the other rows' statistics make of the coefficients.
+    The gradient's error is divided by 1.5 times the error of ``torch.log_softmax`` in
+    fp32 rounded once to the logits' dtype, plus a floor of four fp32 roundings of
+    ``(|d_logp| + |d_entropy|)/T``, and of what four roundings of the other rows'
+    statistics make of the coefficients.
     """
-    return judge(spec, batch, *_gradient(spec, batch, backend=backend, plan=plan, **options), **options)
+    return judge(
+        spec, batch, *_gradient(spec, batch, backend=backend, plan=plan, **options), **options
+    )
 
 
-def judge(spec: PolicyLossSpec, batch: dict[str, Any], got: Tensor, out: Any, **options: Any) -> Comparison:
-    """The same of a gradient by the batch's logits and of the call's results, however they were found."""
+def judge(
+    spec: PolicyLossSpec, batch: dict[str, Any], got: Tensor, out: Any, **options: Any
+) -> Comparison:
+    """The same of a gradient by the batch's logits and of the call's results, however
+    they were found.
+    """
     common = {k: v for k, v in options.items() if k != "consume_logits"}
-    truth, exact = _gradient(double_spec(spec), double_batch(batch), backend="reference", plan="two_pass", **common)
-    single = {**batch, "logits": batch["logits"].float()} if batch["logits"].dtype != torch.float64 else batch
+    truth, exact = _gradient(
+        double_spec(spec), double_batch(batch), backend="reference", plan="two_pass", **common
+    )
+    single = (
+        {**batch, "logits": batch["logits"].float()}
+        if batch["logits"].dtype != torch.float64
+        else batch
+    )
     _, resolved = _gradient(spec, single, backend="reference", plan="two_pass", **common)
     head = {
         name: common[name]
-        for name in ("temperature", "softcap", "vocab_size", "drop_last", "sampling_mask", "entropy_over")
+        for name in (
+            "temperature",
+            "softcap",
+            "vocab_size",
+            "drop_last",
+            "sampling_mask",
+            "entropy_over",
+        )
         if name in common
     }
     fp32 = yardstick(resolved, single["logits"], single["completion_ids"], **head)
@@ -97,7 +131,9 @@ def judge(spec: PolicyLossSpec, batch: dict[str, Any], got: Tensor, out: Any, **
 def gradient_errors(
     got: Tensor, rounded: Tensor, truth: Tensor, floor: Tensor, is_target: Tensor
 ) -> tuple[dict[str, tuple[float, float]], str]:
-    """A gradient's maximum and rms error over what is allowed, for target columns and the rest, and the worst element. ``rounded``: by fp32 maths."""
+    """A gradient's maximum and rms error over what is allowed, for target columns and
+    the rest, and the worst element. ``rounded``: by fp32 maths.
+    """
     parts, worst = {}, ""
     for name, where in (("target", is_target), ("rest", ~is_target)):
         if not where.any():  # a shard without targets, a vocabulary of one
@@ -111,18 +147,26 @@ def gradient_errors(
         if parts[name][0] >= max(p[0] for p in parts.values()):
             at = torch.unravel_index(torch.where(where, error, -1).argmax(), error.shape)
             index = tuple(int(i) for i in at)
-            worst = f"{name} column {index}: got {float(got[index]):.9g}, exact {float(truth[index]):.9g}"
+            worst = (
+                f"{name} column {index}: got {float(got[index]):.9g}, exact "
+                f"{float(truth[index]):.9g}"
+            )
     return parts, worst
 
 
 def _conditioning(exact: PolicyLossOutput) -> tuple[Tensor, Tensor]:
-    """How much four roundings of every row's statistics change each row's coefficients (``[N]``), where rows depend on each other, and the loss.
+    """How much four roundings of every row's statistics change each row's coefficients
+    (``[N]``), where rows depend on each other, and the loss.
 
-    A sequence's ratio, or a batch's maximum, sums or selects over many log-probs, so its coefficients are as wrong as those make them. Where
-    every row stands alone theirs is 0: there the criterion asks for the coefficient itself to four roundings.
+    A sequence's ratio, or a batch's maximum, sums or selects over many log-probs, so
+    its coefficients are as wrong as those make them. Where every row stands alone
+    theirs is 0: there the criterion asks for the coefficient itself to four roundings.
     """
     call, leaves = exact._call, exact._leaves
-    d_logp, loss = torch.zeros_like(leaves["logp"]), torch.zeros((), dtype=torch.float64, device=leaves["logp"].device)
+    d_logp, loss = (
+        torch.zeros_like(leaves["logp"]),
+        torch.zeros((), dtype=torch.float64, device=leaves["logp"].device),
+    )
     known, value = exact._derivatives, call.token_losses(leaves).weighted_loss.sum()
     g = torch.Generator().manual_seed(0)
     for _ in range(4):
@@ -130,33 +174,44 @@ def _conditioning(exact: PolicyLossOutput) -> tuple[Tensor, Tensor]:
             name: x
             + ERROR_FLOOR
             * (1 + x.abs())
-            * (torch.rand(x.shape, generator=g, dtype=torch.float64, device="cpu") * 2 - 1).sign().to(x.device)
+            * (torch.rand(x.shape, generator=g, dtype=torch.float64, device="cpu") * 2 - 1)
+            .sign()
+            .to(x.device)
             for name, x in leaves.items()
         }
         moved = {name: torch.where(call.rows.keep, moved[name], x) for name, x in leaves.items()}
         if call.spec.couples_rows:
             change = [(a - b).abs() for a, b in zip(coefficients(call, moved), known, strict=True)]
             d_logp = torch.maximum(d_logp, change[0] + change[1])
-        loss = torch.maximum(loss, (call.token_losses(moved).weighted_loss.sum() - value).abs().double())
+        loss = torch.maximum(
+            loss, (call.token_losses(moved).weighted_loss.sum() - value).abs().double()
+        )
     return d_logp, loss
 
 
 def _loss_size(exact: PolicyLossOutput) -> Tensor:
-    """What the loss's roundings are relative to: the sum of its terms' sizes, and of their slopes times the log-probs they are read at.
+    """What the loss's roundings are relative to: the sum of its terms' sizes, and of
+    their slopes times the log-probs they are read at.
 
-    Where a formula stops a gradient (CISPO's weight, a detached token weight) the slopes say less than the value depends on: there it is what four
-    roundings of the statistics make of the loss.
+    Where a formula stops a gradient (CISPO's weight, a detached token weight) the
+    slopes say less than the value depends on: there it is what four roundings of the
+    statistics make of the loss.
     """
     call, leaves = exact._call, exact._leaves
     terms = call.token_losses(leaves).weighted_loss.abs().sum()
-    by_size = exact._derivatives[0].abs() * (1 + leaves["logp"].abs()) + exact._derivatives[1].abs() * (1 + leaves["entropy"])
+    by_size = exact._derivatives[0].abs() * (1 + leaves["logp"].abs()) + exact._derivatives[
+        1
+    ].abs() * (1 + leaves["entropy"])
     reach, moved = by_size.sum(), _conditioning(exact)[1] / ERROR_FLOOR
     return terms + (reach + moved if call.spec.couples_rows else torch.maximum(reach, moved))
 
 
 def value_error(got: Tensor, fp32: Tensor, truth: Tensor, scale: Tensor | None = None) -> float:
-    """The largest error over 1.5 times fp32's own plus four roundings of a number of the values' size (a difference of log-sum-exps is of that
-    size). ``scale``: that size instead, one for all or one each; errors, fp32's too, are then relative to it."""
+    """The largest error over 1.5 times fp32's own plus four roundings of a number of
+    the values' size (a difference of log-sum-exps is of that
+    size). ``scale``: that size instead, one for all or one each; errors, fp32's too,
+    are then relative to it.
+    """
     got, fp32, truth = got.detach().double(), fp32.detach().double(), truth.detach()
     if not truth.numel():  # a call without rows
         return 0.0
@@ -168,7 +223,9 @@ def value_error(got: Tensor, fp32: Tensor, truth: Tensor, scale: Tensor | None =
 def _floor(exact: Any, options: dict[str, Any]) -> Tensor:
     temperature = options.get("temperature", 1.0)
     d_logp, d_entropy = exact._derivatives
-    size = exact._call.rows.unflatten(d_logp.abs() + d_entropy.abs() + _conditioning(exact)[0] / ERROR_FLOOR)
+    size = exact._call.rows.unflatten(
+        d_logp.abs() + d_entropy.abs() + _conditioning(exact)[0] / ERROR_FLOOR
+    )
     scale = (
         temperature
         if not isinstance(temperature, Tensor) or temperature.shape == size.shape

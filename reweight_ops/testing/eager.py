@@ -20,7 +20,8 @@ def eager_policy_loss(
     beta: float = 0.0,
     entropy_coef: float = 0.0,
 ) -> Tensor:
-    """The policy loss that a user would write in PyTorch (clip, token mean, k3, entropy bonus): the baseline of benchmarks.
+    """The policy loss that a user would write in PyTorch (clip, token mean, k3, entropy
+    bonus): the baseline of benchmarks.
 
     Not ``backend="reference"``, which is truth and may be slow.
     """

@@ -1,4 +1,6 @@
-"""Golden rows of ops and modules: statistics, heads, teachers, kept ids, and gradients by logits, temperatures and stored log-probs, worked out by hand."""
+"""Golden rows of ops and modules: statistics, heads, teachers, kept ids, and gradients
+by logits, temperatures and stored log-probs, worked out by hand.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +22,31 @@ from .._core.losses.statistics import token_stats
 from ..nn import FusedLinearLogProbs, FusedLinearPolicyLoss
 from .golden_row import LN2, LN3, Built, Golden
 
-#: What a gradient is taken by, where a row has it as a tensor: the logits or the weight of a head, and what is asked of it besides.
+#: What a gradient is taken by, where a row has it as a tensor: the logits or the weight
+#: of a head, and what is asked of it besides.
 _FIELDS = ("logits", "lm_head_weight", "temperature", "old_per_token_logps")
 
 
 def _called(op: Callable[..., Any]) -> Callable[..., list[Tensor]]:
-    """Every number of the op's result, and the gradient of the sum of those that have one."""
+    """Every number of the op's result, and the gradient of the sum of those that have
+    one.
+    """
 
     def run(**arguments: Any) -> list[Tensor]:
-        leaves = {name: x.requires_grad_() for name, x in arguments.items() if name in _FIELDS and isinstance(x, Tensor)}
+        leaves = {
+            name: x.requires_grad_()
+            for name, x in arguments.items()
+            if name in _FIELDS and isinstance(x, Tensor)
+        }
         found = op(**{**arguments, **leaves})
         if isinstance(found, TokenStats):
             values = [getattr(found, name) for name in arguments["stats"]]
         else:
             values = [found if isinstance(found, Tensor) else found.loss]
         total = torch.stack([x.sum() for x in values if x.requires_grad]).sum()
-        return [x.detach() for x in values] + list(torch.autograd.grad(total, list(leaves.values())))
+        return [x.detach() for x in values] + list(
+            torch.autograd.grad(total, list(leaves.values()))
+        )
 
     return run
 
@@ -44,7 +55,9 @@ def _module(kind: Any, **settings: Any) -> Callable[..., list[Tensor]]:
     """A module with a head's weight, called."""
 
     def run(lm_head_weight: Tensor, **arguments: Any) -> list[Tensor]:
-        linear = torch.nn.Linear(lm_head_weight.size(1), lm_head_weight.size(0), bias=False, device="meta")
+        linear = torch.nn.Linear(
+            lm_head_weight.size(1), lm_head_weight.size(0), bias=False, device="meta"
+        )
         linear.weight = torch.nn.Parameter(lm_head_weight)
         head = kind.from_linear(linear, **settings)
         found = head(**arguments)
@@ -74,34 +87,57 @@ def _op(name: str, expected: Any, **arguments: Any) -> Golden:
     return Golden("op", name, arguments, expected)
 
 
-#: Logits of p = (1/6, 1/3, 1/2), the same as a head over one feature of 1, and the entropy.
+#: Logits of p = (1/6, 1/3, 1/2), the same as a head over one feature of 1, and the
+#: entropy.
 THREE, HEAD = [[0.0, LN2, LN3]], {"hidden": [[1.0]], "lm_head_weight": [[0.0], [LN2], [LN3]]}
 P3 = (1 / 6, 1 / 3, 1 / 2)
 H3 = (LN2 + LN3) / 6 + LN3 / 3 + LN2 / 2
 #: Logits of p = (1/4, 3/4) and of (1/2, 1/2), and heads likewise.
 TWO, TWO_HEAD = [[0.0, LN3]], {"hidden": [[1.0]], "lm_head_weight": [[0.0], [LN3]]}
 EVEN = Built(HiddenLogits, {"hidden": [[1.0]], "lm_head_weight": [[0.0], [0.0]]})
-#: Their divergences KL(q‖p) and KL(p‖q), the gradient of the first, p - q, and of the second, p·(log p - log q - KL).
+#: Their divergences KL(q‖p) and KL(p‖q), the gradient of the first, p - q, and of the
+#: second, p·(log p - log q - KL).
 FORWARD, REVERSE = LN2 + log(4 / 3) / 2 - LN2, LN2 - (LN2 / 2 + 3 / 4 * log(4 / 3))
 BY_FORWARD, BY_REVERSE = [-1 / 4, 1 / 4], [1 / 4 * (-LN2 - REVERSE), 3 / 4 * (LN3 - LN2 - REVERSE)]
-#: To the mixture m = (3/8, 5/8): JSD = (KL(q‖m) + KL(p‖m))/2, gradient p·(log p - log m - KL(p‖m))/2.
+#: To the mixture m = (3/8, 5/8): JSD = (KL(q‖m) + KL(p‖m))/2, gradient p·(log p - log m
+#: - KL(p‖m))/2.
 OF_M = (log(2 / 3), log(6 / 5))
 P_TO_M, Q_TO_M = OF_M[0] / 4 + 3 / 4 * OF_M[1], (log(4 / 3) + log(4 / 5)) / 2
 JSD, BY_JSD = (P_TO_M + Q_TO_M) / 2, [1 / 8 * (OF_M[0] - P_TO_M), 3 / 8 * (OF_M[1] - P_TO_M)]
-#: Of the third id the teacher says 1/4, the student 1/2: two buckets. By log p of that id -(1/4 - 3/4) = 1/2, and that moves by (-1/6, -1/3, 1/2).
+#: Of the third id the teacher says 1/4, the student 1/2: two buckets. By log p of that
+#: id -(1/4 - 3/4) = 1/2, and that moves by (-1/6, -1/3, 1/2).
 LISTED = Built(TopKLogps, {"token_ids": [[2]], "logps": [[log(1 / 4)]]})
 BUCKETS, BY_BUCKETS = -LN2 / 4 + 3 / 4 * log(3 / 2), [-1 / 12, -1 / 6, 1 / 4]
 
 EVERY = {
-    "logps": -LN3, "entropies": H3, "lse": LN2 + LN3, "log_sum_p_sq": log(7 / 18), "max_logp": -LN2, "is_top1": 0, "log1m_p": log(2 / 3),
-    "mean_logits": (LN2 + LN3) / 3, "selected_logps": [-LN2, -LN2 - LN3, 0], "topk_logps": [-LN2, -LN3], "topk_ids": [2, 1],
-}  # fmt: skip
-#: logps (-1/6, 2/3, -1/2), lse (1/6, 1/3, 1/2), the two selected (2/3, -2/3, 0), the two likeliest (-1/3, 1/3, 0); the entropy -p·(log p + H).
+    "logps": -LN3,
+    "entropies": H3,
+    "lse": LN2 + LN3,
+    "log_sum_p_sq": log(7 / 18),
+    "max_logp": -LN2,
+    "is_top1": 0,
+    "log1m_p": log(2 / 3),
+    "mean_logits": (LN2 + LN3) / 3,
+    "selected_logps": [-LN2, -LN2 - LN3, 0],
+    "topk_logps": [-LN2, -LN3],
+    "topk_ids": [2, 1],
+}
+#: logps (-1/6, 2/3, -1/2), lse (1/6, 1/3, 1/2), the two selected (2/3, -2/3, 0), the
+#: two likeliest (-1/3, 1/3, 0); the entropy -p·(log p + H).
 BY_EVERY = [a - p * (log(p) + H3) for a, p in zip((1 / 3, 2 / 3, 0), P3, strict=True)]
-ASKED: dict[str, Any] = {"completion_ids": [1], "stats": tuple(EVERY), "selected_ids": [[2, 0, -100]], "top_k": 2}
+ASKED: dict[str, Any] = {
+    "completion_ids": [1],
+    "stats": tuple(EVERY),
+    "selected_ids": [[2, 0, -100]],
+    "top_k": 2,
+}
 #: The last two of three are kept: 2/5 and 3/5.
 KEPT = Built(SamplingMask, {"token_ids": [2, 1], "offsets": [0, 2]})
-MASKED: dict[str, Any] = {"completion_ids": [1], "stats": ("logps", "entropies"), "sampling_mask": KEPT}
+MASKED: dict[str, Any] = {
+    "completion_ids": [1],
+    "stats": ("logps", "entropies"),
+    "sampling_mask": KEPT,
+}
 #: By the kept entropy -p·(log p + H), where that is.
 H2 = 2 / 5 * log(5 / 2) + 3 / 5 * log(5 / 3)
 BY_KEPT = [0, 3 / 5 - 2 / 5 * (log(2 / 5) + H2), -3 / 5 - 3 / 5 * (log(3 / 5) + H2)]
@@ -109,7 +145,8 @@ BY_WHOLE = [a - p * (log(p) + H3) for a, p in zip((0, 3 / 5, -3 / 5), P3, strict
 #: At T = 1/2 x is z/T: by z twice as much, by T -(x - Σp·x)/T of the id.
 HALF = [[0.0, LN2 / 2, LN3 / 2]]
 MEAN_X = LN2 / 3 + LN3 / 2
-#: REINFORCE with A = 2 of an id with p = 3/4, by the logits -2·(1[v = id] - p); half of KL(p‖q) besides.
+#: REINFORCE with A = 2 of an id with p = 3/4, by the logits -2·(1[v = id] - p); half of
+#: KL(p‖q) besides.
 REINFORCE: dict[str, Any] = {"completion_ids": [1], "advantages": [2.0]}
 BY_REINFORCE = [1 / 2, -1 / 2]
 
@@ -118,21 +155,44 @@ ROWS = (
     _op("linear_token_stats", [*EVERY.values(), BY_EVERY], **HEAD, **ASKED),
     _op("token_stats", [log(2 / 5), H2, BY_KEPT], logits=THREE, **MASKED),
     _op("linear_token_stats", [log(2 / 5), H2, BY_KEPT], **HEAD, **MASKED),
-    _op("token_stats", [log(2 / 5), H3, BY_WHOLE], logits=THREE, **MASKED, entropy_over="vocabulary"),
-    _op("linear_token_stats", [log(2 / 5), H3, BY_WHOLE], **HEAD, **MASKED, entropy_over="vocabulary"),
     _op(
-        "token_stats", [-LN3, [-1 / 3, 4 / 3, -1], -2 * (LN2 - MEAN_X)],
-        logits=HALF, temperature=[0.5], completion_ids=[1], stats=("logps",),
+        "token_stats", [log(2 / 5), H3, BY_WHOLE], logits=THREE, **MASKED, entropy_over="vocabulary"
+    ),
+    _op(
+        "linear_token_stats",
+        [log(2 / 5), H3, BY_WHOLE],
+        **HEAD,
+        **MASKED,
+        entropy_over="vocabulary",
+    ),
+    _op(
+        "token_stats",
+        [-LN3, [-1 / 3, 4 / 3, -1], -2 * (LN2 - MEAN_X)],
+        logits=HALF,
+        temperature=[0.5],
+        completion_ids=[1],
+        stats=("logps",),
     ),
     _op("linear_token_logps", [-LN3, [-1 / 6, 2 / 3, -1 / 2]], **HEAD, completion_ids=[1]),
     _op("FusedLinearLogProbs", [-LN3, [-1 / 6, 2 / 3, -1 / 2]], **HEAD, completion_ids=[1]),
     *(
-        _op(name, [value, by], kind=kind, **first, **{teacher: EVEN if "lm_head_weight" in first else [[0.0, 0.0]]})
+        _op(
+            name,
+            [value, by],
+            kind=kind,
+            **first,
+            **{teacher: EVEN if "lm_head_weight" in first else [[0.0, 0.0]]},
+        )
         for name, teacher, first in (
-            ("distillation_loss", "teacher_logits", {"logits": TWO}), ("linear_token_divergence", "other", TWO_HEAD),
+            ("distillation_loss", "teacher_logits", {"logits": TWO}),
+            ("linear_token_divergence", "other", TWO_HEAD),
             ("linear_distillation_loss", "teacher", TWO_HEAD),
         )
-        for kind, value, by in (("forward_kl", FORWARD, BY_FORWARD), ("reverse_kl", REVERSE, BY_REVERSE), ("generalized_jsd", JSD, BY_JSD))
+        for kind, value, by in (
+            ("forward_kl", FORWARD, BY_FORWARD),
+            ("reverse_kl", REVERSE, BY_REVERSE),
+            ("generalized_jsd", JSD, BY_JSD),
+        )
     ),
     _op("token_divergence", [BUCKETS, BY_BUCKETS], logits=THREE, other_logits=LISTED),
     _op("distillation_loss", [BUCKETS, BY_BUCKETS], logits=THREE, teacher_logits=LISTED),
@@ -140,12 +200,26 @@ ROWS = (
     _op("linear_distillation_loss", [BUCKETS, BY_BUCKETS], **HEAD, teacher=LISTED),
     _op("FusedLinearPolicyLoss", [2 * log(4 / 3), BY_REINFORCE], **TWO_HEAD, **REINFORCE),
     _op(
-        "linear_policy_loss", [2 * log(4 / 3) + REVERSE / 2, [a + b / 2 for a, b in zip(BY_REINFORCE, BY_REVERSE, strict=True)]],
-        **TWO_HEAD, **REINFORCE, spec="reinforce", teacher=Built(Teacher, {"logits": EVEN, "coef": 0.5}),
+        "linear_policy_loss",
+        [
+            2 * log(4 / 3) + REVERSE / 2,
+            [a + b / 2 for a, b in zip(BY_REINFORCE, BY_REVERSE, strict=True)],
+        ],
+        **TWO_HEAD,
+        **REINFORCE,
+        spec="reinforce",
+        teacher=Built(Teacher, {"logits": EVEN, "coef": 0.5}),
     ),
-    # A ratio of 2 at A = -1: nothing is clipped, the loss is the ratio, and the old log-prob moves it the other way.
+    # A ratio of 2 at A = -1: nothing is clipped, the loss is the ratio, and the old
+    # log-prob moves it the other way.
     _op(
-        "policy_loss", [2, [2 * -1 / 4, 2 / 4], -2],
-        logits=TWO, completion_ids=[1], advantages=[-1.0], old_per_token_logps=[log(3 / 8)], spec="ppo", differentiable_inputs=True,
+        "policy_loss",
+        [2, [2 * -1 / 4, 2 / 4], -2],
+        logits=TWO,
+        completion_ids=[1],
+        advantages=[-1.0],
+        old_per_token_logps=[log(3 / 8)],
+        spec="ppo",
+        differentiable_inputs=True,
     ),
-)  # fmt: skip
+)

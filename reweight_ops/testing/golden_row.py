@@ -12,11 +12,15 @@ LN2, LN3 = log(2), log(3)
 
 @dataclass(frozen=True)
 class Golden:
-    """One call of an entry and its result. A list stands for a tensor: of floats if it holds one, else of ints or bools; anything else is itself.
+    """One call of an entry and its result. A list stands for a tensor: of floats if it
+    holds one, else of ints or bools; anything else is itself.
 
-    ``expected``: every number of the result in order, nested as is easiest to read. ``updates``: what the ``update`` of the object that the call
-    returns is given, one call after the other, from the state ``init(*init)``; the result is what each returns beside the state. ``tokens``: for a
-    weight, one sequence of tokens by what formulas read (``logp``, ``old_logp``, ``adv``, ``entropy``, ...; ``completion_mask``).
+    ``expected``: every number of the result in order, nested as is easiest to read.
+    ``updates``: what the ``update`` of the object that the call returns is given, one
+    call after the other, from the state ``init(*init)``; the result is what each
+    returns beside the state. ``tokens``: for a weight, one sequence of tokens by what
+    formulas read (``logp``, ``old_logp``, ``adv``, ``entropy``, ...;
+    ``completion_mask``).
     """
 
     kind: str

@@ -1,11 +1,14 @@
-"""Literal golden rows: for every rule a few tokens whose loss and derivative were worked out by hand, for weights a few small batches.
+"""Literal golden rows: for every rule a few tokens whose loss and derivative were
+worked out by hand, for weights a few small batches.
 
 Rows of published weights are the package's (:mod:`.golden_rows`).
 
-``loss`` is the rule's value, ``dlogp`` its total derivative by the token's log-prob (through ``log_ratio = logp - old_logp`` and the
-reference distance alike), ``dentropy`` by the entropy, ``clipped`` the (below, above) flags. ``LN2 = log 2`` makes ratios and
-probabilities exact: ``old_logp = logp - LN2`` is a ratio of 2, ``old_logp = logp + LN2`` of 1/2. Worked with ``logp = -LN2`` (p = 1/2)
-unless a row says otherwise.
+``loss`` is the rule's value, ``dlogp`` its total derivative by the token's log-prob
+(through ``log_ratio = logp - old_logp`` and the reference distance alike), ``dentropy``
+by the entropy, ``clipped`` the (below, above) flags. ``LN2 = log 2`` makes ratios and
+probabilities exact: ``old_logp = logp - LN2`` is a ratio of 2,
+``old_logp = logp + LN2`` of 1/2. Worked with ``logp = -LN2`` (p = 1/2) unless a row
+says otherwise.
 """
 
 from __future__ import annotations
@@ -19,7 +22,11 @@ from .golden_rows import SPREAD
 
 LN_1_1 = 0.09531017980432486  # log 1.1
 #: Advantages of mean 1 and log-probs of mean -3, on-policy.
-COVARYING = {"adv": [0.0, 1.0, 0.0, 3.0], "logp": [-4.0, -3.0, -4.0, -1.0], "old_logp": [-4.0, -3.0, -4.0, -1.0]}
+COVARYING = {
+    "adv": [0.0, 1.0, 0.0, 3.0],
+    "logp": [-4.0, -3.0, -4.0, -1.0],
+    "old_logp": [-4.0, -3.0, -4.0, -1.0],
+}
 
 MOVING = {"logp": -2.0, "old_logp": [-2.1, -1.8, -2.4, -1.0], "adv": [1.0, -1.0, 1.0, 1.0]}
 DRIFTED = {
@@ -49,53 +56,138 @@ def distance(d: float, logp: float = -LN2, log_ratio: float = 0.0) -> dict[str, 
 
 
 ROWS = (
-    # clip, epsilon .2/.2. Inside: loss = -1.1*2, derivative the same since dr/dlogp = r.
+    # clip, epsilon .2/.2. Inside: loss = -1.1*2, derivative the same since dr/dlogp =
+    # r.
     Row("clip", ratio(LN_1_1, 2.0), -2.2, -2.2, clipped=(False, False)),
-    # r = 2, A > 0: -min(2, 1.2) = -1.2, flat. r = 2, A < 0: -min(-2, -1.2) = 2, slope 2.
+    # r = 2, A > 0: -min(2, 1.2) = -1.2, flat. r = 2, A < 0: -min(-2, -1.2) = 2, slope
+    # 2.
     Row("clip", ratio(LN2, 1.0), -1.2, 0.0, clipped=(False, True)),
     Row("clip", ratio(LN2, -1.0), 2.0, 2.0, clipped=(False, False)),
     # r = 1/2, A < 0: -min(-.5, -.8) = .8, flat. r = 1/2, A > 0: -min(.5, .8) = -.5.
     Row("clip", ratio(-LN2, -1.0), 0.8, 0.0, clipped=(True, False)),
     Row("clip", ratio(-LN2, 1.0), -0.5, -0.5, clipped=(False, False)),
     # Clip-higher: 1.28*3 = 3.84.
-    Row("clip", ratio(LN2, 3.0), -3.84, 0.0, clipped=(False, True), parameters={"epsilon_high": 0.28}),
+    Row(
+        "clip",
+        ratio(LN2, 3.0),
+        -3.84,
+        0.0,
+        clipped=(False, True),
+        parameters={"epsilon_high": 0.28},
+    ),
     # delta = 1.5 caps the unclipped branch for A < 0: -min(-1.5, -1.2) = 1.5, flat.
     Row("clip", ratio(LN2, -1.0), 1.5, 0.0, clipped=(False, False), parameters={"delta": 1.5}),
-    # dual_clip, c = 3: r = 2, A = -1 is below the bound, 2; with c = 1.5 it is max(-2, -1.5) = -1.5, so loss 1.5, flat and clipped.
+    # dual_clip, c = 3: r = 2, A = -1 is below the bound, 2; with c = 1.5 it is max(-2,
+    # -1.5) = -1.5, so loss 1.5, flat and clipped.
     Row("dual_clip", ratio(LN2, -1.0), 2.0, 2.0, clipped=(False, False)),
-    Row("dual_clip", ratio(LN2, -1.0), 1.5, 0.0, clipped=(False, True), parameters={"clip_ratio_c": 1.5}),
-    Row("dual_clip", ratio(LN2, 1.0), -1.2, 0.0, clipped=(False, True), parameters={"clip_ratio_c": 1.5}),
+    Row(
+        "dual_clip",
+        ratio(LN2, -1.0),
+        1.5,
+        0.0,
+        clipped=(False, True),
+        parameters={"clip_ratio_c": 1.5},
+    ),
+    Row(
+        "dual_clip",
+        ratio(LN2, 1.0),
+        -1.2,
+        0.0,
+        clipped=(False, True),
+        parameters={"clip_ratio_c": 1.5},
+    ),
     Row("dual_clip", ratio(-LN2, -1.0), 0.8, 0.0, clipped=(True, False)),
-    # cispo: weight 2 stays a constant: loss = -2*1*logp = 2 log 2, slope -2. Capped at 1.5: 1.5 log 2, slope -1.5: clipped tokens keep it.
+    # cispo: weight 2 stays a constant: loss = -2*1*logp = 2 log 2, slope -2. Capped at
+    # 1.5: 1.5 log 2, slope -1.5: clipped tokens keep it.
     Row("cispo", ratio(LN2, 1.0), 2 * LN2, -2.0, clipped=(False, False)),
-    Row("cispo", ratio(LN2, 1.0), 1.5 * LN2, -1.5, clipped=(False, True), parameters={"ratio_max": 1.5}),
-    Row("cispo", ratio(-LN2, -3.0), -0.8 * 3 * LN2, 2.4, clipped=(True, False), parameters={"ratio_min": 0.8}),
-    # sapo at r = 1: sigmoid(0) = 1/2, so -(4/tau)/2*A = -2A/tau; slope -4 s(1-s) r A = -A whatever tau is.
+    Row(
+        "cispo",
+        ratio(LN2, 1.0),
+        1.5 * LN2,
+        -1.5,
+        clipped=(False, True),
+        parameters={"ratio_max": 1.5},
+    ),
+    Row(
+        "cispo",
+        ratio(-LN2, -3.0),
+        -0.8 * 3 * LN2,
+        2.4,
+        clipped=(True, False),
+        parameters={"ratio_min": 0.8},
+    ),
+    # sapo at r = 1: sigmoid(0) = 1/2, so -(4/tau)/2*A = -2A/tau; slope -4 s(1-s) r A =
+    # -A whatever tau is.
     Row("sapo", ratio(0.0, 1.0), -2.0, -1.0),
     Row("sapo", ratio(0.0, -1.0), 2 / 1.05, 1.0),
-    # r = 2, A = 2, tau = 1: s = sigmoid(1) = .7310585786300049; loss -4*s*2; slope -4 s(1-s)*2*2 = -16*.19661193324148185.
+    # r = 2, A = 2, tau = 1: s = sigmoid(1) = .7310585786300049; loss -4*s*2; slope -4
+    # s(1-s)*2*2 = -16*.19661193324148185.
     Row("sapo", ratio(LN2, 2.0), -5.848468629040039, -3.1457909318637096),
-    # r = 1/2, A = -1, tau = 2: s = sigmoid(-1) = .2689414213699951; loss 2*s; slope 4 s(1-s)/2 = 2*.19661193324148185.
-    Row("sapo", ratio(-LN2, -1.0), 0.5378828427399902, 0.3932238664829637, parameters={"temperature_neg": 2.0}),
+    # r = 1/2, A = -1, tau = 2: s = sigmoid(-1) = .2689414213699951; loss 2*s; slope 4
+    # s(1-s)/2 = 2*.19661193324148185.
+    Row(
+        "sapo",
+        ratio(-LN2, -1.0),
+        0.5378828427399902,
+        0.3932238664829637,
+        parameters={"temperature_neg": 2.0},
+    ),
     # reinforce: -A logp.
     Row("reinforce", {"logp": -LN2, "adv": 3.0}, 3 * LN2, -3.0),
-    # dppo_tv: p = 1/2. p_old = 1/4: drift +.25 is over .2 for A > 0, so nothing; inside .3 the weight is r = 2. For A < 0 growth is fine.
+    # dppo_tv: p = 1/2. p_old = 1/4: drift +.25 is over .2 for A > 0, so nothing; inside
+    # .3 the weight is r = 2. For A < 0 growth is fine.
     Row("dppo_tv", ratio(LN2, 1.0), 0.0, 0.0, clipped=(False, True)),
-    Row("dppo_tv", ratio(LN2, 1.0), 2 * LN2, -2.0, clipped=(False, False), parameters={"divergence_high": 0.3}),
+    Row(
+        "dppo_tv",
+        ratio(LN2, 1.0),
+        2 * LN2,
+        -2.0,
+        clipped=(False, False),
+        parameters={"divergence_high": 0.3},
+    ),
     Row("dppo_tv", ratio(LN2, -1.0), -2 * LN2, 2.0, clipped=(False, False)),
     # p_old = 1: drift -.5, A < 0: dropped; A > 0: kept with r = 1/2.
     Row("dppo_tv", ratio(-LN2, -1.0), 0.0, 0.0, clipped=(True, False)),
     Row("dppo_tv", ratio(-LN2, 1.0), 0.5 * LN2, -0.5, clipped=(False, False)),
     # ratio_max = 1.5 truncates the weight.
-    Row("dppo_tv", ratio(LN2, -1.0), -1.5 * LN2, 1.5, clipped=(False, False), parameters={"ratio_max": 1.5}),
-    # dppo_kl: p = 1/2, p_old = 1/4: .25 log .5 + .75 log 1.5 = .13. For A > 0 inside .2, outside .1; for A < 0 growth is fine.
+    Row(
+        "dppo_tv",
+        ratio(LN2, -1.0),
+        -1.5 * LN2,
+        1.5,
+        clipped=(False, False),
+        parameters={"ratio_max": 1.5},
+    ),
+    # dppo_kl: p = 1/2, p_old = 1/4: .25 log .5 + .75 log 1.5 = .13. For A > 0 inside
+    # .2, outside .1; for A < 0 growth is fine.
     Row("dppo_kl", ratio(LN2, 1.0), 2 * LN2, -2.0, clipped=(False, False)),
-    Row("dppo_kl", ratio(LN2, 1.0), 0.0, 0.0, clipped=(False, True), parameters={"divergence_high": 0.1}),
-    Row("dppo_kl", ratio(LN2, -1.0), -2 * LN2, 2.0, clipped=(False, False), parameters={"divergence_low": 0.1}),
+    Row(
+        "dppo_kl",
+        ratio(LN2, 1.0),
+        0.0,
+        0.0,
+        clipped=(False, True),
+        parameters={"divergence_high": 0.1},
+    ),
+    Row(
+        "dppo_kl",
+        ratio(LN2, -1.0),
+        -2 * LN2,
+        2.0,
+        clipped=(False, False),
+        parameters={"divergence_low": 0.1},
+    ),
     # p_old = 1: log 2, over .2: A < 0 is dropped, A > 0 kept with r = 1/2.
     Row("dppo_kl", ratio(-LN2, -1.0), 0.0, 0.0, clipped=(True, False)),
     Row("dppo_kl", ratio(-LN2, 1.0), 0.5 * LN2, -0.5, clipped=(False, False)),
-    Row("dppo_kl", ratio(LN2, -1.0), -1.5 * LN2, 1.5, clipped=(False, False), parameters={"ratio_max": 1.5}),
+    Row(
+        "dppo_kl",
+        ratio(LN2, -1.0),
+        -1.5 * LN2,
+        1.5,
+        clipped=(False, False),
+        parameters={"ratio_max": 1.5},
+    ),
     # ratio_mask: the ratio as a constant weight inside of (.8, 1.2), nothing outside.
     Row("ratio_mask", ratio(LN_1_1, 2.0), 2.2 * LN2, -2.2),
     Row("ratio_mask", ratio(LN2, 2.0), 0.0, 0.0),
@@ -120,23 +212,28 @@ ROWS = (
     Row("k2", distance(LN2), 0.2402265069591007, -LN2),
     # d = 30 is over the clamp of 20: 200, flat.
     Row("k2", distance(30.0, logp=-40.0), 200.0, 0.0),
-    # k3 = u - d - 1 = 1 - log 2, slope 1 - u = -1; d = -log 2: 1/2 + log 2 - 1, slope 1/2.
+    # k3 = u - d - 1 = 1 - log 2, slope 1 - u = -1; d = -log 2: 1/2 + log 2 - 1, slope
+    # 1/2.
     Row("k3", distance(LN2), 1 - LN2, -1.0),
     Row("k3", distance(-LN2), LN2 - 0.5, 0.5),
     # cap = .25 < 1 - log 2 = .307: flat.
     Row("k3", distance(LN2), 0.25, 0.0, parameters={"cap": 0.25}),
     # clamp = 1 on d = log 4: e - 2 = .7182818284590451, flat.
     Row("k3", distance(2 * LN2), 0.7182818284590451, 0.0, parameters={"clamp": 1.0}),
-    # k3_corrected with r = 2: 2(1 - log 2), slope r*k3 + r*(1-u) = 2(1 - log 2) - 2 = -2 log 2.
+    # k3_corrected with r = 2: 2(1 - log 2), slope r*k3 + r*(1-u) = 2(1 - log 2) - 2 =
+    # -2 log 2.
     Row("k3_corrected", distance(LN2, log_ratio=LN2), 2 * (1 - LN2), -2 * LN2),
     # Straight through: the value of k1 or k3, the slope of k2, -d.
     Row("k1_straight_through", distance(LN2), -LN2, -LN2),
     Row("absolute_straight_through", distance(LN2), LN2, -LN2),
     Row("k3_straight_through", distance(LN2), 1 - LN2, -LN2),
     Row("k3_straight_through", distance(LN2), 0.25, -LN2, parameters={"cap": 0.25}),
-    # With r = 2: the values of k1, k2, k3 with the slope -r·d; r cut at 1.5; values cut at 10 (k3's exponent too), slopes not.
+    # With r = 2: the values of k1, k2, k3 with the slope -r·d; r cut at 1.5; values cut
+    # at 10 (k3's exponent too), slopes not.
     Row("k1_unbiased", distance(LN2, log_ratio=LN2), -LN2, -2 * LN2),
-    Row("k1_unbiased", distance(LN2, log_ratio=LN2), -LN2, -1.5 * LN2, parameters={"ratio_max": 1.5}),
+    Row(
+        "k1_unbiased", distance(LN2, log_ratio=LN2), -LN2, -1.5 * LN2, parameters={"ratio_max": 1.5}
+    ),
     Row("k1_unbiased", distance(30.0, logp=-40.0), -10.0, -30.0),
     Row("k2_unbiased", distance(LN2, log_ratio=LN2), 0.2402265069591007, -2 * LN2),
     Row("k3_unbiased", distance(LN2, log_ratio=LN2), 1 - LN2, -2 * LN2),
@@ -144,38 +241,65 @@ ROWS = (
     # σ(log 2) = 2/3 stays a constant.
     Row("gated_distillation", distance(LN2), 2 / 3 * LN2, -2 / 3, parameters={"gate_beta": 1.0}),
     # The teacher's log 2 over the old policy's, whatever the current one's.
-    Row("teacher_reinforce", {"logp": -LN2, "old_logp": -3.0, "ref_logp": -3.0 + LN2}, LN2**2, -LN2),
+    Row(
+        "teacher_reinforce", {"logp": -LN2, "old_logp": -3.0, "ref_logp": -3.0 + LN2}, LN2**2, -LN2
+    ),
     Row("entropy_bonus", {"logp": -LN2, "entropy": 1.5}, -1.5, 0.0, dentropy=-1.0),
     # unclipped: -r*A, slope the same.
     Row("unclipped", ratio(LN2, 3.0), -6.0, -6.0),
     Row("unclipped", ratio(-LN2, -1.0), 0.5, 0.5),
     Row("nll", {"logp": -LN2}, LN2, -1.0),
     Row("likelihood_ascent", {"logp": -LN2}, -LN2, 1.0),
-    # comp_sum at p = 1/2: tau 1: log 2; tau 2: 1 - p; tau 0: 1/p - 1; tau 3/2: 2(1 - sqrt(1/2)). The slope is -p^(tau-1).
+    # comp_sum at p = 1/2: tau 1: log 2; tau 2: 1 - p; tau 0: 1/p - 1; tau 3/2: 2(1 -
+    # sqrt(1/2)). The slope is -p^(tau-1).
     Row("comp_sum", {"logp": -LN2}, LN2, -1.0),
     Row("comp_sum", {"logp": -LN2}, 0.5, -0.5, parameters={"tau": 2.0}),
     Row("comp_sum", {"logp": -LN2}, 1.0, -2.0, parameters={"tau": 0.0}),
-    Row("comp_sum", {"logp": -LN2}, 0.5857864376269049, -0.7071067811865476, parameters={"tau": 1.5}),
-    # margin log 3: log(1 + 1*3) = log 4; slope -e^D/(p + (1-p)e^D) = -3/(1/2 + 3/2). At p = 1: 0, -3. Without a margin the cross-entropy.
+    Row(
+        "comp_sum", {"logp": -LN2}, 0.5857864376269049, -0.7071067811865476, parameters={"tau": 1.5}
+    ),
+    # margin log 3: log(1 + 1*3) = log 4; slope -e^D/(p + (1-p)e^D) = -3/(1/2 + 3/2). At
+    # p = 1: 0, -3. Without a margin the cross-entropy.
     Row("margin_nll", {"logp": -LN2}, 2 * LN2, -1.5, parameters={"margin": LN3}),
     Row("margin_nll", {"logp": 0.0}, 0.0, -3.0, parameters={"margin": LN3}),
     Row("margin_nll", {"logp": -LN2}, LN2, -1.0, parameters={"margin": 0.0}),
-    # npo: 2/beta log(1 + e^(beta x)), slope 2 sigmoid(beta x): x = log 2, -log 2, 0 and 2 log 2 at beta 1/2.
+    # npo: 2/beta log(1 + e^(beta x)), slope 2 sigmoid(beta x): x = log 2, -log 2, 0 and
+    # 2 log 2 at beta 1/2.
     Row("npo", ratio(LN2, 0.0), 2 * LN3, 4 / 3, parameters={"beta": 1.0}),
     Row("npo", ratio(-LN2, 0.0), 0.8109302162163288, 2 / 3, parameters={"beta": 1.0}),
     Row("npo", ratio(0.0, 0.0), 20 * LN2, 1.0),
     Row("npo", ratio(2 * LN2, 0.0), 4 * LN3, 4 / 3, parameters={"beta": 0.5}),
     Row("likelihood_ratio", ratio(LN2, 0.0), -2.0, -2.0),
     # (log(2)/2 - 1)^2, slope log(2)/2 - 1.
-    Row("advantage_regression", ratio(LN2, 1.0), (0.5 * LN2 - 1) ** 2, 0.5 * LN2 - 1, parameters={"beta": 0.5}),
-    # 1 - σ(log 2) and σ(log 2), slopes -+2/9. Against z = log 2: 1/2, times 2, of slope 1/4; or times 3.
+    Row(
+        "advantage_regression",
+        ratio(LN2, 1.0),
+        (0.5 * LN2 - 1) ** 2,
+        0.5 * LN2 - 1,
+        parameters={"beta": 0.5},
+    ),
+    # 1 - σ(log 2) and σ(log 2), slopes -+2/9. Against z = log 2: 1/2, times 2, of slope
+    # 1/4; or times 3.
     Row("kto", ratio(LN2, 1.0), 1 / 3, -2 / 9, parameters={"beta": 1.0}),
     Row("kto", ratio(LN2, -1.0), 2 / 3, 2 / 9, parameters={"beta": 1.0}),
-    Row("kto", ratio(LN2, 0.0), 1.0, 0.5, parameters={"beta": 1.0, "kl": LN2, "undesirable_weight": 2.0}),
-    Row("kto", ratio(LN2, 1.0), 1.5, -0.375, parameters={"beta": 0.5, "kl": LN2, "desirable_weight": 3.0}),
+    Row(
+        "kto",
+        ratio(LN2, 0.0),
+        1.0,
+        0.5,
+        parameters={"beta": 1.0, "kl": LN2, "undesirable_weight": 2.0},
+    ),
+    Row(
+        "kto",
+        ratio(LN2, 1.0),
+        1.5,
+        -0.375,
+        parameters={"beta": 0.5, "kl": LN2, "desirable_weight": 3.0},
+    ),
     # log(2)^2/2, slope log 2.
     Row("drift_k2", ratio(LN2, 0.0), 0.2402265069591007, LN2),
-    # k(d) and k - k' at d = log 2: -log 2 and 1 - log 2; log(2)^2/2 and that less log 2; 1 - log 2 and 1 - log 2 - 1. Beyond a bound no slope.
+    # k(d) and k - k' at d = log 2: -log 2 and 1 - log 2; log(2)^2/2 and that less log
+    # 2; 1 - log 2 and 1 - log 2 - 1. Beyond a bound no slope.
     Row("k1_on_policy", distance(LN2), -LN2, 1 - LN2),
     Row("k2_on_policy", distance(LN2), 0.2402265069591007, 0.2402265069591007 - LN2),
     Row("k3_on_policy", distance(LN2), 1 - LN2, -LN2),
@@ -191,7 +315,9 @@ ROWS = (
 
 @dataclass(frozen=True)
 class WeightRow:
-    """A batch of tokens ``[B, T]``, flattened, and the weight of each. ``leaves`` holds numbers for all or lists; ``masked`` tokens are out."""
+    """A batch of tokens ``[B, T]``, flattened, and the weight of each. ``leaves`` holds
+    numbers for all or lists; ``masked`` tokens are out.
+    """
 
     weight: str
     leaves: dict[str, Any]
@@ -202,44 +328,87 @@ class WeightRow:
 
 
 def drift(*log_ratios: float) -> dict[str, list[float]]:
-    """``sampling_logp`` so that ``old_logp - sampling_logp`` is given, with ``old_logp = -LN2``."""
+    """``sampling_logp`` so that ``old_logp - sampling_logp`` is given, with
+    ``old_logp = -LN2``.
+    """
     return {"old_logp": [-LN2] * len(log_ratios), "sampling_logp": [-LN2 - x for x in log_ratios]}
 
 
 WEIGHT_ROWS = (
     # .3*1/2 + .7, .3*1/4 + .7.
     WeightRow("current_advantage_reweighting", {"logp": [-LN2, -2 * LN2]}, [0.85, 0.775]),
-    WeightRow("positive_advantage_reweighting", {**old(0.5, 0.5, 0.5), "adv": [1.0, -1.0, 0.0]}, [0.85, 1.0, 1.0]),
+    WeightRow(
+        "positive_advantage_reweighting",
+        {**old(0.5, 0.5, 0.5), "adv": [1.0, -1.0, 0.0]},
+        [0.85, 1.0, 1.0],
+    ),
     # 10 log 3 * (.5 - .4) = log 3: 2*3/4; at the midpoint 1.
     WeightRow("sigmoid_reweighting", old(0.5, 0.4), [1.5, 1.0], {"steepness": 10 * LN3}),
-    WeightRow("negative_sigmoid_reweighting", {**old(0.5, 0.5), "adv": [-1.0, 1.0]}, [1.5, 1.0], {"steepness": 10 * LN3}),
-    # u = 1 at p = .4. Gain 2*.5 = 1, loss 2*(1*.4) = .8: the negatives times 1.25. The masked token counts in neither sum.
     WeightRow(
-        "balanced_sigmoid_reweighting", {**old(0.5, 0.4, 0.4, 0.9), "adv": [2.0, -1.0, -1.0, 5.0]}, [1.0, 1.25, 1.25, 0.0], masked=(3,)
+        "negative_sigmoid_reweighting",
+        {**old(0.5, 0.5), "adv": [-1.0, 1.0]},
+        [1.5, 1.0],
+        {"steepness": 10 * LN3},
+    ),
+    # u = 1 at p = .4. Gain 2*.5 = 1, loss 2*(1*.4) = .8: the negatives times 1.25. The
+    # masked token counts in neither sum.
+    WeightRow(
+        "balanced_sigmoid_reweighting",
+        {**old(0.5, 0.4, 0.4, 0.9), "adv": [2.0, -1.0, -1.0, 5.0]},
+        [1.0, 1.25, 1.25, 0.0],
+        masked=(3,),
     ),
     WeightRow("balanced_sigmoid_reweighting", {**old(0.5, 0.4), "adv": [2.0, 1.0]}, [1.0, 1.0]),
-    WeightRow("sign_weight", {"adv": [1.0, -1.0, 0.0]}, [2.0, 0.5, 0.5], {"positive": 2.0, "negative": 0.5}),
+    WeightRow(
+        "sign_weight",
+        {"adv": [1.0, -1.0, 0.0]},
+        [2.0, 0.5, 0.5],
+        {"positive": 2.0, "negative": 0.5},
+    ),
     WeightRow("reward_ranked", {"adv": [4.0, -1.0, 0.0]}, [0.25, 0.0, 0.0]),
-    WeightRow("probability_band", old(0.25, 0.5, 0.1), [1.0, 0.0, 0.0], {"lower": 0.25, "upper": 0.5}),
-    WeightRow("probability_interval", old(0.25, 0.5, 0.1), [0.0, 1.0, 0.0], {"lower": 0.25, "upper": 0.5}),
+    WeightRow(
+        "probability_band", old(0.25, 0.5, 0.1), [1.0, 0.0, 0.0], {"lower": 0.25, "upper": 0.5}
+    ),
+    WeightRow(
+        "probability_interval", old(0.25, 0.5, 0.1), [0.0, 1.0, 0.0], {"lower": 0.25, "upper": 0.5}
+    ),
     # The .5 quantile of .1, .2, .4, .8 is .3; the masked .01 counts not.
-    WeightRow("probability_quantile", old(0.1, 0.4, 0.2, 0.8, 0.01), [1.0, 0.0, 1.0, 0.0, 0.0], masked=(4,)),
-    WeightRow("probability_quantile", old(0.1, 0.2, 0.3), [0.25, 0.5, 0.5], {"below": 0.25, "above": 0.5}),
+    WeightRow(
+        "probability_quantile",
+        old(0.1, 0.4, 0.2, 0.8, 0.01),
+        [1.0, 0.0, 1.0, 0.0, 0.0],
+        masked=(4,),
+    ),
+    WeightRow(
+        "probability_quantile", old(0.1, 0.2, 0.3), [0.25, 0.5, 0.5], {"below": 0.25, "above": 0.5}
+    ),
     # Ratios 4 and 1/2, cap 2.
     WeightRow("truncated_importance", drift(2 * LN2, -LN2), [2.0, 0.5]),
     WeightRow("masked_importance", drift(2 * LN2, -LN2), [0.0, 0.5]),
     # Sequence ratios 2*2 = 4 over the cap of 3, and 1/2.
-    WeightRow("sequence_truncated_importance", drift(LN2, LN2, -LN2, 0.0), [3.0, 3.0, 0.5, 0.5], sequences=2),
-    WeightRow("sequence_masked_importance", drift(LN2, LN2, -LN2, 0.0), [0.0, 0.0, 0.5, 0.5], sequences=2),
+    WeightRow(
+        "sequence_truncated_importance",
+        drift(LN2, LN2, -LN2, 0.0),
+        [3.0, 3.0, 0.5, 0.5],
+        sequences=2,
+    ),
+    WeightRow(
+        "sequence_masked_importance", drift(LN2, LN2, -LN2, 0.0), [0.0, 0.0, 0.5, 0.5], sequences=2
+    ),
     # Mean drifts .6, .4, .9 against .5; only negative advantages are masked.
     WeightRow(
         "off_policy_sequence_mask",
-        {"logp": -2.0, "old_logp": [-1.6, -1.2, -1.6, -1.6, -1.1, -1.1], "adv": [-1.0, -1.0, -1.0, -1.0, 1.0, 1.0]},
+        {
+            "logp": -2.0,
+            "old_logp": [-1.6, -1.2, -1.6, -1.6, -1.1, -1.1],
+            "adv": [-1.0, -1.0, -1.0, -1.0, 1.0, 1.0],
+        },
         [0.0, 0.0, 1.0, 1.0, 1.0, 1.0],
         {"threshold": 0.5},
         sequences=3,
     ),
-    # A token without a sampler's log-prob counts as no drift: (0 + .8)/2 = .4 is kept, (.4 + .8)/2 and (0 + 1.6)/2 are not.
+    # A token without a sampler's log-prob counts as no drift: (0 + .8)/2 = .4 is kept,
+    # (.4 + .8)/2 and (0 + 1.6)/2 are not.
     WeightRow(
         "sampler_sequence_mask",
         {"logp": -2.0, "sampling_logp": [math.nan, -1.2, -1.6, -1.2, math.nan, -0.4], "adv": -1.0},
@@ -250,11 +419,16 @@ WEIGHT_ROWS = (
     # W = 2: 2^2 e^(3(1-2)) = 4e^-3 and 2^3 e^(2(1-2)) = 8e^-2; W = 1: 1.
     WeightRow(
         "sequence_gamma",
-        {"logp": -1.0, "old_logp": [-1 - LN2, -1.0, -1 - LN2, -1.0, -1.0, -1.0], "adv": [1.0, 1.0, -1.0, -1.0, 1.0, 1.0]},
+        {
+            "logp": -1.0,
+            "old_logp": [-1 - LN2, -1.0, -1 - LN2, -1.0, -1.0, -1.0],
+            "adv": [1.0, 1.0, -1.0, -1.0, 1.0, 1.0],
+        },
         [0.19914827347145578] * 2 + [1.0826822658929016] * 2 + [1.0, 1.0],
         sequences=3,
     ),
-    # The second token's correction makes it W = 2: e^(3(1 - 2)); 0 counts as 1e-8: e^(3(1 - 1e-8)).
+    # The second token's correction makes it W = 2: e^(3(1 - 2)); 0 counts as 1e-8:
+    # e^(3(1 - 1e-8)).
     WeightRow(
         "sequence_gamma",
         {"logp": -1.0, "old_logp": -1.0, "adv": 1.0},
@@ -265,21 +439,41 @@ WEIGHT_ROWS = (
     WeightRow("precomputed", {}, [0.5, 2.0], {"values": [0.5, 2.0]}),
     WeightRow("entropy", {"entropy": [0.5, 2.0]}, [0.5, 2.0]),
     # The .5 quantile of 1, 2, 3, 4 is 2.5.
-    WeightRow("top_entropy", {"entropy": [1.0, 2.0, 3.0, 4.0]}, [0.0, 0.0, 1.0, 1.0], {"fraction": 0.5}),
+    WeightRow(
+        "top_entropy", {"entropy": [1.0, 2.0, 3.0, 4.0]}, [0.0, 0.0, 1.0, 1.0], {"fraction": 0.5}
+    ),
     # Covariances 1, 0, 1, 4. floor(.5·4) = 2: of equal ones the first.
     WeightRow("top_covariance", COVARYING, [0.0, 0.0, 0.0, 3.0], {"value": 3.0}),
     WeightRow("top_covariance", COVARYING, [3.0, 0.0, 0.0, 3.0], {"value": 3.0, "fraction": 0.5}),
-    # Between 1.5 and 5 there is the last alone; it is drawn, unless its ratio is clipped.
+    # Between 1.5 and 5 there is the last alone; it is drawn, unless its ratio is
+    # clipped.
     WeightRow("clip_cov", COVARYING, [1.0, 1.0, 1.0, 0.0], {"lower": 1.5}),
-    WeightRow("clip_cov", {**COVARYING, "old_logp": [-4.0, -3.0, -4.0, -2.0]}, [1.0, 1.0, 1.0, 1.0], {"lower": 1.5}),
+    WeightRow(
+        "clip_cov",
+        {**COVARYING, "old_logp": [-4.0, -3.0, -4.0, -2.0]},
+        [1.0, 1.0, 1.0, 1.0],
+        {"lower": 1.5},
+    ),
     # Without the last the means are 1/3 and -11/3: covariances 1/9, 4/9, 1/9.
     WeightRow("clip_cov", COVARYING, [1.0, 0.0, 1.0, 0.0], {"lower": 0.2}, masked=(3,)),
-    # The second token agrees against the first: 1 + (1 - 0), 1 + (1 - 1/4), of |a| = log 2, 3 log 2.
-    WeightRow("prefix_discrepancy", {"old_logp": -2.0, "ref_logp": [-2 + LN2, -2 - 3 * LN2]}, [2.0, 1.75]),
-    WeightRow("prefix_discrepancy", {"old_logp": -2.0, "ref_logp": -2.0}, [1.5, 1.5], {"gamma": 0.5}),
-    WeightRow("negative_self_distilled_evidence", {"old_logp": -2.0, "ref_logp": -2 + LN2, "adv": [3.0, -3.0, 0.0]}, [1.0, 0.9, 1.0]),
-    # Of |log r| = .1, .2, .4 that follow A, cut at them (log r)^2 has the means .01, .03, .07: up to .2 under .05, at .4 over it.
-    WeightRow("second_moment_lower", MOVING, [1 - math.exp(-0.2)] * 4, {"budget": 0.05, "least": 0.1}),
+    # The second token agrees against the first: 1 + (1 - 0), 1 + (1 - 1/4), of |a| =
+    # log 2, 3 log 2.
+    WeightRow(
+        "prefix_discrepancy", {"old_logp": -2.0, "ref_logp": [-2 + LN2, -2 - 3 * LN2]}, [2.0, 1.75]
+    ),
+    WeightRow(
+        "prefix_discrepancy", {"old_logp": -2.0, "ref_logp": -2.0}, [1.5, 1.5], {"gamma": 0.5}
+    ),
+    WeightRow(
+        "negative_self_distilled_evidence",
+        {"old_logp": -2.0, "ref_logp": -2 + LN2, "adv": [3.0, -3.0, 0.0]},
+        [1.0, 0.9, 1.0],
+    ),
+    # Of |log r| = .1, .2, .4 that follow A, cut at them (log r)^2 has the means .01,
+    # .03, .07: up to .2 under .05, at .4 over it.
+    WeightRow(
+        "second_moment_lower", MOVING, [1 - math.exp(-0.2)] * 4, {"budget": 0.05, "least": 0.1}
+    ),
     WeightRow("second_moment_upper", MOVING, [math.expm1(0.2)] * 4, {"budget": 0.05, "least": 0.1}),
     WeightRow("second_moment_upper", MOVING, [0.5] * 4, {"budget": 0.05}),
     # Within the budget nothing is bounded.
@@ -287,9 +481,19 @@ WEIGHT_ROWS = (
     WeightRow("second_moment_upper", MOVING, [math.inf] * 4, {"budget": 0.08, "least": 0.1}),
     # e^(.1·n), and 1 - e^(-.1·sqrt(n)); the masked token is none.
     WeightRow(
-        "position_bound", {}, [math.exp(0.1), math.exp(0.2), math.exp(0.1), 0.0], {"base": 0.1, "power": 1.0}, sequences=2, masked=(3,)
+        "position_bound",
+        {},
+        [math.exp(0.1), math.exp(0.2), math.exp(0.1), 0.0],
+        {"base": 0.1, "power": 1.0},
+        sequences=2,
+        masked=(3,),
     ),
-    WeightRow("position_bound", {}, [1 - math.exp(-0.1), 1 - math.exp(-0.1 * math.sqrt(2))], {"base": -0.1, "shift": -1.0, "sign": -1.0}),
+    WeightRow(
+        "position_bound",
+        {},
+        [1 - math.exp(-0.1), 1 - math.exp(-0.1 * math.sqrt(2))],
+        {"base": -0.1, "shift": -1.0, "sign": -1.0},
+    ),
     # p from 1/4 or 3/4 to 1/2.
     WeightRow("probability_drift_mask", DRIFTED, [0.0, 1.0, 1.0, 0.0]),
     WeightRow("probability_drift_mask", DRIFTED, [1.0, 1.0, 1.0, 0.0], {"high": 0.3}),

@@ -1,4 +1,6 @@
-"""Finite differences of the fp64 reference, with what a loss holds constant held constant."""
+"""Finite differences of the fp64 reference, with what a loss holds constant held
+constant.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +18,30 @@ from ..errors import InvalidCall
 
 
 def gradcheck(spec: PolicyLossSpec, batch: dict[str, Any], **options: Any) -> bool:
-    """``torch.autograd.gradcheck`` of the fp64 reference, with what ``stop_gradient`` and detached weights hold recorded on the first call and
+    """``torch.autograd.gradcheck`` of the fp64 reference, with what ``stop_gradient``
+    and detached weights hold recorded on the first call and
     replayed: plain gradcheck differentiates them numerically and fails.
     """
     if batch["logits"].dtype != torch.float64:
-        raise InvalidCall(f"gradcheck: logits are {batch['logits'].dtype}; finite differences need fp64.")
+        raise InvalidCall(
+            f"gradcheck: logits are {batch['logits'].dtype}; finite differences need fp64."
+        )
     tape = _Tape()
     logits = batch["logits"].detach().clone().requires_grad_()
 
     def loss(z: Tensor) -> Tensor:
         with tape.playing():
-            return policy_loss(**{**batch, "logits": z}, spec=spec, backend="reference", plan="two_pass", **options).loss
+            return policy_loss(
+                **{**batch, "logits": z}, spec=spec, backend="reference", plan="two_pass", **options
+            ).loss
 
     return torch.autograd.gradcheck(loss, (logits,), atol=1e-7, rtol=1e-5)
 
 
 class _Tape:
-    """Detached values in call order: recorded once, then replayed, so that they stay constant under finite differences."""
+    """Detached values in call order: recorded once, then replayed, so that they stay
+    constant under finite differences.
+    """
 
     def __init__(self) -> None:
         self.values: list[Tensor] = []
@@ -55,7 +64,10 @@ class _Tape:
 
         @contextlib.contextmanager
         def play() -> Any:
-            with mock.patch.object(Tensor, "detach", detach), mock.patch.object(TorchNamespace, "straight_through", straight_through):
+            with (
+                mock.patch.object(Tensor, "detach", detach),
+                mock.patch.object(TorchNamespace, "straight_through", straight_through),
+            ):
                 yield
             self.recorded = True
 

@@ -37,20 +37,26 @@ STATISTICS = tuple(TokenStats.__dataclass_fields__)
 #: How many ids are picked of a row, and how many the stored teacher lists.
 PICKED, LISTED = 6, 8
 _CHUNK_ROWS = 24
-#: Temperature of a student beside a stored teacher: of one that is sure of the list a bucket of the rest says nothing.
+#: Temperature of a student beside a stored teacher: of one that is sure of the list a
+#: bucket of the rest says nothing.
 _HEAT = 4.0
 _CLIP, _BETA, _COEF = 0.2, 0.04, 0.3
 _KINDS = ("forward_kl", "reverse_kl", "generalized_jsd")
 
 
 def _spec() -> PolicyLossSpec:
-    spec: PolicyLossSpec = grpo(epsilon_low=_CLIP, epsilon_high=_CLIP, beta=_BETA).replace(reduction=TokenMean())
+    spec: PolicyLossSpec = grpo(epsilon_low=_CLIP, epsilon_high=_CLIP, beta=_BETA).replace(
+        reduction=TokenMean()
+    )
     return spec
 
 
 class Judged(NamedTuple):
-    """``ours(batch, backend)`` and ``plain(batch)`` give the same numbers, differentiable by ``batch[by]``. ``size``: what the values' roundings are
-    relative to, times their own size; ``reach(batch)`` ``[*R]``: those of the gradient, for an upstream of 1."""
+    """``ours(batch, backend)`` and ``plain(batch)`` give the same numbers,
+    differentiable by ``batch[by]``. ``size``: what the values' roundings are
+    relative to, times their own size; ``reach(batch)`` ``[*R]``: those of the gradient,
+    for an upstream of 1.
+    """
 
     ours: Callable[[dict[str, Any], str], Tensor]
     plain: Callable[[dict[str, Any]], Tensor]
@@ -63,19 +69,31 @@ class Judged(NamedTuple):
 
 
 @lru_cache(maxsize=3)  # a case in each dtype follows the other
-def make_op_batch(shape: tuple[int, ...], vocab: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Logits, ids, mask, advantages and stored log-probs of :func:`~.testing.make_batch`; other logits; temperatures; ids to pick of a row, with the row's own,
-    one twice and one that is padding; a teacher's likeliest ids and their log-probs; a sampling mask."""
+def make_op_batch(
+    shape: tuple[int, ...], vocab: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """Logits, ids, mask, advantages and stored log-probs of
+    :func:`~.testing.make_batch`; other logits; temperatures; ids to pick of a row, with
+    the row's own,
+    one twice and one that is padding; a teacher's likeliest ids and their log-probs; a
+    sampling mask.
+    """
     batch, g = make_batch(_spec(), shape, vocab, dtype, device), torch.Generator().manual_seed(2)
     batch["other_logits"] = make_divergence(shape, vocab, dtype, device)["other_logits"]
     row = torch.float64 if dtype == torch.float64 else torch.float32
-    batch["temperature"] = (torch.rand(shape, generator=g, dtype=torch.float64, device="cpu") + 0.5).to(device, row)
+    batch["temperature"] = (
+        torch.rand(shape, generator=g, dtype=torch.float64, device="cpu") + 0.5
+    ).to(device, row)
     picked = torch.randint(0, vocab, (*shape, PICKED), generator=g, device="cpu").to(device)
     picked[..., 1], picked[..., 2], picked[..., 3] = batch["completion_ids"], picked[..., 0], -100
     batch["picked"] = picked
     # Of a flat teacher: beside a mass of nearly 1 its bucket would say nothing.
     top = torch.log_softmax(batch["other_logits"].double() / 3, -1).topk(min(LISTED, vocab // 2))
-    return batch | {"teacher_ids": top.indices, "teacher_logps": top.values.to(row), "kept": make_sampling_mask(batch)}
+    return batch | {
+        "teacher_ids": top.indices,
+        "teacher_logps": top.values.to(row),
+        "kept": make_sampling_mask(batch),
+    }
 
 
 def _head(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +140,8 @@ def _distinct(z: Tensor) -> Tensor:
     return torch.where(again, (-50 - again.cumsum(-1)).to(z.dtype), z)
 
 
-#: By PyTorch, from logits. ``topk_ids``: the logits at those ids, since equal ones may come in any order.
+#: By PyTorch, from logits. ``topk_ids``: the logits at those ids, since equal ones may
+#: come in any order.
 _PLAIN: dict[str, Callable[[dict[str, Any]], Tensor]] = {
     "logps": lambda b: _own(_log_p(b), b),
     "entropies": lambda b: -(_log_p(b).exp() * _log_p(b)).sum(-1),
@@ -144,18 +163,26 @@ def _statistic(name: str, hidden: bool) -> Judged:
 
     def ours(batch: dict[str, Any], backend: str) -> Tensor:
         batch = of(batch)
-        rest: dict[str, Any] = {"stats": (name,), "completion_mask": batch["completion_mask"], "backend": backend}
+        rest: dict[str, Any] = {
+            "stats": (name,),
+            "completion_mask": batch["completion_mask"],
+            "backend": backend,
+        }
         if name == "selected_logps":
             rest["selected_ids"] = batch["picked"]
         if name.startswith("topk"):
             rest["top_k"] = _top(batch)
         if hidden:
-            found = linear_token_stats(*_head(batch["logits"]), batch["completion_ids"], chunk_rows=_CHUNK_ROWS, **rest)
+            found = linear_token_stats(
+                *_head(batch["logits"]), batch["completion_ids"], chunk_rows=_CHUNK_ROWS, **rest
+            )
         else:
             found = token_stats(batch["logits"], batch["completion_ids"], **rest)
         value: Tensor = getattr(found, name)
         if name == "topk_ids":
-            value = torch.where(value < 0, 0, batch["logits"].detach().gather(-1, value.clamp(min=0)))
+            value = torch.where(
+                value < 0, 0, batch["logits"].detach().gather(-1, value.clamp(min=0))
+            )
         return value if value.is_floating_point() else value.to(batch["temperature"].dtype)
 
     return Judged(ours, lambda batch: _masked(_PLAIN[name](of(batch)), batch))
@@ -168,7 +195,9 @@ def _masked_statistic(name: str, over: str, hidden: bool) -> Judged:
         rest = {"stats": (name,), "completion_mask": batch["completion_mask"], "backend": backend}
         rest |= {"sampling_mask": batch["kept"], "entropy_over": over}
         if hidden:
-            found = linear_token_stats(*_head(batch["logits"]), batch["completion_ids"], chunk_rows=_CHUNK_ROWS, **rest)
+            found = linear_token_stats(
+                *_head(batch["logits"]), batch["completion_ids"], chunk_rows=_CHUNK_ROWS, **rest
+            )
         else:
             found = token_stats(batch["logits"], batch["completion_ids"], **rest)
         value: Tensor = getattr(found, name)
@@ -186,18 +215,29 @@ def _masked_statistic(name: str, over: str, hidden: bool) -> Judged:
 
 
 def _by_temperature(batch: dict[str, Any]) -> dict[str, Any]:
-    return {**batch, "logits": batch["logits"].to(batch["temperature"].dtype) / batch["temperature"][..., None]}
+    return {
+        **batch,
+        "logits": batch["logits"].to(batch["temperature"].dtype) / batch["temperature"][..., None],
+    }
 
 
 def _temperature(name: str) -> Judged:
     """The gradient by a temperature a row."""
 
     def ours(batch: dict[str, Any], backend: str) -> Tensor:
-        rest = {"completion_mask": batch["completion_mask"], "temperature": batch["temperature"], "backend": backend}
-        value: Tensor = getattr(token_stats(batch["logits"], batch["completion_ids"], stats=(name,), **rest), name)
+        rest = {
+            "completion_mask": batch["completion_mask"],
+            "temperature": batch["temperature"],
+            "backend": backend,
+        }
+        value: Tensor = getattr(
+            token_stats(batch["logits"], batch["completion_ids"], stats=(name,), **rest), name
+        )
         return value
 
-    return Judged(ours, lambda batch: _masked(_PLAIN[name](_by_temperature(batch)), batch), "temperature")
+    return Judged(
+        ours, lambda batch: _masked(_PLAIN[name](_by_temperature(batch)), batch), "temperature"
+    )
 
 
 # ---- divergences
@@ -226,14 +266,18 @@ def _listed(batch: dict[str, Any]) -> Tensor:
 
 
 def _buckets(log_p: Tensor, batch: dict[str, Any]) -> Tensor:
-    """KL(q‖p) over the listed ids and one bucket of all others, from the student's log-probs of those."""
+    """KL(q‖p) over the listed ids and one bucket of all others, from the student's
+    log-probs of those.
+    """
     log_q = batch["teacher_logps"].to(batch["temperature"].dtype)
     tails = (torch.log(-torch.expm1(x.logsumexp(-1, keepdim=True))) for x in (log_q, log_p))
     return _kl(*(torch.cat([x, tail], -1) for x, tail in zip((log_q, log_p), tails, strict=True)))
 
 
 def _reach_of_buckets(batch: dict[str, Any]) -> Tensor:
-    """The derivatives by the listed log-probs, and what four roundings of those make of them: beside a small bucket it is much."""
+    """The derivatives by the listed log-probs, and what four roundings of those make of
+    them: beside a small bucket it is much.
+    """
     exact = _listed(batch).detach()
 
     def slopes(log_p: Tensor) -> Tensor:
@@ -243,23 +287,43 @@ def _reach_of_buckets(batch: dict[str, Any]) -> Tensor:
     known, g = slopes(exact.clone()), torch.Generator().manual_seed(0)
     change = torch.zeros_like(known[..., 0])
     for _ in range(4):
-        signs = (torch.rand(exact.shape, generator=g, dtype=torch.float64, device="cpu") - 0.5).sign().to(exact.device)
+        signs = (
+            (torch.rand(exact.shape, generator=g, dtype=torch.float64, device="cpu") - 0.5)
+            .sign()
+            .to(exact.device)
+        )
         moved = slopes(exact + ERROR_FLOOR * (1 + exact.abs()) * signs)
         change = torch.maximum(change, (moved - known).abs().sum(-1))
     return known.abs().sum(-1) + change / ERROR_FLOOR
 
 
 def _divergence(op: Any, kind: str, hidden: bool) -> Judged:
-    listed, is_loss = kind == TopKLogps.__name__, op in (distillation_loss, linear_distillation_loss)
+    listed, is_loss = (
+        kind == TopKLogps.__name__,
+        op in (distillation_loss, linear_distillation_loss),
+    )
 
     def ours(batch: dict[str, Any], backend: str) -> Tensor:
-        rest: dict[str, Any] = {"completion_mask": batch["completion_mask"], "backend": backend, "kind": "forward_kl" if listed else kind}
+        rest: dict[str, Any] = {
+            "completion_mask": batch["completion_mask"],
+            "backend": backend,
+            "kind": "forward_kl" if listed else kind,
+        }
         rest |= {"temperature": _HEAT} if listed else {}
-        other: Any = TopKLogps(batch["teacher_ids"], batch["teacher_logps"]) if listed else batch["other_logits"]
+        other: Any = (
+            TopKLogps(batch["teacher_ids"], batch["teacher_logps"])
+            if listed
+            else batch["other_logits"]
+        )
         if not hidden:
             found = op(batch["logits"], other, **rest)
         else:
-            found = op(*_head(batch["logits"]), other if listed else HiddenLogits(*_head(other)), chunk_rows=_CHUNK_ROWS, **rest)
+            found = op(
+                *_head(batch["logits"]),
+                other if listed else HiddenLogits(*_head(other)),
+                chunk_rows=_CHUNK_ROWS,
+                **rest,
+            )
         return found if isinstance(found, Tensor) else found.loss
 
     def plain(batch: dict[str, Any]) -> Tensor:
@@ -277,14 +341,21 @@ def _divergence(op: Any, kind: str, hidden: bool) -> Judged:
 
 
 def _stored(batch: dict[str, Any]) -> dict[str, Any]:
-    return {name: batch[name] for name in ("completion_mask", "old_per_token_logps", "ref_per_token_logps")}
+    return {
+        name: batch[name]
+        for name in ("completion_mask", "old_per_token_logps", "ref_per_token_logps")
+    }
 
 
 def _plain_policy(batch: dict[str, Any], coef: float = 0.0) -> Tensor:
-    """The clipped loss with k3 of :func:`_spec` over the tokens that are in, and ``coef`` times KL(p‖q) to the other logits."""
+    """The clipped loss with k3 of :func:`_spec` over the tokens that are in, and
+    ``coef`` times KL(p‖q) to the other logits.
+    """
     logps, adv = _own(_log_p(batch), batch), batch["advantages"]
     ratio, d = torch.exp(logps - batch["old_per_token_logps"]), batch["ref_per_token_logps"] - logps
-    loss = -torch.min(ratio * adv, ratio.clamp(1 - _CLIP, 1 + _CLIP) * adv) + _BETA * (torch.exp(d) - d - 1)
+    loss = -torch.min(ratio * adv, ratio.clamp(1 - _CLIP, 1 + _CLIP) * adv) + _BETA * (
+        torch.exp(d) - d - 1
+    )
     if coef:
         loss = loss + coef * _plain_divergence("reverse_kl", batch)
     mean: Tensor = _masked(loss, batch).sum() / batch["completion_mask"].sum()
@@ -292,18 +363,34 @@ def _plain_policy(batch: dict[str, Any], coef: float = 0.0) -> Tensor:
 
 
 def _policy_reach(batch: dict[str, Any]) -> Tensor:
-    """How large a row's coefficients are, at most: of the clipped ratio and the penalty, and twice of the teacher's divergence."""
+    """How large a row's coefficients are, at most: of the clipped ratio and the
+    penalty, and twice of the teacher's divergence.
+    """
     logps = _own(_log_p(batch), batch).detach()
-    ratio, against = torch.exp(logps - batch["old_per_token_logps"]), torch.exp(batch["ref_per_token_logps"] - logps)
-    reach: Tensor = ((ratio * batch["advantages"]).abs() + _BETA * (1 + against) + 2 * _COEF) / batch["completion_mask"].sum()
+    ratio, against = (
+        torch.exp(logps - batch["old_per_token_logps"]),
+        torch.exp(batch["ref_per_token_logps"] - logps),
+    )
+    reach: Tensor = (
+        (ratio * batch["advantages"]).abs() + _BETA * (1 + against) + 2 * _COEF
+    ) / batch["completion_mask"].sum()
     return reach
 
 
 def _taught(plan: str) -> Judged:
     def ours(batch: dict[str, Any], backend: str) -> Tensor:
         teacher = Teacher(HiddenLogits(*_head(batch["other_logits"])), _COEF)
-        rest = {**_stored(batch), "spec": _spec(), "teacher": teacher, "chunk_rows": _CHUNK_ROWS, "backend": backend, "plan": plan}
-        loss: Tensor = linear_policy_loss(*_head(batch["logits"]), batch["completion_ids"], batch["advantages"], **rest).loss
+        rest = {
+            **_stored(batch),
+            "spec": _spec(),
+            "teacher": teacher,
+            "chunk_rows": _CHUNK_ROWS,
+            "backend": backend,
+            "plan": plan,
+        }
+        loss: Tensor = linear_policy_loss(
+            *_head(batch["logits"]), batch["completion_ids"], batch["advantages"], **rest
+        ).loss
         return loss
 
     return Judged(ours, lambda batch: _plain_policy(batch, _COEF), reach=_policy_reach)
@@ -311,15 +398,24 @@ def _taught(plan: str) -> Judged:
 
 def _by_stored(name: str) -> Judged:
     def ours(batch: dict[str, Any], backend: str) -> Tensor:
-        rest = {**_stored(batch), "spec": _spec(), "differentiable_inputs": True, "backend": backend}
-        loss: Tensor = policy_loss(batch["logits"], batch["completion_ids"], batch["advantages"], **rest).loss
+        rest = {
+            **_stored(batch),
+            "spec": _spec(),
+            "differentiable_inputs": True,
+            "backend": backend,
+        }
+        loss: Tensor = policy_loss(
+            batch["logits"], batch["completion_ids"], batch["advantages"], **rest
+        ).loss
         return loss
 
     return Judged(ours, _plain_policy, name)
 
 
 def _module(kind: Any, batch: dict[str, Any], **settings: Any) -> tuple[Any, Tensor]:
-    """A head of a kind with the weight of these logits, in their graph, and the hidden states."""
+    """A head of a kind with the weight of these logits, in their graph, and the hidden
+    states.
+    """
     hidden, weight = _head(batch["logits"])
     head = kind(weight.size(1), weight.size(0), device="meta", chunk_rows=_CHUNK_ROWS, **settings)
     del head.weight
@@ -340,7 +436,11 @@ def _policy_loss_module(batch: dict[str, Any], backend: str) -> Tensor:
 
 
 def _linear_logps(batch: dict[str, Any], backend: str) -> Tensor:
-    rest = {"completion_mask": batch["completion_mask"], "chunk_rows": _CHUNK_ROWS, "backend": backend}
+    rest = {
+        "completion_mask": batch["completion_mask"],
+        "chunk_rows": _CHUNK_ROWS,
+        "backend": backend,
+    }
     logps: Tensor = linear_token_logps(*_head(batch["logits"]), batch["completion_ids"], **rest)
     return logps
 
@@ -352,7 +452,10 @@ _KEPT = (("logps", "kept"), ("entropies", "kept"), ("entropies", "vocabulary"))
 
 
 def _kept(hidden: bool) -> dict[str, Judged]:
-    return {f"{name}, sampling_mask, entropy_over {over}": _masked_statistic(name, over, hidden) for name, over in _KEPT}
+    return {
+        f"{name}, sampling_mask, entropy_over {over}": _masked_statistic(name, over, hidden)
+        for name, over in _KEPT
+    }
 
 
 #: Op, or module, to what is compared of it.
@@ -365,11 +468,22 @@ OPS: dict[str, dict[str, Judged]] = {
     "linear_token_logps": {"": Judged(_linear_logps, _LOGPS)},
     "linear_token_stats": {**{name: _statistic(name, True) for name in STATISTICS}, **_kept(True)},
     # Its other kinds are a catalogue entry's.
-    "token_divergence": {kind: _divergence(token_divergence, kind, False) for kind in ("generalized_jsd", _TOP)},
-    "distillation_loss": {kind: _divergence(distillation_loss, kind, False) for kind in (*_KINDS, _TOP)},
-    "linear_token_divergence": {kind: _divergence(linear_token_divergence, kind, True) for kind in (*_KINDS, _TOP)},
-    "linear_distillation_loss": {kind: _divergence(linear_distillation_loss, kind, True) for kind in (*_KINDS, _TOP)},
-    "policy_loss": {f"differentiable_inputs, by {name}": _by_stored(name) for name in ("old_per_token_logps", "ref_per_token_logps")},
+    "token_divergence": {
+        kind: _divergence(token_divergence, kind, False) for kind in ("generalized_jsd", _TOP)
+    },
+    "distillation_loss": {
+        kind: _divergence(distillation_loss, kind, False) for kind in (*_KINDS, _TOP)
+    },
+    "linear_token_divergence": {
+        kind: _divergence(linear_token_divergence, kind, True) for kind in (*_KINDS, _TOP)
+    },
+    "linear_distillation_loss": {
+        kind: _divergence(linear_distillation_loss, kind, True) for kind in (*_KINDS, _TOP)
+    },
+    "policy_loss": {
+        f"differentiable_inputs, by {name}": _by_stored(name)
+        for name in ("old_per_token_logps", "ref_per_token_logps")
+    },
     "linear_policy_loss": {f"teacher, {plan}": _taught(plan) for plan in ("one_pass", "two_pass")},
     "FusedLinearLogProbs": {"": Judged(_log_prob_module, _LOGPS)},
     "FusedLinearPolicyLoss": {"": Judged(_policy_loss_module, _plain_policy, reach=_policy_reach)},
@@ -379,38 +493,68 @@ OPS: dict[str, dict[str, Judged]] = {
 # ---- the judgement
 
 
-def compare_op(judged: Judged, batch: dict[str, Any], *, backend: str = "auto", loss_scale: float = 1.0) -> Comparison:
-    """Values, and the gradient of their sum with random weights, against PyTorch's in fp64, by the criterion of :func:`~.testing.compare`."""
-    single = {name: x.float() if isinstance(x, Tensor) and x.dtype.itemsize == 2 else x for name, x in batch.items()}
+def compare_op(
+    judged: Judged, batch: dict[str, Any], *, backend: str = "auto", loss_scale: float = 1.0
+) -> Comparison:
+    """Values, and the gradient of their sum with random weights, against PyTorch's in
+    fp64, by the criterion of :func:`~.testing.compare`.
+    """
+    single = {
+        name: x.float() if isinstance(x, Tensor) and x.dtype.itemsize == 2 else x
+        for name, x in batch.items()
+    }
     single["completion_mask"] = batch["completion_mask"]
     runs = (
-        (lambda b: judged.ours(b, backend), batch), (judged.plain, single), (judged.plain, double_batch(batch)),
-    )  # fmt: skip
-    (value, got), (fp32, rounded), (exact, truth) = (_with_gradient(run, b, judged.by, loss_scale) for run, b in runs)
+        (lambda b: judged.ours(b, backend), batch),
+        (judged.plain, single),
+        (judged.plain, double_batch(batch)),
+    )
+    (value, got), (fp32, rounded), (exact, truth) = (
+        _with_gradient(run, b, judged.by, loss_scale) for run, b in runs
+    )
     of_values = value_error(value, fp32, exact, judged.size * (exact.abs().max() + 1))
     if judged.by != "logits":
         of_gradient = value_error(got, rounded, truth)
-        return Comparison(of_values, 0.0, 0.0, 0.0, of_gradient, 0.0, 0.0, judged.by, "two_pass", backend)
+        return Comparison(
+            of_values, 0.0, 0.0, 0.0, of_gradient, 0.0, 0.0, judged.by, "two_pass", backend
+        )
     is_target = torch.zeros(truth.shape, dtype=torch.bool, device=truth.device)
     is_target.scatter_(-1, batch["completion_ids"][..., None], True)
     up, reach = _upstream(exact, loss_scale).abs(), judged.reach(double_batch(batch))
     floor = ERROR_FLOOR * reach * (up.reshape(*reach.shape, -1).sum(-1) if up.dim() else up)
     parts, worst = gradient_errors(got, rounded, truth, floor[..., None] + 1e-300, is_target)
     return Comparison(
-        of_values, 0.0, 0.0, parts["target"][0], parts["rest"][0], parts["target"][1], parts["rest"][1], worst, "two_pass", backend
+        of_values,
+        0.0,
+        0.0,
+        parts["target"][0],
+        parts["rest"][0],
+        parts["target"][1],
+        parts["rest"][1],
+        worst,
+        "two_pass",
+        backend,
     )
 
 
 def _upstream(value: Tensor, loss_scale: float) -> Tensor:
     """The same numbers in every run."""
     g = torch.Generator().manual_seed(3)
-    drawn = torch.randn(value.shape, generator=g, dtype=torch.float64, device="cpu") if value.dim() else torch.ones((), dtype=torch.float64)
+    drawn = (
+        torch.randn(value.shape, generator=g, dtype=torch.float64, device="cpu")
+        if value.dim()
+        else torch.ones((), dtype=torch.float64)
+    )
     return loss_scale * drawn.to(value.device, value.dtype)
 
 
-def _with_gradient(run: Callable[[dict[str, Any]], Tensor], batch: dict[str, Any], by: str, loss_scale: float) -> tuple[Tensor, Tensor]:
+def _with_gradient(
+    run: Callable[[dict[str, Any]], Tensor], batch: dict[str, Any], by: str, loss_scale: float
+) -> tuple[Tensor, Tensor]:
     leaf = batch[by].detach().clone().requires_grad_()
-    value = run({**{k: x.detach() if isinstance(x, Tensor) else x for k, x in batch.items()}, by: leaf})
+    value = run(
+        {**{k: x.detach() if isinstance(x, Tensor) else x for k, x in batch.items()}, by: leaf}
+    )
     if not value.requires_grad:
         return value, torch.zeros_like(leaf)
     (grad,) = torch.autograd.grad((value * _upstream(value, loss_scale)).sum(), leaf)

@@ -1,4 +1,6 @@
-"""Pair losses and divergences by the accuracy criterion of :mod:`reweight_ops.testing`: batches, and a backend against the fp64 reference."""
+"""Pair losses and divergences by the accuracy criterion of :mod:`reweight_ops.testing`:
+batches, and a backend against the fp64 reference.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,25 @@ from .yardstick import row_statistics
 PER_PAIR = ("reward_margins", "judge_margins", "consistency", "chosen_values", "rejected_values")
 
 
-def pair_inputs(spec: PairSpec, shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random values of what a spec reads beside log-probs of rows ``[S, T]``, by keyword; where it may read either, the one per token."""
+def pair_inputs(
+    spec: PairSpec, shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Random values of what a spec reads beside log-probs of rows ``[S, T]``, by
+    keyword; where it may read either, the one per token.
+    """
     pairs = shape[0] // spec.group_size
-    sizes = {**dict.fromkeys(PER_PAIR, (pairs,)), "noise": (pairs + 1,), "reward_mask": shape, "kl_mask": shape, "kl": shape}
+    sizes = {
+        **dict.fromkeys(PER_PAIR, (pairs,)),
+        "noise": (pairs + 1,),
+        "reward_mask": shape,
+        "kl_mask": shape,
+        "kl": shape,
+    }
     names = [need for need in sizes if need in spec.requires]
-    return {NEEDS[name][-1]: torch.rand(sizes[name], generator=generator, dtype=dtype, device="cpu") for name in names}
+    return {
+        NEEDS[name][-1]: torch.rand(sizes[name], generator=generator, dtype=dtype, device="cpu")
+        for name in names
+    }
 
 
 def make_pairs(
@@ -33,7 +48,9 @@ def make_pairs(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Keyword arguments for ``preference_loss(**batch, spec=spec)`` with the logits, targets and ragged mask of :func:`~.testing.make_batch`."""
+    """Keyword arguments for ``preference_loss(**batch, spec=spec)`` with the logits,
+    targets and ragged mask of :func:`~.testing.make_batch`.
+    """
     shape = (pairs * spec.group_size, length)
     policy = make_batch(grpo(beta=0.1), shape, vocab, dtype, device)
     batch = {name: policy[name] for name in ("logits", "completion_ids", "completion_mask")}
@@ -46,27 +63,46 @@ def make_pairs(
     return batch | {name: value.to(device, row) for name, value in values.items()}
 
 
-def make_divergence(shape: tuple[int, ...], vocab: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Logits, targets and mask of :func:`~.testing.make_batch`, and other logits near those."""
+def make_divergence(
+    shape: tuple[int, ...], vocab: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """Logits, targets and mask of :func:`~.testing.make_batch`, and other logits near
+    those.
+    """
     policy = make_batch(grpo(), shape, vocab, dtype, device)
     batch = {name: policy[name] for name in ("logits", "completion_ids", "completion_mask")}
-    noise = 1.5 * torch.randn((*shape, vocab), generator=torch.Generator().manual_seed(1), dtype=torch.float64, device="cpu")
-    return batch | {"other_logits": (policy["logits"].detach().double().cpu() + noise).to(device, dtype)}
+    noise = 1.5 * torch.randn(
+        (*shape, vocab),
+        generator=torch.Generator().manual_seed(1),
+        dtype=torch.float64,
+        device="cpu",
+    )
+    return batch | {
+        "other_logits": (policy["logits"].detach().double().cpu() + noise).to(device, dtype)
+    }
 
 
-def compare_pairs(spec: PairSpec, batch: dict[str, Any], *, backend: str = "auto", loss_scale: float = 1.0) -> Comparison:
-    """Loss and gradient of a pair loss on a backend against the fp64 reference, as :func:`~.testing.compare` does for a policy loss."""
+def compare_pairs(
+    spec: PairSpec, batch: dict[str, Any], *, backend: str = "auto", loss_scale: float = 1.0
+) -> Comparison:
+    """Loss and gradient of a pair loss on a backend against the fp64 reference, as
+    :func:`~.testing.compare` does for a policy loss.
+    """
 
     def run(batch: dict[str, Any], backend: str) -> tuple[Tensor, Any]:
         logits = batch["logits"].detach().clone().requires_grad_()
-        out = preference_loss(**{**batch, "logits": logits}, spec=spec, backend=backend, loss_scale=loss_scale)
+        out = preference_loss(
+            **{**batch, "logits": logits}, spec=spec, backend=backend, loss_scale=loss_scale
+        )
         return torch.autograd.grad(out.loss, logits)[0], out
 
     got, out = run(batch, backend)
     truth, exact = run(double_batch(batch), "reference")
     rounded, fp32 = _yardstick(spec, {**batch, "logits": batch["logits"].float()}, loss_scale)
     d_logp, size = _derivatives_of(spec, double_batch(batch), loss_scale)
-    grads = gradient_errors(got, rounded, truth, (ERROR_FLOOR * d_logp + 1e-300)[..., None], _targets(batch, truth))
+    grads = gradient_errors(
+        got, rounded, truth, (ERROR_FLOOR * d_logp + 1e-300)[..., None], _targets(batch, truth)
+    )
     values = {
         "loss": value_error(out.loss, fp32.loss, exact.loss, size),
         "logps": value_error(out.per_token_logps, fp32.per_token_logps, exact.per_token_logps),
@@ -74,21 +110,30 @@ def compare_pairs(spec: PairSpec, batch: dict[str, Any], *, backend: str = "auto
     return _comparison(grads, out.backend, **values)
 
 
-def _yardstick(spec: PairSpec, batch: dict[str, Any], loss_scale: float) -> tuple[Tensor, PreferenceLossOutput]:
-    """The gradient and the loss that ``torch.log_softmax`` and autograd give in fp32."""
+def _yardstick(
+    spec: PairSpec, batch: dict[str, Any], loss_scale: float
+) -> tuple[Tensor, PreferenceLossOutput]:
+    """The gradient and the loss that ``torch.log_softmax`` and autograd
+    give in fp32."""
     rest = {name: x for name, x in batch.items() if name != "logits"}
     logits = batch["logits"].detach().clone().requires_grad_()
     rows = row_statistics(logits, rest["completion_ids"])
     rows = {name: torch.where(rest["completion_mask"].bool(), x, 0) for name, x in rows.items()}
-    more: dict[str, Any] = {"log_sum_p_sq": rows["log_sum_p_sq"]} if "log_sum_p_sq" in spec.requires else {}
+    more: dict[str, Any] = (
+        {"log_sum_p_sq": rows["log_sum_p_sq"]} if "log_sum_p_sq" in spec.requires else {}
+    )
     out = preference_loss_from_logps(rows["logp"], **more, **rest, spec=spec, loss_scale=loss_scale)
     return torch.autograd.grad(out.loss, logits)[0], out
 
 
-def compare_divergence(kind: str, batch: dict[str, Any], *, backend: str = "auto", loss_scale: float = 1.0) -> Comparison:
-    """``token_divergence`` of a kind on a backend against the fp64 reference: each token's value, and the gradient of their sum.
+def compare_divergence(
+    kind: str, batch: dict[str, Any], *, backend: str = "auto", loss_scale: float = 1.0
+) -> Comparison:
+    """``token_divergence`` of a kind on a backend against the fp64 reference: each
+    token's value, and the gradient of their sum.
 
-    Its probabilities are of two softmaxes, so the gradient has the four roundings of :func:`~.testing.compare` twice.
+    Its probabilities are of two softmaxes, so the gradient has the four roundings of
+    :func:`~.testing.compare` twice.
     """
 
     def run(batch: dict[str, Any], backend: str) -> tuple[Tensor, Tensor]:
@@ -99,29 +144,46 @@ def compare_divergence(kind: str, batch: dict[str, Any], *, backend: str = "auto
 
     got, value = run(batch, backend)
     truth, exact = run(double_batch(batch), "reference")
-    rounded, fp32 = run({**batch, "logits": batch["logits"].float(), "other_logits": batch["other_logits"].float()}, "reference")
+    rounded, fp32 = run(
+        {**batch, "logits": batch["logits"].float(), "other_logits": batch["other_logits"].float()},
+        "reference",
+    )
     floor = torch.full_like(exact, 2 * ERROR_FLOOR * loss_scale)[..., None]
-    log_p, log_q = (torch.log_softmax(batch[name].detach().double(), -1) for name in ("logits", "other_logits"))
+    log_p, log_q = (
+        torch.log_softmax(batch[name].detach().double(), -1) for name in ("logits", "other_logits")
+    )
     entropies = torch.maximum(*(-(x.exp() * x).sum(-1).max() for x in (log_p, log_q)))
     grads = gradient_errors(got, rounded, truth, floor, _targets(batch, truth))
-    return _comparison(grads, backend, loss=value_error(value, fp32, exact, exact.abs().max() + entropies + 1))
+    return _comparison(
+        grads, backend, loss=value_error(value, fp32, exact, exact.abs().max() + entropies + 1)
+    )
 
 
 def _targets(batch: dict[str, Any], like: Tensor) -> Tensor:
-    return torch.zeros(like.shape, dtype=torch.bool, device=like.device).scatter_(-1, batch["completion_ids"][..., None], True)
+    return torch.zeros(like.shape, dtype=torch.bool, device=like.device).scatter_(
+        -1, batch["completion_ids"][..., None], True
+    )
 
 
-def _comparison(grads: tuple[dict[str, tuple[float, float]], str], backend: str, loss: float, logps: float = 0.0) -> Comparison:
+def _comparison(
+    grads: tuple[dict[str, tuple[float, float]], str], backend: str, loss: float, logps: float = 0.0
+) -> Comparison:
     parts, worst = grads
     target, rest = parts["target"], parts["rest"]
-    return Comparison(loss, logps, 0.0, target[0], rest[0], target[1], rest[1], worst, "two_pass", backend)
+    return Comparison(
+        loss, logps, 0.0, target[0], rest[0], target[1], rest[1], worst, "two_pass", backend
+    )
 
 
-def _derivatives_of(spec: PairSpec, batch: dict[str, Any], loss_scale: float) -> tuple[Tensor, Tensor]:
+def _derivatives_of(
+    spec: PairSpec, batch: dict[str, Any], loss_scale: float
+) -> tuple[Tensor, Tensor]:
     """What the roundings of the gradient (a token) and of the loss are relative to.
 
-    The gradient: ``dL/dlogp``, and what four roundings of all tokens' statistics make of it, since a sum over them decides it. The loss: its terms, its
-    slopes times the log-probs they are read at, and what those roundings make of it, detached weights included.
+    The gradient: ``dL/dlogp``, and what four roundings of all tokens' statistics make
+    of it, since a sum over them decides it. The loss: its terms, its slopes times the
+    log-probs they are read at, and what those roundings make of it, detached weights
+    included.
     """
     rest = {name: x for name, x in batch.items() if name != "logits"}
     keep = rest["completion_mask"].bool()
@@ -136,15 +198,26 @@ def _derivatives_of(spec: PairSpec, batch: dict[str, Any], loss_scale: float) ->
         return torch.autograd.grad(out.loss, leaves["per_token_logps"])[0], out
 
     d_logp, exact = derivatives_of(statistics)
-    g, change, loss_change = torch.Generator().manual_seed(0), torch.zeros_like(d_logp), torch.zeros_like(exact.loss)
+    g, change, loss_change = (
+        torch.Generator().manual_seed(0),
+        torch.zeros_like(d_logp),
+        torch.zeros_like(exact.loss),
+    )
     for _ in range(4):
         signs = {
-            name: torch.rand(x.shape, generator=g, dtype=torch.float64, device="cpu").sub(0.5).sign().to(x.device)
+            name: torch.rand(x.shape, generator=g, dtype=torch.float64, device="cpu")
+            .sub(0.5)
+            .sign()
+            .to(x.device)
             for name, x in statistics.items()
         }
-        moved, out = derivatives_of({name: x + ERROR_FLOOR * (1 + x.abs()) * signs[name] for name, x in statistics.items()})
+        moved, out = derivatives_of(
+            {name: x + ERROR_FLOOR * (1 + x.abs()) * signs[name] for name, x in statistics.items()}
+        )
         change = torch.maximum(change, (moved - d_logp).abs())
         loss_change = torch.maximum(loss_change, (out.loss - exact.loss).detach().abs())
     reach = d_logp.abs() * (1 + statistics["per_token_logps"].abs())
     terms = exact.per_pair_loss.abs().mean() * loss_scale
-    return d_logp.abs() + change / ERROR_FLOOR, terms + torch.where(keep, reach, 0).sum() + loss_change / ERROR_FLOOR
+    return d_logp.abs() + change / ERROR_FLOOR, terms + torch.where(
+        keep, reach, 0
+    ).sum() + loss_change / ERROR_FLOOR

@@ -1,6 +1,8 @@
-"""What PyTorch itself makes of a loss in fp32: ``torch.log_softmax``, differentiated by autograd. The accuracy criterion measures in its errors.
+"""What PyTorch itself makes of a loss in fp32: ``torch.log_softmax``, differentiated by
+autograd. The accuracy criterion measures in its errors.
 
-It shares nothing with a backend, the reference included, but a loss's formula from row statistics on.
+It shares nothing with a backend, the reference included, but a loss's formula from row
+statistics on.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from .._core.engine.output import PolicyLossOutput
 
 
 class Yardstick(NamedTuple):
-    """A loss, its gradient by the logits, and the row statistics ``[*R]`` that it is formed from."""
+    """A loss, its gradient by the logits, and the row statistics ``[*R]`` that it is
+    formed from.
+    """
 
     loss: Tensor
     grad: Tensor
@@ -33,7 +37,9 @@ def row_statistics(
     sampling_mask: Tensor | None = None,
     entropy_over: str = "kept",
 ) -> dict[str, Tensor]:
-    """``logp``, ``entropy`` and ``log_sum_p_sq`` of every row, of the ids' shape, differentiable. ``sampling_mask``: a bool mask."""
+    """``logp``, ``entropy`` and ``log_sum_p_sq`` of every row, of the ids' shape,
+    differentiable. ``sampling_mask``: a bool mask.
+    """
     x = logits[..., :-1, :] if drop_last else logits
     x = x[..., :vocab_size]
     if softcap is not None and softcap < math.inf:
@@ -41,7 +47,9 @@ def row_statistics(
     if isinstance(temperature, Tensor) and temperature.dim():
         temperature = temperature.reshape(*temperature.shape, *[1] * (x.dim() - temperature.dim()))
     x = x / temperature
-    log_p = torch.log_softmax(x if sampling_mask is None else torch.where(sampling_mask, x, -math.inf), -1)
+    log_p = torch.log_softmax(
+        x if sampling_mask is None else torch.where(sampling_mask, x, -math.inf), -1
+    )
     mean = torch.log_softmax(x, -1) if entropy_over == "vocabulary" else log_p
     finite = torch.where(mean.exp() == 0, 0, mean)  # 0 * -inf is 0, and so is 0 * -1e38
     return {
@@ -52,12 +60,18 @@ def row_statistics(
 
 
 def yardstick(out: PolicyLossOutput, logits: Tensor, ids: Tensor, **head: Any) -> Yardstick:
-    """The loss of a call that gave ``out``, from these logits. ``head``: the keywords of :func:`row_statistics`."""
+    """The loss of a call that gave ``out``, from these logits. ``head``: the keywords
+    of :func:`row_statistics`.
+    """
     z = logits.detach().clone().requires_grad_()
     call = out._call
     rows = row_statistics(z, ids, **head)
-    statistics = {name: torch.where(call.rows.keep, value.reshape(-1), 0) for name, value in rows.items()}
+    statistics = {
+        name: torch.where(call.rows.keep, value.reshape(-1), 0) for name, value in rows.items()
+    }
     loss = call.token_losses({name: statistics[name] for name in out._leaves}).weighted_loss.sum()
     (grad,) = torch.autograd.grad(loss, z)
-    logps, entropies = (call.rows.unflatten(statistics[name].detach()) for name in ("logp", "entropy"))
+    logps, entropies = (
+        call.rows.unflatten(statistics[name].detach()) for name in ("logp", "entropy")
+    )
     return Yardstick(loss.detach(), grad, logps, entropies)

@@ -27,7 +27,13 @@ from .entropy import (
     TopEntropy,
     steer,
 )
-from .gates import BinaryKLGate, SequenceBinaryKLGate, SequenceTotalVariationGate, TotalVariationGate, divergence_gate
+from .gates import (
+    BinaryKLGate,
+    SequenceBinaryKLGate,
+    SequenceTotalVariationGate,
+    TotalVariationGate,
+    divergence_gate,
+)
 from .groups import Precomputed, confidence_mask, gtpo, tw_grpo
 from .importance import (
     ForwardKLWeight,

@@ -9,14 +9,15 @@ from .._core.ranges import NonNegativeOrInf, Number, Real, Unit
 
 
 def _covariance(t, batch):
-    """Return ``(A - mean A)·(logp - mean logp)``, with means over this call's tokens."""
+    """Return ``(A - mean A)·(logp - mean logp)``, with means over this
+    call's tokens."""
     return (t.adv - batch.mean(t.adv)) * (t.logp - batch.mean(t.logp))
 
 
 @weight
 class ClipCov(TokenWeight):
-    """0 for ``max(1, floor(fraction·n))`` of the n tokens, drawn among those with a covariance in ``(lower, upper)`` that a clip with these bounds leaves;
-    else 1.
+    """0 for ``max(1, floor(fraction·n))`` of the n tokens, drawn among those with a
+    covariance in ``(lower, upper)`` that a clip with these bounds leaves; else 1.
 
     The draw is a permutation of the call's positions that follows from ``seed`` (a
     number, or a 0-d tensor such as the step). It is the same on every backend.
@@ -31,13 +32,21 @@ class ClipCov(TokenWeight):
 
     def weight(self, xp, t, batch):
         covariance, ratio = _covariance(t, batch), xp.exp(t.log_ratio)
-        clipped = ((ratio < 1 - self.epsilon_low) & (t.adv < 0)) | ((ratio > 1 + self.epsilon_high) & (t.adv > 0))
-        return 1 - batch.draw(self.fraction, (covariance > self.lower) & (covariance < self.upper) & ~clipped, self.seed)
+        clipped = ((ratio < 1 - self.epsilon_low) & (t.adv < 0)) | (
+            (ratio > 1 + self.epsilon_high) & (t.adv > 0)
+        )
+        return 1 - batch.draw(
+            self.fraction,
+            (covariance > self.lower) & (covariance < self.upper) & ~clipped,
+            self.seed,
+        )
 
 
 @weight
 class TopCovariance(TokenWeight):
-    """``value`` for the ``max(1, floor(fraction·n))`` of the n tokens with the largest covariance, else 0."""
+    """``value`` for the ``max(1, floor(fraction·n))`` of the n tokens with the largest
+    covariance, else 0.
+    """
 
     fraction: Unit[Number] = 2e-4
     value: Real[Number] = 1.0

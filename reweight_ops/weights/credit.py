@@ -6,7 +6,15 @@ from __future__ import annotations
 
 from .._core.catalogue.registry import published
 from .._core.formula.base import TokenWeight, weight
-from .._core.ranges import NonNegative, NonNegativeOrInf, Number, Positive, PositiveOrInf, Real, Unit
+from .._core.ranges import (
+    NonNegative,
+    NonNegativeOrInf,
+    Number,
+    Positive,
+    PositiveOrInf,
+    Real,
+    Unit,
+)
 
 
 @published(
@@ -18,14 +26,16 @@ from .._core.ranges import NonNegative, NonNegativeOrInf, Number, Positive, Posi
 )
 @weight
 class FutureInfluence(TokenWeight):
-    """``clip(exp(F_t), weight_min, weight_max)``, ``F_t = Σ_{s>=t} γ^(s-t)·log r_s`` over the sequence, ``γ = 2^(-1/half_life)``.
+    """``clip(exp(F_t), weight_min, weight_max)``, ``F_t = Σ_{s>=t} γ^(s-t)·log r_s``
+    over the sequence, ``γ = 2^(-1/half_life)``.
 
     A token's weight tells how the policy has since moved on the tokens that follow.
     Tokens with ``r > participation_max`` (the bound of a dual clip) are left out of the
     sums. Where ``A < 0`` and ``r > safety_ratio`` the weight is clipped to [0.8, 1].
     The loss is a clip with a token mean.
 
-    Differs from the paper: transcribed from ms-swift's ``loss_type="fipo"`` and its defaults; distances count completion tokens, there also masked ones.
+    Differs from the paper: transcribed from ms-swift's ``loss_type="fipo"`` and its
+    defaults; distances count completion tokens, there also masked ones.
     """
 
     half_life: Positive[Number] = 32.0
@@ -37,14 +47,20 @@ class FutureInfluence(TokenWeight):
     def weight(self, xp, t, batch):
         ratio = xp.exp(t.log_ratio)
         decay = xp.exp(-0.6931471805599453 / self.half_life)  # log 2
-        future = batch.seq_suffix_sum(xp.where(ratio > self.participation_max, 0.0, t.log_ratio), decay)
+        future = batch.seq_suffix_sum(
+            xp.where(ratio > self.participation_max, 0.0, t.log_ratio), decay
+        )
         influence = xp.clip(xp.exp(future), self.weight_min, self.weight_max)
-        return xp.where((t.adv < 0) & (ratio > self.safety_ratio), xp.clip(influence, 0.8, 1.0), influence)
+        return xp.where(
+            (t.adv < 0) & (ratio > self.safety_ratio), xp.clip(influence, 0.8, 1.0), influence
+        )
 
 
 @weight
 class PrefixDiscrepancy(TokenWeight):
-    """``1 + gamma·(1 - Σ_{s<t}|a_s| / Σ_s|a_s|)``, ``a = ref_logp - old_logp``: IW-OPD's weight, smaller where the teacher has disagreed before."""
+    """``1 + gamma·(1 - Σ_{s<t}|a_s| / Σ_s|a_s|)``, ``a = ref_logp - old_logp``:
+    IW-OPD's weight, smaller where the teacher has disagreed before.
+    """
 
     gamma: NonNegative[Number] = 1.0
 
@@ -70,11 +86,13 @@ def _evidence(self, xp, t):
 )
 @weight
 class SelfDistilledEvidence(TokenWeight):
-    """``1 - λ + λ·clip(exp(sign(A)·(log p_T - log p_old)), 1-ε, 1+ε)``: more weight where an informed self agrees with the reward. λ is ``mixing``.
+    """``1 - λ + λ·clip(exp(sign(A)·(log p_T - log p_old)), 1-ε, 1+ε)``: more weight
+    where an informed self agrees with the reward. λ is ``mixing``.
 
     ``ref_per_token_logps`` are those of the teacher, which is the same policy after it
     has seen the answer. The weight is positive, so no advantage changes its sign.
-    Differs from the paper: transcribed from ms-swift's ``advantage_reweight="rlsd"`` and its defaults. Only wrong responses are reweighted by
+    Differs from the paper: transcribed from ms-swift's ``advantage_reweight="rlsd"``
+    and its defaults. Only wrong responses are reweighted by
     :class:`NegativeSelfDistilledEvidence` (its ``rlsd_negative_only``).
     """
 
@@ -99,7 +117,8 @@ class NegativeSelfDistilledEvidence(TokenWeight):
 @published(
     "tr_grpo",
     "Token-Regulated GRPO (TR-GRPO): the token weight",
-    paper="Token-Regulated Group Relative Policy Optimization for Stable Reinforcement Learning in Large Language Models",
+    paper="Token-Regulated Group Relative Policy Optimization for Stable Reinforcement Learning "
+    "in Large Language Models",
     arxiv="2511.00066",
     certainty="secondary",
     level="token",
@@ -110,7 +129,8 @@ class TokenRegulation(TokenWeight):
     """``clip(alpha·(σ(p/tau) - mu), lower, upper)``, where p is the token's current
     probability. Unlikely tokens, whose gradients are large, get less weight.
 
-    Later versions of the paper have another title and call it GRPO-SG (sharpness-guided, by probability shaping). Differs from the paper: the formula is
+    Later versions of the paper have another title and call it GRPO-SG
+    (sharpness-guided, by probability shaping). Differs from the paper: the formula is
     that of ports; its constants were not found in print, so they must be given.
     """
 
@@ -121,7 +141,9 @@ class TokenRegulation(TokenWeight):
     upper: NonNegativeOrInf[Number]
 
     def weight(self, xp, t, batch):
-        return xp.clip(self.alpha * (xp.sigmoid(xp.exp(t.logp) / self.tau) - self.mu), self.lower, self.upper)
+        return xp.clip(
+            self.alpha * (xp.sigmoid(xp.exp(t.logp) / self.tau) - self.mu), self.lower, self.upper
+        )
 
 
 @published(
@@ -135,7 +157,8 @@ class TokenRegulation(TokenWeight):
 )
 @weight
 class SpuriousTokens(TokenWeight):
-    """0 where ``A > 0``, ``p < probability`` and ``H`` is below its ``entropy_quantile`` over the call's tokens, else 1.
+    """0 where ``A > 0``, ``p < probability`` and ``H`` is below its
+    ``entropy_quantile`` over the call's tokens, else 1.
 
     These are unlikely tokens of certain distributions in correct responses. They are
     few, and have the largest gradients. The method renormalizes over the remaining

@@ -33,13 +33,16 @@ _CURRENT = Entropy()
 
 @weight
 class TopEntropy(TokenWeight):
-    """1 for the ``fraction`` of this call's tokens with the highest entropy, else 0 ("80/20", arXiv:2506.01939; TRL's ``top_entropy_quantile``)."""
+    """1 for the ``fraction`` of this call's tokens with the highest entropy, else 0
+    ("80/20", arXiv:2506.01939; TRL's ``top_entropy_quantile``).
+    """
 
     fraction: Unit[Number] = 0.2
 
     def weight(self, xp, t, batch):
         chosen = xp.where(t.entropy >= batch.quantile(t.entropy, 1 - self.fraction), 1.0, 0.0)
-        return xp.where(t.entropy == t.entropy, chosen, t.entropy)  # a NaN is not dropped, so that it shows
+        # a NaN is not dropped, so that it shows
+        return xp.where(t.entropy == t.entropy, chosen, t.entropy)
 
 
 @published(
@@ -52,7 +55,8 @@ class TopEntropy(TokenWeight):
 )
 @weight
 class DualLevelDownSampling(TokenWeight):
-    """1 for the ``fraction`` of this call's tokens with the largest ``|A|·H``, else 0: ``max(1, ceil(fraction·n))`` of n, of equal ones the first.
+    """1 for the ``fraction`` of this call's tokens with the largest ``|A|·H``, else 0:
+    ``max(1, ceil(fraction·n))`` of n, of equal ones the first.
 
     ``completion_mask`` leaves out the samples that the method drops beforehand. Differs
     from the paper: the paper states neither the budgets (so ``fraction`` has no
@@ -69,7 +73,7 @@ class DualLevelDownSampling(TokenWeight):
         return xp.where(size == size, batch.top(size, self.fraction, size == size), size)
 
 
-# --- STEER -------------------------------------------------------------------------------------------------------------------
+# --- STEER ----------------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
 class _Steer(TokenWeight):
     w_min: Positive[Number] = 0.8
@@ -84,9 +88,18 @@ class _Steer(TokenWeight):
         """
         p = xp.clip(xp.exp(t.logp), 1e-8, 1 - 1e-8)
         p_old = xp.maximum(xp.exp(t.old_logp), 1e-8)
-        size = xp.abs(t.adv) / p_old * p * (1 - p) * xp.abs(xp.log(p) + self.entropies) * xp.exp(self.p_power * xp.log(p))
+        size = (
+            xp.abs(t.adv)
+            / p_old
+            * p
+            * (1 - p)
+            * xp.abs(xp.log(p) + self.entropies)
+            * xp.exp(self.p_power * xp.log(p))
+        )
         ratio = xp.exp(t.log_ratio)
-        clipped = ((t.adv > 0) & (ratio > 1 + self.epsilon_high)) | ((t.adv < 0) & (ratio < 1 - self.epsilon_low))
+        clipped = ((t.adv > 0) & (ratio > 1 + self.epsilon_high)) | (
+            (t.adv < 0) & (ratio < 1 - self.epsilon_low)
+        )
         return xp.where(clipped, 0.0, size)
 
 
@@ -135,12 +148,17 @@ def steer(
     epsilon_high: NonNegativeOrInf[Number] = math.inf,
     entropies: Tensor | TokenWeight | None = None,
 ) -> TokenWeight:
-    """Less weight for tokens whose update would change the entropy most, by ``|Ω|`` relative to the call's valid tokens.
+    """Less weight for tokens whose update would change the entropy most, by ``|Ω|``
+    relative to the call's valid tokens.
 
-    ``omega="code"``: ``A/p_old·p·(1-p)·(log p + H)``, as released; ``"exact"``: times one more ``p``, which is the entropy's exact change by a step of the
-    token's own logit. Clip bounds, if given, set ``Ω = 0`` where the update is clipped (a port of the paper does).
-    ``mapping="exponential"``: ``exp(log(w_min)·|Ω|/max(max|Ω|, floor))``, at least ``w_min``; ``floor=0`` is the paper's later form.
-    ``"linear"``: from ``w_max`` at the smallest ``|Ω|`` to ``w_min`` at the largest. The authors run both over dual-clip PPO (0.2, 0.28, c = 10).
+    ``omega="code"``: ``A/p_old·p·(1-p)·(log p + H)``, as released; ``"exact"``: times
+    one more ``p``, which is the entropy's exact change by a step of the token's own
+    logit. Clip bounds, if given, set ``Ω = 0`` where the update is clipped (a port of
+    the paper does). ``mapping="exponential"``:
+    ``exp(log(w_min)·|Ω|/max(max|Ω|, floor))``, at least ``w_min``; ``floor=0`` is the
+    paper's later form. ``"linear"``: from ``w_max`` at the smallest ``|Ω|`` to
+    ``w_min`` at the largest. The authors run both over dual-clip PPO (0.2, 0.28, c =
+    10).
 
     ``entropies`` are the rollout's, one per token, as in the authors' code; the default
     is the current ones. Differs from the paper: the two published Ω differ by the
@@ -149,7 +167,12 @@ def steer(
     powers = {"code": 0.0, "exact": 1.0}
     if omega not in powers:
         raise InvalidCall(f"steer: omega is {omega!r}, expected 'code' or 'exact'.")
-    common: dict[str, Any] = {"w_min": w_min, "p_power": powers[omega], "epsilon_low": epsilon_low, "epsilon_high": epsilon_high}
+    common: dict[str, Any] = {
+        "w_min": w_min,
+        "p_power": powers[omega],
+        "epsilon_low": epsilon_low,
+        "epsilon_high": epsilon_high,
+    }
     common["entropies"] = _CURRENT if entropies is None else entropies
     forbid_unused(
         "steer",
@@ -165,7 +188,7 @@ def steer(
     raise InvalidCall(f"steer: mapping is {mapping!r}, expected 'exponential' or 'linear'.")
 
 
-# --- HAPO --------------------------------------------------------------------------------------------------------------------
+# --- HAPO -----------------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
 class _Hapo(TokenWeight):
     alpha: NonNegative[Number] = 1.0
@@ -191,7 +214,9 @@ class _Hapo(TokenWeight):
 
 @weight
 class HapoLower(_Hapo):
-    """``ε·(1 - α·h)`` where ``h <= 0``, else ``ε``: HAPO's lower clip bound, wider for tokens of low entropy."""
+    """``ε·(1 - α·h)`` where ``h <= 0``, else ``ε``: HAPO's lower clip bound, wider for
+    tokens of low entropy.
+    """
 
     epsilon: NonNegativeOrInf[Number] = 0.2
 
@@ -201,7 +226,9 @@ class HapoLower(_Hapo):
 
 @weight
 class HapoUpper(_Hapo):
-    """``ε·(1 + α·h)`` where ``h > 0``, else ``ε``: HAPO's upper clip bound, wider for tokens of high entropy."""
+    """``ε·(1 + α·h)`` where ``h > 0``, else ``ε``: HAPO's upper clip bound, wider for
+    tokens of high entropy.
+    """
 
     epsilon: NonNegativeOrInf[Number] = 0.28
 
@@ -217,13 +244,17 @@ class HapoUpper(_Hapo):
 )
 @weight
 class HapoRedistribution(_Hapo):
-    """``1 + β·h`` for a token of high entropy (``h > 0``) whose ratio has left the neutral zone, or of low entropy that is still in it; else 1.
+    """``1 + β·h`` for a token of high entropy (``h > 0``) whose ratio has left the
+    neutral zone, or of low entropy that is still in it; else 1.
 
-    ``h`` in [-1, 1]: distance of ``log H`` to its ``pivot`` quantile over the call's valid tokens, divided by the largest such distance on its side.
-    Neutral zone: ``(1 - ε_low/2, 1 + ε_high/2)`` with the adapted bounds :class:`HapoLower`, :class:`HapoUpper`.
+    ``h`` in [-1, 1]: distance of ``log H`` to its ``pivot`` quantile over the call's
+    valid tokens, divided by the largest such distance on its side. Neutral zone:
+    ``(1 - ε_low/2, 1 + ε_high/2)`` with the adapted bounds :class:`HapoLower`,
+    :class:`HapoUpper`.
 
-    Differs from the authors' code, not from the paper: the code divides negative ``h`` by their (negative) minimum, which makes every ``h``
-    non-negative, so that tokens of low entropy are treated as those of high entropy and ``ε_low`` never adapts.
+    Differs from the authors' code, not from the paper: the code divides negative ``h``
+    by their (negative) minimum, which makes every ``h`` non-negative, so that tokens of
+    low entropy are treated as those of high entropy and ``ε_low`` never adapts.
     """
 
     beta: NonNegative[Number] = 1.0

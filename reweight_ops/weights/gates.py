@@ -83,8 +83,11 @@ class SequenceTotalVariationGate(TokenWeight):
     level="sequence",
     example={"threshold": 0.01},
 )
-def divergence_gate(threshold: NonNegative[float], divergence: str = "binary_kl", level: str = "sequence") -> TokenWeight:
-    """1 where the divergence of the sampler to the old policy, of the sampled token alone, is at most ``threshold``, else 0.
+def divergence_gate(
+    threshold: NonNegative[float], divergence: str = "binary_kl", level: str = "sequence"
+) -> TokenWeight:
+    """1 where the divergence of the sampler to the old policy, of the sampled token
+    alone, is at most ``threshold``, else 0.
 
     ``divergence`` is ``"binary_kl"`` or ``"tv"`` (total variation). ``level`` is
     ``"sequence"`` (the mean over its tokens) or ``"token"``. In OpenRLHF
@@ -92,12 +95,15 @@ def divergence_gate(threshold: NonNegative[float], divergence: str = "binary_kl"
     as their weight: use ``TruncatedImportance(ratio_max=inf)`` beside this.
     """
     kinds: dict[tuple[str, str], type] = {
-        ("binary_kl", "token"): BinaryKLGate, ("tv", "token"): TotalVariationGate,
-        ("binary_kl", "sequence"): SequenceBinaryKLGate, ("tv", "sequence"): SequenceTotalVariationGate,
-    }  # fmt: skip
+        ("binary_kl", "token"): BinaryKLGate,
+        ("tv", "token"): TotalVariationGate,
+        ("binary_kl", "sequence"): SequenceBinaryKLGate,
+        ("tv", "sequence"): SequenceTotalVariationGate,
+    }
     if (divergence, level) not in kinds:
         raise InvalidCall(
-            f"divergence_gate: divergence is {divergence!r}, level {level!r}; expected 'binary_kl' or 'tv', and 'sequence' or 'token'."
+            f"divergence_gate: divergence is {divergence!r}, level {level!r}; expected "
+            "'binary_kl' or 'tv', and 'sequence' or 'token'."
         )
     gate: TokenWeight = kinds[divergence, level](threshold=threshold)
     return gate

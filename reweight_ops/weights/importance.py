@@ -1,4 +1,6 @@
-"""Weights from importance ratios: truncated and masked importance sampling, off-policy sequence masks, VESPO's kernel, f-divergence weights."""
+"""Weights from importance ratios: truncated and masked importance sampling, off-policy
+sequence masks, VESPO's kernel, f-divergence weights.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,22 @@ _TIS = "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"
 _MIS = "When Speed Kills Stability: Demystifying RL Collapse from the Training-Inference Mismatch"
 
 
-@published("tis", "Truncated Importance Sampling (TIS)", paper=_TIS, arxiv="unknown", certainty="secondary", level="token")
+@published(
+    "tis",
+    "Truncated Importance Sampling (TIS)",
+    paper=_TIS,
+    arxiv="unknown",
+    certainty="secondary",
+    level="token",
+)
 @weight
 class TruncatedImportance(TokenWeight):
-    """``clip(exp(old_logp - sampling_logp), ratio_min, ratio_max)``: truncated importance sampling against the sampler's own log-probs.
+    """``clip(exp(old_logp - sampling_logp), ratio_min, ratio_max)``: truncated
+    importance sampling against the sampler's own log-probs.
 
-    TIS, Yao et al. 2025 (a blog post); TRL's ``token_truncate``. ``ratio_max`` is 2 in the post's runs.
-    A token with a NaN log-prob of the sampler has ratio 1, here and in the three
-    weights below.
+    TIS, Yao et al. 2025 (a blog post); TRL's ``token_truncate``. ``ratio_max`` is 2 in
+    the post's runs. A token with a NaN log-prob of the sampler has ratio 1, here and in
+    the three weights below.
     """
 
     ratio_min: NonNegative[Number] = 0.0
@@ -46,7 +56,9 @@ class TruncatedImportance(TokenWeight):
 )
 @weight
 class MaskedImportance(TokenWeight):
-    """The same ratio where it lies in ``[ratio_min, ratio_max]``, else 0 (IcePop; TRL's ``token_mask``). The default bounds are TIS's."""
+    """The same ratio where it lies in ``[ratio_min, ratio_max]``, else 0 (IcePop; TRL's
+    ``token_mask``). The default bounds are TIS's.
+    """
 
     ratio_min: NonNegative[Number] = 0.0
     ratio_max: PositiveOrInf[Number] = 2.0
@@ -57,11 +69,18 @@ class MaskedImportance(TokenWeight):
 
 
 @published(
-    "sequence_tis", "Sequence-level truncated importance sampling", paper=_MIS, arxiv="unknown", certainty="secondary", level="sequence"
+    "sequence_tis",
+    "Sequence-level truncated importance sampling",
+    paper=_MIS,
+    arxiv="unknown",
+    certainty="secondary",
+    level="sequence",
 )
 @weight
 class SequenceTruncatedImportance(TokenWeight):
-    """:class:`TruncatedImportance` of the whole sequence's ratio (TRL's ``sequence_truncate``, whose default 3 is). Liu, Li et al. 2025 (a blog post)."""
+    """:class:`TruncatedImportance` of the whole sequence's ratio (TRL's
+    ``sequence_truncate``, whose default 3 is). Liu, Li et al. 2025 (a blog post).
+    """
 
     ratio_min: NonNegative[Number] = 0.0
     ratio_max: PositiveOrInf[Number] = 3.0
@@ -70,10 +89,19 @@ class SequenceTruncatedImportance(TokenWeight):
         return xp.clip(xp.exp(batch.seq_sum(_drift(xp, t))), self.ratio_min, self.ratio_max)
 
 
-@published("mis", "Masked importance sampling of sequences (MIS)", paper=_MIS, arxiv="unknown", certainty="secondary", level="sequence")
+@published(
+    "mis",
+    "Masked importance sampling of sequences (MIS)",
+    paper=_MIS,
+    arxiv="unknown",
+    certainty="secondary",
+    level="sequence",
+)
 @weight
 class SequenceMaskedImportance(TokenWeight):
-    """:class:`MaskedImportance` of the whole sequence's ratio (TRL's ``sequence_mask``, its default). MIS, Liu, Li et al. 2025 (a blog post)."""
+    """:class:`MaskedImportance` of the whole sequence's ratio (TRL's ``sequence_mask``,
+    its default). MIS, Liu, Li et al. 2025 (a blog post).
+    """
 
     ratio_min: NonNegative[Number] = 0.0
     ratio_max: PositiveOrInf[Number] = 3.0
@@ -84,16 +112,24 @@ class SequenceMaskedImportance(TokenWeight):
 
 
 @published(
-    "geometric_mask", "Geometric sequence masking", paper=_MIS, arxiv="unknown", certainty="secondary", level="sequence",
+    "geometric_mask",
+    "Geometric sequence masking",
+    paper=_MIS,
+    arxiv="unknown",
+    certainty="secondary",
+    level="sequence",
     example={"ratio_min": 0.9, "ratio_max": 1.1},
-)  # fmt: skip
+)
 @weight
 class GeometricSequenceMask(TokenWeight):
-    """1 where the geometric mean of a sequence's ratios ``exp(old_logp - sampling_logp)`` lies in ``[ratio_min, ratio_max]``, else 0.
+    """1 where the geometric mean of a sequence's ratios
+    ``exp(old_logp - sampling_logp)`` lies in ``[ratio_min, ratio_max]``, else 0.
 
-    Unlike a product it does not depend on the length. A mask beside a correction: with :class:`TruncatedImportance` it is verl's
-    ``rollout_rs="seq_mean_k1"`` with ``rollout_is="token"``, where verl's bounds are those of the inverse ratio, and a rejected sequence is out of every
-    term and denominator (``scope="all"`` and ``reduction=TokenMean(weight=...)``).
+    Unlike a product it does not depend on the length. A mask beside a correction: with
+    :class:`TruncatedImportance` it is verl's ``rollout_rs="seq_mean_k1"`` with
+    ``rollout_is="token"``, where verl's bounds are those of the inverse ratio, and a
+    rejected sequence is out of every term and denominator (``scope="all"`` and
+    ``reduction=TokenMean(weight=...)``).
     """
 
     ratio_min: NonNegative[Number]
@@ -106,7 +142,8 @@ class GeometricSequenceMask(TokenWeight):
 
 @weight
 class OffPolicySequenceMask(TokenWeight):
-    """0 for every token of a sequence with ``A < 0`` and a mean of ``old_logp - logp`` above ``threshold``, else 1 (TRL's ``off_policy_mask_threshold``).
+    """0 for every token of a sequence with ``A < 0`` and a mean of ``old_logp - logp``
+    above ``threshold``, else 1 (TRL's ``off_policy_mask_threshold``).
 
     DeepSeek-V3.2, arXiv:2512.02556, eq. 9. :class:`SamplerSequenceMask` measures
     against the sampler's own log-probs.
@@ -115,7 +152,9 @@ class OffPolicySequenceMask(TokenWeight):
     threshold: Real[Number]
 
     def weight(self, xp, t, batch):
-        return xp.where((t.adv < 0) & (batch.seq_mean(t.old_logp - t.logp) > self.threshold), 0.0, 1.0)
+        return xp.where(
+            (t.adv < 0) & (batch.seq_mean(t.old_logp - t.logp) > self.threshold), 0.0, 1.0
+        )
 
 
 @weight
@@ -137,7 +176,8 @@ _SMALLEST_LOG_RATIO = -18.420680743952367  # log 1e-8
 
 @weight
 class SequenceGamma(TokenWeight):
-    """``φ(W) = W^k·exp(λ·(1 - W))``, ``W`` the sequence's ratio (a product, not a mean); ``k, λ`` by the sign of A. VESPO, arXiv:2602.10693.
+    """``φ(W) = W^k·exp(λ·(1 - W))``, ``W`` the sequence's ratio (a product, not a
+    mean); ``k, λ`` by the sign of A. VESPO, arXiv:2602.10693.
 
     ``log W`` is clamped to ``[log 1e-8, 20]``, and a token's share to ±20, as in TRL.
     ``correction`` is a factor of W for each token, the old policy's ratio to the
@@ -152,7 +192,9 @@ class SequenceGamma(TokenWeight):
     correction: NonNegative[Number] = 1.0
 
     def weight(self, xp, t, batch):
-        drift = xp.clip(t.logp - t.old_logp, -20.0, 20.0) + xp.clip(xp.log(self.correction), _SMALLEST_LOG_RATIO, 20.0)
+        drift = xp.clip(t.logp - t.old_logp, -20.0, 20.0) + xp.clip(
+            xp.log(self.correction), _SMALLEST_LOG_RATIO, 20.0
+        )
         log_w = xp.clip(batch.seq_sum(drift), _SMALLEST_LOG_RATIO, 20.0)
         k = xp.where(t.adv >= 0, self.k_pos, self.k_neg)
         rate = xp.maximum(xp.where(t.adv >= 0, self.lambda_pos, self.lambda_neg), 1e-4)
@@ -184,13 +226,18 @@ class JensenShannonWeight(TokenWeight):
     level="token",
 )
 def f_distill(divergence: str = "jensen_shannon") -> TokenWeight:
-    """``h(r) = f''(r)·r²``, ``r = p_teacher / p`` with the teacher's log-probs as the reference's: r (forward KL), r/(r+1) (Jensen-Shannon).
+    """``h(r) = f''(r)·r²``, ``r = p_teacher / p`` with the teacher's log-probs as the
+    reference's: r (forward KL), r/(r+1) (Jensen-Shannon).
 
     ``divergence``: ``"forward_kl"`` or ``"jensen_shannon"``.
 
-    Derived: from the paper's weight for diffusion models, read per token of an on-policy distillation whose unweighted form is the reverse KL (h = 1).
+    Derived: from the paper's weight for diffusion models, read per token of an
+    on-policy distillation whose unweighted form is the reverse KL (h = 1).
     """
     kinds = {"forward_kl": ForwardKLWeight, "jensen_shannon": JensenShannonWeight}
     if divergence not in kinds:
-        raise InvalidCall(f"f_distill: divergence is {divergence!r}, expected one of {', '.join(kinds)} (the reverse KL has weight 1).")
+        raise InvalidCall(
+            f"f_distill: divergence is {divergence!r}, expected one of {', '.join(kinds)} (the "
+            "reverse KL has weight 1)."
+        )
     return kinds[divergence]()

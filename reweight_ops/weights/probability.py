@@ -33,7 +33,9 @@ class AdvantageReweighting(TokenWeight):
 
 @weight
 class CurrentAdvantageReweighting(TokenWeight):
-    """``α·p + 1 - α`` with the current probability, detached. AR as the paper writes it, arXiv:2505.12929, section 4.1."""
+    """``α·p + 1 - α`` with the current probability, detached. AR as the paper writes
+    it, arXiv:2505.12929, section 4.1.
+    """
 
     alpha: Unit[Number] = 0.3
 
@@ -43,7 +45,9 @@ class CurrentAdvantageReweighting(TokenWeight):
 
 @weight
 class PositiveAdvantageReweighting(TokenWeight):
-    """:class:`AdvantageReweighting` where ``A > 0``, else 1 (the code's ``both_linear_balance1``)."""
+    """:class:`AdvantageReweighting` where ``A > 0``, else 1 (the code's
+    ``both_linear_balance1``).
+    """
 
     alpha: Unit[Number] = 0.3
 
@@ -57,7 +61,9 @@ def _sigmoid(xp, t, steepness, midpoint):
 
 @weight
 class SigmoidReweighting(TokenWeight):
-    """``2·σ(k·(p_old - τ))`` with ``k = steepness``, ``τ = midpoint`` (the code's ``both_sigmoid``)."""
+    """``2·σ(k·(p_old - τ))`` with ``k = steepness``, ``τ = midpoint`` (the code's
+    ``both_sigmoid``).
+    """
 
     steepness: Positive[Number] = 5.0
     midpoint: Unit[Number] = 0.4
@@ -68,7 +74,9 @@ class SigmoidReweighting(TokenWeight):
 
 @weight
 class NegativeSigmoidReweighting(TokenWeight):
-    """:class:`SigmoidReweighting` where ``A <= 0``, else 1 (the code's ``negative_sigmoid``)."""
+    """:class:`SigmoidReweighting` where ``A <= 0``, else 1 (the code's
+    ``negative_sigmoid``).
+    """
 
     steepness: Positive[Number] = 5.0
     midpoint: Unit[Number] = 0.4
@@ -79,7 +87,8 @@ class NegativeSigmoidReweighting(TokenWeight):
 
 @weight
 class BalancedSigmoidReweighting(TokenWeight):
-    """:class:`NegativeSigmoidReweighting`, and the negatives scaled to the positives' mass: ``ΣA⁺·p / -ΣA⁻·u·p`` over the call's valid tokens.
+    """:class:`NegativeSigmoidReweighting`, and the negatives scaled to the positives'
+    mass: ``ΣA⁺·p / -ΣA⁻·u·p`` over the call's valid tokens.
 
     It is the code's ``negative_sigmoid_balance1``. ``u`` is the sigmoid weight itself.
     Without negatives nothing is scaled. Differs from the authors' code: the sums of
@@ -94,12 +103,16 @@ class BalancedSigmoidReweighting(TokenWeight):
         p = xp.exp(t.old_logp)
         gain = batch.sum(xp.where(t.adv > 0, t.adv * p, 0.0))
         loss = batch.sum(xp.where(t.adv > 0, 0.0, -t.adv * u * p))
-        return xp.where(t.adv > 0, 1.0, u * xp.where(loss > 0, gain / xp.where(loss > 0, loss, 1.0), 1.0))
+        return xp.where(
+            t.adv > 0, 1.0, u * xp.where(loss > 0, gain / xp.where(loss > 0, loss, 1.0), 1.0)
+        )
 
 
 @weight
 class SignWeight(TokenWeight):
-    """``positive`` where ``A > 0``, else ``negative`` (AR's ``neg_adv_weight``; positive-only and negative-only training with 0)."""
+    """``positive`` where ``A > 0``, else ``negative`` (AR's ``neg_adv_weight``;
+    positive-only and negative-only training with 0).
+    """
 
     positive: NonNegative[Number] = 1.0
     negative: NonNegative[Number] = 1.0
@@ -110,7 +123,8 @@ class SignWeight(TokenWeight):
 
 @weight
 class RewardRanked(TokenWeight):
-    """``1/A`` where ``A > 0``, else 0: the surrogate of advantages ``1[A > 0]``, whatever their size.
+    """``1/A`` where ``A > 0``, else 0: the surrogate of advantages ``1[A > 0]``,
+    whatever their size.
 
     It is the ``RAFT`` mode of AR's code (with :class:`AdvantageReweighting`:
     ``RAFT_linear``). It is for surrogates that are linear in a positive A, which
@@ -160,7 +174,9 @@ class ProbabilityQuantile(TokenWeight):
 
 @weight
 class ProbabilityInterval(TokenWeight):
-    """1 where ``lower < p_old <= upper``, else 0; of the surrogate (the ``mask_prob`` modes of AR's code: quarters, or all below a quarter's end)."""
+    """1 where ``lower < p_old <= upper``, else 0; of the surrogate (the ``mask_prob``
+    modes of AR's code: quarters, or all below a quarter's end).
+    """
 
     lower: NonNegative[Number] = 0.0
     upper: NonNegativeOrInf[Number] = 1.0
@@ -180,7 +196,8 @@ def spo_probability_mask(threshold: Unit[float] = 0.9) -> TokenWeight:
     """``1[p_old < threshold]`` for every term: only tokens at which the old policy was
     uncertain are trained.
 
-    The authors leave the others out of the denominator too: ``reduction=TokenMean(weight=spo_probability_mask())``, which takes one pass.
+    The authors leave the others out of the denominator too:
+    ``reduction=TokenMean(weight=spo_probability_mask())``, which takes one pass.
     """
     return ProbabilityBand(upper=threshold)
 

@@ -23,11 +23,13 @@ from .._core.ranges import AtLeastOne, NonNegative, Number, Unit, ranged
 )
 @weight
 class SurprisalReweighting(TokenWeight):
-    """``amplify`` for the most surprising ``fraction`` of the tokens with ``A > 0``, ``damp`` for that of those with ``A < 0``, else 1 (section 4.2).
+    """``amplify`` for the most surprising ``fraction`` of the tokens with ``A > 0``,
+    ``damp`` for that of those with ``A < 0``, else 1 (section 4.2).
 
-    Surprisal is ``-logp`` of the current policy; ``max(1, ceil(fraction·n))`` tokens of n, over the tokens of this call, of equal ones the first.
-    ``damp=1`` is variant O1, the default; ``damp=0.9`` variant C2. ``gate`` (1 on, 0 off, a 0-d tensor of :func:`stare_update`) is the
-    target-entropy gate of section 4.3.
+    Surprisal is ``-logp`` of the current policy; ``max(1, ceil(fraction·n))`` tokens of
+    n, over the tokens of this call, of equal ones the first. ``damp=1`` is variant O1,
+    the default; ``damp=0.9`` variant C2. ``gate`` (1 on, 0 off, a 0-d tensor of
+    :func:`stare_update`) is the target-entropy gate of section 4.3.
     """
 
     fraction: Unit[Number] = 0.1
@@ -51,9 +53,15 @@ class StareState(NamedTuple):
 
 
 @ranged
-def stare_state(amplify: NonNegative[float] = 1.1, damp: NonNegative[float] = 0.9, device: torch.device | str | None = None) -> StareState:
+def stare_state(
+    amplify: NonNegative[float] = 1.1,
+    damp: NonNegative[float] = 0.9,
+    device: torch.device | str | None = None,
+) -> StareState:
     """Return the state before the first step. The gate is open."""
-    return StareState(*(torch.full((), x, dtype=torch.float32, device=device) for x in (amplify, damp, 1.0)))
+    return StareState(
+        *(torch.full((), x, dtype=torch.float32, device=device) for x in (amplify, damp, 1.0))
+    )
 
 
 @ranged
@@ -69,8 +77,10 @@ def stare_update(
     """Update the controller of sections 4.3 and 4.4 with the batch's mean ``entropy``
     (0-d), and return ``(state, weight)`` without a synchronisation.
 
-    The gate is open while the entropy is below ``target_entropy``. ``step`` (α, 0: static weights) moves ``amplify`` up to ``amplify_max`` and ``damp``
-    down to ``damp_min`` below the target, and back above it. An entropy that is not finite leaves the state as it is.
+    The gate is open while the entropy is below ``target_entropy``. ``step`` (α, 0:
+    static weights) moves ``amplify`` up to ``amplify_max`` and ``damp`` down to
+    ``damp_min`` below the target, and back above it. An entropy that is not finite
+    leaves the state as it is.
     """
     entropy = entropy.detach().to(state.gate)
     sign = torch.sign(target_entropy - entropy)
@@ -82,5 +92,7 @@ def stare_update(
     if step == 0:
         moved = moved._replace(amplify=state.amplify, damp=state.damp)
     finite = torch.isfinite(entropy)
-    state = StareState(*(torch.where(finite, new, old) for new, old in zip(moved, state, strict=True)))
+    state = StareState(
+        *(torch.where(finite, new, old) for new, old in zip(moved, state, strict=True))
+    )
     return state, SurprisalReweighting(amplify=state.amplify, damp=state.damp, gate=state.gate)

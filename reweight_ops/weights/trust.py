@@ -25,7 +25,9 @@ def _second_moment_bound(xp, t, batch, budget):
 
 @weight
 class SecondMomentLower(TokenWeight):
-    """``max(1 - exp(-τ), least)``: M2PO's lower clip bound, one for the whole call. See ``methods.m2po``."""
+    """``max(1 - exp(-τ), least)``: M2PO's lower clip bound, one for the whole call. See
+    ``methods.m2po``.
+    """
 
     budget: Positive[Number] = 0.04
     least: NonNegative[Number] = 0.3
@@ -36,7 +38,9 @@ class SecondMomentLower(TokenWeight):
 
 @weight
 class SecondMomentUpper(TokenWeight):
-    """``max(exp(τ) - 1, least)``: M2PO's upper clip bound, one for the whole call. See ``methods.m2po``."""
+    """``max(exp(τ) - 1, least)``: M2PO's upper clip bound, one for the whole call. See
+    ``methods.m2po``.
+    """
 
     budget: Positive[Number] = 0.04
     least: NonNegative[Number] = 0.5
@@ -54,10 +58,12 @@ class SecondMomentUpper(TokenWeight):
 )
 @weight
 class SecondMomentMask(TokenWeight):
-    """0 for the tokens of largest ``(old_logp - sampling_logp)²``, as many as it takes for the mean of the others to be below ``threshold``, else 1.
+    """0 for the tokens of largest ``(old_logp - sampling_logp)²``, as many as it takes
+    for the mean of the others to be below ``threshold``, else 1.
 
-    At least one token is left. ``old_logp`` is the proximal policy's, as in ``methods.decoupled_ppo``; a sampler's log-prob of NaN counts as no drift.
-    Differs from the paper: this is AReaL's form. The authors' code clips instead
+    At least one token is left. ``old_logp`` is the proximal policy's, as in
+    ``methods.decoupled_ppo``; a sampler's log-prob of NaN counts as no drift. Differs
+    from the paper: this is AReaL's form. The authors' code clips instead
     (``methods.m2po``).
     """
 
@@ -66,12 +72,16 @@ class SecondMomentMask(TokenWeight):
     def weight(self, xp, t, batch):
         drift = xp.where(t.sampling_logp == t.sampling_logp, t.old_logp - t.sampling_logp, 0.0)
         square = drift * drift
-        return xp.where((batch.mean_below(square) < self.threshold) | (batch.rank(square) < 1), 1.0, 0.0)
+        return xp.where(
+            (batch.mean_below(square) < self.threshold) | (batch.rank(square) < 1), 1.0, 0.0
+        )
 
 
 @weight
 class PositionBound(TokenWeight):
-    """``exp(base·n^power) + shift`` of the n-th token of a sequence, times ``sign``: CTPO's clip bounds. See ``methods.ctpo``."""
+    """``exp(base·n^power) + shift`` of the n-th token of a sequence, times ``sign``:
+    CTPO's clip bounds. See ``methods.ctpo``.
+    """
 
     base: Real[Number]
     power: Real[Number] = 0.5
@@ -80,24 +90,32 @@ class PositionBound(TokenWeight):
 
     def weight(self, xp, t, batch):
         position = batch.seq_cumsum(1.0)
-        return self.sign * (xp.exp(self.base * xp.exp(self.power * xp.log(xp.maximum(position, 1.0)))) + self.shift)
+        return self.sign * (
+            xp.exp(self.base * xp.exp(self.power * xp.log(xp.maximum(position, 1.0)))) + self.shift
+        )
 
 
 @weight
 class ProbabilityDriftMask(TokenWeight):
-    """0 where ``p - p_old > high`` and ``A > 0``, or ``p - p_old < -low`` and ``A <= 0``, else 1: DPPO's total variation as a mask."""
+    """0 where ``p - p_old > high`` and ``A > 0``, or ``p - p_old < -low`` and
+    ``A <= 0``, else 1: DPPO's total variation as a mask.
+    """
 
     low: NonNegative[Number] = 0.2
     high: NonNegative[Number] = 0.2
 
     def weight(self, xp, t, batch):
         drift = xp.exp(t.logp) - xp.exp(t.old_logp)
-        return xp.where(((t.adv > 0) & (drift > self.high)) | ((t.adv <= 0) & (drift < -self.low)), 0.0, 1.0)
+        return xp.where(
+            ((t.adv > 0) & (drift > self.high)) | ((t.adv <= 0) & (drift < -self.low)), 0.0, 1.0
+        )
 
 
 @weight
 class ProbabilityDistanceMask(TokenWeight):
-    """0 where ``|p - p_old| > threshold``, whatever the advantage, else 1: prime-rl's ``ipo`` mask."""
+    """0 where ``|p - p_old| > threshold``, whatever the advantage, else 1: prime-rl's
+    ``ipo`` mask.
+    """
 
     threshold: NonNegative[Number] = 0.1
 
@@ -126,7 +144,11 @@ class MaxK2Mask(TokenWeight):
     threshold: NonNegative[Number]
 
     def weight(self, xp, t, batch):
-        return xp.where(batch.seq_max(_k2(xp, xp.clip(t.logp - t.old_logp, -20.0, 20.0))) > self.threshold, 0.0, 1.0)
+        return xp.where(
+            batch.seq_max(_k2(xp, xp.clip(t.logp - t.old_logp, -20.0, 20.0))) > self.threshold,
+            0.0,
+            1.0,
+        )
 
 
 @weight
@@ -138,7 +160,11 @@ class MaxK3Mask(TokenWeight):
     threshold: NonNegative[Number]
 
     def weight(self, xp, t, batch):
-        return xp.where(batch.seq_max(_k3(xp, xp.clip(t.logp - t.old_logp, -20.0, 20.0))) > self.threshold, 0.0, 1.0)
+        return xp.where(
+            batch.seq_max(_k3(xp, xp.clip(t.logp - t.old_logp, -20.0, 20.0))) > self.threshold,
+            0.0,
+            1.0,
+        )
 
 
 @weight
@@ -163,10 +189,12 @@ class MaxTotalVariationMask(TokenWeight):
     example={"threshold": 0.1},
 )
 def trm(threshold: NonNegative[float], divergence: str = "k3") -> TokenWeight:
-    """0 for every token of a sequence whose largest token divergence from the old policy is above ``threshold``, else 1.
+    """0 for every token of a sequence whose largest token divergence from the old
+    policy is above ``threshold``, else 1.
 
-    ``divergence`` of a token, from the sampled token alone: ``"k3"`` ``r - log r - 1`` and ``"k2"`` ``(log r)²/2`` (verl's ``seq_max_k3``, ``seq_max_k2``,
-    ``log r`` cut at ±20), or ``"tv"`` ``|p - p_old|``. Pass the sampler's log-probs as the old ones.
+    ``divergence`` of a token, from the sampled token alone: ``"k3"`` ``r - log r - 1``
+    and ``"k2"`` ``(log r)²/2`` (verl's ``seq_max_k3``, ``seq_max_k2``, ``log r`` cut at
+    ±20), or ``"tv"`` ``|p - p_old|``. Pass the sampler's log-probs as the old ones.
 
     Differs from the paper: the paper bounds the divergence of whole distributions if
     they are kept. Its threshold was not found, so it must be given.

@@ -1,5 +1,5 @@
-"""A machine with Triton and a CUDA build of PyTorch, but without a driver or the requested
-GPU: a login node, a CI.
+"""A machine with Triton and a CUDA build of PyTorch, but without a driver or the
+requested GPU: a login node, a CI.
 """
 
 import subprocess
@@ -12,7 +12,11 @@ import reweight_ops as rw
 from reweight_ops._core.backends import triton_launch
 
 META = {"device": "meta"}
-CALL = (torch.empty(2, 3, 8, requires_grad=True, **META), torch.empty(2, 3, dtype=torch.long, **META), 1.0)
+CALL = (
+    torch.empty(2, 3, 8, requires_grad=True, **META),
+    torch.empty(2, 3, dtype=torch.long, **META),
+    1.0,
+)
 
 
 @pytest.fixture
@@ -33,7 +37,12 @@ def test_explain_answers(device, properties):
     found = rw.explain(rw.policy_loss, *CALL, spec="grpo", device=device)
     assert found.backend == "reference" and "sees no GPU" in found.backends["triton"]
     hidden = torch.empty(2, 3, 4, requires_grad=True, **META)
-    assert "sees no GPU" in rw.explain(rw.linear_token_logps, hidden, torch.empty(8, 4, **META), CALL[1], device=device).backends["triton"]
+    assert (
+        "sees no GPU"
+        in rw.explain(
+            rw.linear_token_logps, hidden, torch.empty(8, 4, **META), CALL[1], device=device
+        ).backends["triton"]
+    )
 
 
 def test_a_backend_that_is_asked_for_says_so(properties):
@@ -44,7 +53,10 @@ def test_a_backend_that_is_asked_for_says_so(properties):
 def test_a_gpu_that_the_machine_has_not(properties, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert "sees 1 GPU, and no cuda:3" in rw.explain(rw.policy_loss, *CALL, spec="grpo", device="cuda:3").backends["triton"]
+    assert (
+        "sees 1 GPU, and no cuda:3"
+        in rw.explain(rw.policy_loss, *CALL, spec="grpo", device="cuda:3").backends["triton"]
+    )
 
 
 WITHOUT_TRITON = """

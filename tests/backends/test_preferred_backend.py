@@ -23,11 +23,16 @@ OFF_CHIP = {"cuda": ("cuda streaming in place",), "triton": ("triton in place",)
 def medians():
     """The median time of each provider in every case of the file."""
     for case in json.loads((ROOT / "bench/results/h200-kernels.json").read_text())["cases"]:
-        yield {result["provider"]: statistics.median(result["ms"]) for result in case["results"] if result["ms"]}
+        yield {
+            result["provider"]: statistics.median(result["ms"])
+            for result in case["results"]
+            if result["ms"]
+        }
 
 
 def ratios(providers):
-    """Times of ``cuda`` divided by those of ``triton``, for every case that has both."""
+    """Times of ``cuda`` divided by those of ``triton``, for every case
+    that has both."""
     for times in medians():
         for ours, theirs in zip(providers["cuda"], providers["triton"], strict=True):
             if ours in times and theirs in times:
@@ -44,7 +49,14 @@ def test_the_first_is_the_faster(kind, providers):
 
 
 @pytest.mark.parametrize(
-    "capability, first", [((8, 0), "triton"), ((8, 9), "triton"), ((9, 0), "cuda"), ((10, 0), "cuda"), ((12, 0), "triton")]
+    "capability, first",
+    [
+        ((8, 0), "triton"),
+        ((8, 9), "triton"),
+        ((9, 0), "cuda"),
+        ((10, 0), "cuda"),
+        ((12, 0), "triton"),
+    ],
 )
 def test_a_gpu_is_asked_what_it_is(monkeypatch, capability, first):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -12,7 +12,10 @@ from cuda_emulation import fixtures
 
 import reweight_ops
 
-NUMBERS = {"typing.SupportsInt | typing.SupportsIndex": "int", "typing.SupportsFloat | typing.SupportsIndex": "float"}
+NUMBERS = {
+    "typing.SupportsInt | typing.SupportsIndex": "int",
+    "typing.SupportsFloat | typing.SupportsIndex": "float",
+}
 #: If nvcc did not build it, the emulated kernels have the same bindings except these.
 EMULATED_ALONE = {"set_schedule", "set_device", "set_status", "last_error"}
 NOT_EMULATED = {"sources", "runtime_version", "archs"}
@@ -25,7 +28,11 @@ def stub(name):
     for node in body:
         if isinstance(node, ast.ImportFrom) and node.level:
             names = {alias.name for alias in node.names}
-            found |= {member: what for member, what in stub(node.module).items() if member.split(".")[0] in names}
+            found |= {
+                member: what
+                for member, what in stub(node.module).items()
+                if member.split(".")[0] in names
+            }
     return found
 
 
@@ -68,20 +75,26 @@ def written(annotation, sizes=None):
     for long, short in NUMBERS.items():
         text = text.replace(long, short)
     text = re.sub(
-        r"typing\.Annotated\[Sequence\[(\w+)\], 'FixedSize\((\d+)\)'\]", lambda m: f"tuple[{', '.join([m[1]] * int(m[2]))}]", text
+        r"typing\.Annotated\[Sequence\[(\w+)\], 'FixedSize\((\d+)\)'\]",
+        lambda m: f"tuple[{', '.join([m[1]] * int(m[2]))}]",
+        text,
     )
     return {"dict": "dict[str, Any]"}.get(text, text)
 
 
 def parameters(node):
     plain = [a for a in node.args.args if a.arg != "self"]
-    defaults = [None] * (len(plain) - len(node.args.defaults)) + [ast.unparse(d) for d in node.args.defaults]
+    defaults = [None] * (len(plain) - len(node.args.defaults)) + [
+        ast.unparse(d) for d in node.args.defaults
+    ]
     return [(a.arg, written(a.annotation), d) for a, d in zip(plain, defaults, strict=True)]
 
 
 def agrees(ours, theirs):
     """``Sequence[int]`` in the stub stands for a tuple of any size."""
-    return ours == theirs or (ours == "Sequence[int]" and re.fullmatch(r"tuple\[int(, int)*\]", theirs) is not None)
+    return ours == theirs or (
+        ours == "Sequence[int]" and re.fullmatch(r"tuple\[int(, int)*\]", theirs) is not None
+    )
 
 
 def disagreements(ours, theirs):
@@ -90,17 +103,25 @@ def disagreements(ours, theirs):
     for name in ours.keys() & theirs.keys():
         mine, other = ours[name], theirs[name]
         if not isinstance(other, ast.FunctionDef):
-            if not isinstance(other, {"str": str, "int": int, "list[str]": list}[ast.unparse(mine)]):
-                found.append(f"{name}: {ast.unparse(mine)}, and {type(other).__name__} in the extension")
+            if not isinstance(
+                other, {"str": str, "int": int, "list[str]": list}[ast.unparse(mine)]
+            ):
+                found.append(
+                    f"{name}: {ast.unparse(mine)}, and {type(other).__name__} in the extension"
+                )
             continue
         if written(mine.returns) != written(other.returns):
-            found.append(f"{name} returns {written(mine.returns)}, and {written(other.returns)} in the extension")
+            found.append(
+                f"{name} returns {written(mine.returns)}, and {written(other.returns)} in the extension"
+            )
         mine, other = parameters(mine), parameters(other)
         if [(p, default) for p, _, default in mine] != [(p, default) for p, _, default in other]:
             found.append(f"{name}: parameters {mine}, and {other} in the extension")
         else:
             found += [
-                f"{name}, {p}: {a}, and {b} in the extension" for (p, a, _), (_, b, _) in zip(mine, other, strict=True) if not agrees(a, b)
+                f"{name}, {p}: {a}, and {b} in the extension"
+                for (p, a, _), (_, b, _) in zip(mine, other, strict=True)
+                if not agrees(a, b)
             ]
     return found
 

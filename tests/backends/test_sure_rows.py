@@ -47,9 +47,13 @@ def capped(logits, cap):
 
 
 def assert_kept(got, truth, what, rounding=0.0):
-    """Assert the tolerance; ``rounding`` is half the smallest step of the result's dtype."""
+    """Assert the tolerance; ``rounding`` is half the smallest step of the result's
+    dtype.
+    """
     error = (got.double() - truth).abs()
-    assert (error <= TOLERANCE * truth.abs() + rounding).all(), f"{what}: {worst(got, truth):.3g} relative"
+    assert (error <= TOLERANCE * truth.abs() + rounding).all(), (
+        f"{what}: {worst(got, truth):.3g} relative"
+    )
 
 
 def half_step(dtype):
@@ -65,20 +69,31 @@ def test_primitives_keep_log_prob_and_gradient(primitives, dtype, vocab, cap):
     rows = sure_rows(vocab, dtype)
     z, ids, softmax, n = rows.logits, rows.ids, SoftmaxParams(vocab, cap), len(rows.ids)
     logp, one_minus_p = exact(capped(z, cap), ids)
-    slope = 1 - (capped(z, cap) / cap).square().gather(1, ids[:, None])[:, 0] if cap < math.inf else 1.0
+    slope = (
+        1 - (capped(z, cap) / cap).square().gather(1, ids[:, None])[:, 0] if cap < math.inf else 1.0
+    )
     stats = contract.stats_of(primitives, z, ids, softmax=softmax)
     for name in ("logp", "max_logp"):
         assert_kept(stats[name], logp, name)
     grad = contract.grad_of(primitives, z, ids, stats, {"logp": torch.ones(n)}, softmax)
-    assert_kept(grad.gather(1, ids[:, None])[:, 0], one_minus_p * slope, "gradient", half_step(dtype))
+    assert_kept(
+        grad.gather(1, ids[:, None])[:, 0], one_minus_p * slope, "gradient", half_step(dtype)
+    )
     out, grad = contract.loss_grad(primitives, z, ids, program=REINFORCE, softmax=softmax)
     assert torch.equal(out[0], stats["logp"])
-    assert_kept(grad.gather(1, ids[:, None])[:, 0], out[4].double() * one_minus_p * slope, "gradient in one pass", half_step(dtype))
+    assert_kept(
+        grad.gather(1, ids[:, None])[:, 0],
+        out[4].double() * one_minus_p * slope,
+        "gradient in one pass",
+        half_step(dtype),
+    )
 
 
 def test_narrow_rows(primitives):
     """Rows of one column, and of two in either order."""
-    stats = contract.stats_of(primitives, torch.tensor([[7.0], [-1e30]]), torch.zeros(2, dtype=torch.int64))
+    stats = contract.stats_of(
+        primitives, torch.tensor([[7.0], [-1e30]]), torch.zeros(2, dtype=torch.int64)
+    )
     assert all((value == 0).all() for name, value in stats.items() if name != "lse")
     for target in (0, 1):
         z = torch.zeros(len(MARGINS), 2)
@@ -101,7 +116,9 @@ def test_entropy_and_sum_of_squares(primitives):
     stats = contract.stats_of(primitives, rows.logits, rows.ids)
     assert_kept(stats["entropy"], -(log_p.exp() * log_p).sum(1), "entropy")
     squares = (2 * below).exp().scatter(1, rows.ids[:, None], 0.0).sum(1)
-    assert_kept(stats["log_sum_p_sq"], torch.log1p(squares) - 2 * torch.log1p(rest[:, 0]), "log_sum_p_sq")
+    assert_kept(
+        stats["log_sum_p_sq"], torch.log1p(squares) - 2 * torch.log1p(rest[:, 0]), "log_sum_p_sq"
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -115,7 +132,9 @@ def test_public_ops(backend, dtype):  # docs/semantics.md: S27
     assert ((found.log1m_p[0].double() - rows.one_minus_p.log()).abs() <= 1.01 * TOLERANCE).all()
     x = z.clone().requires_grad_()
     (grad,) = torch.autograd.grad(rw.token_logps(x, ids, backend=backend).sum(), x)
-    assert_kept(grad[0].gather(1, rows.ids[:, None])[:, 0], rows.one_minus_p, "gradient of log-probs")
+    assert_kept(
+        grad[0].gather(1, rows.ids[:, None])[:, 0], rows.one_minus_p, "gradient of log-probs"
+    )
     for plan in ("one_pass", "two_pass"):
         loss = rw.policy_loss(x, ids, 1.0, spec="reinforce", backend=backend, plan=plan).loss
         (grad,) = torch.autograd.grad(loss, x)
@@ -126,18 +145,21 @@ def test_public_ops(backend, dtype):  # docs/semantics.md: S27
 @pytest.mark.parametrize("vocab", [3, 257, 5003])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_divergences(backend, vocab):
-    """The entropies of both, and both directions of KL, where all tokens but the likeliest
-    are one nat likelier in q.
+    """The entropies of both, and both directions of KL, where all tokens but the
+    likeliest are one nat likelier in q.
     """
     rows = sure_rows(vocab)
     z = rows.logits
     y = (z + 1).scatter(1, rows.ids[:, None], 0.0)
-    y = torch.where(y > z.amax(1, keepdim=True), z, y)  # except where that makes another token likelier
+    # except where that makes another token likelier
+    y = torch.where(y > z.amax(1, keepdim=True), z, y)
 
     def log_probs(t):
         x = t.double()
         below = x - x.gather(1, rows.ids[:, None])
-        return below - torch.log1p(below.exp().scatter(1, rows.ids[:, None], 0.0).sum(1, keepdim=True))
+        return below - torch.log1p(
+            below.exp().scatter(1, rows.ids[:, None], 0.0).sum(1, keepdim=True)
+        )
 
     p, q = log_probs(z), log_probs(y)
     softmax = SoftmaxParams(vocab)
@@ -146,7 +168,10 @@ def test_divergences(backend, vocab):
     assert_kept(table["entropy"], -(p.exp() * p).sum(1), "entropy")
     assert_kept(table["other_entropy"], -(q.exp() * q).sum(1), "other entropy")
     sure = rows.one_minus_p < 1e-5  # elsewhere some rows are equal but for roundings
-    for name, truth in (("forward_kl", (q.exp() * (q - p)).sum(1)), ("reverse_kl", (p.exp() * (p - q)).sum(1))):
+    for name, truth in (
+        ("forward_kl", (q.exp() * (q - p)).sum(1)),
+        ("reverse_kl", (p.exp() * (p - q)).sum(1)),
+    ):
         assert (truth[sure] > 0).all()
         assert_kept(table[name][sure], truth[sure], name)
 
@@ -168,7 +193,12 @@ def test_equal_logits_of_any_size(primitives, dtype, offset, temperature):
     grad = contract.grad_of(primitives, z, ids, stats, {"logp": torch.ones(2)}, temperature=t)
     torch.testing.assert_close(grad, want, rtol=1e-6, atol=0)
     out, grad = contract.loss_grad(primitives, z, ids, program=REINFORCE, temperature=t)
-    torch.testing.assert_close(grad.float(), out[4, :, None] * want.float(), rtol=2**-7 if dtype == "bf16" else 1e-6, atol=0)
+    torch.testing.assert_close(
+        grad.float(),
+        out[4, :, None] * want.float(),
+        rtol=2**-7 if dtype == "bf16" else 1e-6,
+        atol=0,
+    )
 
 
 @pytest.mark.parametrize("offset", [1e4, 1e10, -1e30])
@@ -185,7 +215,9 @@ def test_divergences_of_any_offset(backend, offset):
             (grad,) = torch.autograd.grad(d.sum(), x)
             assert grad.abs().max() < 1e-6  # log p - log q = KL wherever p has mass
     x = q.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(rw.token_divergence(x[None], p[None], kind="forward_kl", backend=backend).sum(), x)
+    (grad,) = torch.autograd.grad(
+        rw.token_divergence(x[None], p[None], kind="forward_kl", backend=backend).sum(), x
+    )
     torch.testing.assert_close(grad, torch.tensor([[-2 / 9] * 3 + [1 / 9] * 6]), rtol=1e-6, atol=0)
 
 
@@ -203,4 +235,6 @@ def test_a_column_that_is_masked_by_the_lowest_number(backend, dtype):
     (grad,) = torch.autograd.grad(d.sum(), x)
     want = torch.full((16,), -1 / 16 * -lowest / 16, dtype=torch.float64)
     want[5] = 1 / 16 * -lowest * (1 - 1 / 16)
-    torch.testing.assert_close(grad.double().view(16), want, rtol=2.0**-8 if dtype == torch.bfloat16 else 1e-6, atol=0)
+    torch.testing.assert_close(
+        grad.double().view(16), want, rtol=2.0**-8 if dtype == torch.bfloat16 else 1e-6, atol=0
+    )

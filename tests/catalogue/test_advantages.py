@@ -18,7 +18,12 @@ NAN = math.nan
 
 def close(got, expected, **tolerance):
     expected = torch.as_tensor(expected, dtype=got.dtype)
-    torch.testing.assert_close(got, expected, **({"rtol": 1e-10, "atol": 1e-10} if got.dtype == torch.float64 else {}), **tolerance)
+    torch.testing.assert_close(
+        got,
+        expected,
+        **({"rtol": 1e-10, "atol": 1e-10} if got.dtype == torch.float64 else {}),
+        **tolerance,
+    )
 
 
 def f64(*values):
@@ -27,13 +32,22 @@ def f64(*values):
 
 @pytest.fixture
 def ragged():
-    """Groups of 4, 1, 6, 2 and 3 in mixed order, with ties, equal rewards and an all-wrong group."""
+    """Groups of 4, 1, 6, 2 and 3 in mixed order, with ties, equal rewards and an
+    all-wrong group.
+    """
     g = torch.Generator().manual_seed(11)
     sizes = [4, 1, 6, 2, 3]
-    ids = torch.cat([torch.full((n,), k) for k, n in enumerate(sizes)])[torch.randperm(sum(sizes), generator=g)]
+    ids = torch.cat([torch.full((n,), k) for k, n in enumerate(sizes)])[
+        torch.randperm(sum(sizes), generator=g)
+    ]
     rewards = torch.randint(0, 4, (len(ids),), generator=g).double() / 2
     rewards[ids == 3] = 0.1
-    return {"rewards": rewards, "ids": ids, "groups": {"group_ids": ids, "num_groups": len(sizes)}, "generator": g}
+    return {
+        "rewards": rewards,
+        "ids": ids,
+        "groups": {"group_ids": ids, "num_groups": len(sizes)},
+        "generator": g,
+    }
 
 
 def by_group(ids, function, *columns):
@@ -41,11 +55,13 @@ def by_group(ids, function, *columns):
     out = torch.zeros(len(ids), dtype=torch.float64)
     for k in ids.unique():
         rows = (ids == k).nonzero().flatten()
-        out[rows] = torch.tensor(function(*([c[i] for i in rows.tolist()] for c in columns)), dtype=torch.float64)
+        out[rows] = torch.tensor(
+            function(*([c[i] for i in rows.tolist()] for c in columns)), dtype=torch.float64
+        )
     return out
 
 
-# --- TRL and verl -----------------------------------------------------------------------------------------------------------------
+# --- TRL and verl ---------------------------------------------------------------------
 @pytest.fixture
 def tokens():
     """Ragged masks with a hole (a tool's answer), token rewards and values."""
@@ -57,8 +73,17 @@ def tokens():
     draw = lambda: torch.randn(B, T, generator=g, dtype=torch.float64)  # noqa: E731
     outcome = torch.randint(0, 3, (B,), generator=g).double()
     last = torch.tensor([8, 3, 6, 1, 8, 4])
-    token_rewards = torch.zeros(B, T, dtype=torch.float64).scatter(1, last[:, None], outcome[:, None])
-    return {"mask": mask, "rewards": draw() * mask, "values": draw() * mask, "outcome": outcome, "at_end": token_rewards, "draw": draw}
+    token_rewards = torch.zeros(B, T, dtype=torch.float64).scatter(
+        1, last[:, None], outcome[:, None]
+    )
+    return {
+        "mask": mask,
+        "rewards": draw() * mask,
+        "values": draw() * mask,
+        "outcome": outcome,
+        "at_end": token_rewards,
+        "draw": draw,
+    }
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
@@ -66,16 +91,24 @@ def test_grpo_is_trls(scale):
     g = torch.Generator().manual_seed(0)
     per_func = torch.randint(0, 3, (24, 2), generator=g).double()
     per_func[4:8] = 0.3  # equal rewards
-    per_func[1, 0], per_func[9], per_func[12:15] = NAN, NAN, NAN  # one function, a row, all but one of a group
+    # one function, a row, all but one of a group
+    per_func[1, 0], per_func[9], per_func[12:15] = NAN, NAN, NAN
     weights = f64(1.0, 0.5)
     expected = trl_advantages.grpo(per_func, weights, 4, scale)
-    close(adv.grpo(rw.rewards.weighted_sum(per_func, weights), scale_rewards=scale, group_size=4), expected)
+    close(
+        adv.grpo(rw.rewards.weighted_sum(per_func, weights), scale_rewards=scale, group_size=4),
+        expected,
+    )
     assert expected[9] == 0 and expected[12:16].abs().sum() == 0 and expected.abs().sum() > 5
 
 
 def test_grpo_of_single_completions_is_trls_or_verls():
     rewards = f64(1.0, 0.5, -2.0)
-    assert adv.grpo(rewards, group_size=1).tolist() == [0, 0, 0] == trl_advantages.grpo(rewards[:, None], f64(1.0), 1).tolist()
+    assert (
+        adv.grpo(rewards, group_size=1).tolist()
+        == [0, 0, 0]
+        == trl_advantages.grpo(rewards[:, None], f64(1.0), 1).tolist()
+    )
     close(adv.grpo(rewards, group_size=1, singleton="reward", epsilon=0), rewards)
 
 
@@ -94,22 +127,36 @@ def test_rloo_is_trls(normalize, G):
     rewards = torch.randn(16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     if G > 2:
         rewards[5], rewards[8:11] = NAN, NAN
-    close(adv.rloo(rewards, normalize_advantages=normalize, group_size=G), trl_advantages.rloo(rewards, G, normalize))
+    close(
+        adv.rloo(rewards, normalize_advantages=normalize, group_size=G),
+        trl_advantages.rloo(rewards, G, normalize),
+    )
 
 
 def test_group_estimators_are_verls(ragged):
     rewards, ids, groups = ragged["rewards"], ragged["ids"], ragged["groups"]
-    mask = (torch.arange(5) < torch.randint(1, 6, (len(ids), 1), generator=ragged["generator"])).double()
+    mask = (
+        torch.arange(5) < torch.randint(1, 6, (len(ids), 1), generator=ragged["generator"])
+    ).double()
     token_rewards = torch.zeros_like(mask)
     token_rewards[:, 0] = rewards
     index = [f"prompt {i}" for i in ids.tolist()]
-    close(adv.grpo(rewards, epsilon=1e-6, singleton="reward", **groups)[:, None] * mask, verl_advantages.grpo(token_rewards, mask, index))
+    close(
+        adv.grpo(rewards, epsilon=1e-6, singleton="reward", **groups)[:, None] * mask,
+        verl_advantages.grpo(token_rewards, mask, index),
+    )
     close(
         adv.dr_grpo(rewards, singleton="reward", **groups)[:, None] * mask,
         verl_advantages.grpo(token_rewards, mask, index, norm_adv_by_std_in_grpo=False),
     )
-    close(adv.rloo(rewards, singleton="reward", **groups)[:, None] * mask, verl_advantages.rloo(token_rewards, mask, index))
-    close(adv.opo(rewards, mask.sum(-1), singleton="reward", **groups)[:, None] * mask, verl_advantages.opo(token_rewards, mask, index))
+    close(
+        adv.rloo(rewards, singleton="reward", **groups)[:, None] * mask,
+        verl_advantages.rloo(token_rewards, mask, index),
+    )
+    close(
+        adv.opo(rewards, mask.sum(-1), singleton="reward", **groups)[:, None] * mask,
+        verl_advantages.opo(token_rewards, mask, index),
+    )
     close(
         adv.reinforce_plus_plus_baseline(rewards, mask, singleton="reward", **groups),
         verl_advantages.reinforce_plus_plus_baseline(token_rewards, mask, index),
@@ -118,16 +165,33 @@ def test_group_estimators_are_verls(ragged):
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.97, 0.0)])
 def test_gae_is_verls(tokens, gamma, lam):
-    expected, returns = verl_advantages.gae(tokens["rewards"], tokens["values"], tokens["mask"], gamma, lam)
+    expected, returns = verl_advantages.gae(
+        tokens["rewards"], tokens["values"], tokens["mask"], gamma, lam
+    )
     got = adv.gae(tokens["rewards"], tokens["values"], tokens["mask"], gamma=gamma, lam=lam)
     close(got.advantages, expected * tokens["mask"])
     close(got.returns, returns * tokens["mask"])
-    bare = adv.gae(tokens["rewards"], tokens["values"], tokens["mask"], gamma=gamma, lam=lam, whitened=False)
-    close(bare.advantages, verl_advantages.gae(tokens["rewards"], tokens["values"], tokens["mask"], gamma, lam, False)[0] * tokens["mask"])
+    bare = adv.gae(
+        tokens["rewards"], tokens["values"], tokens["mask"], gamma=gamma, lam=lam, whitened=False
+    )
+    close(
+        bare.advantages,
+        verl_advantages.gae(tokens["rewards"], tokens["values"], tokens["mask"], gamma, lam, False)[
+            0
+        ]
+        * tokens["mask"],
+    )
 
 
 def test_decoupled_gae_is_two_passes_of_verls(tokens):
-    got = adv.decoupled_gae(tokens["outcome"], tokens["values"], tokens["mask"], lam_actor=0.9, lam_critic=1.0, gamma=0.99)
+    got = adv.decoupled_gae(
+        tokens["outcome"],
+        tokens["values"],
+        tokens["mask"],
+        lam_actor=0.9,
+        lam_critic=1.0,
+        gamma=0.99,
+    )
     actor, _ = verl_advantages.gae(tokens["at_end"], tokens["values"], tokens["mask"], 0.99, 0.9)
     _, critic = verl_advantages.gae(tokens["at_end"], tokens["values"], tokens["mask"], 0.99, 1.0)
     close(got.advantages, actor * tokens["mask"])
@@ -136,9 +200,16 @@ def test_decoupled_gae_is_two_passes_of_verls(tokens):
 
 def test_gae_of_a_lambda_a_row(tokens):
     lam = torch.linspace(0.5, 1, 6, dtype=torch.float64)
-    got = adv.gae(tokens["rewards"], tokens["values"], tokens["mask"], lam=lam, whitened=False).advantages
+    got = adv.gae(
+        tokens["rewards"], tokens["values"], tokens["mask"], lam=lam, whitened=False
+    ).advantages
     for i, value in enumerate(lam.tolist()):
-        close(got[i], adv.gae(tokens["rewards"], tokens["values"], tokens["mask"], lam=value, whitened=False).advantages[i])
+        close(
+            got[i],
+            adv.gae(
+                tokens["rewards"], tokens["values"], tokens["mask"], lam=value, whitened=False
+            ).advantages[i],
+        )
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
@@ -169,12 +240,17 @@ def test_remax_is_verls_and_its_authors(tokens):
         ref_per_token_logps=refs,
     )
     for i, row in enumerate(tokens["mask"].bool()):
-        expected = estimators.remax(4 * tokens["outcome"][i].item(), greedy[i].item(), logps[i][row].tolist(), refs[i][row].tolist())
+        expected = estimators.remax(
+            4 * tokens["outcome"][i].item(),
+            greedy[i].item(),
+            logps[i][row].tolist(),
+            refs[i][row].tolist(),
+        )
         close(got[i][row], expected)
         assert got[i][~row].abs().sum() == 0
 
 
-# --- the papers, in loops ----------------------------------------------------------------------------------------------------------
+# --- the papers, in loops -------------------------------------------------------------
 def test_grpo_lead(ragged):
     signed = ragged["rewards"] - 0.6
     keep = ragged["ids"] != 1
@@ -186,13 +262,27 @@ def test_grpo_lead(ragged):
 def test_mapo_mixed(ragged):
     correct, keep = ragged["rewards"] > 0.6, ragged["ids"] != 1
     got = adv.mapo_mixed(ragged["rewards"], correct, **ragged["groups"])
-    close(got[keep], by_group(ragged["ids"][keep], estimators.mapo_mixed, ragged["rewards"][keep].tolist(), correct[keep].tolist()))
+    close(
+        got[keep],
+        by_group(
+            ragged["ids"][keep],
+            estimators.mapo_mixed,
+            ragged["rewards"][keep].tolist(),
+            correct[keep].tolist(),
+        ),
+    )
 
 
 def test_ngrpo(ragged):
-    close(adv.ngrpo(ragged["rewards"], **ragged["groups"]), by_group(ragged["ids"], estimators.ngrpo, ragged["rewards"].tolist()))
+    close(
+        adv.ngrpo(ragged["rewards"], **ragged["groups"]),
+        by_group(ragged["ids"], estimators.ngrpo, ragged["rewards"].tolist()),
+    )
     two = adv.ngrpo(ragged["rewards"], max_reward=2.0, num_virtual=2, **ragged["groups"])
-    close(two, by_group(ragged["ids"], lambda r: estimators.ngrpo(r, 2.0, 2), ragged["rewards"].tolist()))
+    close(
+        two,
+        by_group(ragged["ids"], lambda r: estimators.ngrpo(r, 2.0, 2), ragged["rewards"].tolist()),
+    )
 
 
 @pytest.mark.parametrize("K", [0.2, 0.4, 0.5, 0.6, 0.9])
@@ -200,7 +290,14 @@ def test_ngrpo(ragged):
 def test_qae(ragged, K, correction):
     keep = ragged["ids"] != 1
     got = adv.qae(ragged["rewards"], quantile=K, correction=correction, **ragged["groups"])
-    close(got[keep], by_group(ragged["ids"][keep], lambda r: estimators.qae(r, K, correction), ragged["rewards"][keep].tolist()))
+    close(
+        got[keep],
+        by_group(
+            ragged["ids"][keep],
+            lambda r: estimators.qae(r, K, correction),
+            ragged["rewards"][keep].tolist(),
+        ),
+    )
 
 
 @pytest.mark.parametrize("reading", ["length_normalized", "raw"])
@@ -212,7 +309,8 @@ def test_lens(ragged, reading, likely):
     logps = -torch.rand(B, T, generator=g, dtype=torch.float64) * (0.02 if likely else 3)
     mask = torch.arange(T) < torch.randint(1, T + 1, (B, 1), generator=g)
     correct = torch.zeros(B, dtype=torch.float64)
-    for k, n in ((0, 1), (1, 1), (2, 2), (4, 3)):  # fewer than half: D_imp may exceed the other term
+    # fewer than half: D_imp may exceed the other term
+    for k, n in ((0, 1), (1, 1), (2, 2), (4, 3)):
         correct[(ids == k).nonzero()[:n]] = 1
     keep = (ids != 1) & (ids != 4)
     texts = [row[m].tolist() for row, m in zip(logps, mask, strict=True)]
@@ -222,36 +320,63 @@ def test_lens(ragged, reading, likely):
         correct[keep].tolist(),
         [t for t, k in zip(texts, keep.tolist(), strict=True) if k],
     )
-    got = adv.lens(correct, logps.masked_fill(~mask, NAN), mask, importance=reading, **ragged["groups"])
+    got = adv.lens(
+        correct, logps.masked_fill(~mask, NAN), mask, importance=reading, **ragged["groups"]
+    )
     close(got[keep], expected)
     assert got[ids == 4].tolist() == [0, 0, 0]  # all correct: 0/0 as written
     assert got[ids == 3].abs().max() > 1e-4  # all wrong: it learns
 
 
 @pytest.mark.parametrize("kind", ["entropy", "length"])
-@pytest.mark.parametrize(("mu", "alpha", "beta"), [(0.5, 1.0, 0.0), (1.0, 0.9, 0.1), (0.0, 0.9, 0.1), (0.3, 1.1, -0.2)])
+@pytest.mark.parametrize(
+    ("mu", "alpha", "beta"), [(0.5, 1.0, 0.0), (1.0, 0.9, 0.1), (0.0, 0.9, 0.1), (0.3, 1.1, -0.2)]
+)
 def test_canon(ragged, kind, mu, alpha, beta):
-    metric = torch.randint(0, 3, (len(ragged["ids"]),), generator=ragged["generator"]).double()  # with ties
+    # with ties
+    metric = torch.randint(0, 3, (len(ragged["ids"]),), generator=ragged["generator"]).double()
     keep = ragged["ids"] != 1
-    got = adv.canon(ragged["rewards"], metric, metric_kind=kind, inter_weight=torch.tensor(mu), alpha=alpha, beta=beta, **ragged["groups"])
+    got = adv.canon(
+        ragged["rewards"],
+        metric,
+        metric_kind=kind,
+        inter_weight=torch.tensor(mu),
+        alpha=alpha,
+        beta=beta,
+        **ragged["groups"],
+    )
     expected = by_group(
         ragged["ids"][keep],
         lambda r, m: estimators.canon(r, m, mu, alpha, beta, kind),
         ragged["rewards"][keep].tolist(),
         metric[keep].tolist(),
     )
-    torch.testing.assert_close(got[keep], expected, rtol=1e-6, atol=1e-7)  # mu is an fp32 tensor here
+    # mu is an fp32 tensor here
+    torch.testing.assert_close(got[keep], expected, rtol=1e-6, atol=1e-7)
     assert got[~keep].item() == 0
 
 
 def test_edge_grpo(ragged):
-    entropy = 0.5 + torch.rand(len(ragged["ids"]), generator=ragged["generator"], dtype=torch.float64)
+    entropy = 0.5 + torch.rand(
+        len(ragged["ids"]), generator=ragged["generator"], dtype=torch.float64
+    )
     keep = ragged["ids"] != 1
     got = adv.edge_grpo(ragged["rewards"], entropy, bounds=(0, math.inf), **ragged["groups"])
-    close(got[keep], by_group(ragged["ids"][keep], estimators.edge_grpo, ragged["rewards"][keep].tolist(), entropy[keep].tolist()))
+    close(
+        got[keep],
+        by_group(
+            ragged["ids"][keep],
+            estimators.edge_grpo,
+            ragged["rewards"][keep].tolist(),
+            entropy[keep].tolist(),
+        ),
+    )
     close(adv.edge_grpo(ragged["rewards"], entropy, **ragged["groups"]), got)
     certain = adv.edge_grpo(f64(1, 0), f64(0, 1), group_size=2)
-    assert certain.isfinite().all() and certain[0] == pytest.approx(10 * 0.5 / (math.sqrt(0.5) + 1e-4))  # bound 0.1
+    # bound 0.1
+    assert certain.isfinite().all() and certain[0] == pytest.approx(
+        10 * 0.5 / (math.sqrt(0.5) + 1e-4)
+    )
     assert adv.edge_grpo(f64(1, 0), f64(0, 0), group_size=2).isfinite().all()
 
 
@@ -259,7 +384,15 @@ def test_hapo(ragged):
     lengths = torch.randint(1, 9, (len(ragged["ids"]),), generator=ragged["generator"])
     keep = ragged["ids"] != 1
     got = adv.hapo(ragged["rewards"], lengths, **ragged["groups"])
-    close(got[keep], by_group(ragged["ids"][keep], estimators.hapo, ragged["rewards"][keep].tolist(), lengths[keep].tolist()))
+    close(
+        got[keep],
+        by_group(
+            ragged["ids"][keep],
+            estimators.hapo,
+            ragged["rewards"][keep].tolist(),
+            lengths[keep].tolist(),
+        ),
+    )
 
 
 def test_spo_chain():
@@ -277,7 +410,10 @@ def test_spo_chain():
     rewards = torch.rand(B, generator=g, dtype=torch.float64)
     got = adv.spo_chain(values.masked_fill(unread, NAN), rewards, segments, mask)
     for i in range(B):
-        close(got[i][mask[i]], estimators.spo_chain(logps[i][mask[i]].tolist(), values[i].tolist(), rewards[i].item()))
+        close(
+            got[i][mask[i]],
+            estimators.spo_chain(logps[i][mask[i]].tolist(), values[i].tolist(), rewards[i].item()),
+        )
         assert got[i][~mask[i]].abs().sum() == 0
     with pytest.raises(rw.InvalidCall, match=r"segments.cuts\[0\] is 4, outside \[0, S \+ 1=2\)"):
         adv.spo_chain(values[:, :1], rewards, segments, mask)
@@ -285,7 +421,9 @@ def test_spo_chain():
 
 def test_spo_tree_refuses_a_parent_that_is_no_row():
     values = f64(0.5, 0.25, 0.75)
-    with pytest.raises(rw.InvalidCall, match=r"parents\[2\] is 3, outside \[-1, the number of rows=3\)"):
+    with pytest.raises(
+        rw.InvalidCall, match=r"parents\[2\] is 3, outside \[-1, the number of rows=3\)"
+    ):
         adv.spo_tree(values, torch.tensor([-1, 0, 3]))
 
 
@@ -297,7 +435,16 @@ def test_gigpo(norm):
     episode_ids = torch.randint(0, 6, (30,), generator=g)
     anchors = torch.randint(0, 7, (30,), generator=g)
     values = torch.randn(30, generator=g, dtype=torch.float64)
-    got = adv.gigpo(returns, values, episode_ids, anchors, num_anchors=7, norm=norm, group_ids=torch.tensor(groups), num_groups=2)
+    got = adv.gigpo(
+        returns,
+        values,
+        episode_ids,
+        anchors,
+        num_anchors=7,
+        norm=norm,
+        group_ids=torch.tensor(groups),
+        num_groups=2,
+    )
     steps = list(zip(episode_ids.tolist(), anchors.tolist(), values.tolist(), strict=True))
     close(got, estimators.gigpo(list(zip(groups, returns.tolist(), strict=True)), steps, norm))
     with pytest.raises(rw.InvalidCall, match="outside \\[0, num_anchors=6\\)"):
@@ -311,7 +458,7 @@ def test_discounted_returns():
     close(adv.discounted_returns(f64(8), mask, gamma=0.5), [[2, 0, 4, 8, 0]])
 
 
-# --- by hand (golden rows are in the package) ---------------------------------------------------------------------------------------
+# --- by hand (golden rows are in the package) -----------------------------------------
 def test_ngrpo_of_an_all_right_group():
     assert adv.ngrpo(torch.ones(4), group_size=4).tolist() == [0] * 4
 
@@ -319,7 +466,9 @@ def test_ngrpo_of_an_all_right_group():
 @pytest.mark.parametrize(
     ("rewards", "K", "baseline"),
     [
-        ([1, 1, 1, 0, 0], 0.4, 0),  # p = 3/5 = 1 - K: a tie, in floating point 0.6 <= 1 - 0.4 is decided by rounding
+        # p = 3/5 = 1 - K: a tie, in floating point 0.6 <= 1 - 0.4 is decided by
+        # rounding
+        ([1, 1, 1, 0, 0], 0.4, 0),
         ([1] * 6 + [0] * 4, 0.4, 0),
         ([1] * 7 + [0] * 3, 0.4, 1),
         ([1] * 93 + [0] * 7, 0.07, 0),  # 0.07·100 is above 7 in floating point
@@ -333,9 +482,13 @@ def test_qae_baseline_at_ties(rewards, K, baseline):
 
 
 def test_qae_totals_are_the_papers():
-    """p <= 1 - K: the correct completions' share of the advantage is sqrt((1-p)/p)·p = sqrt(p(1-p)) of the group, with the population std."""
+    """p <= 1 - K: the correct completions' share of the advantage is sqrt((1-p)/p)·p =
+    sqrt(p(1-p)) of the group, with the population std.
+    """
     p = 2 / 8
-    got = adv.qae(torch.tensor([1.0, 1, 0, 0, 0, 0, 0, 0], dtype=torch.float64), epsilon=0, group_size=8)
+    got = adv.qae(
+        torch.tensor([1.0, 1, 0, 0, 0, 0, 0, 0], dtype=torch.float64), epsilon=0, group_size=8
+    )
     assert got.sum().item() / 8 == pytest.approx(math.sqrt(p / (1 - p)))
 
 
@@ -346,7 +499,9 @@ def test_mapo_refuses_what_turns_signs():
 
 
 def test_canons_default_compares_with_the_other_half_only(ragged):
-    """The authors' ``_lambda = 1``; with 1/2, the default before, the metric has no effect in even groups."""
+    """The authors' ``_lambda = 1``; with 1/2, the default before, the metric has no
+    effect in even groups.
+    """
     metric = torch.rand(len(ragged["ids"]), generator=ragged["generator"], dtype=torch.float64)
     keep = ragged["ids"] != 1
     columns = ragged["rewards"][keep].tolist(), metric[keep].tolist()
@@ -357,7 +512,9 @@ def test_canons_default_compares_with_the_other_half_only(ragged):
 
 
 def test_canon_of_equal_parts_is_dr_grpo_for_even_groups_only():
-    rewards, metric = torch.randn(2, 14, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    rewards, metric = torch.randn(
+        2, 14, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    )
     even = adv.canon(rewards[:8], metric[:8], inter_weight=0.5, group_size=8)
     close(even, adv.dr_grpo(rewards[:8], group_size=8))
     odd = adv.canon(rewards[:7], metric[:7], inter_weight=0.5, group_size=7)

@@ -1,4 +1,6 @@
-"""Advantages of the best of k, of likelihoods and of optimal values against the sources' arithmetic, one group after the other."""
+"""Advantages of the best of k, of likelihoods and of optimal values against the
+sources' arithmetic, one group after the other.
+"""
 
 import math
 
@@ -15,7 +17,9 @@ GROUPS = {"group_ids": torch.tensor(INDEX), "num_groups": 4}
 
 
 def close(got, expected):
-    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        got, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -25,25 +29,38 @@ def test_passk_training(k):
     expected = oracle.passk_training([correct[i] for i in inside], [INDEX[i] for i in inside], k)
     got = adv.passk_training(torch.tensor(correct, dtype=torch.float64), k=k, **GROUPS)
     close(got[inside], expected)
-    assert not got[[i for i in range(10) if i not in inside]].any() and max(map(abs, expected)) > 0.5
+    assert (
+        not got[[i for i in range(10) if i not in inside]].any() and max(map(abs, expected)) > 0.5
+    )
     if k == 1:
-        first = torch.tensor(correct[:4], dtype=torch.float64)  # GRPO, by the population's deviation
+        # GRPO, by the population's deviation
+        first = torch.tensor(correct[:4], dtype=torch.float64)
         close(got[:4], ((first - first.mean()) / (first.std(correction=0) + 1e-6)).tolist())
 
 
 def test_maxrl():
     rewards = [1.0, 0, 0.5, 1, 0, 1, 0.75, 0, 0, 0]
     expected = oracle.skyrl_maxrl(rewards, INDEX)
-    close(adv.maxrl(torch.tensor(rewards, dtype=torch.float64), singleton="reward", **GROUPS), expected)
+    close(
+        adv.maxrl(torch.tensor(rewards, dtype=torch.float64), singleton="reward", **GROUPS),
+        expected,
+    )
     assert float(adv.maxrl(torch.tensor(rewards), **GROUPS)[6]) == 0
 
 
 def test_optimal_values():
-    """V* = β·log mean exp(r/β), of the rewards that are known; far rewards do not overflow."""
+    """V* = β·log mean exp(r/β), of the rewards that are known; far rewards do not
+    overflow.
+    """
     rewards = torch.arange(10, dtype=torch.float64)
-    reference = torch.tensor([[0.0, 1, 1], [0, 0, math.nan], [300, 0, 0], [1, 1, 1]], dtype=torch.float64)
+    reference = torch.tensor(
+        [[0.0, 1, 1], [0, 0, math.nan], [300, 0, 0], [1, 1, 1]], dtype=torch.float64
+    )
     values = [0.5 * math.log((1 + 2 * math.exp(2)) / 3), 0.0, 300 + 0.5 * math.log(1 / 3), 1.0]
-    close(adv.a_star_po(rewards, reference, **GROUPS), [x - values[q] for x, q in zip(rewards.tolist(), INDEX, strict=True)])
+    close(
+        adv.a_star_po(rewards, reference, **GROUPS),
+        [x - values[q] for x, q in zip(rewards.tolist(), INDEX, strict=True)],
+    )
     with pytest.raises(Exception, match="expected \\(4, M\\)"):
         adv.a_star_po(rewards, reference[:2], **GROUPS)
 
@@ -52,7 +69,8 @@ def test_lite_ppo_is_grpos_batch_scale():
     rewards = torch.tensor([1.0, 0, 0.5, 1, 0, 1, 0.75, 0, 0, 0], dtype=torch.float64)
     means = [rewards[[j for j in range(10) if INDEX[j] == q]].mean() for q in INDEX]
     close(
-        adv.lite_ppo(rewards, epsilon=0.1, **GROUPS), [float((x - m) / (rewards.std() + 0.1)) for x, m in zip(rewards, means, strict=True)]
+        adv.lite_ppo(rewards, epsilon=0.1, **GROUPS),
+        [float((x - m) / (rewards.std() + 0.1)) for x, m in zip(rewards, means, strict=True)],
     )
 
 

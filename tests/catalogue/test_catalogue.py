@@ -16,7 +16,11 @@ from reweight_ops.codegen import stale_files
 
 ENTRIES = [entry for kind in CATALOGUE.values() for entry in kind.values()]
 IDS = [f"{e.kind}/{e.name}" for e in ENTRIES]
-ROWS = {(table, row): keys for table in ("FIRST", "SECOND", "FIELD", "NAMED") for row, keys in getattr(catalogue_rows, table).items()}
+ROWS = {
+    (table, row): keys
+    for table in ("FIRST", "SECOND", "FIELD", "NAMED")
+    for row, keys in getattr(catalogue_rows, table).items()
+}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{table}-{row}" for table, row in ROWS])
@@ -30,7 +34,8 @@ def test_every_published_method_is_accounted_for(row):
 
 
 def test_the_surveys_are_whole():
-    assert (len(catalogue_rows.FIRST), len(catalogue_rows.SECOND)) == (33, 48)  # the rows of their tables; DPO^γ and unlikelihood share one
+    # the rows of their tables; DPO^γ and unlikelihood share one
+    assert (len(catalogue_rows.FIRST), len(catalogue_rows.SECOND)) == (33, 48)
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=IDS)
@@ -38,9 +43,15 @@ def test_an_entry_is_complete(entry):
     assert entry.full_name and entry.paper and len(entry.formula) > 40
     if entry.certainty == "derived":
         assert "Derived" in entry.formula, "a derived entry says so, and from what"
-    required = {name for name, default in entry.defaults.items() if default is inspect.Parameter.empty}
-    if entry.kind in ("policy_loss", "pair_loss") or (entry.kind == "token_weight" and entry.plan is None):
-        assert required == set(entry.example), "an example for exactly the arguments without a default"
+    required = {
+        name for name, default in entry.defaults.items() if default is inspect.Parameter.empty
+    }
+    if entry.kind in ("policy_loss", "pair_loss") or (
+        entry.kind == "token_weight" and entry.plan is None
+    ):
+        assert required == set(entry.example), (
+            "an example for exactly the arguments without a default"
+        )
     assert level(entry), "a level"
     plan(entry)
 
@@ -52,7 +63,9 @@ def test_an_entry_is_where_its_kind_says(entry):
 
 
 def test_the_page_is_fresh():
-    assert Path("docs/methods.md") not in stale_files(), "run python -m reweight_ops.codegen and commit the result"
+    assert Path("docs/methods.md") not in stale_files(), (
+        "run python -m reweight_ops.codegen and commit the result"
+    )
 
 
 def test_names_and_registration_fail_loudly():

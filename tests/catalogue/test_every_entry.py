@@ -1,4 +1,6 @@
-"""Every entry has a formula, a paper, a certainty, numbers worked out by hand, an independent transcription, a name that finds it, and a recipe."""
+"""Every entry has a formula, a paper, a certainty, numbers worked out by hand, an
+independent transcription, a name that finds it, and a recipe.
+"""
 
 import functools
 import re
@@ -22,7 +24,8 @@ from reweight_ops.testing.golden_rows import GOLDEN, GOLDEN_KINDS
 
 ENTRIES = [entry for kind in CATALOGUE.values() for entry in kind.values()]
 TESTS = Path(__file__).resolve().parents[1]
-#: Where formulas are written again: in loops, from papers, or as the code of a trainer or of the authors has them.
+#: Where formulas are written again: in loops, from papers, or as the code of a trainer
+#: or of the authors has them.
 TRANSCRIBERS = (
     "oracles/*.py", "catalogue/test_advantages.py", "catalogue/test_best_of_k.py", "catalogue/test_every_entry.py",
     "catalogue/test_named_methods.py", "catalogue/test_objectives.py", "catalogue/test_rewards.py", "catalogue/test_sample_weights.py",
@@ -30,19 +33,27 @@ TRANSCRIBERS = (
     "losses/test_preference.py", "losses/test_preference_combined.py", "losses/test_trainers_methods.py", "spec/test_weights.py",
     "integrations/verl/test_verl_baselines.py",
 )  # fmt: skip
-#: Papers that are not on arXiv, or whose id no source that could be read prints: blog posts, a note, a journal of 1992, names in a trainer's code.
+#: Papers that are not on arXiv, or whose id no source that could be read prints: blog
+#: posts, a note, a journal of 1992, names in a trainer's code.
 WITHOUT_ARXIV = {
     "reinforce", "opd", "divergence_gate", "tis", "icepop", "sequence_tis", "mis", "geometric_mask", "kl_dro", "cdpo",
 }  # fmt: skip
-#: What trainers and the survey papers name beside the surveys' own tables: each is a part of a recipe.
+#: What trainers and the survey papers name beside the surveys' own tables: each is a
+#: part of a recipe.
 IN_RECIPES = {
-    key for table in (catalogue_rows.FIELD, catalogue_rows.NAMED) for keys in table.values() if not isinstance(keys, str) for key in keys
+    key
+    for table in (catalogue_rows.FIELD, catalogue_rows.NAMED)
+    for keys in table.values()
+    if not isinstance(keys, str)
+    for key in keys
 }
 
 
 @functools.cache
 def transcriptions():
-    return "\n".join(path.read_text() for pattern in TRANSCRIBERS for path in sorted(TESTS.glob(pattern)))
+    return "\n".join(
+        path.read_text() for pattern in TRANSCRIBERS for path in sorted(TESTS.glob(pattern))
+    )
 
 
 @functools.cache
@@ -64,7 +75,9 @@ def has_golden_rows(entry):
         spec = built(entry)
         rules = {row.rule for row in golden_rules.ROWS}
         return {spec.surrogate.name, *(p.rule.name for p in spec.penalties)} <= rules
-    return True  # pairs and full distributions: `check` compares them with the reference, and the transcription beneath decides
+    # pairs and full distributions: `check` compares them with the reference, and the
+    # transcription beneath decides
+    return True
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e.kind}/{e.name}")
@@ -75,7 +88,9 @@ def test_an_entry_is_as_the_others(entry):
     assert entry.certainty in ("verified", "secondary", "derived")
     assert has_golden_rows(entry)
     names = {entry.name, entry.function.__name__} | OTHER_NAMES.get(entry.name, set())
-    assert any(re.search(rf"\b{name}\b", transcriptions()) for name in names), "a transcription that shares no code with it"
+    assert any(re.search(rf"\b{name}\b", transcriptions()) for name in names), (
+        "a transcription that shares no code with it"
+    )
     acronyms = re.findall(r"\(([A-Za-z][\w*/-]+)\)", entry.full_name)
     for text in (entry.name, *acronyms):
         assert entry.call in [hit.call for hit, _ in exact(text)], text
@@ -83,23 +98,32 @@ def test_an_entry_is_as_the_others(entry):
         assert entry.call in used_by_recipes(), "a part of a recipe"
 
 
-#: What transcriptions of trainers call them: pair losses as TRL's ``DPOTrainer``, and options of TRL's and verl's policy losses.
+#: What transcriptions of trainers call them: pair losses as TRL's ``DPOTrainer``, and
+#: options of TRL's and verl's policy losses.
 OTHER_NAMES = {
     "nca": {"nca_pair"}, "bco": {"bco_pair"}, "sppo": {"sppo_hard"}, "exo": {"exo_pair"}, "robust_dpo": {"robust"},
     "dual_clip_ppo": {"clip_ratio_c"}, "top_entropy": {"top_entropy_quantile"},
 }  # fmt: skip
 
 
-# --- transcriptions of what no other test writes again --------------------------------------------------------------------------------
+# --- transcriptions of what no other test writes again --------------------------------
 @pytest.fixture
 def rows():
     g = torch.Generator().manual_seed(3)
     draw = lambda *shape: torch.rand(*shape, generator=g, dtype=torch.float64)  # noqa: E731
-    return {"r": draw(6), "ref": draw(6), "right": [1.0, 0, 0, 1, 1, 0], "groups": [range(3), range(3, 6)], "draw": draw}
+    return {
+        "r": draw(6),
+        "ref": draw(6),
+        "right": [1.0, 0, 0, 1, 1, 0],
+        "groups": [range(3), range(3, 6)],
+        "draw": draw,
+    }
 
 
 def same(got, expected):
-    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        got, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_advantages_written_again(rows):
@@ -112,7 +136,12 @@ def test_advantages_written_again(rows):
     same(adv.pvpo(rows["r"], of_reference, group_size=3), pvpo)
     share = {i: sum(rows["right"][j] for j in group) / 3 for group in rows["groups"] for i in group}
     hard = [(r[i] - mean[i]) * 2.718281828459045 ** (1.5 * (1 - share[i])) for i in range(6)]
-    same(adv.difficulty_prior(rows["r"], torch.tensor(rows["right"], dtype=torch.float64), slope=1.5, group_size=3), hard)
+    same(
+        adv.difficulty_prior(
+            rows["r"], torch.tensor(rows["right"], dtype=torch.float64), slope=1.5, group_size=3
+        ),
+        hard,
+    )
 
 
 def test_rewards_and_sample_weights_written_again(rows):
@@ -121,11 +150,23 @@ def test_rewards_and_sample_weights_written_again(rows):
     lines = of_members.tolist()
     uwo = [sum(x) / 3 - 0.1 * sum((y - sum(x) / 3) ** 2 for y in x) / 2 for x in lines]
     same(rewards.uwo(of_members), uwo)
-    right, form, lengths = torch.tensor(rows["right"], dtype=torch.float64), rows["draw"](6), 10 * rows["draw"](6)
-    traac = [4 * c + f + c / (1 + e ** -((5 - n) / 2)) for c, f, n in zip(rows["right"], form.tolist(), lengths.tolist(), strict=True)]
-    same(rewards.traac(right, form, lengths, torch.full((6,), 5.0, dtype=torch.float64), scale=2.0), traac)
+    right, form, lengths = (
+        torch.tensor(rows["right"], dtype=torch.float64),
+        rows["draw"](6),
+        10 * rows["draw"](6),
+    )
+    traac = [
+        4 * c + f + c / (1 + e ** -((5 - n) / 2))
+        for c, f, n in zip(rows["right"], form.tolist(), lengths.tolist(), strict=True)
+    ]
+    same(
+        rewards.traac(right, form, lengths, torch.full((6,), 5.0, dtype=torch.float64), scale=2.0),
+        traac,
+    )
     tilt = [e ** (x / 0.5) for x in rows["r"].tolist()]
-    expected = [3 * tilt[i] / sum(tilt[j] for j in group) for group in rows["groups"] for i in group]
+    expected = [
+        3 * tilt[i] / sum(tilt[j] for j in group) for group in rows["groups"] for i in group
+    ]
     same(sw.kl_tilt(rows["r"], beta=0.5, group_size=3), expected)
     same(sw.focal(rows["r"]), [(1 + (1 - p) ** 5) / 2 for p in rows["r"].tolist()])
     gains = (rows["r"] - rows["ref"]).tolist()
@@ -141,7 +182,9 @@ def test_rewards_and_sample_weights_written_again(rows):
 
 
 def test_token_weights_written_again(rows):
-    """TR-GRPO's weight of every token, and the mask of sequences by the geometric mean of their ratios: of one that passes and one that does not."""
+    """TR-GRPO's weight of every token, and the mask of sequences by the geometric mean
+    of their ratios: of one that passes and one that does not.
+    """
     logps = -2 * rows["draw"](2, 3)
     sampling = logps + torch.tensor([[0.1, -0.1, 0.02], [0.4, 0.3, -0.1]], dtype=torch.float64)
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
@@ -151,7 +194,19 @@ def test_token_weights_written_again(rows):
             rw.weights.TokenRegulation(alpha=2.0, tau=0.7, mu=0.4, lower=0.5, upper=0.9),
             {},
             [
-                [min(max(2 * (1 / (1 + 2.718281828459045 ** (-(2.718281828459045**x) / 0.7)) - 0.4), 0.5), 0.9) for x in row]
+                [
+                    min(
+                        max(
+                            2
+                            * (
+                                1 / (1 + 2.718281828459045 ** (-(2.718281828459045**x) / 0.7)) - 0.4
+                            ),
+                            0.5,
+                        ),
+                        0.9,
+                    )
+                    for x in row
+                ]
                 for row in logps.tolist()
             ],
         ),
@@ -173,7 +228,9 @@ def test_token_weights_written_again(rows):
 
 
 def test_schedules_written_again():
-    """CANON's two schedules as its authors' code has them, over the whole training; HAPO's temperature from its definition."""
+    """CANON's two schedules as its authors' code has them, over the whole training;
+    HAPO's temperature from its definition.
+    """
     from math import cos, log, pi
 
     def annealed(epoch, top, floor):
@@ -184,27 +241,45 @@ def test_schedules_written_again():
 
     for step in range(150):
         assert schedules.canon(step) == pytest.approx(1 - annealed(step, 0.6, 0.0))
-        assert schedules.canon(step, order="inter_first") == pytest.approx(1 - (1 - annealed(step, 1.0, 0.4)))
+        assert schedules.canon(step, order="inter_first") == pytest.approx(
+            1 - (1 - annealed(step, 1.0, 0.4))
+        )
     with pytest.raises(rw.InvalidCall, match="'intra_first' or 'inter_first'"):
         schedules.canon(0, order="cosine")
     with pytest.raises(rw.InvalidCall, match="too few for 3 cycles"):
         schedules.canon(0, total_steps=32)
     g = torch.Generator().manual_seed(1)
-    before, mask = torch.rand(4, 5, generator=g, dtype=torch.float64) + 0.1, torch.arange(5) < torch.tensor([[5], [3], [4], [1]])
+    before, mask = (
+        torch.rand(4, 5, generator=g, dtype=torch.float64) + 0.1,
+        torch.arange(5) < torch.tensor([[5], [3], [4], [1]]),
+    )
     now = torch.tensor([0.01, 0.3, 0.7, 5.0], dtype=torch.float64)
     seen = sorted(log(x) for x in before[mask].tolist())
     middle = seen[round(0.8 * (len(seen) - 1))]
-    sides = [(log(x) - middle) / ((seen[-1] - middle) if log(x) > middle else (middle - seen[0])) for x in now.tolist()]
-    same(schedules.hapo_temperature(now, before, mask, temperature=0.7), [0.7 * (1 + 0.1 * min(max(h, -1), 1)) for h in sides])
+    sides = [
+        (log(x) - middle) / ((seen[-1] - middle) if log(x) > middle else (middle - seen[0]))
+        for x in now.tolist()
+    ]
+    same(
+        schedules.hapo_temperature(now, before, mask, temperature=0.7),
+        [0.7 * (1 + 0.1 * min(max(h, -1), 1)) for h in sides],
+    )
     with pytest.raises(rw.InvalidCall, match="completion_mask has shape"):
         schedules.hapo_temperature(now, before, mask[0])
-    weights = sw.dynamic_loss_reweighting(now, temperature=schedules.dynamic_loss_reweighting(3, temperature=0.4))
+    weights = sw.dynamic_loss_reweighting(
+        now, temperature=schedules.dynamic_loss_reweighting(3, temperature=0.4)
+    )
     same(weights, [1.0] * 4)
 
 
 def test_pairs_by_their_names_are_the_types_of_trl():
-    """``nca``, ``bco``, ``sppo`` and the others, which the transcription has under TRL's names."""
-    logps, ref = (-torch.rand(4, 3, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in (1, 2))
+    """``nca``, ``bco``, ``sppo`` and the others, which the transcription has under
+    TRL's names.
+    """
+    logps, ref = (
+        -torch.rand(4, 3, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+        for k in (1, 2)
+    )
     for name in ("nca", "bco", "sppo"):
         (kind,) = OTHER_NAMES[name]
         ours, theirs = (

@@ -1,4 +1,6 @@
-"""Every method that the plan names is found: as an entry of the catalogue, or among those left out, with a reason that the command line shows."""
+"""Every method that the plan names is found: as an entry of the catalogue, or among
+those left out, with a reason that the command line shows.
+"""
 
 import pytest
 from typer.testing import CliRunner
@@ -37,7 +39,9 @@ def test_a_name_of_the_plan_is_found(name):
     if name in WITHOUT_ENTRY:
         (line,) = {line for line in LEFT_OUT if name.lower() in line.lower()}
         assert len(LEFT_OUT[line]) > 20
-        assert [hit for hit in hits if not hit.call and LEFT_OUT[line] in hit.full_name], "find shows the reason"
+        assert [hit for hit in hits if not hit.call and LEFT_OUT[line] in hit.full_name], (
+            "find shows the reason"
+        )
     else:
         assert hits and hits[0].call and hits[0].why != "the nearest spelling"
 

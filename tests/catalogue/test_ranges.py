@@ -1,5 +1,5 @@
-"""Numbers out of range are refused: every public hyper-parameter states its range, which
-is checked and documented.
+"""Numbers out of range are refused: every public hyper-parameter states its range,
+which is checked and documented.
 """
 
 import inspect
@@ -12,27 +12,56 @@ import torch
 
 import reweight_ops as rw
 from reweight_ops._core import ranges as ranges_module
-from reweight_ops._core.calls.keywords import LMHeadOptions, PairOptions, PolicyOptions, SoftmaxOptions
+from reweight_ops._core.calls.keywords import (
+    LMHeadOptions,
+    PairOptions,
+    PolicyOptions,
+    SoftmaxOptions,
+)
 from reweight_ops._core.catalogue.registry import CATALOGUE
 from reweight_ops._core.catalogue.signatures import collected_by
 from reweight_ops._core.formula.base import RULES, WEIGHTS
 from reweight_ops._core.ranges import Flag, Interval, ranged
 from reweight_ops.preference import losses, scores, weights
 
-NAMESPACES = (rw.weights, rw.advantages, rw.rewards, rw.objectives, rw.sample_weights, rw.schedules, rw.preference, rw.divergences)
-#: Groups are counted by the resolver of group arguments; the others are data, a number for every row.
+NAMESPACES = (
+    rw.weights,
+    rw.advantages,
+    rw.rewards,
+    rw.objectives,
+    rw.sample_weights,
+    rw.schedules,
+    rw.preference,
+    rw.divergences,
+)
+#: Groups are counted by the resolver of group arguments; the others are data, a number
+#: for every row.
 COUNTED = {"group_size", "num_groups", "advantages", "token_weights"}
 #: Of records, which state their ranges themselves (below).
-SHARED = {name for record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions) for name in record.NAMES}
+SHARED = {
+    name
+    for record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions)
+    for name in record.NAMES
+}
 #: ... and of :func:`token_divergence`, which checks them for the losses that are one.
 SHARED |= {"other_temperature", "other_softcap"}
 
 
 def surface():
-    """Every public function and dataclass that may have hyper-parameters, by a name for messages."""
-    found = {f"{kind}: {name}": entry.function for kind, entries in CATALOGUE.items() for name, entry in entries.items()}
+    """Every public function and dataclass that may have hyper-parameters, by a name for
+    messages.
+    """
+    found = {
+        f"{kind}: {name}": entry.function
+        for kind, entries in CATALOGUE.items()
+        for name, entry in entries.items()
+    }
     for table in (RULES, WEIGHTS):
-        found |= {cls.__qualname__: cls for cls in table.values() if cls.__module__.startswith("reweight_ops.")}
+        found |= {
+            cls.__qualname__: cls
+            for cls in table.values()
+            if cls.__module__.startswith("reweight_ops.")
+        }
     for module in (*NAMESPACES, losses, scores, weights, rw):
         for name in getattr(module, "__all__", vars(module)):
             value = getattr(module, name)
@@ -50,7 +79,9 @@ def is_result(value):
     """Records that the package fills itself: results, states, explanations."""
     return inspect.isclass(value) and (
         issubclass(value, (tuple, Exception))
-        or value.__name__.endswith(("Output", "Stats", "Explanation", "Statistics", "Pairs", "Sequences", "Side"))
+        or value.__name__.endswith(
+            ("Output", "Stats", "Explanation", "Statistics", "Pairs", "Sequences", "Side")
+        )
     )
 
 
@@ -58,7 +89,11 @@ def numeric(parameter):
     default, text = parameter.default, str(parameter.annotation)
     if isinstance(default, bool) or parameter.kind is parameter.VAR_KEYWORD:
         return False
-    return isinstance(default, (int, float)) or "float" in text.split("[")[0] or text.split(" ")[0] in ("int", "float")
+    return (
+        isinstance(default, (int, float))
+        or "float" in text.split("[")[0]
+        or text.split(" ")[0] in ("int", "float")
+    )
 
 
 SURFACE = surface()
@@ -68,7 +103,11 @@ PARAMETERS = [
     for name, p in inspect.signature(value).parameters.items()
     if numeric(p) and name not in COUNTED | (SHARED & collected_by(value))
 ]
-STATED = [(owner, name, allowed) for owner, value in SURFACE.items() for name, allowed in vars(value).get("__ranges__", {}).items()]
+STATED = [
+    (owner, name, allowed)
+    for owner, value in SURFACE.items()
+    for name, allowed in vars(value).get("__ranges__", {}).items()
+]
 RANGED = [(owner, name) for owner, name, allowed in STATED if not isinstance(allowed, Flag)]
 FLAGS = [(owner, name) for owner, name, allowed in STATED if isinstance(allowed, Flag)]
 
@@ -115,7 +154,8 @@ def test_what_is_no_number_in_the_range_is_refused(owner, name):
         outside += [float(low)] if interval.text[0] == "(" else []
         outside += [float(high)] if interval.text[-1] == ")" else []
         for value in outside:
-            if not interval.low <= value <= interval.high:  # infinity, and one more, may be in it
+            # infinity, and one more, may be in it
+            if not interval.low <= value <= interval.high:
                 refused(owner, name, value)
         assert not interval.has(float(low)) or interval.text[0] == "["
     if not SURFACE[owner].__ranges__[name].optional:
@@ -150,7 +190,16 @@ def test_what_it_says(call, message):
 
 
 @pytest.mark.parametrize(
-    "value", [0.1, 0, 1, numpy.float32(0.5), numpy.float64(0.5), torch.tensor(7.0), torch.tensor(0.5, requires_grad=True)]
+    "value",
+    [
+        0.1,
+        0,
+        1,
+        numpy.float32(0.5),
+        numpy.float64(0.5),
+        torch.tensor(7.0),
+        torch.tensor(0.5, requires_grad=True),
+    ],
 )
 def test_what_is_taken(value):
     assert rw.weights.AdvantageReweighting(alpha=value).alpha is value
@@ -173,7 +222,12 @@ OPS = {
     "token_divergence": (lambda **k: rw.token_divergence(Z, Z, **k), (SoftmaxOptions,)),
 }  # fmt: skip
 OWN = {
-    "distillation_loss": ("num_items_in_batch", "loss_scale", "teacher_temperature", "teacher_softcap"),
+    "distillation_loss": (
+        "num_items_in_batch",
+        "loss_scale",
+        "teacher_temperature",
+        "teacher_softcap",
+    ),
     "token_divergence": ("beta", "other_temperature"),
 }
 
@@ -196,11 +250,14 @@ def test_divisors():
     for value in (0, -1, math.inf):
         with pytest.raises(rw.InvalidCall, match="num_items_in_batch is"):
             call(num_items_in_batch=value)
-    assert call(num_items_in_batch=torch.tensor(-2.0)).loss.isfinite()  # a tensor is not read
+    # a tensor is not read
+    assert call(num_items_in_batch=torch.tensor(-2.0)).loss.isfinite()
     assert call(loss_scale=0).loss == 0
 
 
-@pytest.mark.parametrize("name", ["token_weights", "old_per_token_logps", "importance_sampling_ratio"])
+@pytest.mark.parametrize(
+    "name", ["token_weights", "old_per_token_logps", "importance_sampling_ratio"]
+)
 def test_a_number_for_every_row(name):
     for value in (math.nan, "1", True):
         with pytest.raises(rw.InvalidCall, match=name):
@@ -210,7 +267,13 @@ def test_a_number_for_every_row(name):
 def test_every_numeric_keyword_of_the_records_has_a_range():
     counted = {"num_sequences", "num_groups"}
     # A tensor, or one number for every row, which is checked where it becomes one.
-    data = {"old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps", "importance_sampling_ratio", "token_weights"}
+    data = {
+        "old_per_token_logps",
+        "ref_per_token_logps",
+        "sampling_per_token_logps",
+        "importance_sampling_ratio",
+        "token_weights",
+    }
     for record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions):
         for name, p in inspect.signature(record).parameters.items():
             assert not numeric(p) or name in record.RANGES or name in counted | data, name
@@ -222,18 +285,29 @@ def test_every_numeric_keyword_of_the_records_has_a_range():
         (Interval("[0, inf)"), (0, 0.0, -0.0, 1e308), (-1e-300, math.inf)),
         (Interval("(0, inf]"), (5e-324, math.inf), (0, 0.0)),
         (Interval("(0, 1)"), (0.5, 1 - 2**-53), (0, 1, 1.0)),
-        (Interval("[1, inf)", whole=True), (1, 10**9, numpy.int64(3)), (1.0, 2.5, numpy.float64(2.5))),
+        (
+            Interval("[1, inf)", whole=True),
+            (1, 10**9, numpy.int64(3)),
+            (1.0, 2.5, numpy.float64(2.5)),
+        ),
         (Interval("(0, inf)", words=("std",)), (1.0, "std"), ("mean", "")),
         (Interval(entries="[0, 1]"), ((0, 1), (0.5,), ()), (0.5, (2.0,), (None, 1), ("a",))),
-        (Interval("(0, inf]", entries="[-inf, inf]"), (1.0, (-math.inf, 10.0)), (-1.0, (math.nan, 1.0))),
+        (
+            Interval("(0, inf]", entries="[-inf, inf]"),
+            (1.0, (-math.inf, 10.0)),
+            (-1.0, (math.nan, 1.0)),
+        ),
     ],
 )
 def test_intervals(interval, inside, outside):
-    assert all(map(interval.has, inside)) and not any(map(interval.has, (*outside, math.nan, True, None)))
+    assert all(map(interval.has, inside)) and not any(
+        map(interval.has, (*outside, math.nan, True, None))
+    )
 
 
 def test_a_users_rule(registry):
-    """A bare ``float`` accepts any number; NaN, strings and booleans are not numbers."""
+    """A bare ``float`` accepts any number; NaN, strings and booleans are
+    not numbers."""
 
     @rw.rule
     class Powered(rw.Rule):

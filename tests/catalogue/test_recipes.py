@@ -19,11 +19,17 @@ from reweight_ops.recipes import RECIPES, Recipe, register
 
 
 def loop(name, batches=3):
-    """The printed loop, executed: ``(parameters before, after, what the loop left, the rollouts)``."""
+    """The printed loop, executed: ``(parameters before, after, what the loop left, the
+    rollouts)``.
+    """
     policy = Policy()
     before = policy.table.detach().clone()
     rollouts = [make_rollout(policy, name, seed) for seed in range(batches)]
-    names = {"policy": policy, "optimizer": torch.optim.SGD(policy.parameters(), lr=0.5), "rollouts": rollouts}
+    names = {
+        "policy": policy,
+        "optimizer": torch.optim.SGD(policy.parameters(), lr=0.5),
+        "rollouts": rollouts,
+    }
     exec(compile(rw.recipe(name).to_own_loop(), f"<the loop of {name}>", "exec"), names)
     return before, policy.table.detach(), names, rollouts
 
@@ -49,7 +55,9 @@ def test_the_lines_are_the_loop(name):
     for stage, value in made.items():
         torch.testing.assert_close(value, names[stage], rtol=0, atol=0)
     specs = r.specs(**(values | made))
-    assert [repr(spec) for spec in specs] == [repr(spec) for spec in names.get("specs", (names["spec"],))]
+    assert [repr(spec) for spec in specs] == [
+        repr(spec) for spec in names.get("specs", (names["spec"],))
+    ]
     assert all(isinstance(spec, (rw.PolicyLossSpec, rw.PairSpec)) for spec in specs)
 
 
@@ -67,7 +75,11 @@ def test_ar_and_lopti_together_as_their_authors():
     (reweighting,) = rw.recipe("advantage_reweighting").specs()
     assert reweighting.weights[0].alpha == 0.2
     published = {(s.name, s.value) for s in rw.recipe("ar_lopti").settings}
-    assert {("num_generations", "8"), ("temperature", "0.7"), ("learning_rate", "1e-6")} <= published
+    assert {
+        ("num_generations", "8"),
+        ("temperature", "0.7"),
+        ("learning_rate", "1e-6"),
+    } <= published
 
 
 def test_every_paper_with_several_entries_and_every_estimator_has_one():
@@ -86,14 +98,19 @@ def test_a_paper_is_one_title_one_id_one_year():
     assert not set(REPOSITORIES) - set(by_id), "a repository of no paper of the catalogue"
     paper = rw.recipe("hapo").publication
     assert (paper.year, paper.url) == (2025, "https://github.com/starriver030515/HAPO")
-    assert paper.source.endswith("Nature, 2025, arXiv:2509.16591, https://github.com/starriver030515/HAPO")
+    assert paper.source.endswith(
+        "Nature, 2025, arXiv:2509.16591, https://github.com/starriver030515/HAPO"
+    )
 
 
 def test_old_log_probs_are_given_wherever_a_ratio_is_read():
     for r in RECIPES.values():
         if "log_ratio" in r.requires:
-            given = r.loss_keywords()["old_per_token_logps"]  # the sampler's may stand for them
-            assert given in ("old_per_token_logps", "sampling_per_token_logps") and given in r.reads, r.name
+            # the sampler's may stand for them
+            given = r.loss_keywords()["old_per_token_logps"]
+            assert (
+                given in ("old_per_token_logps", "sampling_per_token_logps") and given in r.reads
+            ), r.name
 
 
 @pytest.mark.parametrize(
@@ -111,7 +128,9 @@ def test_a_recipe_is_found_like_an_entry(text):
 
 
 def test_what_is_not_found_says_what_there_is():
-    with pytest.raises(rw.InvalidCall, match="several recipes: ar_lopti, lopti, advantage_reweighting"):
+    with pytest.raises(
+        rw.InvalidCall, match="several recipes: ar_lopti, lopti, advantage_reweighting"
+    ):
         rw.recipe("2505.12929")
     with pytest.raises(rw.InvalidCall, match="no recipe 'nothing'.*hapo"):
         rw.recipe("nothing")
@@ -119,13 +138,18 @@ def test_what_is_not_found_says_what_there_is():
 
 def test_find_shows_recipes_last():
     hits = rw.find("GRPO-LEAD")
-    assert hits[-1].call == "rw.recipe('grpo_lead')" and eval(hits[-1].call) is rw.recipe("grpo_lead")
+    assert hits[-1].call == "rw.recipe('grpo_lead')" and eval(hits[-1].call) is rw.recipe(
+        "grpo_lead"
+    )
     assert not [hit for hit in rw.find("GRPO-LEAD", "advantage") if "recipe" in hit.call]
 
 
 def test_a_recipe_of_ones_own():
     mine = Recipe(
-        name="mine", entry="rw.methods.dapo", advantages="rw.advantages.rloo(rewards, group_size=group_size)", spec="rw.methods.dapo()"
+        name="mine",
+        entry="rw.methods.dapo",
+        advantages="rw.advantages.rloo(rewards, group_size=group_size)",
+        spec="rw.methods.dapo()",
     )
     made = mine.prepare(rewards=torch.tensor([3.0, 1, 1]), group_size=3)
     assert made["advantages"].tolist() == pytest.approx([2, -1, -1])
@@ -151,11 +175,20 @@ def test_lines_reach_nothing_but_the_package():
 
 def test_the_command_line_prints_them():
     listed = CliRunner().invoke(cli.app, ["recipes"])
-    assert listed.exit_code == 0 and all(name[:8] in listed.output for name in ("ar_lopti", "hapo", "dr_grpo"))
+    assert listed.exit_code == 0 and all(
+        name[:8] in listed.output for name in ("ar_lopti", "hapo", "dr_grpo")
+    )
     entry = CliRunner().invoke(cli.app, ["show", "canon"])
-    assert "reweight-ops recipe canon" in entry.output and "https://github.com/biuboomc/CANON" in entry.output
+    assert (
+        "reweight-ops recipe canon" in entry.output
+        and "https://github.com/biuboomc/CANON" in entry.output
+    )
     shown = CliRunner().invoke(cli.app, ["recipe", "GRPO-LEAD"])
-    assert shown.exit_code == 0 and rw.recipe("grpo_lead").to_own_loop() in shown.output and "midpoint" in shown.output
+    assert (
+        shown.exit_code == 0
+        and rw.recipe("grpo_lead").to_own_loop() in shown.output
+        and "midpoint" in shown.output
+    )
 
 
 def test_shapes_of_the_batch():

@@ -1,4 +1,6 @@
-"""Reward transforms (golden rows are in the package) against the papers' equations in loops."""
+"""Reward transforms (golden rows are in the package) against the papers' equations in
+loops.
+"""
 
 import math
 
@@ -18,7 +20,9 @@ def f64(*values):
 
 
 def close(got, expected):
-    torch.testing.assert_close(got, torch.as_tensor(expected, dtype=got.dtype), rtol=1e-10, atol=1e-10, equal_nan=True)
+    torch.testing.assert_close(
+        got, torch.as_tensor(expected, dtype=got.dtype), rtol=1e-10, atol=1e-10, equal_nan=True
+    )
 
 
 #: Three reward models; one did not score, two did not, none did.
@@ -28,7 +32,10 @@ MEMBERS = f64(*golden.MEMBERS)
 def test_lsc():
     # Its exp is the probability that a completion is good. A reference a completion.
     close(rewards.lsc(f64(2, 3), f64(2, 3)).exp(), [0.5, 0.5])
-    close(rewards.lsc(f64(1.5, 0, 4), f64(1, 2, 4)), [estimators.log_sigmoid(x) for x in (0.5, -2.0, 0.0)])
+    close(
+        rewards.lsc(f64(1.5, 0, 4), f64(1, 2, 4)),
+        [estimators.log_sigmoid(x) for x in (0.5, -2.0, 0.0)],
+    )
     assert rewards.lsc(f64(-1000.0, 1000.0), 0.0).tolist() == [-1000, 0]  # no overflow
     with pytest.raises(rw.InvalidCall, match=r"reference has shape \(2,\), expected \(3,\)"):
         rewards.lsc(f64(1, 2, 3), f64(1, 2))
@@ -57,9 +64,20 @@ def test_trust_grpo():
     thinking[10:15] = 1 - outcome[10:15]  # wrong answers that are praised
     outcome[10:15] = f64(1, 1, 0, 0, 0)
     thinking[10:15] = f64(0.2, 0.4, 0.9, 0.8, 1.0)
-    expected = [x for k in range(6) for x in estimators.trust_grpo(*(c[5 * k : 5 * k + 5].tolist() for c in (outcome, thinking)), 30, 100)]
+    expected = [
+        x
+        for k in range(6)
+        for x in estimators.trust_grpo(
+            *(c[5 * k : 5 * k + 5].tolist() for c in (outcome, thinking)), 30, 100
+        )
+    ]
     close(rewards.trust_grpo(outcome, thinking, step=30, total_steps=100, group_size=5), expected)
-    close(rewards.trust_grpo(outcome, thinking, step=torch.tensor(30), total_steps=torch.tensor(100), group_size=5), expected)
+    close(
+        rewards.trust_grpo(
+            outcome, thinking, step=torch.tensor(30), total_steps=torch.tensor(100), group_size=5
+        ),
+        expected,
+    )
 
 
 def test_grpo_lead_length():
@@ -73,13 +91,23 @@ def test_grpo_lead_length():
         expected = [
             x
             for k in range(5)
-            for x in estimators.grpo_lead_length(*(c[8 * k : 8 * k + 8].tolist() for c in (correct, lengths)), limit=limit)
+            for x in estimators.grpo_lead_length(
+                *(c[8 * k : 8 * k + 8].tolist() for c in (correct, lengths)), limit=limit
+            )
         ]
         close(rewards.grpo_lead_length(correct, lengths, min_length=limit, group_size=8), expected)
-    # Equal lengths of the correct ones are exactly average, whatever the rounding of their mean beside a shorter wrong one.
+    # Equal lengths of the correct ones are exactly average, whatever the rounding of
+    # their mean beside a shorter wrong one.
     odd = torch.tensor([6.0, 5824.7, 5824.7, 5824.7])
-    assert rewards.grpo_lead_length(torch.tensor([0, 1, 1, 1]), odd, min_length=0.0, group_size=4).tolist() == [-1, 1, 1, 1]
-    assert rewards.grpo_lead_length(torch.tensor([0, 0, 0, 1]), odd, min_length=0.0, epsilon=0.0, group_size=4)[3] == 1
+    assert rewards.grpo_lead_length(
+        torch.tensor([0, 1, 1, 1]), odd, min_length=0.0, group_size=4
+    ).tolist() == [-1, 1, 1, 1]
+    assert (
+        rewards.grpo_lead_length(
+            torch.tensor([0, 0, 0, 1]), odd, min_length=0.0, epsilon=0.0, group_size=4
+        )[3]
+        == 1
+    )
 
 
 def test_grpo_lambda_length():
@@ -88,9 +116,13 @@ def test_grpo_lambda_length():
     lengths = torch.randint(10, 90, (40,), generator=g).double()
     correct[:4] = correct[36:] = f64(1, 1, 1, 0)  # a tie, decided by number
     correct[4:8] = f64(0, 0, 1, 0)
-    groups = [[(bool(correct[i]), lengths[i].item()) for i in range(4 * k, 4 * k + 4)] for k in range(10)]
+    groups = [
+        [(bool(correct[i]), lengths[i].item()) for i in range(4 * k, 4 * k + 4)] for k in range(10)
+    ]
     for fraction in (0.0, 0.1, 0.15, 0.25, 0.7, 1.0):
-        got = rewards.grpo_lambda_length(correct, lengths, alpha=0.6, fraction=fraction, group_size=4)
+        got = rewards.grpo_lambda_length(
+            correct, lengths, alpha=0.6, fraction=fraction, group_size=4
+        )
         close(got, estimators.grpo_lambda_length(groups, 0.6, fraction))
     with pytest.raises(rw.InvalidCall, match=r"expected a number in \[0, 1\]"):
         rewards.grpo_lambda_length(correct, lengths, alpha=0.6, fraction=20, group_size=4)
@@ -99,6 +131,7 @@ def test_grpo_lambda_length():
 
 
 def test_a_reward_into_an_advantage():
-    """A NaN that stays in a reward is a completion without a score for the advantage."""
+    """A NaN that stays in a reward is a completion without a score for
+    the advantage."""
     got = rw.advantages.grpo(rewards.wco(MEMBERS), group_size=4)
     assert got[3] == 0 and got.isfinite().all() and got[:3].abs().sum() > 1

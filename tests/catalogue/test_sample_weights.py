@@ -1,4 +1,6 @@
-"""Sample weights and selections (golden rows are in the package): against exhaustive search, and inside a loss."""
+"""Sample weights and selections (golden rows are in the package): against exhaustive
+search, and inside a loss.
+"""
 
 import math
 
@@ -17,12 +19,22 @@ def f64(*values):
 
 
 def close(got, expected, **tolerance):
-    torch.testing.assert_close(got, torch.as_tensor(expected, dtype=got.dtype), **{"rtol": 1e-10, "atol": 1e-12, **tolerance})
+    torch.testing.assert_close(
+        got,
+        torch.as_tensor(expected, dtype=got.dtype),
+        **{"rtol": 1e-10, "atol": 1e-12, **tolerance},
+    )
 
 
 def test_exponential_advantage():
-    assert sw.exponential_advantage(torch.zeros(2, 3), temperature=1.0, max_weight=20.0).shape == (2, 3)
-    for wrong in ({"temperature": 0.0, "max_weight": 1.0}, {"temperature": 1.0, "max_weight": -1.0}):
+    assert sw.exponential_advantage(torch.zeros(2, 3), temperature=1.0, max_weight=20.0).shape == (
+        2,
+        3,
+    )
+    for wrong in (
+        {"temperature": 0.0, "max_weight": 1.0},
+        {"temperature": 1.0, "max_weight": -1.0},
+    ):
         with pytest.raises(rw.InvalidCall, match=r"expected a number in \(0, inf[)\]]"):
             sw.exponential_advantage(f64(1), **wrong)
 
@@ -36,9 +48,16 @@ def test_kl_dro_is_the_worst_distribution():
         return (w * losses).mean() - temperature * (w / 4 * w.log()).sum()
 
     assert w.mean().item() == pytest.approx(1)
-    assert objective(w).item() == pytest.approx(temperature * math.log(sum(math.exp(x / temperature) for x in losses.tolist()) / 4))
+    assert objective(w).item() == pytest.approx(
+        temperature * math.log(sum(math.exp(x / temperature) for x in losses.tolist()) / 4)
+    )
     for seed in range(20):
-        other = torch.softmax(w.log() + 0.2 * torch.randn(4, generator=torch.Generator().manual_seed(seed)), 0) * 4
+        other = (
+            torch.softmax(
+                w.log() + 0.2 * torch.randn(4, generator=torch.Generator().manual_seed(seed)), 0
+            )
+            * 4
+        )
         assert objective(other) < objective(w)
 
 
@@ -46,7 +65,8 @@ def test_kl_dro_is_the_worst_distribution():
 def test_dynamic_loss_reweighting_is_detached(strategy):
     losses = f64(1, 2, 5).requires_grad_()
     got = sw.dynamic_loss_reweighting(losses, temperature=0.4, strategy=strategy)
-    # The mean of w·loss is the authors' sum of softmax·loss; no gradient goes through the weights.
+    # The mean of w·loss is the authors' sum of softmax·loss; no gradient goes through
+    # the weights.
     assert got.sum().item() == pytest.approx(3)
     (grad,) = torch.autograd.grad((got * losses).mean(), losses)
     close(grad, got / 3)
@@ -60,7 +80,11 @@ def test_dynamic_loss_reweighting_refuses():
 
 def test_glow_without_a_floor():
     before = f64(2, 2 + math.log(3) / 20, 2)
-    close(sw.glow(f64(2, 2, 1), before, alpha=2.0, min_weight=0.0), [1, 0.5, 2 / (1 + math.exp(20))], rtol=1e-9)
+    close(
+        sw.glow(f64(2, 2, 1), before, alpha=2.0, min_weight=0.0),
+        [1, 0.5, 2 / (1 + math.exp(20))],
+        rtol=1e-9,
+    )
 
 
 def test_raft_refuses_to_keep_none():
@@ -72,15 +96,23 @@ def test_raft_refuses_to_keep_none():
 def test_d3s_has_the_greatest_variance_of_all_subsets(count):
     g = torch.Generator().manual_seed(count)
     for trial in range(12):
-        a = torch.randint(-4, 5, (8,), generator=g).double() if trial % 2 else torch.randn(8, generator=g, dtype=torch.float64) + 100
+        a = (
+            torch.randint(-4, 5, (8,), generator=g).double()
+            if trial % 2
+            else torch.randn(8, generator=g, dtype=torch.float64) + 100
+        )
         chosen = sw.d3s(a, num_samples=count)
         best, variance = estimators.d3s(a.tolist(), count)
         assert chosen.sum() == min(count, 8)
-        assert variance(chosen.nonzero().flatten().tolist()) == pytest.approx(best, rel=1e-9, abs=1e-9)
+        assert variance(chosen.nonzero().flatten().tolist()) == pytest.approx(
+            best, rel=1e-9, abs=1e-9
+        )
 
 
 def test_d3s_in_ragged_groups():
-    """The variant D3S-I: each group on its own; a group with fewer rows than asked for is kept whole."""
+    """The variant D3S-I: each group on its own; a group with fewer rows than asked for
+    is kept whole.
+    """
     g = torch.Generator().manual_seed(5)
     ids = torch.tensor([2, 0, 1, 0, 2, 0, 2, 0, 2, 0, 2, 1])
     a = torch.randn(12, generator=g, dtype=torch.float64)
@@ -105,7 +137,10 @@ def test_source_weights():
     (grad,) = torch.autograd.grad(loss, logits)
     close(grad, [-1.5, 1.5])
     plus = [math.log(2), math.log(4)]  # softplus
-    close(sw.source_weights(logits.detach(), ids, normalize="softplus"), [2 * plus[i] / sum(plus) for i in ids.tolist()])
+    close(
+        sw.source_weights(logits.detach(), ids, normalize="softplus"),
+        [2 * plus[i] / sum(plus) for i in ids.tolist()],
+    )
     with pytest.raises(rw.InvalidCall, match=r"source_ids\[1\] is 2"):
         sw.source_weights(logits, ids + 1)
     with pytest.raises(rw.InvalidCall, match="normalize is 'sum'"):
@@ -113,7 +148,9 @@ def test_source_weights():
 
 
 def test_learned_source_weights_train_through_a_policy_loss():
-    """As token weights that require grad: the gradient of the outer problem is exact, through two passes."""
+    """As token weights that require grad: the gradient of the outer problem is exact,
+    through two passes.
+    """
     g = torch.Generator().manual_seed(1)
     tokens = torch.randn(3, 4, 6, generator=g, dtype=torch.float64)
     ids, sources = torch.randint(6, (3, 4), generator=g), torch.tensor([0, 1, 1])
@@ -121,6 +158,8 @@ def test_learned_source_weights_train_through_a_policy_loss():
 
     def loss(source_logits):
         w = sw.source_weights(source_logits, sources)
-        return rw.policy_loss(tokens, ids, advantages, spec=rw.methods.reinforce(), token_weights=w, plan="two_pass").loss
+        return rw.policy_loss(
+            tokens, ids, advantages, spec=rw.methods.reinforce(), token_weights=w, plan="two_pass"
+        ).loss
 
     assert torch.autograd.gradcheck(loss, f64(0.3, -0.2).requires_grad_())

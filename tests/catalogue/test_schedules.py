@@ -1,4 +1,6 @@
-"""Schedules by hand; Lopti's two passes and CAPO's masks inside real losses. Lopti in TRL is in ``trl_hooks``."""
+"""Schedules by hand; Lopti's two passes and CAPO's masks inside real losses. Lopti in
+TRL is in ``trl_hooks``.
+"""
 
 import math
 
@@ -18,13 +20,24 @@ def batch():
     ids = torch.randint(V, (B, T), generator=g)
     mask = torch.arange(T) < torch.tensor([6, 3, 5, 2])[:, None]
     old = rw.token_logps(logits, ids) + 0.1 * torch.randn(B, T, generator=g, dtype=torch.float64)
-    return {"logits": logits, "ids": ids, "mask": mask, "old": old, "A": torch.tensor([1.0, -2.0, 0.0, 3.0], dtype=torch.float64)}
+    return {
+        "logits": logits,
+        "ids": ids,
+        "mask": mask,
+        "old": old,
+        "A": torch.tensor([1.0, -2.0, 0.0, 3.0], dtype=torch.float64),
+    }
 
 
 def test_lopti_passes_over_everything_twice():
-    """A generator of mini-batches is not exhausted by the first pass; all of them, in order, with the unlikely tokens' loss first."""
+    """A generator of mini-batches is not exhausted by the first pass; all of them, in
+    order, with the unlikely tokens' loss first.
+    """
     low, high = schedules.lopti(eta=0.3, beta=0.1)
-    assert (low, high) == (rw.methods.lopti("low", eta=0.3, beta=0.1), rw.methods.lopti("high", eta=0.3, beta=0.1)) and low != high
+    assert (low, high) == (
+        rw.methods.lopti("low", eta=0.3, beta=0.1),
+        rw.methods.lopti("high", eta=0.3, beta=0.1),
+    ) and low != high
     order = list(schedules.lopti_updates((name for name in "abc"), eta=0.3, beta=0.1))
     assert order == [(low, "a"), (low, "b"), (low, "c"), (high, "a"), (high, "b"), (high, "c")]
     assert schedules.lopti("high_first", eta=0.3, beta=0.1) == (high, low)
@@ -33,7 +46,9 @@ def test_lopti_passes_over_everything_twice():
 
 
 def test_lopti_updates_are_the_two_steps_of_the_paper(batch):
-    """Plain SGD over two mini-batches, four steps: against the paper's masked surrogate written out, with the logits as parameters."""
+    """Plain SGD over two mini-batches, four steps: against the paper's masked surrogate
+    written out, with the logits as parameters.
+    """
     rows = [slice(0, 2), slice(2, 4)]
 
     def surrogate(logp, part):
@@ -43,8 +58,12 @@ def test_lopti_updates_are_the_two_steps_of_the_paper(batch):
     expected = batch["logits"].clone().requires_grad_()
     for half in (0, 1):
         for part in rows:
-            logp = torch.log_softmax(expected[part], -1).gather(-1, batch["ids"][part, :, None])[..., 0]
-            halves = papers.lopti(surrogate(logp, part), batch["old"][part], batch["mask"][part], eta=0.2)
+            logp = torch.log_softmax(expected[part], -1).gather(-1, batch["ids"][part, :, None])[
+                ..., 0
+            ]
+            halves = papers.lopti(
+                surrogate(logp, part), batch["old"][part], batch["mask"][part], eta=0.2
+            )
             (grad,) = torch.autograd.grad(halves[half], expected)
             expected = (expected.detach() - 0.5 * grad).requires_grad_()
     logits = batch["logits"].clone().requires_grad_()
@@ -67,18 +86,32 @@ def test_capo(batch):
     mask = batch["mask"]
     early = schedules.capo(batch["A"], mask, step=29, switch_step=30)
     assert early.dtype == torch.bool
-    assert torch.equal(early, mask & torch.tensor([True, False, True, True])[:, None])  # A = 0 is kept
+    # A = 0 is kept
+    assert torch.equal(early, mask & torch.tensor([True, False, True, True])[:, None])
     assert torch.equal(schedules.capo(batch["A"], mask, step=30, switch_step=30), mask)
-    assert torch.equal(schedules.capo(batch["A"], mask, step=torch.tensor(5), switch_step=torch.tensor(9)), early)
+    assert torch.equal(
+        schedules.capo(batch["A"], mask, step=torch.tensor(5), switch_step=torch.tensor(9)), early
+    )
     tokens = batch["A"][:, None].expand(mask.shape).clone()
     tokens[0, 0] = -1
-    assert schedules.capo(tokens, mask, step=0, switch_step=1)[0].tolist() == [False, True, True, True, True, True]
-    with pytest.raises(rw.InvalidCall, match=r"advantages has shape \(3,\), expected \(4, 6\) or \(4,\)"):
+    assert schedules.capo(tokens, mask, step=0, switch_step=1)[0].tolist() == [
+        False,
+        True,
+        True,
+        True,
+        True,
+        True,
+    ]
+    with pytest.raises(
+        rw.InvalidCall, match=r"advantages has shape \(3,\), expected \(4, 6\) or \(4,\)"
+    ):
         schedules.capo(batch["A"][1:], mask, step=0, switch_step=1)
 
 
 def test_capo_drops_the_kl_and_keeps_the_denominator(batch):
-    """As its docstring says: mask and denominator mask give the expectation over all samples of 1[A >= 0]·(surrogate - beta·KL)."""
+    """As its docstring says: mask and denominator mask give the expectation over all
+    samples of 1[A >= 0]·(surrogate - beta·KL).
+    """
     ref = batch["old"] - 0.3
     keep = schedules.capo(batch["A"], batch["mask"], step=0, switch_step=1)
     out = rw.policy_loss(
@@ -98,7 +131,9 @@ def test_capo_drops_the_kl_and_keeps_the_denominator(batch):
 
 
 def test_d3s():
-    start, half, end = (schedules.d3s(p, num_samples=(16, 64), token_fraction=(0.2, 1.0)) for p in (0.0, 0.5, 1.0))
+    start, half, end = (
+        schedules.d3s(p, num_samples=(16, 64), token_fraction=(0.2, 1.0)) for p in (0.0, 0.5, 1.0)
+    )
     assert (start, end) == ((16, 0.2), (64, 1.0))
     advantages = torch.randn(64, generator=torch.Generator().manual_seed(0))
     assert rw.sample_weights.d3s(advantages, num_samples=half.num_samples).sum() == 40
@@ -117,9 +152,19 @@ def test_tsa():
 def test_relift():
     rewards = torch.tensor([0, 0, 0, 0, 0, 1, -1, -1, 0, -1.0])
     assert schedules.all_failed(rewards, group_size=2).tolist() == [True, True, False, False, False]
-    assert schedules.all_failed(rewards, fail_value=-1.0, group_size=2).tolist() == [False, False, False, True, False]
+    assert schedules.all_failed(rewards, fail_value=-1.0, group_size=2).tolist() == [
+        False,
+        False,
+        False,
+        True,
+        False,
+    ]
     ids = {"group_ids": torch.tensor([0, 0, 2, 2]), "num_groups": 3}
-    assert schedules.all_failed(torch.tensor([0, 0, 0, math.nan]), **ids).tolist() == [True, False, False]
+    assert schedules.all_failed(torch.tensor([0, 0, 0, math.nan]), **ids).tolist() == [
+        True,
+        False,
+        False,
+    ]
     switch = schedules.Relift(buffer_size=5)
     state, due = switch.update(switch.update(switch.init(), 4)[0], 3)
     assert due and state.buffered == 2, "what is over stays"

@@ -1,4 +1,6 @@
-"""A reader of a paper finds its entry: by acronym as printed, arXiv id, title, or words."""
+"""A reader of a paper finds its entry: by acronym as printed, arXiv id, title, or
+words.
+"""
 
 import pytest
 from typer.testing import CliRunner
@@ -48,12 +50,22 @@ def test_an_acronym_leads_to_its_entry(acronym):
         calls = [hit.call for hit in rw.find(text)]
         assert f"rw.{ACRONYMS[acronym]}" in calls[:4], (text, calls)
         if acronym not in MENTIONED and acronym not in ("MaPO", "ALDR-KL", "A*-PO"):
-            assert f"rw.{ACRONYMS[acronym]}" in [entry.call for entry, _ in exact(text)], "show finds it too"
+            assert f"rw.{ACRONYMS[acronym]}" in [entry.call for entry, _ in exact(text)], (
+                "show finds it too"
+            )
 
 
-@pytest.mark.parametrize("entry", [e for e in entries() if e.arxiv != "unknown"], ids=lambda e: f"{e.kind}/{e.name}")
+@pytest.mark.parametrize(
+    "entry", [e for e in entries() if e.arxiv != "unknown"], ids=lambda e: f"{e.kind}/{e.name}"
+)
 def test_an_arxiv_id_and_a_title_lead_to_every_entry_of_a_paper(entry):
-    for text in (entry.arxiv, f"arXiv:{entry.arxiv}", f"https://arxiv.org/abs/{entry.arxiv}", entry.paper, entry.paper.upper()):
+    for text in (
+        entry.arxiv,
+        f"arXiv:{entry.arxiv}",
+        f"https://arxiv.org/abs/{entry.arxiv}",
+        entry.paper,
+        entry.paper.upper(),
+    ):
         assert entry.call in [hit.call for hit in rw.find(text)], text
 
 
@@ -65,7 +77,9 @@ def test_words_of_a_title_and_what_is_left_out():
 
 
 def test_spelling_is_the_last_resort():
-    assert [(hit.call, hit.why) for hit in rw.find("dapoo")][:1] == [("rw.methods.dapo", "the nearest spelling")]
+    assert [(hit.call, hit.why) for hit in rw.find("dapoo")][:1] == [
+        ("rw.methods.dapo", "the nearest spelling")
+    ]
     assert rw.find("zzzzqqqq") == []
     assert all(hit.why != "the nearest spelling" for hit in rw.find("dapo"))
 
@@ -95,7 +109,11 @@ def test_the_command_line(monkeypatch):
     monkeypatch.setattr(cli, "console", cli.Console(width=200))
     runner = CliRunner()
     found = runner.invoke(cli.app, ["find", "low", "probability", "tokens"])
-    assert found.exit_code == 0 and "rw.methods.advantage_reweighting" in found.stdout and "2505.12929" in found.stdout
+    assert (
+        found.exit_code == 0
+        and "rw.methods.advantage_reweighting" in found.stdout
+        and "2505.12929" in found.stdout
+    )
     assert runner.invoke(cli.app, ["find", "zzzzqqqq"]).exit_code == 1
     for text in ("AR", "grpo-lambda", "2510.10150", "Dual-Clip-PPO"):
         assert runner.invoke(cli.app, ["show", text]).exit_code == 0, text

@@ -1,4 +1,6 @@
-"""What the installed TRL's configurations of preferences offer, read from its own source: each choice is served, or refused with its reason."""
+"""What the installed TRL's configurations of preferences offer, read from its own
+source: each choice is served, or refused with its reason.
+"""
 
 import dataclasses
 import importlib
@@ -17,7 +19,9 @@ from reweight_ops import preference
 
 
 def choices(module, option):
-    """The strings that a trainer's source compares an option with, and those of ``option in (...)``."""
+    """The strings that a trainer's source compares an option with, and those of
+    ``option in (...)``.
+    """
     source = inspect.getsource(module)
     found = re.findall(rf'{option} == "([\w-]+)"', source)
     for group in re.findall(rf"{option} (?:not )?in [\[({{]([^\])}}]*)[\])}}]", source):
@@ -44,13 +48,23 @@ def test_every_loss_type_is_served(loss_type):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_every_divergence_is_served_or_refused_as_trl_refuses_it(divergence, loss_type):
-    """TRL computes log-ratios by a divergence for the losses of a difference; the others read the plain ones."""
+    """TRL computes log-ratios by a divergence for the losses of a difference; the
+    others read the plain ones.
+    """
     smooth = {"label_smoothing": 0.1} if loss_type in ("exo_pair", "robust") else {}
     try:
         spec = preference.trl(loss_type, f_divergence_type=divergence, **smooth)
     except rw.InvalidCall as error:
         assert "is defined for" in str(error) and divergence != "reverse_kl"
-        assert loss_type in ("nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down")
+        assert loss_type in (
+            "nca_pair",
+            "bco_pair",
+            "sppo_hard",
+            "aot",
+            "aot_unpaired",
+            "apo_zero",
+            "apo_down",
+        )
     else:
         assert isinstance(spec, rw.PairSpec)
 
@@ -61,8 +75,15 @@ def test_every_option_of_the_loss_is_one_of_ours():
     source = inspect.getsource(trl.trainer.dpo_trainer.DPOTrainer._compute_loss)
     fields = {f.name for f in dataclasses.fields(DPOConfig)}
     read = set(re.findall(r"self\.(?:args\.)?(\w+)", source)) & fields
-    # How, not what; and the auxiliary loss of a mixture of experts, which is the model's own.
-    outside = {"use_liger_kernel", "padding_free", "precompute_ref_log_probs", "gradient_checkpointing_kwargs", "router_aux_loss_coef"}
+    # How, not what; and the auxiliary loss of a mixture of experts, which is the
+    # model's own.
+    outside = {
+        "use_liger_kernel",
+        "padding_free",
+        "precompute_ref_log_probs",
+        "gradient_checkpointing_kwargs",
+        "router_aux_loss_coef",
+    }
     assert {"beta", "label_smoothing"} <= read
     assert read - outside <= ours, read - outside - ours
 
@@ -75,10 +96,14 @@ BESIDE = {
         "simpo": lambda: preference.simpo(),
         "alphapo": lambda: preference.alpha_po(alpha=0.25),
     },
-    "tpo": {name: lambda name=name: preference.tpo(name) for name in ("sigmoid", "hinge", "ipo", "tpo-l")},
+    "tpo": {
+        name: lambda name=name: preference.tpo(name)
+        for name in ("sigmoid", "hinge", "ipo", "tpo-l")
+    },
     "orpo": {},
 }
-#: Refused: the loss types that a trainer itself refuses, and compositions of what there is.
+#: Refused: the loss types that a trainer itself refuses, and compositions of what there
+#: is.
 REFUSED = {
     "cpo": {
         "kto_pair": "an error in TRL too: it sends to KTOTrainer",

@@ -1,4 +1,6 @@
-"""``python -m conformance [PEER ...]``: the table of the peers that are installed (or whose names begin so). Exit code 1 if a difference is unexpected."""
+"""``python -m conformance [PEER ...]``: the table of the peers that are installed (or
+whose names begin so). Exit code 1 if a difference is unexpected.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,11 @@ PEERS: tuple[tuple[str, Callable[[], Iterable[Case]]], ...] = (
 
 
 def main(chosen: Sequence[str]) -> int:
-    peers = [peer for peer in PEERS if not chosen or any(peer[0].lower().startswith(name.lower()) for name in chosen)]
+    peers = [
+        peer
+        for peer in PEERS
+        if not chosen or any(peer[0].lower().startswith(name.lower()) for name in chosen)
+    ]
     table = list(lines(peers))
     print(text(table))
     return int(not table or any(not line.expected for line in table))

@@ -1,5 +1,5 @@
-"""The data of every peer: hidden states and a head, their logits, and rows with ratios on
-both sides of any clip.
+"""The data of every peer: hidden states and a head, their logits, and rows with ratios
+on both sides of any clip.
 
 One sequence is empty, and the masks are ragged.
 """
@@ -22,12 +22,21 @@ def batch(temperature: float = 1.0, seed: int = 0, scale: float = 0.5) -> Simple
         return torch.randn(size, generator=g)
 
     b = SimpleNamespace(
-        hidden=normal(S, T, D).requires_grad_(), weight=(scale * normal(V, D)).requires_grad_(), bias=(0.1 * normal(V)).requires_grad_()
+        hidden=normal(S, T, D).requires_grad_(),
+        weight=(scale * normal(V, D)).requires_grad_(),
+        bias=(0.1 * normal(V)).requires_grad_(),
     )
     b.ids = torch.randint(V, (S, T), generator=g)
     b.mask = (torch.arange(T) < torch.tensor([9, 1, 4, 0, 2, 9])[:, None]).float()
     with torch.no_grad():
-        logps = rw.linear_token_logps(b.hidden, b.weight, b.ids, lm_head_bias=b.bias, temperature=temperature, backend="reference")
+        logps = rw.linear_token_logps(
+            b.hidden,
+            b.weight,
+            b.ids,
+            lm_head_bias=b.bias,
+            temperature=temperature,
+            backend="reference",
+        )
     b.old, b.ref = logps + 0.3 * normal(S, T), logps + 0.3 * normal(S, T)
     b.advantages, b.token_advantages = normal(S), normal(S, T)
     b.ratio = torch.rand(S, T, generator=g) + 0.5

@@ -20,13 +20,19 @@ def losses() -> Iterator[Case]:
     ):  # decorators: the formula, not the compiler
         from cut_cross_entropy.torch_compile import torch_compile_linear_cross_entropy
 
-    for reduction, softcap, ignored in itertools.product(("mean", "sum", "none"), (None, 5.0), (False, True)):
+    for reduction, softcap, ignored in itertools.product(
+        ("mean", "sum", "none"), (None, 5.0), (False, True)
+    ):
         b = batch()
         labels = torch.where(b.mask.bool(), b.ids, -100) if ignored else b.ids
 
         def theirs(b=b, labels=labels, reduction=reduction, softcap=softcap):
             return result(
-                torch_compile_linear_cross_entropy(b.hidden, b.weight, labels, softcap=softcap, reduction=reduction), b.hidden, b.weight
+                torch_compile_linear_cross_entropy(
+                    b.hidden, b.weight, labels, softcap=softcap, reduction=reduction
+                ),
+                b.hidden,
+                b.weight,
             )
 
         def ours(b=b, labels=labels, reduction=reduction, softcap=softcap):
@@ -35,4 +41,9 @@ def losses() -> Iterator[Case]:
                 loss = loss.sum() / ((labels != -100).sum() if reduction == "mean" else 1)
             return result(loss, b.hidden, b.weight)
 
-        yield Case("CCE", f"{reduction} softcap {softcap}{' ignored tokens' if ignored else ''}", theirs, ours)
+        yield Case(
+            "CCE",
+            f"{reduction} softcap {softcap}{' ignored tokens' if ignored else ''}",
+            theirs,
+            ours,
+        )

@@ -28,7 +28,9 @@ EXTRAS = {
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
 
-def trainer(loss_type: str, level: str, settings: dict, statistics: tuple[torch.Tensor, torch.Tensor]) -> SimpleNamespace:
+def trainer(
+    loss_type: str, level: str, settings: dict, statistics: tuple[torch.Tensor, torch.Tensor]
+) -> SimpleNamespace:
     """What the loss reads of a ``GRPOTrainer``."""
     from trl import GRPOTrainer
 
@@ -62,8 +64,12 @@ def losses() -> Iterator[Case]:
     from trl import GRPOTrainer
     from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
-    for loss_type, level, (name, extra) in itertools.product(LOSS_TYPES, ("token", "sequence"), EXTRAS.items()):
-        if (loss_type in ("cispo", "sapo", "vespo") and "delta" in extra) or (loss_type == "vespo" and level == "sequence"):
+    for loss_type, level, (name, extra) in itertools.product(
+        LOSS_TYPES, ("token", "sequence"), EXTRAS.items()
+    ):
+        if (loss_type in ("cispo", "sapo", "vespo") and "delta" in extra) or (
+            loss_type == "vespo" and level == "sequence"
+        ):
             continue  # it reads none; and ours is an error that says so
         settings = dict(extra) | ({"epsilon_high": 1.15} if loss_type == "cispo" else {})
         b = batch(temperature=0.9)
@@ -77,12 +83,23 @@ def losses() -> Iterator[Case]:
                 "old_per_token_logps": b.old, "ref_per_token_logps": b.ref, "num_items_in_batch": torch.tensor(TOKENS),
                 "importance_sampling_ratio": torch.ones_like(b.ratio) if loss_type == "vespo" else b.ratio,
             }  # fmt: skip
-            return result(GRPOTrainer._compute_loss(trainer(loss_type, level, settings, stats), None, inputs), *b.leaves)
+            return result(
+                GRPOTrainer._compute_loss(trainer(loss_type, level, settings, stats), None, inputs),
+                *b.leaves,
+            )
 
         def ours(b=b, loss_type=loss_type, level=level, settings=settings):
-            spec = rw.methods.trl(loss_type, importance_sampling_level=level, max_completion_length=16, unused="ignore", **settings)
+            spec = rw.methods.trl(
+                loss_type,
+                importance_sampling_level=level,
+                max_completion_length=16,
+                unused="ignore",
+                **settings,
+            )
             more = {} if loss_type == "vespo" else {"importance_sampling_ratio": b.ratio}
-            more |= {"num_items_in_batch": TOKENS} if loss_type in ("dapo", "cispo", "vespo") else {}
+            more |= (
+                {"num_items_in_batch": TOKENS} if loss_type in ("dapo", "cispo", "vespo") else {}
+            )
             out = rw.linear_policy_loss(
                 b.hidden, b.weight, b.ids, b.advantages, spec=spec, lm_head_bias=b.bias, temperature=0.9, completion_mask=b.mask,
                 old_per_token_logps=b.old, ref_per_token_logps=b.ref, unused="ignore", **more,
@@ -102,7 +119,9 @@ def heads() -> Iterator[Case]:
         flat, ids = b.hidden.flatten(0, 1), b.ids.flatten()
 
         def theirs(b=b, flat=flat, ids=ids, softcap=softcap, temperature=temperature, scale=scale):
-            logps, entropies, *_ = ChunkedLogProbFunction.apply(flat, b.weight, b.bias, ids, temperature, 7, softcap, scale)
+            logps, entropies, *_ = ChunkedLogProbFunction.apply(
+                flat, b.weight, b.bias, ids, temperature, 7, softcap, scale
+            )
             return result((logps + 0.3 * entropies) * b.ratio.flatten(), *b.leaves)
 
         def ours(b=b, flat=flat, ids=ids, softcap=softcap, temperature=temperature, scale=scale):
@@ -119,7 +138,9 @@ def heads() -> Iterator[Case]:
             )
             return result((logps + 0.3 * entropies) * b.ratio.flatten(), *b.leaves)
 
-        yield Case("TRL head", f"softcap {softcap} temperature {temperature} scale {scale}", theirs, ours)
+        yield Case(
+            "TRL head", f"softcap {softcap} temperature {temperature} scale {scale}", theirs, ours
+        )
     for beta, softcap in itertools.product((0.0, 0.3, 1.0), (None, 5.0)):
         b, other = batch(), batch(seed=1)
         kind = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "generalized_jsd")
@@ -127,7 +148,9 @@ def heads() -> Iterator[Case]:
 
         def theirs(b=b, beta=beta, softcap=softcap, teacher=teacher):
             flat = b.hidden.flatten(0, 1)
-            found, _ = ChunkedDivergenceFunction.apply(flat, b.weight, b.bias, *teacher, beta, 0.8, 1.3, softcap, 0.7, 4.0)
+            found, _ = ChunkedDivergenceFunction.apply(
+                flat, b.weight, b.bias, *teacher, beta, 0.8, 1.3, softcap, 0.7, 4.0
+            )
             return result(found * b.ratio.flatten(), *b.leaves)
 
         def ours(b=b, beta=beta, softcap=softcap, kind=kind, teacher=teacher):

@@ -12,8 +12,26 @@ import reweight_ops as rw
 from .batch import batch
 from .table import Case, Result
 
-AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
-MODES = ("vanilla", "gspo", "sapo", "gpg", "clip_cov", "kl_cov", "geo_mean", "cispo", "dppo_tv", "dppo_kl", "dro")
+AGGREGATIONS = (
+    "token-mean",
+    "token-sum",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+    "seq-mean-token-mean",
+)
+MODES = (
+    "vanilla",
+    "gspo",
+    "sapo",
+    "gpg",
+    "clip_cov",
+    "kl_cov",
+    "geo_mean",
+    "cispo",
+    "dppo_tv",
+    "dppo_kl",
+    "dro",
+)
 #: So that something happens, and no choice is left to a random generator.
 OWN = {
     "clip_cov": {"clip_cov_ratio": 0.4, "clip_cov_lb": 0.4}, "kl_cov": {"kl_cov_ratio": 0.2, "ppo_kl_coef": 0.3}, "dro": {"dro_beta": 0.5},
@@ -39,19 +57,55 @@ def losses() -> Iterator[Case]:
         advantages = b.advantages[:, None].expand_as(logps) if per_sequence else b.token_advantages
         bounds = dict(clip_ratio_low=0.2, clip_ratio_high=0.3, clip_ratio_c=2.0)
 
-        def theirs(mode=mode, aggregation=aggregation, own=own, logps=logps, advantages=advantages, b=b, mask=mask, bounds=bounds):
+        def theirs(
+            mode=mode,
+            aggregation=aggregation,
+            own=own,
+            logps=logps,
+            advantages=advantages,
+            b=b,
+            mask=mask,
+            bounds=bounds,
+        ):
             config = ActorConfig(
-                strategy="fsdp", ppo_micro_batch_size_per_gpu=1, rollout_n=1, **bounds, policy_loss=PolicyLossConfig(**own)
+                strategy="fsdp",
+                ppo_micro_batch_size_per_gpu=1,
+                rollout_n=1,
+                **bounds,
+                policy_loss=PolicyLossConfig(**own),
             )
             loss, _ = core_algos.get_policy_loss_fn(mode)(
-                old_log_prob=b.old, log_prob=logps, advantages=advantages, response_mask=mask, loss_agg_mode=aggregation, config=config
+                old_log_prob=b.old,
+                log_prob=logps,
+                advantages=advantages,
+                response_mask=mask,
+                loss_agg_mode=aggregation,
+                config=config,
             )
             return Result(loss.detach(), torch.autograd.grad(loss, logps))
 
-        def ours(mode=mode, aggregation=aggregation, own=own, logps=logps, per_sequence=per_sequence, b=b, mask=mask, bounds=bounds):
-            spec = rw.methods.verl(mode, loss_agg_mode=aggregation, unused="ignore", **bounds, **own)
+        def ours(
+            mode=mode,
+            aggregation=aggregation,
+            own=own,
+            logps=logps,
+            per_sequence=per_sequence,
+            b=b,
+            mask=mask,
+            bounds=bounds,
+        ):
+            spec = rw.methods.verl(
+                mode, loss_agg_mode=aggregation, unused="ignore", **bounds, **own
+            )
             given = b.advantages if per_sequence else b.token_advantages
-            out = rw.policy_loss_from_logps(logps, given, spec=spec, completion_mask=mask, old_per_token_logps=b.old, unused="ignore")
+            out = rw.policy_loss_from_logps(
+                logps,
+                given,
+                spec=spec,
+                completion_mask=mask,
+                old_per_token_logps=b.old,
+                unused="ignore",
+            )
             return Result(out.loss.detach(), torch.autograd.grad(out.loss, logps))
 
         yield Case("verl", f"{mode} {aggregation}", theirs, ours)

@@ -1,4 +1,6 @@
-"""``torch.autograd.set_detect_anomaly(True)`` finds no NaN in any backward of a healthy call, not even one that is discarded."""
+"""``torch.autograd.set_detect_anomaly(True)`` finds no NaN in any backward of a healthy
+call, not even one that is discarded.
+"""
 
 import public_calls
 import pytest
@@ -21,5 +23,8 @@ def test_every_public_op(op):
         except RuntimeError as error:
             raised[name] = str(error).splitlines()[0]
         else:
-            assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(got, want, strict=True)), name
+            assert all(
+                torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+                for a, b in zip(got, want, strict=True)
+            ), name
     assert not raised

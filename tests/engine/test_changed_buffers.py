@@ -27,13 +27,22 @@ def buffers():
 
 def call_spec():
     """A spec that reads the old policy and the reference."""
-    return rw.methods.dapo().with_penalty(rw.Penalty(rw.methods.grpo(beta=0.1).penalties[0].rule, 0.1))
+    return rw.methods.dapo().with_penalty(
+        rw.Penalty(rw.methods.grpo(beta=0.1).penalties[0].rule, 0.1)
+    )
 
 
 def call(given, plan, spec=None):
     z = Z.clone().requires_grad_()
     rest = dict(given)
-    return rw.policy_loss(z, IDS, rest.pop("advantages"), spec=call_spec() if spec is None else spec, plan=plan, **rest)
+    return rw.policy_loss(
+        z,
+        IDS,
+        rest.pop("advantages"),
+        spec=call_spec() if spec is None else spec,
+        plan=plan,
+        **rest,
+    )
 
 
 def value(out, what):
@@ -51,7 +60,10 @@ def test_a_refilled_buffer(name, what, plan):  # docs/semantics.md: S22
     out.loss.backward()
     given[name].zero_()
     if name in ("advantages", "old_per_token_logps", "ref_per_token_logps", "token_weights"):
-        with pytest.raises(rw.ReweightOpsError, match=rf"{what} is computed when it is first read, and {name}.* read out.{what} before"):
+        with pytest.raises(
+            rw.ReweightOpsError,
+            match=rf"{what} is computed when it is first read, and {name}.* read out.{what} before",
+        ):
             value(out, what)
     else:
         try:
@@ -92,7 +104,8 @@ def test_a_schedule_that_is_advanced():
 
 
 def test_what_a_call_copied_may_change():
-    """With another dtype, a constant or a mask, no later read uses the caller's memory."""
+    """With another dtype, a constant or a mask, no later read uses the
+    caller's memory."""
     given = buffers()
     given["advantages"] = given["advantages"].double()
     want = value(call(given, "two_pass"), "metrics")
@@ -119,7 +132,9 @@ def test_inference_mode_and_log_probs():
         old = given["old_per_token_logps"].clone()
         assert call({**given, "old_per_token_logps": old}, "two_pass").metrics["ratio/mean"] > 0
     logps = torch.full((2, 3), -1.5, requires_grad=True)
-    out = rw.policy_loss_from_logps(logps, given["advantages"], spec="dapo", old_per_token_logps=given["old_per_token_logps"])
+    out = rw.policy_loss_from_logps(
+        logps, given["advantages"], spec="dapo", old_per_token_logps=given["old_per_token_logps"]
+    )
     given["old_per_token_logps"].zero_()
     with pytest.raises(rw.ReweightOpsError, match="old_per_token_logps has been written"):
         value(out, "metrics")

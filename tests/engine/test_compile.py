@@ -1,4 +1,6 @@
-"""Custom ops and torch.compile: opcheck, fullgraph through both plans, and schedules that compile once."""
+"""Custom ops and torch.compile: opcheck, fullgraph through both plans, and schedules
+that compile once.
+"""
 
 import itertools
 import subprocess
@@ -17,7 +19,10 @@ SPEC = rw.methods.grpo(beta=0.04, entropy_coef=0.01)
 BACKENDS = [
     b
     for b in ("reference", "cpu")
-    if unsupported_reason(b, Request("token_loss_grad", torch.device("cpu"), torch.float32, SPEC.program)) is None
+    if unsupported_reason(
+        b, Request("token_loss_grad", torch.device("cpu"), torch.float32, SPEC.program)
+    )
+    is None
 ]
 
 
@@ -41,21 +46,82 @@ def ops_arguments(backend, drop_last):
     ids = torch.randint(v, (n * t,), generator=g)
     one = torch.ones(1)
     logp, entropy, lse, low, p_sq = rw.kernels.token_stats(
-        z[:, :t], ids, one, stats=("logp", "entropy", "lse", "lse_low", "log_sum_p_sq"), backend="reference"
+        z[:, :t],
+        ids,
+        one,
+        stats=("logp", "entropy", "lse", "lse_low", "log_sum_p_sq"),
+        backend="reference",
     )
     tail, whole = (v, float("inf"), bool(drop_last)), (v, float("inf"), 0, v, bool(drop_last))
     params = torch.tensor([v if torch.is_tensor(v) else float(v) for v in SPEC.parameter_values])
     weights = torch.full((len(SPEC.rules), n * t), 0.1)
-    two = (torch.randn(n, t, v, generator=g), ids, one, one)  # the other logits, and arguments of both
+    # the other logits, and arguments of both
+    two = (torch.randn(n, t, v, generator=g), ids, one, one)
     two_tail = (v, float("inf"), 5.0, bool(drop_last), backend)
     table = torch.ops.reweight_ops.divergence_stats(z, *two, *two_tail)
     mixed = torch.tensor([0.5, 0.7, -0.3])
     return {
         "token_stats": (z, ids, one, *whole, "logp,entropy", backend),
-        "token_grad": (z, ids, one, logp, lse, low, entropy, p_sq, rows[0], rows[1], None, None, *whole, backend),
-        "token_grad_": (z.clone(), ids, one, logp, lse, None, entropy, None, rows[0], rows[1], None, None, *whole, backend),
-        "token_loss_grad": (z, ids, one, weights, logp - 0.1, rows[0], logp + 0.1, None, params, SPEC.program.encode(), *tail, backend),
-        "token_loss_grad_": (z.clone(), ids, one, weights, None, rows[0], logp + 0.1, None, params, SPEC.program.encode(), *tail, backend),
+        "token_grad": (
+            z,
+            ids,
+            one,
+            logp,
+            lse,
+            low,
+            entropy,
+            p_sq,
+            rows[0],
+            rows[1],
+            None,
+            None,
+            *whole,
+            backend,
+        ),
+        "token_grad_": (
+            z.clone(),
+            ids,
+            one,
+            logp,
+            lse,
+            None,
+            entropy,
+            None,
+            rows[0],
+            rows[1],
+            None,
+            None,
+            *whole,
+            backend,
+        ),
+        "token_loss_grad": (
+            z,
+            ids,
+            one,
+            weights,
+            logp - 0.1,
+            rows[0],
+            logp + 0.1,
+            None,
+            params,
+            SPEC.program.encode(),
+            *tail,
+            backend,
+        ),
+        "token_loss_grad_": (
+            z.clone(),
+            ids,
+            one,
+            weights,
+            None,
+            rows[0],
+            logp + 0.1,
+            None,
+            params,
+            SPEC.program.encode(),
+            *tail,
+            backend,
+        ),
         "scale_": (z.clone(), torch.tensor(2.0), backend),
         "divergence_stats": (z, *two, *two_tail),
         "divergence_grad": (z, *two, table, torch.stack(rows[:3]), *two_tail),
@@ -66,7 +132,9 @@ def ops_arguments(backend, drop_last):
 
 
 OPS = [
-    f"{kind}{in_place}" for kind in ("token_grad", "token_loss_grad", "divergence_grad", "divergence_loss_grad") for in_place in ("", "_")
+    f"{kind}{in_place}"
+    for kind in ("token_grad", "token_loss_grad", "divergence_grad", "divergence_loss_grad")
+    for in_place in ("", "_")
 ]
 OPS += ["token_stats", "divergence_stats", "scale_"]
 
@@ -74,7 +142,9 @@ OPS += ["token_stats", "divergence_stats", "scale_"]
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op, backend, drop_last):
-    results = torch.library.opcheck(getattr(torch.ops.reweight_ops, op).default, ops_arguments(backend, drop_last)[op])
+    results = torch.library.opcheck(
+        getattr(torch.ops.reweight_ops, op).default, ops_arguments(backend, drop_last)[op]
+    )
     assert set(results.values()) == {"SUCCESS"}
 
 
@@ -99,13 +169,22 @@ def test_fullgraph(backend, plan, consume):
     batch = make_batch(SPEC, (3, 8), 29)
 
     def step(z, batch):
-        return rw.policy_loss(**{**batch, "logits": z * 1}, spec=SPEC, plan=plan, backend=backend, consume_logits=consume)
+        return rw.policy_loss(
+            **{**batch, "logits": z * 1},
+            spec=SPEC,
+            plan=plan,
+            backend=backend,
+            consume_logits=consume,
+        )
 
     want, expected = run(step, batch)
     got, grad = run(torch.compile(step, fullgraph=True, backend="aot_eager"), batch)
     torch.testing.assert_close(got.loss, want.loss)
     torch.testing.assert_close(grad, expected)
-    assert got.metrics.as_floats() == pytest.approx(want.metrics.as_floats(), rel=1e-5) and got.plan == plan
+    assert (
+        got.metrics.as_floats() == pytest.approx(want.metrics.as_floats(), rel=1e-5)
+        and got.plan == plan
+    )
 
 
 @pytest.mark.parametrize("spec", ["dapo", "gspo", "cispo", "advantage_reweighting", "top_entropy"])
@@ -126,7 +205,9 @@ def test_fullgraph_inductor(backend):
     batch = make_batch(SPEC, (3, 8), 29)
 
     def step(z, batch):
-        return rw.policy_loss(**{**batch, "logits": z * 1}, spec=SPEC, plan="two_pass", backend=backend).loss
+        return rw.policy_loss(
+            **{**batch, "logits": z * 1}, spec=SPEC, plan="two_pass", backend=backend
+        ).loss
 
     z = batch["logits"].detach().clone().requires_grad_()
     (want,) = torch.autograd.grad(step(z, batch), z)
@@ -139,7 +220,9 @@ def test_fullgraph_token_logps(backend):
     z, ids = batch["logits"].detach().clone().requires_grad_(), batch["completion_ids"]
 
     def step(z):
-        logps, entropies = rw.token_logps(z * 1, ids, return_entropy=True, temperature=0.7, backend=backend)
+        logps, entropies = rw.token_logps(
+            z * 1, ids, return_entropy=True, temperature=0.7, backend=backend
+        )
         return (logps * 0.3 + entropies).sum()
 
     (want,) = torch.autograd.grad(step(z), z)
@@ -155,9 +238,12 @@ def test_a_schedule_over_any_hyper_parameter_compiles_once(plan):
     values = [torch.tensor(x) for x in (0.2, 0.3, 1.5, 0.04, 0.01, 0.3, 1.0, 30.0, 1.5)]
     low, high, delta, beta, bonus, alpha, temperature, items, scale = values
     spec = rw.methods.dapo(epsilon_low=low, epsilon_high=high).replace(**{"surrogate.delta": delta})
-    spec = spec.with_penalty(rw.Penalty(rw.rules.penalties.K3(), beta)).with_penalty(rw.Penalty(rw.rules.penalties.EntropyBonus(), bonus))
+    spec = spec.with_penalty(rw.Penalty(rw.rules.penalties.K3(), beta)).with_penalty(
+        rw.Penalty(rw.rules.penalties.EntropyBonus(), bonus)
+    )
     spec = spec.with_weight(rw.weights.AdvantageReweighting(alpha=alpha))
-    batch = make_batch(spec, (8, 16), 29)  # large enough that every hyper-parameter is active somewhere
+    # large enough that every hyper-parameter is active somewhere
+    batch = make_batch(spec, (8, 16), 29)
     compilations = 0
 
     def counting(graph, inputs):
@@ -167,7 +253,12 @@ def test_a_schedule_over_any_hyper_parameter_compiles_once(plan):
 
     def step(z, batch):
         return rw.policy_loss(
-            **{**batch, "logits": z * 1}, spec=spec, plan=plan, temperature=temperature, num_items_in_batch=items, loss_scale=scale
+            **{**batch, "logits": z * 1},
+            spec=spec,
+            plan=plan,
+            temperature=temperature,
+            num_items_in_batch=items,
+            loss_scale=scale,
         ).loss
 
     compiled = torch.compile(step, fullgraph=True, backend=counting)
@@ -180,7 +271,9 @@ def test_a_schedule_over_any_hyper_parameter_compiles_once(plan):
         torch.testing.assert_close(got, want)
         seen.append(got)
     assert compilations == 1
-    assert [i for i, (a, b) in enumerate(itertools.pairwise(seen)) if (a - b).abs().max() < 1e-9] == []
+    assert [
+        i for i, (a, b) in enumerate(itertools.pairwise(seen)) if (a - b).abs().max() < 1e-9
+    ] == []
 
 
 def test_the_first_call_of_a_process_compiles():

@@ -1,5 +1,5 @@
-"""Compiled backwards: nothing overwrites what forward saved, and gradients are right where
-inductor saves padded rows.
+"""Compiled backwards: nothing overwrites what forward saved, and gradients are right
+where inductor saves padded rows.
 """
 
 import pytest
@@ -23,19 +23,38 @@ REFERENCE = torch.zeros(4)
 
 
 def policy(plan, consume):
-    return lambda x: rw.policy_loss(x, **REST, spec=SPEC, plan=plan, backend="reference", consume_logits=consume).loss
+    return lambda x: (
+        rw.policy_loss(
+            x, **REST, spec=SPEC, plan=plan, backend="reference", consume_logits=consume
+        ).loss
+    )
 
 
 def distillation(plan, consume):
-    return lambda x: rw.distillation_loss(x, OTHER, plan=plan, backend="reference", consume_logits=consume).loss
+    return lambda x: (
+        rw.distillation_loss(x, OTHER, plan=plan, backend="reference", consume_logits=consume).loss
+    )
 
 
 def linear(plan, _):
-    return lambda x: rw.linear_policy_loss(x[..., :8] * 1, WEIGHT, **REST, spec=SPEC, plan=plan, backend="reference").loss
+    return lambda x: (
+        rw.linear_policy_loss(
+            x[..., :8] * 1, WEIGHT, **REST, spec=SPEC, plan=plan, backend="reference"
+        ).loss
+    )
 
 
 def preference(_, consume):
-    return lambda x: rw.preference_loss(x, IDS, spec="dpo", ref_sequence_logps=REFERENCE, backend="reference", consume_logits=consume).loss
+    return lambda x: (
+        rw.preference_loss(
+            x,
+            IDS,
+            spec="dpo",
+            ref_sequence_logps=REFERENCE,
+            backend="reference",
+            consume_logits=consume,
+        ).loss
+    )
 
 
 LOSSES = {
@@ -88,7 +107,9 @@ def backward_graph_of(loss) -> torch.fx.Graph:
         partition_fn=min_cut_rematerialization_partition,
     )
     z = leaf()
-    torch.autograd.grad(torch.compile(lambda z: loss(z * 1), fullgraph=True, backend=compiler)(z) * 3, z)
+    torch.autograd.grad(
+        torch.compile(lambda z: loss(z * 1), fullgraph=True, backend=compiler)(z) * 3, z
+    )
     (graph,) = graphs
     return graph
 
@@ -111,10 +132,15 @@ def test_gradients_where_inductor_pads():
     names = [name for name in LOSSES if "consume" in name or "linear" in name]
 
     def step(*leaves):
-        return sum(factor * LOSSES[name](z * 1) for factor, (name, z) in enumerate(zip(names, leaves, strict=True), 1))
+        return sum(
+            factor * LOSSES[name](z * 1)
+            for factor, (name, z) in enumerate(zip(names, leaves, strict=True), 1)
+        )
 
     want = torch.autograd.grad(step(*(leaves := [leaf() for _ in names])), leaves)
     with torch._inductor.config.patch(disable_padding_cpu=False):
-        got = torch.autograd.grad(torch.compile(step, fullgraph=True)(*(leaves := [leaf() for _ in names])), leaves)
+        got = torch.autograd.grad(
+            torch.compile(step, fullgraph=True)(*(leaves := [leaf() for _ in names])), leaves
+        )
     for name, a, b in zip(names, got, want, strict=True):
         torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")

@@ -1,5 +1,5 @@
-"""Consumed logits hold a gradient under every name. Tensors that only share their storage
-stay valid.
+"""Consumed logits hold a gradient under every name. Tensors that only share their
+storage stay valid.
 """
 
 import pytest
@@ -54,7 +54,13 @@ def test_other_parts_of_the_memory_are_served():
 def test_boxes_against_every_element():
     """For any two slices of a tensor, the answer is whether they share an element."""
     base = torch.arange(3 * 5 * 2).view(3, 5, 2)
-    slices = [base[a:b, c:d] for a in range(3) for b in range(a + 1, 4) for c in range(5) for d in range(c + 1, 6)]
+    slices = [
+        base[a:b, c:d]
+        for a in range(3)
+        for b in range(a + 1, 4)
+        for c in range(5)
+        for d in range(c + 1, 6)
+    ]
     regions = [consumed._region(x) for x in slices]
     for x, left in zip(slices, regions, strict=True):
         inside = set(x.flatten().tolist())

@@ -14,7 +14,12 @@ from reweight_ops.testing import compare, make_batch
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
 def test_a_batch_without_rows_passes(shape):
     rows = torch.zeros(shape)
-    batch = {"logits": rows.new_zeros(*shape, 7), "completion_ids": rows.long(), "advantages": rows, "completion_mask": rows.bool()}
+    batch = {
+        "logits": rows.new_zeros(*shape, 7),
+        "completion_ids": rows.long(),
+        "advantages": rows,
+        "completion_mask": rows.bool(),
+    }
     assert compare(rw.methods.grpo(), batch, backend="reference").passed
 
 
@@ -24,7 +29,9 @@ def far_batch():
     """
     batch = make_batch(rw.methods.cispo(), (4, 8), 31)
     batch["logits"] = batch["logits"].detach() * 8
-    batch["old_per_token_logps"] = rw.token_logps(batch["logits"].double(), batch["completion_ids"], backend="reference").float()
+    batch["old_per_token_logps"] = rw.token_logps(
+        batch["logits"].double(), batch["completion_ids"], backend="reference"
+    ).float()
     return batch
 
 
@@ -35,11 +42,19 @@ def test_a_stopped_gradient_is_part_of_the_losss_conditioning(monkeypatch):
 
     def moved_by(roundings):
         def token_loss_grad(logits, ids, temperature, softmax, inputs, program, params, out):
-            rows = load("reference").token_loss_grad(logits, ids, temperature, softmax, inputs, program, params, out)
-            if logits.dtype == torch.float32:  # the loss if every log-prob has this error
+            rows = load("reference").token_loss_grad(
+                logits, ids, temperature, softmax, inputs, program, params, out
+            )
+            # the loss if every log-prob has this error
+            if logits.dtype == torch.float32:
                 logp, adv = rows[0].double(), inputs.adv.double()
                 wrong = logp * (1 + roundings * 2.0**-24)
-                rows[2] = (inputs.row_weights[0] * -(torch.exp(wrong - inputs.old_logp).clamp(max=5.0)) * adv * wrong).float()
+                rows[2] = (
+                    inputs.row_weights[0]
+                    * -(torch.exp(wrong - inputs.old_logp).clamp(max=5.0))
+                    * adv
+                    * wrong
+                ).float()
             return rows
 
         return dataclasses.replace(load("reference"), name="cpu", token_loss_grad=token_loss_grad)

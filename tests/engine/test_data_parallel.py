@@ -19,7 +19,9 @@ RANKS, B, T, D, V = 2, 8, 6, 5, 23
 
 
 class Policy(nn.Module):
-    """A model whose forward ends in the loss, so that DistributedDataParallel sees all of it."""
+    """A model whose forward ends in the loss, so that DistributedDataParallel sees all
+    of it.
+    """
 
     def __init__(self):
         super().__init__()
@@ -37,17 +39,29 @@ class Policy(nn.Module):
 
 
 def checkpointed(case, function, *inputs):
-    return checkpoint(function, *inputs, use_reentrant=False) if case.checkpoint else function(*inputs)
+    return (
+        checkpoint(function, *inputs, use_reentrant=False) if case.checkpoint else function(*inputs)
+    )
 
 
 def loss(policy, data, case, hidden):
-    rows = dict(completion_mask=data["mask"], old_per_token_logps=data["old"], spec=case.spec, plan=case.plan, **data["divisors"])
+    rows = dict(
+        completion_mask=data["mask"],
+        old_per_token_logps=data["old"],
+        spec=case.spec,
+        plan=case.plan,
+        **data["divisors"],
+    )
     if case.linear:
         if isinstance(policy.head, rw.FusedLinearPolicyLoss):
             return policy.head(hidden, data["ids"], data["adv"], **case.options, **rows).loss
         head = dict(lm_head_bias=policy.head.bias, chunk_rows=5, **case.options)
-        return rw.linear_policy_loss(hidden, policy.head.weight, data["ids"], data["adv"], **head, **rows).loss
-    return rw.policy_loss(policy.head(hidden), data["ids"], data["adv"], **case.options, **rows).loss
+        return rw.linear_policy_loss(
+            hidden, policy.head.weight, data["ids"], data["adv"], **head, **rows
+        ).loss
+    return rw.policy_loss(
+        policy.head(hidden), data["ids"], data["adv"], **case.options, **rows
+    ).loss
 
 
 @dataclass
@@ -63,7 +77,8 @@ class Case:
     checkpoint: bool = False
     ddp: dict = field(default_factory=dict)
     sharded: bool = False  # fully_shard instead of DistributedDataParallel
-    module: bool = False  # the head is a module that returns the loss; sharded, it is a separate unit
+    # the head is a module that returns the loss; sharded, it is a separate unit
+    module: bool = False
 
 
 BOTH = {
@@ -72,13 +87,20 @@ BOTH = {
     for plan in ("one_pass", "two_pass")
 }
 CASES = {name: Case(**kind) for name, kind in BOTH.items()}
-CASES |= {f"{name}, accumulated": Case(**kind, micro_batches=2, options={"loss_scale": 4.0}) for name, kind in BOTH.items()}
-CASES |= {f"{name}, a rank without rows": Case(**kind, empty_rank=True) for name, kind in BOTH.items()}
+CASES |= {
+    f"{name}, accumulated": Case(**kind, micro_batches=2, options={"loss_scale": 4.0})
+    for name, kind in BOTH.items()
+}
+CASES |= {
+    f"{name}, a rank without rows": Case(**kind, empty_rank=True) for name, kind in BOTH.items()
+}
 CASES |= {f"{name}, checkpointed": Case(**kind, checkpoint=True) for name, kind in BOTH.items()}
 CASES |= {
     "linear one_pass, the loss outside": Case(outside=True),
     "linear two_pass, the loss outside": Case(plan="two_pass", outside=True),
-    "linear one_pass, gradients in buckets": Case(ddp=dict(gradient_as_bucket_view=True), micro_batches=2, steps=2),
+    "linear one_pass, gradients in buckets": Case(
+        ddp=dict(gradient_as_bucket_view=True), micro_batches=2, steps=2
+    ),
     "linear two_pass, static graph": Case(plan="two_pass", ddp=dict(static_graph=True), steps=2),
     "linear one_pass, sharded": Case(sharded=True),
     "linear two_pass, sharded": Case(plan="two_pass", sharded=True),
@@ -119,29 +141,45 @@ def whole_batch(case):
 
 
 def divisors(case, mask, ranks):
-    """DistributedDataParallel averages gradients: each rank takes its share of the whole
-    batch's divisor.
+    """DistributedDataParallel averages gradients: each rank takes its share of the
+    whole batch's divisor.
     """
-    reads = rw.method(case.spec).reduction.reads if isinstance(case.spec, str) else case.spec.reduction.reads
+    reads = (
+        rw.method(case.spec).reduction.reads
+        if isinstance(case.spec, str)
+        else case.spec.reduction.reads
+    )
     total = {"num_items_in_batch": mask.sum().item(), "num_sequences_in_batch": len(mask)}
     return {name: total[name] / ranks for name in reads}
 
 
 def gradients(case, policy, module, data):
-    """Gradients after a step in micro-batches; ``data`` is this process's part, with the
-    whole batch's divisors.
+    """Gradients after a step in micro-batches; ``data`` is this process's part, with
+    the whole batch's divisors.
     """
     parts = [
-        {name: x if name == "divisors" else x.chunk(case.micro_batches)[i] for name, x in data.items()} for i in range(case.micro_batches)
+        {
+            name: x if name == "divisors" else x.chunk(case.micro_batches)[i]
+            for name, x in data.items()
+        }
+        for i in range(case.micro_batches)
     ]
     for i, part in [*enumerate(parts)] * case.steps:
         if i == 0:
             policy.zero_grad()
-        module.require_backward_grad_sync = i == len(parts) - 1  # as DistributedDataParallel's no_sync() does
+        # as DistributedDataParallel's no_sync() does
+        module.require_backward_grad_sync = i == len(parts) - 1
         result = module(part, case)
-        value = checkpointed(case, partial(loss, policy, part, case), result) if case.outside else result
+        value = (
+            checkpointed(case, partial(loss, policy, part, case), result)
+            if case.outside
+            else result
+        )
         value.backward()
-    return {name: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone() for name, p in policy.named_parameters()}
+    return {
+        name: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
+        for name, p in policy.named_parameters()
+    }
 
 
 def run_case(case, rank=None):
@@ -151,7 +189,9 @@ def run_case(case, rank=None):
         data = {name: x if name == "divisors" else x.chunk(RANKS)[rank] for name, x in data.items()}
     policy = Policy()
     if case.module:
-        policy.head = rw.FusedLinearPolicyLoss.from_linear(policy.head, spec=case.spec, chunk_rows=5)
+        policy.head = rw.FusedLinearPolicyLoss.from_linear(
+            policy.head, spec=case.spec, chunk_rows=5
+        )
     return gradients(case, policy, policy if rank is None else wrapped(case, policy), data)
 
 
@@ -170,13 +210,19 @@ def wrapped(case, policy):
 def process(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=datetime.timedelta(seconds=60)
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=RANKS,
+        timeout=datetime.timedelta(seconds=60),
     )
     torch.save({name: run_case(case, rank) for name, case in CASES.items()}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+@pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed"
+)
 def test_two_processes_are_one_with_the_whole_batch(tmp_path):
     """All cases are in one test, because the processes take seconds to start."""
     torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=RANKS)
@@ -186,7 +232,11 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path):
         want = run_case(case)
         assert all(g.abs().max() > 1e-6 for g in want.values()), name
         for rank, found in enumerate(ranks):
-            wrong += [(name, rank, p) for p, g in want.items() if not torch.allclose(found[name][p], g, rtol=1e-10, atol=1e-14)]
+            wrong += [
+                (name, rank, p)
+                for p, g in want.items()
+                if not torch.allclose(found[name][p], g, rtol=1e-10, atol=1e-14)
+            ]
     assert not wrong
 
 
@@ -205,7 +255,9 @@ def test_what_checkpointing_the_head_costs(plan, passes, monkeypatch):
 
     seen = []
     logits = Chunk.logits
-    monkeypatch.setattr(Chunk, "logits", lambda self, hidden: seen.append(hidden.size(0)) or logits(self, hidden))
+    monkeypatch.setattr(
+        Chunk, "logits", lambda self, hidden: seen.append(hidden.size(0)) or logits(self, hidden)
+    )
     case = Case(plan=plan, options={"compact_rows": False})
     for use in (False, True):
         case.checkpoint = use

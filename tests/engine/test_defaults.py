@@ -1,6 +1,7 @@
 """Results do not depend on the process's default dtype or default device.
 
-Each default runs in a separate process, because a kernel that writes fp32 into a smaller buffer corrupts the heap.
+Each default runs in a separate process, because a kernel that writes fp32 into a
+smaller buffer corrupts the heap.
 """
 
 import os
@@ -58,7 +59,8 @@ def usual(tmp_path_factory):
 
 
 @pytest.mark.parametrize("which", [x for x in DEFAULTS if x != "usual"])
-def test_results_are_those_of_the_usual_default(which, usual, tmp_path):  # docs/semantics.md: S21
+# docs/semantics.md: S21
+def test_results_are_those_of_the_usual_default(which, usual, tmp_path):
     got = results(tmp_path, which)
     wrong = {}
     for name, want in usual.items():
@@ -67,22 +69,36 @@ def test_results_are_those_of_the_usual_default(which, usual, tmp_path):  # docs
             wrong[name] = found
         elif [(x.dtype, x.device) for x in found] != [(x.dtype, x.device) for x in want]:
             wrong[name] = [x.dtype for x in found]
-        elif not all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(found, want, strict=True)):
-            wrong[name] = [(a - b).abs().max().item() for a, b in zip(found, want, strict=True) if a.numel() and a.dtype != torch.bool]
+        elif not all(
+            torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+            for a, b in zip(found, want, strict=True)
+        ):
+            wrong[name] = [
+                (a - b).abs().max().item()
+                for a, b in zip(found, want, strict=True)
+                if a.numel() and a.dtype != torch.bool
+            ]
     assert not wrong
 
 
 @pytest.mark.skipif(
-    unsupported_reason("cpu", Request("token_stats", torch.device("cpu"), torch.float32)) is not None, reason="no C++ extension"
+    unsupported_reason("cpu", Request("token_stats", torch.device("cpu"), torch.float32))
+    is not None,
+    reason="no C++ extension",
 )
-@pytest.mark.parametrize("wrong", [{"dtype": torch.float16}, {"dtype": torch.float64}, {"size": -1}], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [{"dtype": torch.float16}, {"dtype": torch.float64}, {"size": -1}], ids=str
+)
 def test_a_result_that_the_kernel_would_overrun_is_refused(wrong, monkeypatch):
     """The modules receive addresses: their outputs are checked before they write."""
     empty = torch.empty
 
     def other(size, **keywords):
         *rows, columns = size
-        return empty((*rows, columns + wrong.get("size", 0)), **{**keywords, **{k: v for k, v in wrong.items() if k == "dtype"}})
+        return empty(
+            (*rows, columns + wrong.get("size", 0)),
+            **{**keywords, **{k: v for k, v in wrong.items() if k == "dtype"}},
+        )
 
     z, ids = torch.randn(2, 8, requires_grad=True), torch.tensor([1, 2])
     logits = z.detach().clone()

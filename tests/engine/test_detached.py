@@ -43,9 +43,13 @@ def said(function):
 MEETINGS = {
     "bonus": lambda out: out.loss - 0.01 * out.entropies.mean(),
     "from the right": lambda out: out.entropies.sum() * 0.1 + out.loss,
-    "in place": lambda out: torch.zeros((), requires_grad=True).clone().add_(out.entropies.sum()) + out.loss,
+    "in place": lambda out: (
+        torch.zeros((), requires_grad=True).clone().add_(out.entropies.sum()) + out.loss
+    ),
     "in a list": lambda out: torch.stack([out.loss, out.entropies[0].max()]).sum(),
-    "part of a part": lambda out: out.loss + out.entropies.unbind()[0].topk(2).values.sum() + out.entropies.chunk(2)[1].mean(),
+    "part of a part": lambda out: (
+        out.loss + out.entropies.unbind()[0].topk(2).values.sum() + out.entropies.chunk(2)[1].mean()
+    ),
 }
 
 
@@ -71,13 +75,21 @@ def test_distillation():
 
 
 SILENT = {
-    "differentiable": lambda: (lambda out: out.loss - out.entropies.mean())(policy(differentiable_outputs=True)),
+    "differentiable": lambda: (lambda out: out.loss - out.entropies.mean())(
+        policy(differentiable_outputs=True)
+    ),
     "a constant": lambda: (lambda out: out.loss * out.entropies.detach().mean())(policy()),
-    "no gradient anywhere": lambda: (lambda out: (out.entropies * 2).mean() + out.loss.detach() + out.entropies.max().item())(policy()),
+    "no gradient anywhere": lambda: (
+        lambda out: (out.entropies * 2).mean() + out.loss.detach() + out.entropies.max().item()
+    )(policy()),
     "under no_grad": lambda: torch.no_grad()(lambda out: out.loss - out.entropies.mean())(policy()),
-    "old log-probs of an evaluation": lambda: (leaf().sum() * torch.no_grad()(policy)().per_token_logps).sum(),
+    "old log-probs of an evaluation": lambda: (
+        leaf().sum() * torch.no_grad()(policy)().per_token_logps
+    ).sum(),
     "an argument of the next call": lambda: (
-        rw.policy_loss(leaf(), **{**BATCH, "old_per_token_logps": policy().per_token_logps}, spec=SPEC).loss
+        rw.policy_loss(
+            leaf(), **{**BATCH, "old_per_token_logps": policy().per_token_logps}, spec=SPEC
+        ).loss
     ),
     "a leaf of its own": lambda: (policy().entropies.requires_grad_() * leaf().sum()).sum(),
 }
@@ -97,8 +109,14 @@ def test_an_argument_of_the_next_call_counts():
 def test_they_are_ordinary_tensors_otherwise():
     x = policy().entropies
     y = x.detach()
-    assert type(y) is torch.Tensor and repr(x) == repr(y) and not x.requires_grad and torch.equal(x, y)
-    assert type(x.data) is torch.Tensor and (x.numpy() == y.numpy()).all() and float(x.sum()) == float(y.sum())
+    assert (
+        type(y) is torch.Tensor and repr(x) == repr(y) and not x.requires_grad and torch.equal(x, y)
+    )
+    assert (
+        type(x.data) is torch.Tensor
+        and (x.numpy() == y.numpy()).all()
+        and float(x.sum()) == float(y.sum())
+    )
     for copied in (pickle.loads(pickle.dumps(x)), copy.deepcopy(x)):
         assert torch.equal(copied, y)
     file = io.BytesIO()

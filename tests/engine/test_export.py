@@ -33,7 +33,11 @@ def test_every_public_op_is_here():
     assert {op.__name__ for op in explain._PREPARED} == set(CALLS)
 
 
-@pytest.mark.parametrize(("strict", "needs_grad"), [(False, False), (False, True), (True, True)], ids=["plain", "grad", "strict, grad"])
+@pytest.mark.parametrize(
+    ("strict", "needs_grad"),
+    [(False, False), (False, True), (True, True)],
+    ids=["plain", "grad", "strict, grad"],
+)
 @pytest.mark.parametrize("op", CALLS)
 def test_export(op, strict, needs_grad):
     for call in CALLS[op]:
@@ -47,7 +51,9 @@ def test_an_exported_program_is_saved_and_loaded():
     file = io.BytesIO()
     torch.export.save(torch.export.export(Module(CALLS["token_logps"][0]), (LOGITS,)), file)
     file.seek(0)
-    torch.testing.assert_close(torch.export.load(file).module()(LOGITS), CALLS["token_logps"][0](LOGITS))
+    torch.testing.assert_close(
+        torch.export.load(file).module()(LOGITS), CALLS["token_logps"][0](LOGITS)
+    )
 
 
 def test_any_number_of_sequences():
@@ -58,9 +64,15 @@ def test_any_number_of_sequences():
     batch = torch.export.Dim("batch", min=2)
     program = torch.export.export(Logps(), (LOGITS, IDS), dynamic_shapes=({0: batch}, {0: batch}))
     for count in (2, 3, 4):
-        torch.testing.assert_close(program.module()(LOGITS[:count], IDS[:count]), Logps()(LOGITS[:count], IDS[:count]))
+        torch.testing.assert_close(
+            program.module()(LOGITS[:count], IDS[:count]), Logps()(LOGITS[:count], IDS[:count])
+        )
 
 
 def test_what_a_program_cannot_have_says_so():
     with pytest.raises(rw.UnsupportedRequest, match="torch.export has no derivatives"):
-        torch.export.export(Module(lambda z: rw.policy_loss(z, **BATCH, spec=SPEC, plan="two_pass").coef), (LOGITS,), strict=False)
+        torch.export.export(
+            Module(lambda z: rw.policy_loss(z, **BATCH, spec=SPEC, plan="two_pass").coef),
+            (LOGITS,),
+            strict=False,
+        )

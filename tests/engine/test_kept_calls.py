@@ -54,7 +54,10 @@ def test_kept_calls_give_what_first_ones_give(kept_calls, name, plan):
         assert size == 0 or options.get("backend") != "reference"
         for batch in batches[1:]:
             found = result(batch, spec=spec, plan=plan, **options)
-            assert_equal(found, fresh(kept_calls, lambda b=batch, o=options: result(b, spec=spec, plan=plan, **o)))
+            assert_equal(
+                found,
+                fresh(kept_calls, lambda b=batch, o=options: result(b, spec=spec, plan=plan, **o)),
+            )
         assert len(kept_calls) == size, "the same signature"
         kept_calls._calls.clear()
 
@@ -67,7 +70,10 @@ def host_work(call):
         if event == "call":
             found["call"] += 1
         elif event == "c_call":
-            module = getattr(argument, "__module__", None) or type(getattr(argument, "__self__", None)).__module__
+            module = (
+                getattr(argument, "__module__", None)
+                or type(getattr(argument, "__self__", None)).__module__
+            )
             found["torch"] += str(module).startswith("torch")
 
     sys.setprofile(count)
@@ -130,11 +136,17 @@ def test_what_a_call_is_told_apart_by(kept_calls):
         "a backend": {"backend": "reference"},
         "a spec": {"spec": rw.methods.reinforce(), "unused": "ignore"},
         "a name": {"spec": "dr_grpo"},
-        "what is not used": {"ref_per_token_logps": batch["old_per_token_logps"], "unused": "ignore"},
+        "what is not used": {
+            "ref_per_token_logps": batch["old_per_token_logps"],
+            "unused": "ignore",
+        },
         "one row": {k: v[:1] if isinstance(v, torch.Tensor) else v for k, v in batch.items()},
         "fewer columns": {"vocab_size": int(batch["completion_ids"].max()) + 1},
         "outputs in the graph": {"differentiable_outputs": True},
-        "without sequences": {k: v.reshape(-1, *v.shape[2:]) for k, v in batch.items() if k != "advantages"} | {"advantages": 1.0},
+        "without sequences": {
+            k: v.reshape(-1, *v.shape[2:]) for k, v in batch.items() if k != "advantages"
+        }
+        | {"advantages": 1.0},
     }
     for name, change in changed.items():
         options = {"spec": spec, **change}
@@ -174,7 +186,11 @@ def test_leaves_in_modes_without_gradients(kept_calls, mode):
         assert rw.policy_loss(**batch, spec=spec).plan == "one_pass"
         with mode():
             out = rw.policy_loss(**batch, spec=spec)
-        assert out.plan == "two_pass" and not out.loss.requires_grad and out.loss.is_inference() == (mode is torch.inference_mode)
+        assert (
+            out.plan == "two_pass"
+            and not out.loss.requires_grad
+            and out.loss.is_inference() == (mode is torch.inference_mode)
+        )
 
 
 def test_defaults_of_the_process(kept_calls):
@@ -211,7 +227,12 @@ def test_another_backend(kept_calls, monkeypatch):
 def test_fp16_gradients_need_their_scale(kept_calls):
     spec = rw.methods.dapo()
     batch = batch_of(spec, 0, dtype=torch.float16)
-    for scale, plan in itertools.islice(itertools.cycle([(1.0, "two_pass"), (1024.0, "one_pass"), (2, "one_pass"), (1, "two_pass")]), 12):
+    for scale, plan in itertools.islice(
+        itertools.cycle(
+            [(1.0, "two_pass"), (1024.0, "one_pass"), (2, "one_pass"), (1, "two_pass")]
+        ),
+        12,
+    ):
         assert result(batch, spec=spec, loss_scale=scale)[0] == plan
 
 
@@ -268,10 +289,15 @@ WRONG = {
     "a temperature in a tensor": lambda b: {"temperature": torch.tensor(-1.0)},
     "a shape": lambda b: {"old_per_token_logps": torch.zeros(2, 2)},
     "a keyword": lambda b: {"epsilon": 0.2},
-    "log-probs with a gradient": lambda b: {"old_per_token_logps": torch.zeros(SHAPE, requires_grad=True)},
+    "log-probs with a gradient": lambda b: {
+        "old_per_token_logps": torch.zeros(SHAPE, requires_grad=True)
+    },
     "log-probs in 16 bits": lambda b: {"old_per_token_logps": torch.zeros(SHAPE).half()},
     "a plan": lambda b: {"plan": "three_pass"},
-    "a leaf to consume": lambda b: {"consume_logits": True, "logits": b["logits"].clone().requires_grad_()},
+    "a leaf to consume": lambda b: {
+        "consume_logits": True,
+        "logits": b["logits"].clone().requires_grad_(),
+    },
     "a divisor": lambda b: {"num_sequences_in_batch": 3},
     "a mask": lambda b: {"completion_mask": torch.ones(2, 2)},
     "no tensor": lambda b: {"completion_ids": [1, 2]},
@@ -333,11 +359,17 @@ def test_the_number_of_kept_calls_is_bounded(kept_calls, monkeypatch):
         rw.policy_loss(**batch, spec=specs[0])
         assert len(kept_calls) <= 8
     assert len(kept_calls) == 8
-    assert any(call.spec() is specs[0] for call in kept_calls._calls.values()), "the one in use is dropped last"
+    assert any(call.spec() is specs[0] for call in kept_calls._calls.values()), (
+        "the one in use is dropped last"
+    )
 
 
 def holds_a_tensor(thing, seen):
-    if id(thing) in seen or isinstance(thing, type) or (callable(thing) and not hasattr(thing, "__dict__")):
+    if (
+        id(thing) in seen
+        or isinstance(thing, type)
+        or (callable(thing) and not hasattr(thing, "__dict__"))
+    ):
         return False
     seen.add(id(thing))
     if isinstance(thing, torch.Tensor):
@@ -355,7 +387,13 @@ def holds_a_tensor(thing, seen):
 def test_no_tensor_is_kept(kept_calls):
     for spec in SPECS.values():
         batch = batch_of(spec, 0)
-        result(batch, spec=spec, temperature=torch.tensor(1.5), loss_scale=torch.tensor(2.0), num_items_in_batch=None)
+        result(
+            batch,
+            spec=spec,
+            temperature=torch.tensor(1.5),
+            loss_scale=torch.tensor(2.0),
+            num_items_in_batch=None,
+        )
     assert len(kept_calls) == len(SPECS)
     for key, call in kept_calls._calls.items():
         seen = {id(call.rows.primitives), *(id(x) for x in select._loaded.values())}
@@ -378,12 +416,23 @@ def test_traced_and_transformed_calls_are_not_kept(kept_calls):
     torch.func.vmap(loss)(torch.stack([batch["logits"]] * 2))
     torch.compile(loss, backend="eager", fullgraph=True)(batch["logits"].clone().requires_grad_())
     with torch._subclasses.FakeTensorMode() as mode:
-        rw.policy_loss(**{k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}, spec=spec)
-    rw.policy_loss(**{k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in batch.items()}, spec=spec)
+        rw.policy_loss(
+            **{
+                k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v
+                for k, v in batch.items()
+            },
+            spec=spec,
+        )
+    rw.policy_loss(
+        **{k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in batch.items()},
+        spec=spec,
+    )
     assert len(kept_calls) == 0
     result(batch, spec=spec)
     expected = loss(batch["logits"])
-    torch.testing.assert_close(torch.func.vmap(loss)(torch.stack([batch["logits"]] * 2))[0], expected)
+    torch.testing.assert_close(
+        torch.func.vmap(loss)(torch.stack([batch["logits"]] * 2))[0], expected
+    )
     assert_equal(result(batch, spec=spec), fresh(kept_calls, lambda: result(batch, spec=spec)))
 
 
@@ -391,7 +440,9 @@ def test_threads(kept_calls, monkeypatch):
     monkeypatch.setattr(kept, "MOST", 3)
     specs = [rw.methods.dapo(epsilon_low=0.1 + i / 20) for i in range(5)]
     batches = [batch_of(specs[0], seed) for seed in range(4)]
-    expected = {(i, j): result(b, spec=s)[3] for i, s in enumerate(specs) for j, b in enumerate(batches)}
+    expected = {
+        (i, j): result(b, spec=s)[3] for i, s in enumerate(specs) for j, b in enumerate(batches)
+    }
     wrong = []
 
     def work(start):

@@ -1,5 +1,5 @@
-"""The GPU work of a call other than its vocabulary-sized kernels. It copies nothing from
-the host and waits for nothing.
+"""The GPU work of a call other than its vocabulary-sized kernels. It copies nothing
+from the host and waits for nothing.
 """
 
 import functools
@@ -16,8 +16,8 @@ from reweight_ops._core.rows import constants
 
 @pytest.fixture
 def meta(monkeypatch):
-    """Calls on meta tensors. Their vectors of numbers are kept until the end of the test,
-    like those of a GPU.
+    """Calls on meta tensors. Their vectors of numbers are kept until the end of the
+    test, like those of a GPU.
     """
     monkeypatch.setattr(constants, "_kept", constants.OrderedDict())
     monkeypatch.setattr(constants, "lasts", lambda vector: type(vector) is torch.Tensor)
@@ -28,7 +28,9 @@ def meta(monkeypatch):
 def test_the_door_closes():
     before = dict(select.ORDER), dict(select._loaded)
     with on_meta():
-        assert select.ORDER["meta"][0] == "triton" and select.load("triton") is not before[1].get("triton")
+        assert select.ORDER["meta"][0] == "triton" and select.load("triton") is not before[1].get(
+            "triton"
+        )
     assert (dict(select.ORDER), dict(select._loaded)) == before
 
 
@@ -39,7 +41,9 @@ def test_operations_of_torch_and_kernels_are_counted(meta):
         torch.where(y > 0, y, 0)  # a comparison, a zero on the device, a selection
     assert found.beside == 3, found
     with Counted() as found:
-        rw.token_logps(torch.empty(4, 8, device="meta"), torch.empty(4, dtype=torch.long, device="meta"))
+        rw.token_logps(
+            torch.empty(4, 8, device="meta"), torch.empty(4, dtype=torch.long, device="meta")
+        )
     assert found.kernels == {"mask_kernel": 1, "stats_kernel": 1}, found
 
 
@@ -61,7 +65,11 @@ def test_waiting_raises_on_meta_tensors():
         bool(torch.zeros((), device="meta"))
 
 
-EVERY = {name: call for name, call in calls(["triton"]).items() if not name.startswith("policy_loss clamp")}
+EVERY = {
+    name: call
+    for name, call in calls(["triton"]).items()
+    if not name.startswith("policy_loss clamp")
+}
 
 
 @pytest.mark.parametrize("kind", sorted({name.split()[0] for name in EVERY}))
@@ -111,7 +119,12 @@ GOALS = {
     "one pass": (DAPO, "one_pass", {"num_items_in_batch": 7.0}, 6),
     "one pass, a penalty, means of sequences": (GRPO, "one_pass", {}, 6),
     "one pass, a divisor of its own": (DAPO, "one_pass", {}, 6),
-    "one pass, factors": (DAPO, "one_pass", {"token_weights": torch.empty(4, 32, device="meta")}, 6),
+    "one pass, factors": (
+        DAPO,
+        "one_pass",
+        {"token_weights": torch.empty(4, 32, device="meta")},
+        6,
+    ),
     "two passes": (DAPO, "two_pass", {"num_items_in_batch": 7.0}, 7),
     "two passes, a penalty, means of sequences": (GRPO, "two_pass", {}, 7),
     "sequence level": (rw.methods.gspo(), "auto", {}, 9),
@@ -128,7 +141,8 @@ def test_few_launches(meta, name, tensors):
         options = {**options, "ref_per_token_logps": None}
     call = trl_call(tensors, spec=spec, plan=plan, **options)
     found, _ = launches(call)
-    # A tensor temperature may be not positive: one operation then makes it NaN, and the goal allows none.
+    # A tensor temperature may be not positive: one operation then makes it NaN, and the
+    # goal allows none.
     assert 0 < found.beside <= most + tensors, found
     found, more = launches(call, metrics=True)
     assert 0 < more <= 6, found
@@ -150,12 +164,22 @@ def test_log_probs_take_few_launches(meta):
 
 def test_numbers_that_change_copy_nothing(meta):
     def step(x):
-        ids, rows = torch.empty(2, 4, dtype=torch.long, device="meta"), torch.empty(2, 4, device="meta")
+        ids, rows = (
+            torch.empty(2, 4, dtype=torch.long, device="meta"),
+            torch.empty(2, 4, device="meta"),
+        )
         spec = rw.methods.grpo(beta=x, epsilon_low=x / 2)
-        data = {"old_per_token_logps": rows, "ref_per_token_logps": rows, "num_sequences_in_batch": 8 * x, "loss_scale": x}
+        data = {
+            "old_per_token_logps": rows,
+            "ref_per_token_logps": rows,
+            "num_sequences_in_batch": 8 * x,
+            "loss_scale": x,
+        }
         out = rw.policy_loss(leaf(2, 4, 16), ids, 1.0, spec=spec, temperature=1 + x, **data)
         out.loss.backward()
-        return out.metrics, rw.distillation_loss(leaf(2, 4, 16), leaf(2, 4, 16).detach(), temperature=1 + x, loss_scale=x).loss.backward()
+        return out.metrics, rw.distillation_loss(
+            leaf(2, 4, 16), leaf(2, 4, 16).detach(), temperature=1 + x, loss_scale=x
+        ).loss.backward()
 
     with Counted():
         step(0.1)  # the first use may
@@ -168,13 +192,19 @@ def test_vectors_of_numbers_are_bounded():
     for i in range(2 * constants.MOST):
         constants.parameter_vector((1.0, i / 7), torch.float32, torch.device("cpu"))
     assert len(constants._kept) == constants.MOST
-    assert constants.parameter_vector((1.0, 3 / 7), torch.float32, torch.device("cpu")).tolist() == pytest.approx([1.0, 3 / 7])
+    assert constants.parameter_vector(
+        (1.0, 3 / 7), torch.float32, torch.device("cpu")
+    ).tolist() == pytest.approx([1.0, 3 / 7])
 
 
 def test_no_cache_keeps_a_tensor_without_elements():
     def call(device):
         return rw.policy_loss(
-            torch.zeros(2, 3, 5, device=device), torch.zeros(2, 3, dtype=torch.long, device=device), 1.0, spec="dapo", temperature=1.37
+            torch.zeros(2, 3, 5, device=device),
+            torch.zeros(2, 3, dtype=torch.long, device=device),
+            1.0,
+            spec="dapo",
+            temperature=1.37,
         )
 
     call("cpu")
@@ -182,8 +212,14 @@ def test_no_cache_keeps_a_tensor_without_elements():
         call("cpu")  # the real device has kept its vectors
     call("meta")
     from_logits = rw.policy_loss(
-        torch.zeros(2, 3, 5, requires_grad=True), torch.zeros(2, 3, dtype=torch.long), 1.0, spec="dapo", plan="two_pass"
+        torch.zeros(2, 3, 5, requires_grad=True),
+        torch.zeros(2, 3, dtype=torch.long),
+        1.0,
+        spec="dapo",
+        plan="two_pass",
     )
     assert from_logits.loss.isfinite()
-    assert all(type(t) is torch.Tensor and t.device.type != "meta" for t in constants._kept.values())
+    assert all(
+        type(t) is torch.Tensor and t.device.type != "meta" for t in constants._kept.values()
+    )
     assert call("cpu").loss.isfinite()

@@ -1,5 +1,5 @@
-"""Columns masked by the lowest number of the dtype act like -inf, also where a temperature
-takes it beyond that dtype.
+"""Columns masked by the lowest number of the dtype act like -inf, also where a
+temperature takes it beyond that dtype.
 """
 
 import math
@@ -11,7 +11,11 @@ import reweight_ops as rw
 from reweight_ops._core.backends.base import Request
 from reweight_ops._core.backends.select import unsupported_reason
 
-BACKENDS = [b for b in ("reference", "cpu") if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
+BACKENDS = [
+    b
+    for b in ("reference", "cpu")
+    if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None
+]
 IDS = torch.tensor([[1, 2], [0, 3]])
 LOWEST = torch.finfo(torch.float32).min
 
@@ -23,10 +27,16 @@ def masked(by, seed=0):
 
 
 CALLS = {
-    "statistics": lambda z, low, b, t: rw.token_logps(z, IDS, return_entropy=True, temperature=t, backend=b),
-    "two softmaxes": lambda z, low, b, t: (rw.token_divergence(z, masked(low, 1).detach(), kind="jeffreys", temperature=t, backend=b),),
+    "statistics": lambda z, low, b, t: rw.token_logps(
+        z, IDS, return_entropy=True, temperature=t, backend=b
+    ),
+    "two softmaxes": lambda z, low, b, t: (
+        rw.token_divergence(z, masked(low, 1).detach(), kind="jeffreys", temperature=t, backend=b),
+    ),
     "their mixture": lambda z, low, b, t: (
-        rw.token_divergence(z, masked(low, 1).detach(), kind="generalized_jsd", temperature=t, backend=b),
+        rw.token_divergence(
+            z, masked(low, 1).detach(), kind="generalized_jsd", temperature=t, backend=b
+        ),
     ),
 }
 
@@ -50,14 +60,22 @@ def test_the_lowest_number_is_minus_infinity(call, backend, order, temperature):
 
 @pytest.mark.parametrize("name", ["grpo", "top_entropy"])
 def test_a_loss_over_them(name):
-    """Its entropy's gradient, and the whole reference, used to be NaN below a temperature
-    of 1.
+    """Its entropy's gradient, and the whole reference, used to be NaN below a
+    temperature of 1.
     """
     spec = rw.METHODS[name].build().with_penalty(rw.Penalty(rw.rules.penalties.EntropyBonus(), 0.1))
     found = []
     for low in (LOWEST, -math.inf):
         z = masked(low)
-        out = rw.policy_loss(z, IDS, torch.tensor([1.0, -1.0]), spec=spec, temperature=0.5, backend="reference", plan="two_pass")
+        out = rw.policy_loss(
+            z,
+            IDS,
+            torch.tensor([1.0, -1.0]),
+            spec=spec,
+            temperature=0.5,
+            backend="reference",
+            plan="two_pass",
+        )
         found.append(torch.autograd.grad(out.loss, z)[0])
     assert found[1].isfinite().all() and found[1].abs().sum() > 0
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)

@@ -1,5 +1,5 @@
-"""A row that is all -inf, or holds +inf or NaN, is NaN, whatever its rule compares, and no
-other row is.
+"""A row that is all -inf, or holds +inf or NaN, is NaN, whatever its rule compares, and
+no other row is.
 
 This holds for every backend, plan and method.
 """
@@ -21,9 +21,15 @@ from reweight_ops.testing import make_batch
 from reweight_ops.weights.entropy import DualLevelDownSampling, TopEntropy
 
 BACKENDS = [
-    b for b in ("reference", "cpu", "triton") if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None
+    b
+    for b in ("reference", "cpu", "triton")
+    if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None
 ]
-BAD_LOGITS = {"nan": (math.nan, slice(7, 8)), "+inf": (math.inf, slice(0, 1)), "all -inf": (-math.inf, slice(None))}
+BAD_LOGITS = {
+    "nan": (math.nan, slice(7, 8)),
+    "+inf": (math.inf, slice(0, 1)),
+    "all -inf": (-math.inf, slice(None)),
+}
 
 
 def gradient(batch, spec, **options):
@@ -44,9 +50,13 @@ def test_every_method(name, backend, plan, bad_logit):  # docs/semantics.md: S26
     rows_couple = (
         spec.ratio.level == "batch"
         or any(r.coupled for r in spec.reductions)
-        or any(trace_weight(type(w)).uses_batch for w in (*spec.all_weights, *spec._inner_formulas()))
+        or any(
+            trace_weight(type(w)).uses_batch for w in (*spec.all_weights, *spec._inner_formulas())
+        )
     )
-    if backend == "triton" and (name not in ("grpo", "advantage_reweighting") or plan == "two_pass"):
+    if backend == "triton" and (
+        name not in ("grpo", "advantage_reweighting") or plan == "two_pass"
+    ):
         pytest.skip("the interpreter is slow; above the primitives nothing knows the backend")
     batch = make_batch(spec, (2, 6), 37)
     batch["completion_mask"].fill_(True)
@@ -57,7 +67,9 @@ def test_every_method(name, backend, plan, bad_logit):  # docs/semantics.md: S26
     grad, out = gradient(batch, spec, plan=plan, backend=backend)
     assert grad[1, 4].isnan().all() and out.loss.isnan()
     if rows_couple:
-        return  # a statistic over a batch that holds a NaN may be NaN, and every row's weight with it
+        # a statistic over a batch that holds a NaN may be NaN, and every row's weight
+        # with it
+        return
     assert out.per_token_logps[1, 4].isnan() and out.coef[1, 4].isnan()
     others = torch.ones(2, 6, dtype=torch.bool)
     others[1, 4] = False
@@ -104,7 +116,9 @@ def test_a_nan_row_that_no_term_selects_is_zero(plan, backend):
 
 def test_log_probs_that_are_nan_have_a_nan_gradient():
     logps = torch.tensor([[-1.0, math.nan, -2.0]], requires_grad=True)
-    out = rw.policy_loss_from_logps(logps, torch.tensor([1.0]), spec="dapo", old_per_token_logps=torch.full((1, 3), -1.0))
+    out = rw.policy_loss_from_logps(
+        logps, torch.tensor([1.0]), spec="dapo", old_per_token_logps=torch.full((1, 3), -1.0)
+    )
     out.loss.backward()
     assert logps.grad[0, 1].isnan() and logps.grad[0, [0, 2]].isfinite().all()
 
@@ -114,19 +128,28 @@ def test_log_probs_that_are_nan_have_a_nan_gradient():
 DROPPED = {("lopti", "old_logp"), ("top_entropy", "old_logp")}
 #: Weights that treat a sampler's NaN as a ratio of 1.
 UNKNOWN = {("decoupled_ppo", "sampling_logp")}
-STORED = {"old_logp": "old_per_token_logps", "ref_logp": "ref_per_token_logps", "sampling_logp": "sampling_per_token_logps"}
+STORED = {
+    "old_logp": "old_per_token_logps",
+    "ref_logp": "ref_per_token_logps",
+    "sampling_logp": "sampling_per_token_logps",
+}
 
 
 def stored_leaves(spec):
     against_old = "log_ratio" in spec.requires and spec.ratio.against == "old"
-    return [leaf for leaf in STORED if leaf in spec.requires or (leaf == "old_logp" and against_old)]
+    return [
+        leaf for leaf in STORED if leaf in spec.requires or (leaf == "old_logp" and against_old)
+    ]
 
 
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_a_stored_log_prob_of_nan_is_a_gradient_of_nan(name, backend, plan):  # docs/semantics.md: S26
-    """A guard on the gradient's norm must see it, whatever a clip makes of a comparison with NaN."""
+# docs/semantics.md: S26
+def test_a_stored_log_prob_of_nan_is_a_gradient_of_nan(name, backend, plan):
+    """A guard on the gradient's norm must see it, whatever a clip makes of a comparison
+    with NaN.
+    """
     spec = METHODS[name].build()
     if plan == "one_pass" and spec.one_pass_unsupported_reason:
         pytest.skip("two passes only")
@@ -147,11 +170,16 @@ def test_a_stored_log_prob_of_nan_is_a_gradient_of_nan(name, backend, plan):  # 
 
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
-def test_an_overflow_that_is_not_selected_has_no_gradient(backend, plan):  # docs/semantics.md: S11
+# docs/semantics.md: S11
+def test_an_overflow_that_is_not_selected_has_no_gradient(backend, plan):
     """K3 without a clamp at a difference of 100 has the cap as value and slope 0. And
     TRL's clip with a ratio that overflows.
     """
-    spec = rw.methods.grpo().replace(ratio=rw.TokenRatio(clamp=math.inf)).with_penalty(rw.Penalty(K3(clamp=math.inf, cap=10.0), 0.1))
+    spec = (
+        rw.methods.grpo()
+        .replace(ratio=rw.TokenRatio(clamp=math.inf))
+        .with_penalty(rw.Penalty(K3(clamp=math.inf, cap=10.0), 0.1))
+    )
     batch = make_batch(spec, (2, 6), 37)
     batch["completion_mask"].fill_(True)
     logps = rw.token_logps(batch["logits"].detach(), batch["completion_ids"])
@@ -164,7 +192,8 @@ def test_an_overflow_that_is_not_selected_has_no_gradient(backend, plan):  # doc
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
 def test_a_log_prob_of_minus_inf_in_a_sequence_ratio(backend):
-    """GSPO-token has GSPO's values; the path of its own gradient is not part of them."""
+    """GSPO-token has GSPO's values; the path of its own gradient is not
+    part of them."""
     losses = []
     for spec in (rw.methods.gspo(), rw.methods.gspo_token()):
         batch = make_batch(spec, (2, 6), 37)

@@ -1,5 +1,5 @@
-"""Arguments of a second call of a signature that the first did not have: unusual tensors,
-and numbers without fp32.
+"""Arguments of a second call of a signature that the first did not have: unusual
+tensors, and numbers without fp32.
 """
 
 import threading
@@ -12,7 +12,10 @@ import reweight_ops as rw
 from reweight_ops.testing import make_batch
 
 SPEC = rw.methods.reinforce()
-LOGITS, IDS = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0)), torch.arange(6).view(2, 3)
+LOGITS, IDS = (
+    torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0)),
+    torch.arange(6).view(2, 3),
+)
 
 
 def loss(advantages, **options):
@@ -28,7 +31,12 @@ def warm(advantages):
 def test_a_lazy_negation_is_an_error(name):
     warm(torch.zeros(2, 3))
     lazy = torch._neg_view(torch.ones(2, 3))
-    given = {"advantages": torch.zeros(2, 3), "logits": LOGITS.clone().requires_grad_(), "completion_ids": IDS, name: lazy}
+    given = {
+        "advantages": torch.zeros(2, 3),
+        "logits": LOGITS.clone().requires_grad_(),
+        "completion_ids": IDS,
+        name: lazy,
+    }
     if name == "logits":
         given[name] = torch._neg_view(LOGITS.clone())
     with pytest.raises(rw.UnsupportedRequest, match=f"{name} is a lazy negation"):
@@ -45,7 +53,12 @@ def test_a_tensor_without_memory_is_what_the_first_call_makes_of_it():
 
 
 @pytest.mark.parametrize(
-    ("usual", "odd", "error"), [(np.float64(1), np.float64("nan"), rw.InvalidCall), (1.0, 1e39, RuntimeError), (1, 10**400, OverflowError)]
+    ("usual", "odd", "error"),
+    [
+        (np.float64(1), np.float64("nan"), rw.InvalidCall),
+        (1.0, 1e39, RuntimeError),
+        (1, 10**400, OverflowError),
+    ],
 )
 def test_a_number_that_is_none_in_fp32(usual, odd, error):
     with pytest.raises(error):
@@ -59,7 +72,9 @@ def test_a_number_that_is_none_in_fp32(usual, odd, error):
 def test_one_sequence(name):
     spec = rw.METHODS[name].build()
     batch = make_batch(spec, (1, 4), 19)
-    out, want = (rw.policy_loss(**batch, spec=spec, backend=backend) for backend in ("auto", "reference"))
+    out, want = (
+        rw.policy_loss(**batch, spec=spec, backend=backend) for backend in ("auto", "reference")
+    )
     torch.testing.assert_close(out.loss, want.loss, rtol=1e-5, atol=1e-6)
 
 
@@ -76,7 +91,10 @@ def test_threads_read_one_output():
             except AttributeError as error:
                 wrong.append(error)
 
-        threads = [threading.Thread(target=read, args=(name,)) for name in ("metrics", "per_token_logps", "entropies", "ratio")]
+        threads = [
+            threading.Thread(target=read, args=(name,))
+            for name in ("metrics", "per_token_logps", "entropies", "ratio")
+        ]
         for t in threads:
             t.start()
         for t in threads:

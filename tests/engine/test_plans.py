@@ -1,5 +1,5 @@
-"""Plans and the reference: gradcheck passes in fp64, one pass equals two passes, and every
-result meets the criterion.
+"""Plans and the reference: gradcheck passes in fp64, one pass equals two passes, and
+every result meets the criterion.
 """
 
 import dataclasses
@@ -21,17 +21,25 @@ EXTRA = {
     .with_penalty(rw.Penalty(rw.rules.penalties.K1(), 0.1))
     .with_penalty(rw.Penalty(rw.rules.penalties.K2(), 0.1))
     .with_penalty(rw.Penalty(rw.rules.penalties.EntropyBonus(), 0.01)),
-    "two_weights": rw.methods.advantage_reweighting().with_weight(rw.weights.ProbabilityBand(upper=0.5)),
+    "two_weights": rw.methods.advantage_reweighting().with_weight(
+        rw.weights.ProbabilityBand(upper=0.5)
+    ),
     "truncated_is": rw.methods.grpo().with_weight(rw.weights.TruncatedImportance()),
     "masked_is": rw.methods.grpo().with_weight(rw.weights.MaskedImportance(ratio_min=0.5)),
-    "sequence_is": rw.methods.grpo().with_weight(rw.weights.SequenceMaskedImportance(ratio_max=math.inf)),
+    "sequence_is": rw.methods.grpo().with_weight(
+        rw.weights.SequenceMaskedImportance(ratio_max=math.inf)
+    ),
     "segment": rw.methods.gspo().replace(ratio=rw.SegmentRatio()),
-    "current_ar_exact": rw.methods.grpo().with_weight(rw.weights.CurrentAdvantageReweighting(detach=False)),
+    "current_ar_exact": rw.methods.grpo().with_weight(
+        rw.weights.CurrentAdvantageReweighting(detach=False)
+    ),
     "ar_sigmoid": rw.methods.advantage_reweighting(mode="sigmoid", negative_weight=0.5),
     "ar_balanced": rw.methods.advantage_reweighting(mode="balanced_sigmoid"),
     "ar_interval": rw.methods.advantage_reweighting(mode="interval", interval=(0.25, 0.9)),
     "raft_linear": rw.methods.advantage_reweighting(mode="raft_linear"),
-    "spo_mean": rw.methods.ppo().replace(reduction=rw.TokenMean(weight=rw.weights.spo_probability_mask())),
+    "spo_mean": rw.methods.ppo().replace(
+        reduction=rw.TokenMean(weight=rw.weights.spo_probability_mask())
+    ),
     "tsa": rw.methods.sft().with_weight(rw.weights.TrainingSignalAnnealing(threshold=0.5)),
     "f_distill": rw.methods.reinforce().with_weight(rw.weights.f_distill("forward_kl")),
     "sft_term": rw.methods.dapo().with_penalty(rw.Penalty(rw.rules.likelihood.NLL(), 0.1)),
@@ -45,7 +53,9 @@ ONE_PASS = [name for name, spec in SPECS.items() if spec.one_pass_unsupported_re
 
 @pytest.mark.parametrize("name", SPECS)
 def test_fp64_reference_passes_gradcheck(name):
-    assert gradcheck(SPECS[name], make_batch(SPECS[name], (4, 10), vocab=7, dtype=torch.float64, seed=3))
+    assert gradcheck(
+        SPECS[name], make_batch(SPECS[name], (4, 10), vocab=7, dtype=torch.float64, seed=3)
+    )
 
 
 def test_gradcheck_sees_a_wrong_gradient(monkeypatch):
@@ -60,7 +70,9 @@ def test_gradcheck_sees_a_wrong_gradient(monkeypatch):
     broken = dataclasses.replace(load("reference"), name="reference", token_grad=wrong)
     monkeypatch.setitem(select._loaded, "reference", broken)
     with pytest.raises(RuntimeError, match="Jacobian mismatch"):
-        gradcheck(SPECS["grpo"], make_batch(SPECS["grpo"], (4, 10), vocab=7, dtype=torch.float64, seed=3))
+        gradcheck(
+            SPECS["grpo"], make_batch(SPECS["grpo"], (4, 10), vocab=7, dtype=torch.float64, seed=3)
+        )
 
 
 @pytest.mark.parametrize("name", ONE_PASS)
@@ -71,7 +83,15 @@ def test_one_pass_is_two_pass(name):  # docs/semantics.md: S17
     for plan in ("one_pass", "two_pass"):
         out = rw.policy_loss(**batch, spec=spec, plan=plan, backend="reference")
         (grad,) = torch.autograd.grad(out.loss, batch["logits"])
-        results[plan] = (out.loss, grad, out.per_token_loss, out.coef, out.ratio, out.is_clipped.double(), out.metrics.sums)
+        results[plan] = (
+            out.loss,
+            grad,
+            out.per_token_loss,
+            out.coef,
+            out.ratio,
+            out.is_clipped.double(),
+            out.metrics.sums,
+        )
     for one, two in zip(*results.values(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-13)
 
@@ -85,7 +105,9 @@ def test_reference_meets_the_criterion(name, dtype):
 
 
 def test_compare_sees_a_wrong_kernel(monkeypatch):
-    """The criterion itself: a relative error of 1e-5 in one target column fails in fp32."""
+    """The criterion itself: a relative error of 1e-5 in one target column fails in
+    fp32.
+    """
     import reweight_ops._core.backends.reference_token as reference
 
     def wrong(logits, ids, temperature, softmax, stats, derivatives, out):
@@ -98,7 +120,12 @@ def test_compare_sees_a_wrong_kernel(monkeypatch):
     batch = make_batch(SPECS["reinforce"])
     good = compare(SPECS["reinforce"], batch, backend="reference", plan="two_pass")
     bad = compare(SPECS["reinforce"], batch, backend="cpu", plan="two_pass")
-    assert good.passed and not bad.passed and bad.grad_target > 1 and "target column (0, 0" in bad.worst
+    assert (
+        good.passed
+        and not bad.passed
+        and bad.grad_target > 1
+        and "target column (0, 0" in bad.worst
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,5 +165,7 @@ def test_options_change_the_result():
         ({"softcap": 5.0, "temperature": 2.0}, 5 * torch.tanh(z / 5) / 2),
     ):
         out = rw.policy_loss(**batch, spec=spec, backend="reference", **options).loss
-        torch.testing.assert_close(out, rw.policy_loss(**{**batch, "logits": by_hand}, spec=spec, backend="reference").loss)
+        torch.testing.assert_close(
+            out, rw.policy_loss(**{**batch, "logits": by_hand}, spec=spec, backend="reference").loss
+        )
         assert abs(out - plain) > 1e-3

@@ -1,6 +1,8 @@
-"""Second derivatives and ``torch.func`` are right if autograd can have a graph of the gradient, and else an error.
+"""Second derivatives and ``torch.func`` are right if autograd can have a graph of the
+gradient, and else an error.
 
-They are never silently zero. The reference is autograd on a plain PyTorch transcription of each op.
+They are never silently zero. The reference is autograd on a plain PyTorch transcription
+of each op.
 """
 
 import math
@@ -18,7 +20,11 @@ from reweight_ops._core.backends.select import unsupported_reason
 from reweight_ops.testing import make_batch
 
 SPEC = rw.methods.grpo(beta=0.1, entropy_coef=0.02)
-BACKENDS = [b for b in ("reference", "cpu") if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
+BACKENDS = [
+    b
+    for b in ("reference", "cpu")
+    if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None
+]
 VOCAB, CAP, T = 13, 4.0, 0.8
 #: PyTorch's message when it refuses to differentiate a compiled backward; until 2.10,
 #: that of a gradient without a graph.
@@ -50,13 +56,22 @@ def plain_stats(z: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
 
 
 def mixed(found: dict[str, Tensor]) -> Tensor:
-    return sum((k + 1) * (value * torch.linspace(1, 2, value.numel()).view_as(value)).sum() for k, value in enumerate(found.values()))
+    return sum(
+        (k + 1) * (value * torch.linspace(1, 2, value.numel()).view_as(value)).sum()
+        for k, value in enumerate(found.values())
+    )
 
 
 def stats_of(z: Tensor, batch: dict, backend: str) -> Tensor:
     names = ("logps", "entropies", "lse")
     got = rw.token_stats(
-        z, batch["completion_ids"], stats=names, completion_mask=batch["completion_mask"], softcap=CAP, temperature=T, backend=backend
+        z,
+        batch["completion_ids"],
+        stats=names,
+        completion_mask=batch["completion_mask"],
+        softcap=CAP,
+        temperature=T,
+        backend=backend,
     )
     return mixed({name: getattr(got, name) for name in names})
 
@@ -66,13 +81,17 @@ def plain_of(z: Tensor, batch: dict) -> Tensor:
 
 
 def policy_of(z: Tensor, batch: dict, backend: str, **options) -> Tensor:
-    return rw.policy_loss(z, **batch, spec=SPEC, softcap=CAP, temperature=T, backend=backend, **options).loss
+    return rw.policy_loss(
+        z, **batch, spec=SPEC, softcap=CAP, temperature=T, backend=backend, **options
+    ).loss
 
 
 def plain_policy(z: Tensor, batch: dict) -> Tensor:
     found = plain_stats(z, batch["completion_ids"], batch["completion_mask"])
     rest = {name: value for name, value in batch.items() if name != "completion_ids"}
-    return rw.policy_loss_from_logps(found["logps"], spec=SPEC, entropies=found["entropies"], **rest).loss
+    return rw.policy_loss_from_logps(
+        found["logps"], spec=SPEC, entropies=found["entropies"], **rest
+    ).loss
 
 
 def penalty(f, *leaves: Tensor) -> list[Tensor]:
@@ -80,7 +99,9 @@ def penalty(f, *leaves: Tensor) -> list[Tensor]:
     leaves = [x.detach().clone().requires_grad_() for x in leaves]
     value = f(*leaves)
     grads = torch.autograd.grad(value, leaves, create_graph=True)
-    return list(torch.autograd.grad(value + sum(g.nan_to_num().square().sum() for g in grads), leaves))
+    return list(
+        torch.autograd.grad(value + sum(g.nan_to_num().square().sum() for g in grads), leaves)
+    )
 
 
 def close(got, want):
@@ -108,7 +129,10 @@ def test_a_gradient_penalty_is_right(name, backend):
 def test_the_gradient_with_a_graph_is_the_gradient(backend):
     z, batch = inputs()
     z.requires_grad_()
-    plain, graph = (torch.autograd.grad(stats_of(z, batch, backend), z, create_graph=g)[0] for g in (False, True))
+    plain, graph = (
+        torch.autograd.grad(stats_of(z, batch, backend), z, create_graph=g)[0]
+        for g in (False, True)
+    )
     torch.testing.assert_close(graph, plain, rtol=1e-5, atol=1e-6)
 
 
@@ -116,14 +140,18 @@ def test_gradgradcheck():
     z, batch = inputs(torch.float64)
     z = z.nan_to_num(neginf=-3.0).requires_grad_()
     assert torch.autograd.gradgradcheck(lambda x: stats_of(x, batch, "reference"), (z,))
-    assert torch.autograd.gradgradcheck(lambda x: policy_of(x, batch, "reference", plan="two_pass"), (z,))
+    assert torch.autograd.gradgradcheck(
+        lambda x: policy_of(x, batch, "reference", plan="two_pass"), (z,)
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_from_hidden_states(backend):
     _, batch = inputs()
     g = torch.Generator().manual_seed(0)
-    hidden, weight, bias = (torch.randn(shape, generator=g) for shape in ((2, 4, 6), (VOCAB, 6), (VOCAB,)))
+    hidden, weight, bias = (
+        torch.randn(shape, generator=g) for shape in ((2, 4, 6), (VOCAB, 6), (VOCAB,))
+    )
     a, b = torch.randn(2, 6, generator=g), torch.randn(VOCAB, 2, generator=g)
     hidden[0, 3] = math.nan
     keep = batch["completion_mask"][..., None]
@@ -156,7 +184,10 @@ def kl(z: Tensor, other: Tensor, kind: str, mask: Tensor) -> Tensor:
 def test_divergences(backend, kind):
     z, batch = inputs()
     z[0, 1, 5] = -2.0
-    mask, other = batch["completion_mask"], torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+    mask, other = (
+        batch["completion_mask"],
+        torch.randn(z.shape, generator=torch.Generator().manual_seed(1)),
+    )
 
     def ours(x):
         return rw.token_divergence(x, other, kind=kind, completion_mask=mask, backend=backend).sum()
@@ -165,14 +196,25 @@ def test_divergences(backend, kind):
     close([torch.func.grad(ours)(z)], [torch.func.grad(lambda x: kl(x, other, kind, mask))(z)])
 
     def distilled(x):
-        return rw.distillation_loss(x, other, kind=kind, completion_mask=mask, backend=backend, plan="two_pass", num_items_in_batch=1).loss
+        return rw.distillation_loss(
+            x,
+            other,
+            kind=kind,
+            completion_mask=mask,
+            backend=backend,
+            plan="two_pass",
+            num_items_in_batch=1,
+        ).loss
 
     close(penalty(distilled, z), penalty(lambda x: kl(x, other, kind, mask), z))
 
 
 def test_composites():
     z, _ = inputs()
-    z, other = z.nan_to_num(neginf=-2.0), torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+    z, other = (
+        z.nan_to_num(neginf=-2.0),
+        torch.randn(z.shape, generator=torch.Generator().manual_seed(1)),
+    )
 
     def ours(x):
         return rw.token_divergence(x, other, kind="generalized_jsd", beta=0.3).sum()
@@ -196,7 +238,10 @@ def test_func_grad_and_hessian_vector_products(name, backend):
     v = torch.randn(z.shape, generator=torch.Generator().manual_seed(2))
     close([torch.func.grad(f)(z)], [torch.func.grad(g)(z)])
     close(torch.func.jvp(f, (z,), (v,)), torch.func.jvp(g, (z,), (v,)))
-    close(torch.func.jvp(torch.func.grad(f), (z,), (v,)), torch.func.jvp(torch.func.grad(g), (z,), (v,)))
+    close(
+        torch.func.jvp(torch.func.grad(f), (z,), (v,)),
+        torch.func.jvp(torch.func.grad(g), (z,), (v,)),
+    )
     close([torch.autograd.functional.hvp(f, z, v)[1]], [torch.autograd.functional.hvp(g, z, v)[1]])
 
 
@@ -210,8 +255,14 @@ def test_func_hessian_and_vmap():
     def plain(x, y, m):
         return plain_stats(x, y, m)["logps"].sum()
 
-    close([torch.func.hessian(one)(z[1], ids[1], mask[1])], [torch.func.hessian(plain)(z[1], ids[1], mask[1])])
-    close([torch.vmap(torch.func.grad(one))(z, ids, mask)], [torch.vmap(torch.func.grad(plain))(z, ids, mask)])
+    close(
+        [torch.func.hessian(one)(z[1], ids[1], mask[1])],
+        [torch.func.hessian(plain)(z[1], ids[1], mask[1])],
+    )
+    close(
+        [torch.vmap(torch.func.grad(one))(z, ids, mask)],
+        [torch.vmap(torch.func.grad(plain))(z, ids, mask)],
+    )
 
 
 @pytest.mark.parametrize("plan", ["auto", "two_pass"])
@@ -219,9 +270,13 @@ def test_a_compiled_func_grad_is_right(plan):
     torch._dynamo.reset()
     z, batch = inputs()
     want = torch.func.grad(lambda x: plain_policy(x, batch))(z)
-    compiled = torch.compile(torch.func.grad(lambda x: policy_of(x, batch, "auto", plan=plan)), backend="aot_eager")
+    compiled = torch.compile(
+        torch.func.grad(lambda x: policy_of(x, batch, "auto", plan=plan)), backend="aot_eager"
+    )
     close([compiled(z)], [want])
-    compiled = torch.compile(torch.func.grad(lambda x: stats_of(x, batch, "auto")), backend="aot_eager")
+    compiled = torch.compile(
+        torch.func.grad(lambda x: stats_of(x, batch, "auto")), backend="aot_eager"
+    )
     close([compiled(z)], [torch.func.grad(lambda x: plain_of(x, batch))(z)])
     inner = torch.compile(lambda x: policy_of(x, batch, "auto", plan=plan), backend="aot_eager")
     close([torch.func.grad(inner)(z)], [want])
@@ -233,7 +288,9 @@ def one_pass(z, batch, **options):
 
 
 def distilled_in_one_pass(z, batch):
-    return rw.distillation_loss(z, torch.zeros_like(z), completion_mask=batch["completion_mask"], plan="one_pass").loss
+    return rw.distillation_loss(
+        z, torch.zeros_like(z), completion_mask=batch["completion_mask"], plan="one_pass"
+    ).loss
 
 
 def linear_in_one_pass(z, batch):
@@ -246,7 +303,9 @@ def test_one_pass_raises(loss):
     z = z.nan_to_num(neginf=-2.0).requires_grad_()
     with pytest.raises(rw.UnsupportedRequest, match='plan="two_pass"'):
         torch.autograd.grad(loss(z, batch), z, create_graph=True)
-    with pytest.raises(rw.UnsupportedRequest, match=r"plan='one_pass' is impossible inside torch\.func"):
+    with pytest.raises(
+        rw.UnsupportedRequest, match=r"plan='one_pass' is impossible inside torch\.func"
+    ):
         torch.func.grad(lambda x: loss(x, batch))(z.detach())
 
 
@@ -261,7 +320,10 @@ def test_compiled_losses_raise(plan):
         grad.square().sum().backward()
     if plan == "one_pass":
         with pytest.raises(Exception, match=r"plan='one_pass' is impossible inside torch\.func"):
-            torch.compile(torch.func.grad(lambda x: policy_of(x, batch, "auto", plan=plan)), backend="aot_eager")(z.detach())
+            torch.compile(
+                torch.func.grad(lambda x: policy_of(x, batch, "auto", plan=plan)),
+                backend="aot_eager",
+            )(z.detach())
 
 
 def test_a_penalty_inside_a_compiled_function_is_right_or_raises():
@@ -275,9 +337,10 @@ def test_a_penalty_inside_a_compiled_function_is_right_or_raises():
     for plan in ("one_pass", "two_pass"):
         ours, plain = z.clone().requires_grad_(), z.clone().requires_grad_()
         try:
-            torch.compile(partial(total, f=lambda x, plan=plan: policy_of(x, batch, "auto", plan=plan)), backend="aot_eager")(
-                ours
-            ).backward()
+            torch.compile(
+                partial(total, f=lambda x, plan=plan: policy_of(x, batch, "auto", plan=plan)),
+                backend="aot_eager",
+            )(ours).backward()
         except (RuntimeError, NotImplementedError) as error:
             assert re.search(f"second derivatives|create_graph|{PYTORCHS}", str(error))
             continue
@@ -291,6 +354,9 @@ def test_an_infinite_divergence_has_a_gradient_of_nan_with_a_graph_too(drop_last
     other[0, 1, 2] = -math.inf
     teacher = other[:, :-1] if drop_last else other
     value = rw.token_divergence(z, teacher, kind="reverse_kl", drop_last=drop_last)
-    plain, graph = (torch.autograd.grad(value.sum(), z, create_graph=g, retain_graph=True)[0] for g in (False, True))
+    plain, graph = (
+        torch.autograd.grad(value.sum(), z, create_graph=g, retain_graph=True)[0]
+        for g in (False, True)
+    )
     assert plain[0, 1].isnan().all() and not plain[1].isnan().any()
     torch.testing.assert_close(graph, plain, equal_nan=True, rtol=1e-5, atol=1e-6)

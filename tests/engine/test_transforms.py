@@ -9,7 +9,9 @@ from op_calls import LOGITS as ROUNDED
 from torch.autograd import forward_ad
 
 LOGITS = ROUNDED.double()
-DIRECTION = torch.randn(LOGITS.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+DIRECTION = torch.randn(
+    LOGITS.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+)
 TWO = torch.stack([LOGITS, LOGITS.flip(1)])
 
 
@@ -22,8 +24,14 @@ def forward_mode(f):
 #: function's values and gradients at two points.
 TRANSFORMS = {
     "grad": (lambda f: torch.func.grad(f)(LOGITS), lambda values, grads: grads[0]),
-    "vjp": (lambda f: torch.func.vjp(f, LOGITS)[1](torch.ones((), dtype=torch.float64))[0], lambda values, grads: grads[0]),
-    "jvp": (lambda f: torch.func.jvp(f, (LOGITS,), (DIRECTION,))[1], lambda values, grads: (grads[0] * DIRECTION).sum()),
+    "vjp": (
+        lambda f: torch.func.vjp(f, LOGITS)[1](torch.ones((), dtype=torch.float64))[0],
+        lambda values, grads: grads[0],
+    ),
+    "jvp": (
+        lambda f: torch.func.jvp(f, (LOGITS,), (DIRECTION,))[1],
+        lambda values, grads: (grads[0] * DIRECTION).sum(),
+    ),
     "forward mode": (forward_mode, lambda values, grads: (grads[0] * DIRECTION).sum()),
     "vmap": (lambda f: torch.vmap(f)(TWO), lambda values, grads: values),
     "vmap of grad": (lambda f: torch.vmap(torch.func.grad(f))(TWO), lambda values, grads: grads),

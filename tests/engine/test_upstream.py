@@ -19,7 +19,10 @@ UPSTREAMS = [1.0, 0.3, -3.0, 0.0, math.inf, math.nan]
 BACKENDS = [
     b
     for b in ("reference", "cpu", "triton")
-    if select.unsupported_reason(b, base.Request("token_stats", torch.device("cpu"), torch.bfloat16)) is None
+    if select.unsupported_reason(
+        b, base.Request("token_stats", torch.device("cpu"), torch.bfloat16)
+    )
+    is None
 ]
 
 
@@ -50,15 +53,22 @@ def policy_in_padded_place(z, backend):
 
 
 def distillation(z, backend):
-    return rw.distillation_loss(z, OTHER, completion_mask=REST["completion_mask"], plan="one_pass", backend=backend).loss
+    return rw.distillation_loss(
+        z, OTHER, completion_mask=REST["completion_mask"], plan="one_pass", backend=backend
+    ).loss
 
 
 def linear(hidden, weight, bias, a, b, backend):
     options = dict(lm_head_bias=bias, lora=rw.Lora(a, b, 0.5), compact_rows=False)
-    return rw.linear_policy_loss(hidden, weight, **REST, **options, spec=SPEC, plan="one_pass", backend=backend).loss
+    return rw.linear_policy_loss(
+        hidden, weight, **REST, **options, spec=SPEC, plan="one_pass", backend=backend
+    ).loss
 
 
-FROM_LOGITS = {f.__name__: (f, lambda: [LOGITS]) for f in (policy, policy_in_place, policy_in_padded_place, distillation)}
+FROM_LOGITS = {
+    f.__name__: (f, lambda: [LOGITS])
+    for f in (policy, policy_in_place, policy_in_padded_place, distillation)
+}
 LOSSES = {
     **FROM_LOGITS,
     "linear": (
@@ -90,38 +100,53 @@ def gradients(name, backend, upstream, compiler=None):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_it_is_the_fp32_product_rounded_once(name, backend):  # docs/semantics.md: S19
-    """It is bitwise equal. Zero rows of masked tokens are multiplied too: 0 * inf is NaN,
-    as everywhere in PyTorch.
+    """It is bitwise equal. Zero rows of masked tokens are multiplied too: 0 * inf is
+    NaN, as everywhere in PyTorch.
     """
     plain = gradients(name, backend, 1.0)
     assert all(bool((g == 0).any()) for g in plain[:1])
-    for upstream in UPSTREAMS if backend != "triton" else (0.3, math.inf):  # the interpreter is slow
+    # the interpreter is slow
+    for upstream in UPSTREAMS if backend != "triton" else (0.3, math.inf):
         for got, of_one in zip(gradients(name, backend, upstream), plain, strict=True):
             want = (of_one.float() * torch.tensor(upstream)).to(of_one.dtype)
-            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True, msg=lambda m, u=upstream: f"{u}: {m}")
+            torch.testing.assert_close(
+                got, want, rtol=0, atol=0, equal_nan=True, msg=lambda m, u=upstream: f"{u}: {m}"
+            )
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_compiled(name):
     for upstream in (1.0, 0.3, math.inf):
         want = gradients(name, "reference", upstream)
-        for got, expected in zip(gradients(name, "reference", upstream, "aot_eager"), want, strict=True):
+        for got, expected in zip(
+            gradients(name, "reference", upstream, "aot_eager"), want, strict=True
+        ):
             torch.testing.assert_close(got, expected, equal_nan=True)
 
 
 def test_the_backend_that_made_the_gradient_scales_it(monkeypatch):
     """The backend that made the gradient scales it, with one call for each gradient."""
     seen = []
-    monkeypatch.setattr(library, "scale_", lambda grad, factor, backend: seen.append((tuple(grad.shape), backend)))
+    monkeypatch.setattr(
+        library, "scale_", lambda grad, factor, backend: seen.append((tuple(grad.shape), backend))
+    )
     for name in LOSSES:
         gradients(name, "reference", 2.0)
-    parameters = [(SHAPE[0] * SHAPE[1], WIDTH), (VOCAB, WIDTH), (VOCAB,), (RANK, WIDTH), (VOCAB, RANK)]
-    assert seen == [(shape, "reference") for shape in [(*SHAPE, VOCAB)] * len(FROM_LOGITS) + parameters]
+    parameters = [
+        (SHAPE[0] * SHAPE[1], WIDTH),
+        (VOCAB, WIDTH),
+        (VOCAB,),
+        (RANK, WIDTH),
+        (VOCAB, RANK),
+    ]
+    assert seen == [
+        (shape, "reference") for shape in [(*SHAPE, VOCAB)] * len(FROM_LOGITS) + parameters
+    ]
 
 
 def test_an_earlier_user_of_what_is_scaled_raises():
-    """The version of a gradient that is scaled in place is counted, as for PyTorch's own
-    in-place operations.
+    """The version of a gradient that is scaled in place is counted, as for PyTorch's
+    own in-place operations.
     """
     grad = torch.ones(2, 3)
     before = grad._version

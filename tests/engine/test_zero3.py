@@ -1,5 +1,5 @@
-"""ZeRO-3's parameters work if they are gathered, and are refused with instructions if they
-are not.
+"""ZeRO-3's parameters work if they are gathered, and are refused with instructions if
+they are not.
 
 The stand-in does what ``deepspeed/runtime/zero/partition_parameters.py`` does to a
 parameter (``_convert_to_deepspeed_param``, ``free_param``, ``GatheredParameters``).
@@ -57,20 +57,32 @@ class Head(nn.Linear):
         with GatheredParameters(self.parameters()):
             loss = call(hidden, self.weight, self.bias)
         stack = contextlib.ExitStack()
-        loss.register_hook(lambda grad: stack.enter_context(GatheredParameters(list(self.parameters()))) and None)
+        loss.register_hook(
+            lambda grad: stack.enter_context(GatheredParameters(list(self.parameters()))) and None
+        )
         hidden.register_hook(lambda grad: stack.close())
         return loss
 
 
 def hidden_states():
-    return torch.randn(2, 3, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    return torch.randn(
+        2, 3, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).requires_grad_()
 
 
 def call(plan):
     ids = torch.arange(6).view(2, 3)
 
     def loss(hidden, weight, bias):
-        return rw.linear_policy_loss(hidden, weight, ids, torch.tensor([1.0, -2.0]), spec="dapo", plan=plan, lm_head_bias=bias).loss
+        return rw.linear_policy_loss(
+            hidden,
+            weight,
+            ids,
+            torch.tensor([1.0, -2.0]),
+            spec="dapo",
+            plan=plan,
+            lm_head_bias=bias,
+        ).loss
 
     return loss
 
@@ -104,7 +116,12 @@ def test_gathered_parameters_are_parameters(plan, how):
             loss = call(plan)(hidden, own.weight, own.bias)
             loss.backward()
     assert own.weight.numel() == 0
-    assert all(torch.equal(*pair) for pair in zip((loss, hidden.grad, own.weight.grad, own.bias.grad), expected(plan), strict=True))
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(
+            (loss, hidden.grad, own.weight.grad, own.bias.grad), expected(plan), strict=True
+        )
+    )
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
@@ -113,11 +130,14 @@ def test_a_released_parameter_is_refused(name):
     convert(getattr(own, name))
     shape = r"\(11, 5\)" if name == "weight" else r"\(11,\)"
     with pytest.raises(
-        rw.InvalidCall, match=rf"lm_head_{name} is a parameter that ZeRO-3 has released \(of shape {shape}, here empty\): gather it"
+        rw.InvalidCall,
+        match=rf"lm_head_{name} is a parameter that ZeRO-3 has released \(of shape {shape}, here empty\): gather it",
     ):
         call("auto")(hidden_states(), own.weight, own.bias)
     with pytest.raises(rw.InvalidCall, match="ZeRO-3 has released"):
-        rw.FusedLinearLogProbs.from_linear(own)(hidden_states(), torch.zeros(2, 3, dtype=torch.long))
+        rw.FusedLinearLogProbs.from_linear(own)(
+            hidden_states(), torch.zeros(2, 3, dtype=torch.long)
+        )
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -127,6 +147,7 @@ def test_one_that_is_released_before_backward_is_refused(plan):
     with GatheredParameters([own.weight]):
         loss = call(plan)(hidden_states(), own.weight, own.bias)
     with pytest.raises(
-        rw.InvalidCall, match="ZeRO-3 has released a parameter of the head since forward: gather it for the forward and the backward"
+        rw.InvalidCall,
+        match="ZeRO-3 has released a parameter of the head since forward: gather it for the forward and the backward",
     ):
         loss.backward()

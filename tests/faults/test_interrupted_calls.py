@@ -1,5 +1,5 @@
-"""A call that fails in the middle (no memory, Ctrl-C) leaves the caller's logits unchanged
-or known to be consumed.
+"""A call that fails in the middle (no memory, Ctrl-C) leaves the caller's logits
+unchanged or known to be consumed.
 
 The next call works.
 """
@@ -20,7 +20,9 @@ from reweight_ops._core.backends.select import load, unsupported_reason
 from reweight_ops._core.engine import direct, memory, ops
 from reweight_ops._core.engine.kept import KEPT
 
-HAS_CPU = unsupported_reason("cpu", Request("token_stats", torch.device("cpu"), torch.float32)) is None
+HAS_CPU = (
+    unsupported_reason("cpu", Request("token_stats", torch.device("cpu"), torch.float32)) is None
+)
 BACKENDS = ["reference", *(["cpu"] if HAS_CPU else [])]
 SPEC = rw.methods.grpo(beta=0.1)
 
@@ -33,7 +35,9 @@ def warm(request):
 
 
 def call(z, batch, plan, backend, consume):
-    return rw.policy_loss(**{**batch, "logits": z}, spec=SPEC, plan=plan, backend=backend, consume_logits=consume)
+    return rw.policy_loss(
+        **{**batch, "logits": z}, spec=SPEC, plan=plan, backend=backend, consume_logits=consume
+    )
 
 
 def logits(batch):
@@ -107,8 +111,8 @@ def test_no_memory(backend, plan, consume, warm, monkeypatch):
 @pytest.mark.parametrize("primitive", ["token_loss_grad", "token_stats"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ctrl_c_while_a_kernel_runs(backend, primitive, monkeypatch):
-    """The exception is raised when the kernel returns: its gradient is then in the logits'
-    memory.
+    """The exception is raised when the kernel returns: its gradient is then in the
+    logits' memory.
     """
     batch, plan = batch_of(SPEC, 0), "one_pass" if primitive == "token_loss_grad" else "two_pass"
     expected = result(batch, spec=SPEC, plan=plan, backend=backend)
@@ -117,7 +121,9 @@ def test_ctrl_c_while_a_kernel_runs(backend, primitive, monkeypatch):
     before = z.detach().clone()
     real = load(backend)
     with monkeypatch.context() as patched:
-        broken = dataclasses.replace(real, prepare=None, **{primitive: after(getattr(real, primitive), KeyboardInterrupt())})
+        broken = dataclasses.replace(
+            real, prepare=None, **{primitive: after(getattr(real, primitive), KeyboardInterrupt())}
+        )
         patched.setitem(select._loaded, backend, broken)
         with pytest.raises(KeyboardInterrupt):
             call(z, batch, plan, backend, consume=True)
@@ -139,10 +145,16 @@ def test_ctrl_c_in_a_call_that_is_made_again(where, monkeypatch):
     call(logits(batch), batch, "one_pass", "cpu", consume=True)
     z = logits(batch)
     before = z.detach().clone()
-    (kept,) = [found for found in KEPT._calls.values() if found.consume and found.direct is not None]
+    (kept,) = [
+        found for found in KEPT._calls.values() if found.consume and found.direct is not None
+    ]
     with monkeypatch.context() as patched:
         if where == "in the kernel":
-            patched.setattr(type(kept.direct.run), "__call__", after(type(kept.direct.run).__call__, KeyboardInterrupt()))
+            patched.setattr(
+                type(kept.direct.run),
+                "__call__",
+                after(type(kept.direct.run).__call__, KeyboardInterrupt()),
+            )
         else:
             patched.setattr(direct, "clear_last", after(ops.clear_last, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
@@ -165,7 +177,8 @@ def test_a_call_that_is_refused_marks_nothing():
 
 
 def test_ctrl_c_at_any_moment():
-    """A timer's signals arrive anywhere: after each, every call gives its usual result."""
+    """A timer's signals arrive anywhere: after each, every call gives its
+    usual result."""
     batch = batch_of(SPEC, 0, (4, 8))
     expected = result(batch, spec=SPEC)
 
@@ -185,7 +198,8 @@ def test_ctrl_c_at_any_moment():
                 interrupted += 1
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            torch.set_grad_enabled(True)  # PyTorch's own no_grad, interrupted while it is entered, is never left
+            # PyTorch's own no_grad, interrupted while it is entered, is never left
+            torch.set_grad_enabled(True)
             assert_equal(result(batch, spec=SPEC), expected)
     finally:
         signal.signal(signal.SIGALRM, old)

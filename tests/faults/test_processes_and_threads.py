@@ -1,5 +1,5 @@
-"""Other processes and threads: a fork after use, two writers of one rule, two callers at
-once, a truncated cache.
+"""Other processes and threads: a fork after use, two writers of one rule, two callers
+at once, a truncated cache.
 """
 
 import importlib.util
@@ -23,14 +23,22 @@ from reweight_ops._core.files import write_atomically
 from reweight_ops._core.formula.loss_program import Program
 from reweight_ops._core.formula.triton import program_py
 
-HAS_CPU = unsupported_reason("cpu", Request("token_stats", torch.device("cpu"), torch.float32)) is None
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+HAS_CPU = (
+    unsupported_reason("cpu", Request("token_stats", torch.device("cpu"), torch.float32)) is None
+)
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
 
 
 def script(text: str, timeout: float = 120, **environment: str) -> str:
     """The output of a separate process; a child that hangs fails."""
     found = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(text)], capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}
+        [sys.executable, "-c", textwrap.dedent(text)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **environment},
     )
     assert found.returncode == 0, found.stderr[-2000:]
     return found.stdout
@@ -66,8 +74,15 @@ FORK = """
 
 @pytest.mark.skipif(not HAS_CPU or not hasattr(os, "fork"), reason="no C++ backend, or no fork")
 def test_a_fork_after_use():
-    """The parent's workers are not in the child, and OpenMP would wait for them forever."""
-    script(FORK.format(threads=2, before="expected, grad = call(); total = hash(grad.numpy().tobytes())"), PYTHONHASHSEED="0")
+    """The parent's workers are not in the child, and OpenMP would wait for them
+    forever.
+    """
+    script(
+        FORK.format(
+            threads=2, before="expected, grad = call(); total = hash(grad.numpy().tobytes())"
+        ),
+        PYTHONHASHSEED="0",
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
@@ -95,7 +110,8 @@ def test_what_a_process_had_is_known(monkeypatch, tmp_path):
 
 
 def test_threads_call_at_once():
-    """Each its own signatures and the others': results are those of one thread alone."""
+    """Each its own signatures and the others': results are those of one
+    thread alone."""
     specs = [rw.methods.grpo(beta=0.1), rw.methods.gspo(), rw.methods.dapo()]
     batches = [batch_of(spec, k, (3, 5 + k % 2)) for k, spec in enumerate(specs)]
     expected = [result(batch, spec=spec) for spec, batch in zip(specs, batches, strict=True)]
@@ -123,7 +139,10 @@ def test_threads_call_at_once():
 def test_an_interrupted_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "file.py"
     write_atomically(path, "old")
-    for name, error in (("chmod", OSError(28, "No space left on device")), ("replace", KeyboardInterrupt())):
+    for name, error in (
+        ("chmod", OSError(28, "No space left on device")),
+        ("replace", KeyboardInterrupt()),
+    ):
         with monkeypatch.context() as patched:
             patched.setattr(files.Path, name, lambda *a, error=error: (_ for _ in ()).throw(error))
             with pytest.raises(type(error)):
@@ -134,9 +153,16 @@ def test_an_interrupted_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
 
 
 @needs_triton
-@pytest.mark.parametrize("left", [b"", b"import tri", b"\xff\xfe\x00", None], ids=["nothing", "a part", "no text", "short bytecode"])
+@pytest.mark.parametrize(
+    "left",
+    [b"", b"import tri", b"\xff\xfe\x00", None],
+    ids=["nothing", "a part", "no text", "short bytecode"],
+)
 def test_a_file_that_a_crash_left_is_written_again(left, tmp_path):
-    text = program_py(Program.of(("reinforce",))) + "# of this test alone: what another test has loaded would not be written\n"
+    text = (
+        program_py(Program.of(("reinforce",)))
+        + "# of this test alone: what another test has loaded would not be written\n"
+    )
     module = triton_cache.load_source(text, tmp_path)
     try:
         path = tmp_path / "programs" / f"{module.__name__}.py"
@@ -167,9 +193,16 @@ def test_processes_that_write_one_rule_at_once(tmp_path):
     start = str(time.time() + 8)  # when both have imported what they need
     environment = {**os.environ, "REWEIGHT_OPS_CACHE": str(tmp_path), "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", textwrap.dedent(code), start]
-    both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
     for process in both:
         out, error = process.communicate(timeout=180)
         assert process.returncode == 0 and out == "done\n", error[-2000:]
     names = [path.name for path in (tmp_path / "programs").iterdir() if path.is_file()]
-    assert len(names) == 4 and all(name.endswith(".py") and not name.startswith(".") for name in names)
+    assert len(names) == 4 and all(
+        name.endswith(".py") and not name.startswith(".") for name in names
+    )

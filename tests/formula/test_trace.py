@@ -1,5 +1,5 @@
-"""Tracing: what is recorded, what is refused and how, and derivatives against autograd on
-generated formulas.
+"""Tracing: what is recorded, what is refused and how, and derivatives against autograd
+on generated formulas.
 """
 
 from __future__ import annotations
@@ -26,13 +26,21 @@ from reweight_ops.rules import RULES, TOKEN_FIELDS, Rule, TokenWeight, rule, wei
 
 def rule_of(formula, **fields):
     """A rule class whose loss is ``formula(xp, t, self)``."""
-    namespace = {"__annotations__": dict.fromkeys(fields, float), "loss": lambda self, xp, t: formula(xp, t, self), **fields}
+    namespace = {
+        "__annotations__": dict.fromkeys(fields, float),
+        "loss": lambda self, xp, t: formula(xp, t, self),
+        **fields,
+    }
     return rule("made_in_a_test")(type("Made", (Rule,), namespace))
 
 
 def test_the_namespaces_have_the_same_names():
     names = {n for n in dir(TracedNamespace(Graph())) if not n.startswith("_")}
-    assert names == set(FUNCTIONS) == {n for n in dir(TorchNamespace(torch.float64)) if not n.startswith("_")} - {"dtype"}
+    assert (
+        names
+        == set(FUNCTIONS)
+        == {n for n in dir(TorchNamespace(torch.float64)) if not n.startswith("_")} - {"dtype"}
+    )
 
 
 def test_equal_expressions_are_one_node():
@@ -107,7 +115,11 @@ def test_a_redefined_class_is_traced_anew_and_the_old_one_is_collected():
 REFUSED = {
     "math": (lambda xp, t: math.exp(t.logp), TypeError, "xp has: exp"),
     "torch": (lambda xp, t: torch.exp(t.logp), TypeError, r"torch\.exp .* use xp\.exp"),
-    "torch under another name": (lambda xp, t: torch.clamp(t.logp, 0, 1), TypeError, r"use xp\.clip"),
+    "torch under another name": (
+        lambda xp, t: torch.clamp(t.logp, 0, 1),
+        TypeError,
+        r"use xp\.clip",
+    ),
     "a tensor": (lambda xp, t: torch.ones(3) * t.logp, TypeError, "Tensor"),
     "torch.where": (lambda xp, t: torch.where(t.adv > 0, 1.0, 0.0), TypeError, r"use xp\.where"),
     "numpy": (lambda xp, t: np.log1p(t.logp), TypeError, r"numpy\.log1p .* use xp\.log1p"),
@@ -120,7 +132,11 @@ REFUSED = {
     "an unknown function": (lambda xp, t: xp.softplus(t.logp), AttributeError, r"no xp\.softplus"),
     "an unknown leaf": (lambda xp, t: t.advantage, AttributeError, "it has: logp"),
     "a condition as a number": (lambda xp, t: (t.adv > 0) * t.logp, TypeError, r"use xp\.where"),
-    "a number as a condition": (lambda xp, t: xp.where(t.adv, 1.0, 0.0), TypeError, "expected a condition"),
+    "a number as a condition": (
+        lambda xp, t: xp.where(t.adv, 1.0, 0.0),
+        TypeError,
+        "expected a condition",
+    ),
     "a fractional power": (lambda xp, t: t.logp**0.5, TypeError, r"xp\.exp\(n"),
     "nothing": (lambda xp, t: None, TypeError, "NoneType"),
     "a condition as the loss": (lambda xp, t: t.adv > 0, TypeError, "condition"),
@@ -143,10 +159,13 @@ def test_a_value_of_an_earlier_trace_is_refused():
 
 
 def test_numpy_scalars_are_numbers():
-    assert repr(trace_rule(rule_of(lambda xp, t, s: np.float64(2) * t.logp)).result) == "mul(2.0, logp)"
+    assert (
+        repr(trace_rule(rule_of(lambda xp, t, s: np.float64(2) * t.logp)).result)
+        == "mul(2.0, logp)"
+    )
 
 
-# --- derivatives ----------------------------------------------------------------------------------------------------------------
+# --- derivatives ----------------------------------------------------------------------
 
 
 def leaf_values(n: int, seed: int) -> dict[str, torch.Tensor]:
@@ -164,37 +183,58 @@ def autograd(cls: type[Rule], values: dict[str, torch.Tensor], **fields: float):
     loss = torch.as_tensor(loss, dtype=torch.float64).expand_as(values["logp"])
     if not loss.requires_grad:
         return loss, {k: torch.zeros_like(loss) for k in DIFFERENTIABLE_FIELDS}
-    grads = torch.autograd.grad(loss.sum(), [leaves[k] for k in DIFFERENTIABLE_FIELDS], allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(
+        loss.sum(),
+        [leaves[k] for k in DIFFERENTIABLE_FIELDS],
+        allow_unused=True,
+        materialize_grads=True,
+    )
     return loss.detach(), dict(zip(DIFFERENTIABLE_FIELDS, grads, strict=True))
 
 
-numbers = st.sampled_from([f"t.{leaf}" for leaf in (*DIFFERENTIABLE_FIELDS, "adv")] * 2 + ["s.a", "1.5", "-0.25", "2", "0.0", "1"])
+numbers = st.sampled_from(
+    [f"t.{leaf}" for leaf in (*DIFFERENTIABLE_FIELDS, "adv")] * 2
+    + ["s.a", "1.5", "-0.25", "2", "0.0", "1"]
+)
 
 
 def _grow(children):
-    unary = st.sampled_from(["exp", "expm1", "log", "log1p", "sigmoid", "tanh", "abs", "stop_gradient"])
-    condition = st.tuples(children, st.sampled_from(["<", "<=", ">", ">="]), children).map(lambda c: f"({c[0]} + 0 * t.adv {c[1]} {c[2]})")
+    unary = st.sampled_from(
+        ["exp", "expm1", "log", "log1p", "sigmoid", "tanh", "abs", "stop_gradient"]
+    )
+    condition = st.tuples(children, st.sampled_from(["<", "<=", ">", ">="]), children).map(
+        lambda c: f"({c[0]} + 0 * t.adv {c[1]} {c[2]})"
+    )
     conditions = (
         condition
-        | st.tuples(condition, st.sampled_from("&|"), condition).map(lambda c: f"({c[0]} {c[1]} {c[2]})")
+        | st.tuples(condition, st.sampled_from("&|"), condition).map(
+            lambda c: f"({c[0]} {c[1]} {c[2]})"
+        )
         | condition.map("~{}".format)
     )
     return (
-        st.tuples(children, st.sampled_from(["+", "-", "*", "/"]), children).map(lambda c: f"({c[0]} {c[1]} {c[2]})")
+        st.tuples(children, st.sampled_from(["+", "-", "*", "/"]), children).map(
+            lambda c: f"({c[0]} {c[1]} {c[2]})"
+        )
         | st.tuples(unary, children).map(lambda c: f"xp.{c[0]}({c[1]} + 0 * t.adv)")
         | children.map("(-{})".format)
-        | st.tuples(st.sampled_from(["minimum", "maximum"]), children, children).map(lambda c: f"xp.{c[0]}({c[1]} + 0 * t.adv, {c[2]})")
+        | st.tuples(st.sampled_from(["minimum", "maximum"]), children, children).map(
+            lambda c: f"xp.{c[0]}({c[1]} + 0 * t.adv, {c[2]})"
+        )
         | st.tuples(children, children | st.just("-0.5"), children | st.just("s.a")).map(
             lambda c: f"xp.clip({c[0]} + 0 * t.adv, {c[1]}, {c[2]})"
         )
-        | st.tuples(conditions, children, children).map(lambda c: f"xp.where({c[0]}, {c[1]}, {c[2]})")
+        | st.tuples(conditions, children, children).map(
+            lambda c: f"xp.where({c[0]}, {c[1]}, {c[2]})"
+        )
     )
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.recursive(numbers, _grow, max_leaves=10), st.integers(0, 2**16))
 def test_generated_formulas_have_the_derivative_of_autograd(source, seed):
-    # "+ 0 * t.adv" here and in _grow: torch functions take no Python numbers, so each gets a tensor.
+    # "+ 0 * t.adv" here and in _grow: torch functions take no Python numbers, so each
+    # gets a tensor.
     text = f"({source}) + 0 * t.adv"
     formula = eval(f"lambda xp, t, s: {text}")
     try:
@@ -209,19 +249,30 @@ def test_generated_formulas_have_the_derivative_of_autograd(source, seed):
     environment = {**values, "a": torch.tensor(0.75, dtype=torch.float64)}
     usable = no_tie(traced, environment) & truth.isfinite()
     roots = [value(traced), *derive(traced).values()]
-    # Autograd multiplies the same factors in another order: its error is of the size of the bound, not below it.
-    for (got, bound), want in zip(evaluate(roots, environment, u=2.0**-53), [truth, *slopes.values()], strict=True):
+    # Autograd multiplies the same factors in another order: its error is of the size of
+    # the bound, not below it.
+    for (got, bound), want in zip(
+        evaluate(roots, environment, u=2.0**-53), [truth, *slopes.values()], strict=True
+    ):
         ok = usable & want.isfinite() & bound.isfinite()
         assert got[ok].isfinite().all()
         assert ((got - want).abs()[ok] <= 2.0**10 * bound[ok]).all(), (text, traced.result)
 
 
 def test_a_branch_not_taken_gives_no_nan():
-    """Torch agrees on the value and, with selects last, on the slope; 0 * inf must not appear."""
+    """Torch agrees on the value and, with selects last, on the slope; 0 * inf must not
+    appear.
+    """
     cases = {
-        "log of a zero that a select hides": lambda xp, t, s: xp.where(t.logp > 0, xp.log(xp.where(t.logp > 0, t.logp, 0.0)), 0.0),
-        "exp of a constant that overflows": lambda xp, t, s: 1 / xp.exp(xp.where(t.logp > 0, 800.0, t.logp)),
-        "division by a clipped zero": lambda xp, t, s: xp.where(t.logp > 0, 1 / xp.clip(t.logp, 0.0, 9.0), 0.0),
+        "log of a zero that a select hides": lambda xp, t, s: xp.where(
+            t.logp > 0, xp.log(xp.where(t.logp > 0, t.logp, 0.0)), 0.0
+        ),
+        "exp of a constant that overflows": lambda xp, t, s: (
+            1 / xp.exp(xp.where(t.logp > 0, 800.0, t.logp))
+        ),
+        "division by a clipped zero": lambda xp, t, s: xp.where(
+            t.logp > 0, 1 / xp.clip(t.logp, 0.0, 9.0), 0.0
+        ),
         "a sum of two hidden slopes": lambda xp, t, s: (
             1 / xp.exp(xp.where(t.logp > 0, 800.0, t.logp) + xp.where(t.logp > -0.5, 0.0, t.logp))
         ),
@@ -236,21 +287,35 @@ def test_a_branch_not_taken_gives_no_nan():
 @pytest.mark.parametrize("x", [-100.0, -20.0, -1e-6, 0.0, 1e-6, 20.0, 100.0])
 @pytest.mark.parametrize("function", ["sigmoid", "tanh", "expm1", "exp"])
 def test_slopes_keep_their_digits_in_the_tails(function, x):
-    """Evaluated in fp32 arithmetic (bound by running error), every slope is relatively accurate: none is 1 - almost 1."""
+    """Evaluated in fp32 arithmetic (bound by running error), every slope is relatively
+    accurate: none is 1 - almost 1.
+    """
     traced = trace_rule(rule_of(lambda xp, t, s: getattr(xp, function)(t.logp)))
     at = torch.tensor([x], dtype=torch.float64)
     got, bound = evaluate([derive(traced)["logp"]], dict.fromkeys(TOKEN_FIELDS, at))[0]
-    exact = {"sigmoid": 1 / (2 + 2 * math.cosh(x)), "tanh": 1 / math.cosh(x) ** 2, "expm1": math.exp(x), "exp": math.exp(x)}[function]
+    exact = {
+        "sigmoid": 1 / (2 + 2 * math.cosh(x)),
+        "tanh": 1 / math.cosh(x) ** 2,
+        "expm1": math.exp(x),
+        "exp": math.exp(x),
+    }[function]
     assert math.isclose(got.item(), exact, rel_tol=1e-12)
     assert bound.item() <= 64 * 2.0**-24 * exact + 2.0**-120
 
 
 def test_conventions_at_kinks():
-    """abs has slope 0 at 0 and a clip passes the gradient on its bounds, in torch and here."""
+    """abs has slope 0 at 0 and a clip passes the gradient on its bounds, in torch and
+    here.
+    """
     for formula in (lambda xp, t, s: xp.abs(t.logp), lambda xp, t, s: xp.clip(t.logp, -1.0, 1.0)):
-        values = {k: torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0], dtype=torch.float64) for k in TOKEN_FIELDS}
+        values = {
+            k: torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0], dtype=torch.float64) for k in TOKEN_FIELDS
+        }
         cls = rule_of(formula)
-        assert torch.equal(evaluate([derive(trace_rule(cls))["logp"]], values)[0][0], autograd(cls, values)[1]["logp"])
+        assert torch.equal(
+            evaluate([derive(trace_rule(cls))["logp"]], values)[0][0],
+            autograd(cls, values)[1]["logp"],
+        )
 
 
 def test_k3_has_an_accurate_slope_at_small_differences():

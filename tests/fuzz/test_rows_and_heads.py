@@ -1,4 +1,6 @@
-"""Invariants in fp64, where only rounding of the last digits is between two ways to say the same: layouts of sequences, plans, heads in chunks."""
+"""Invariants in fp64, where only rounding of the last digits is between two ways to say
+the same: layouts of sequences, plans, heads in chunks.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,13 @@ EXACT = dict(rtol=1e-9, atol=1e-11)
 
 def gradient(call: PolicyCall, batch, plan=None):
     z = batch["logits"].detach().requires_grad_()
-    out = rw.policy_loss(**{**batch, "logits": z}, spec=call.spec, plan=plan or call.plan, backend="reference", **call.head())
+    out = rw.policy_loss(
+        **{**batch, "logits": z},
+        spec=call.spec,
+        plan=plan or call.plan,
+        backend="reference",
+        **call.head(),
+    )
     (grad,) = torch.autograd.grad(out.loss.sum(), z)
     return out.loss.detach(), grad
 
@@ -31,17 +39,26 @@ def is_the_same_packed_permuted_and_in_two_passes(call: PolicyCall):
     if not s:
         return
     flat = packed(batch, call.shape)
-    options = {name: x.reshape(-1) if isinstance(x, torch.Tensor) else x for name, x in call.head().items()}
+    options = {
+        name: x.reshape(-1) if isinstance(x, torch.Tensor) else x for name, x in call.head().items()
+    }
     in_a_row = replace(call, packed=True)
     assert options.keys() == in_a_row.head().keys()
     torch.testing.assert_close(gradient(in_a_row, flat), (loss, grad.flatten(0, 1)), **EXACT)
     # sequence_ids instead of offsets, and every row in another place
     order = torch.randperm(s * t, generator=call.generator)
-    mixed = {name: x[order] if isinstance(x, torch.Tensor) and x.shape[:1] == (s * t,) and s * t != s else x for name, x in flat.items()}
+    mixed = {
+        name: x[order]
+        if isinstance(x, torch.Tensor) and x.shape[:1] == (s * t,) and s * t != s
+        else x
+        for name, x in flat.items()
+    }
     del mixed["cu_seqlens"]
     mixed |= {"sequence_ids": (torch.arange(s * t) // t)[order], "num_sequences": s}
     if s * t != s and "row" not in dict(call.options).values() and call.method not in BY_PLACE:
-        torch.testing.assert_close(gradient(in_a_row, mixed), (loss, grad.flatten(0, 1)[order]), **EXACT)
+        torch.testing.assert_close(
+            gradient(in_a_row, mixed), (loss, grad.flatten(0, 1)[order]), **EXACT
+        )
     # sequences in another order
     order = torch.randperm(s, generator=call.generator)
     moved = {name: x[order] if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
@@ -97,23 +114,46 @@ def is_the_loss_of_its_logits(call: HeadCall):
     mask = None if call.mask == "none" else mask_of(call.mask, call.shape, g)
     weight = leaves["weight"] + (0.5 * leaves["b"] @ leaves["a"] if call.lora else 0)
     logits = call.scale * torch.nn.functional.linear(leaves["hidden"], weight, leaves.get("bias"))
-    options = {"completion_mask": mask, "softcap": call.softcap, "temperature": call.temperature, "vocab_size": call.vocab_size}
+    options = {
+        "completion_mask": mask,
+        "softcap": call.softcap,
+        "temperature": call.temperature,
+        "vocab_size": call.vocab_size,
+    }
     data = {"advantages": leaf(call.shape[0], 1).detach() if "adv" in spec.requires else None}
     old = log_probs(logits.detach(), ids, call.vocab_size or v, call.temperature, call.softcap)
     if "log_ratio" in spec.requires or "old_logp" in spec.requires:
         data["old_per_token_logps"] = old + 0.4 * leaf(*call.shape).detach()
-    expected = rw.policy_loss(logits, ids, **data, **options, spec=spec, plan=call.plan, backend="reference").loss
-    head = {"lm_head_bias": leaves.get("bias"), "logit_scale": call.scale, "chunk_rows": call.chunk_rows, "compact_rows": call.compact_rows}
+    expected = rw.policy_loss(
+        logits, ids, **data, **options, spec=spec, plan=call.plan, backend="reference"
+    ).loss
+    head = {
+        "lm_head_bias": leaves.get("bias"),
+        "logit_scale": call.scale,
+        "chunk_rows": call.chunk_rows,
+        "compact_rows": call.compact_rows,
+    }
     head |= {"lora": rw.Lora(leaves["a"], leaves["b"], 0.5)} if call.lora else {}
     hidden = leaves["hidden"]
     if mask is not None:  # what an ignored row holds reaches nothing
         hidden = torch.where((mask != 0)[..., None], hidden, math.nan)
     found = rw.linear_policy_loss(
-        hidden, leaves["weight"], ids, **data, **options, **head, spec=spec, plan=call.plan, backend="reference"
+        hidden,
+        leaves["weight"],
+        ids,
+        **data,
+        **options,
+        **head,
+        spec=spec,
+        plan=call.plan,
+        backend="reference",
     ).loss
     inputs = list(leaves.values())
     torch.testing.assert_close(
-        (found, *torch.autograd.grad(found, inputs)), (expected, *torch.autograd.grad(expected, inputs)), rtol=1e-9, atol=1e-11
+        (found, *torch.autograd.grad(found, inputs)),
+        (expected, *torch.autograd.grad(expected, inputs)),
+        rtol=1e-9,
+        atol=1e-11,
     )
 
 

@@ -1,4 +1,6 @@
-"""Statistics, divergences and pair losses that can be drawn, by the package's criterion."""
+"""Statistics, divergences and pair losses that can be drawn, by the package's
+criterion.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,13 @@ class RowsCall:
 
     def rows(self, g: torch.Generator, ids: torch.Tensor) -> torch.Tensor:
         which = torch.randint(0, len(self.kinds), self.shape, generator=g)
-        parts = [logits_of(kind, self.shape, self.vocab, DTYPES[self.dtype], ids, g) for kind in self.kinds]
-        return torch.stack(parts).gather(0, which[None, ..., None].expand(1, *self.shape, self.vocab))[0]
+        parts = [
+            logits_of(kind, self.shape, self.vocab, DTYPES[self.dtype], ids, g)
+            for kind in self.kinds
+        ]
+        return torch.stack(parts).gather(
+            0, which[None, ..., None].expand(1, *self.shape, self.vocab)
+        )[0]
 
 
 def rows_calls(backends: list[str], kinds: tuple[str, ...] = ROWS) -> st.SearchStrategy:
@@ -68,24 +75,47 @@ def statistics_meet_the_criterion(call: RowsCall):
     g = call.generator
     ids = torch.randint(0, call.vocab, call.shape, generator=g)
     z = call.rows(g, ids).requires_grad_()
-    mask = torch.ones(call.shape, dtype=torch.bool) if call.mask == "none" else mask_of(call.mask, call.shape, g)
-    names = {"logp": "logps", "entropy": "entropies", "lse": "lse", "log_sum_p_sq": "log_sum_p_sq", "max_logp": "max_logp"}
+    mask = (
+        torch.ones(call.shape, dtype=torch.bool)
+        if call.mask == "none"
+        else mask_of(call.mask, call.shape, g)
+    )
+    names = {
+        "logp": "logps",
+        "entropy": "entropies",
+        "lse": "lse",
+        "log_sum_p_sq": "log_sum_p_sq",
+        "max_logp": "max_logp",
+    }
     found = rw.token_stats(
         z, ids, completion_mask=mask, stats=tuple(names.values()), temperature=call.temperature,
         softcap=None if math.isinf(call.softcap) else call.softcap, backend=call.backend,
     )  # fmt: skip
     up = {name: torch.randn(call.shape, generator=g) for name in ("logp", "entropy", "lse")}
-    (grad,) = torch.autograd.grad([getattr(found, names[name]) for name in up], z, list(up.values()))
+    (grad,) = torch.autograd.grad(
+        [getattr(found, names[name]) for name in up], z, list(up.values())
+    )
     out = mask == 0
-    assert not grad[out].any() and not any(getattr(found, name)[out].any() for name in names.values())
+    assert not grad[out].any() and not any(
+        getattr(found, name)[out].any() for name in names.values()
+    )
     keep = ~out
     rows, kept = z.detach()[keep], ids[keep]
     t = torch.full((len(rows),), call.temperature)
-    exact, single = (statistics(rows.to(dtype), kept, t.to(dtype), call.softcap) for dtype in (torch.float64, torch.float32))
+    exact, single = (
+        statistics(rows.to(dtype), kept, t.to(dtype), call.softcap)
+        for dtype in (torch.float64, torch.float32)
+    )
     # A softcap is a rounding of its own size, before any difference is taken.
     size = 0 if math.isinf(call.softcap) else call.softcap / call.temperature
     for name in STATS:
-        assert_values(getattr(found, names[name])[keep].detach(), single[name], exact[name], name, 1 + exact[name].abs() + size)
+        assert_values(
+            getattr(found, names[name])[keep].detach(),
+            single[name],
+            exact[name],
+            name,
+            1 + exact[name].abs() + size,
+        )
     if not len(rows):
         return
     derivatives = {name: x[keep] for name, x in up.items()}
@@ -99,9 +129,20 @@ def divergences_meet_the_criterion(call: RowsCall):
     g = call.generator
     ids = torch.randint(0, call.vocab, call.shape, generator=g)
     policy = call.rows(g, ids)
-    other = (policy.double() + 1.5 * torch.randn(policy.shape, generator=g, dtype=torch.float64)).to(policy.dtype)
-    mask = torch.ones(call.shape, dtype=torch.bool) if call.mask == "none" else mask_of(call.mask, call.shape, g)
-    batch = {"logits": policy, "other_logits": other, "completion_ids": ids, "completion_mask": mask}
+    other = (
+        policy.double() + 1.5 * torch.randn(policy.shape, generator=g, dtype=torch.float64)
+    ).to(policy.dtype)
+    mask = (
+        torch.ones(call.shape, dtype=torch.bool)
+        if call.mask == "none"
+        else mask_of(call.mask, call.shape, g)
+    )
+    batch = {
+        "logits": policy,
+        "other_logits": other,
+        "completion_ids": ids,
+        "completion_mask": mask,
+    }
     found = compare_divergence(call.what, batch, backend=call.backend, loss_scale=64.0)
     assert found.passed, found
 
@@ -113,7 +154,12 @@ def test_statistics(examples, repeatable):
 
 @pytest.mark.parametrize("examples, repeatable", lengths(25, 3000))
 def test_divergences(examples, repeatable):
-    fuzz(divergences_meet_the_criterion, rows_calls(COMPILED, ("plain", "sure", "tiny", "equal")), examples, repeatable)
+    fuzz(
+        divergences_meet_the_criterion,
+        rows_calls(COMPILED, ("plain", "sure", "tiny", "equal")),
+        examples,
+        repeatable,
+    )
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")

@@ -1,5 +1,6 @@
-"""Every test here runs on a GPU, once for each GPU backend; where there is none it is skipped. ``REWEIGHT_OPS_GPU_TESTS=cpu,triton`` runs
-the very same bodies on CPU tensors (Triton in its interpreter: minutes), to show that the tests themselves are sound.
+"""Every test here runs on a GPU, once for each GPU backend; where there is none it is
+skipped. ``REWEIGHT_OPS_GPU_TESTS=cpu,triton`` runs the very same bodies on CPU tensors
+(Triton in its interpreter: minutes), to show that the tests themselves are sound.
 """
 
 import pytest
@@ -21,7 +22,8 @@ def pytest_collection_modifyitems(items):
 def place(request) -> Place:
     reason = request.param.unsupported_reason()
     if reason is not None:
-        # On a GPU, a backend that is missing is a failure: the point of these tests is to run them.
+        # On a GPU, a backend that is missing is a failure: the point of these tests is
+        # to run them.
         pytest.fail(f"{request.param}: {reason}")
     return request.param
 
@@ -29,7 +31,10 @@ def place(request) -> Place:
 @pytest.fixture
 def poisoned():
     """Memory that nobody has written holds NaN."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])

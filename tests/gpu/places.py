@@ -29,10 +29,16 @@ class Place(NamedTuple):
         return f"{self.backend}-{self.device}"
 
     def unsupported_reason(self) -> str | None:
-        return unsupported_reason(self.backend, Request("token_stats", torch.device(self.device), torch.float32))
+        return unsupported_reason(
+            self.backend, Request("token_stats", torch.device(self.device), torch.float32)
+        )
 
 
-PLACES = [Place("cpu", b) for b in _DRY_BACKENDS] if DRY else [Place("cuda", "cuda"), Place("cuda", "triton")]
+PLACES = (
+    [Place("cpu", b) for b in _DRY_BACKENDS]
+    if DRY
+    else [Place("cuda", "cuda"), Place("cuda", "triton")]
+)
 
 
 def sized(here: Any, dry: Any) -> Any:
@@ -41,7 +47,9 @@ def sized(here: Any, dry: Any) -> Any:
 
 
 def two_devices() -> list[str]:
-    """Two of them, of which the second is not the current one; skips where there is one GPU. In a dry run, the CPU twice."""
+    """Two of them, of which the second is not the current one; skips where there is one
+    GPU. In a dry run, the CPU twice.
+    """
     if DRY:
         return ["cpu", "cpu"]
     if torch.cuda.device_count() < 2:
@@ -55,7 +63,9 @@ def synchronize() -> None:
 
 
 def captured(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """``(replay, outputs)`` of a CUDA graph of ``run``. In a dry run, ``run`` itself, whose outputs are overwritten as a graph's are."""
+    """``(replay, outputs)`` of a CUDA graph of ``run``. In a dry run, ``run`` itself,
+    whose outputs are overwritten as a graph's are.
+    """
     if DRY:
         held = run()
 
@@ -121,7 +131,9 @@ def peak_bytes(run: Callable[[], Any]) -> int | None:
 
 @contextlib.contextmanager
 def compilations() -> Any:
-    """A list that grows by a name each time that Triton compiles a kernel. In a dry run, where nothing is compiled, it stays empty."""
+    """A list that grows by a name each time that Triton compiles a kernel. In a dry
+    run, where nothing is compiled, it stays empty.
+    """
     from triton import knobs
 
     names: list[str] = []

@@ -1,7 +1,9 @@
-"""Every kernel, on small and awkward shapes, for compute-sanitizer to watch: ``compute-sanitizer --tool memcheck python tests/gpu/sanitize.py cuda``.
+"""Every kernel, on small and awkward shapes, for compute-sanitizer to watch:
+``compute-sanitizer --tool memcheck python tests/gpu/sanitize.py cuda``.
 
-Tensors are made on the CPU, each in an allocation of its own size, so nearly every launch seen is one of ours and no access past an end is hidden.
-``--seconds``: no case is begun after so many; what is left out is named, most important cases first.
+Tensors are made on the CPU, each in an allocation of its own size, so nearly every
+launch seen is one of ours and no access past an end is hidden. ``--seconds``: no case
+is begun after so many; what is left out is named, most important cases first.
 """
 
 import argparse
@@ -18,7 +20,13 @@ if sys.argv[2:3] == ["cpu"]:
 import torch
 
 import reweight_ops as rw
-from reweight_ops._core.backends.base import DERIVATIVES, STATS, DivergenceInputs, RowInputs, SoftmaxParams
+from reweight_ops._core.backends.base import (
+    DERIVATIVES,
+    STATS,
+    DivergenceInputs,
+    RowInputs,
+    SoftmaxParams,
+)
 from reweight_ops._core.backends.select import load
 from reweight_ops._core.rows.groups import IGNORE_INDEX
 
@@ -31,12 +39,15 @@ options = parser.parse_args()
 SPEC = rw.methods.grpo(beta=0.04, entropy_coef=0.01).with_weight(rw.weights.AdvantageReweighting())
 PROGRAM, PARAMS = SPEC.program, torch.tensor([float(v) for v in SPEC.parameter_values])
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
-#: Whole 16-byte vectors of a row, by the blocks of the cluster that keeps it on chip (csrc/cuda/slices.h).
+#: Whole 16-byte vectors of a row, by the blocks of the cluster that keeps it on chip
+#: (csrc/cuda/slices.h).
 CLUSTERS = {1: 100, 2: 6200, 4: 12300, 8: 24600}
 
 
 def rows(n: int, v: int, dtype: torch.dtype, shift: int = 0) -> torch.Tensor:
-    """[n, v] there, in rows that start ``shift`` elements after a multiple of 16 bytes; nothing lies behind the last column of the last row."""
+    """[n, v] there, in rows that start ``shift`` elements after a multiple of 16 bytes;
+    nothing lies behind the last column of the last row.
+    """
     whole = -(-(v + shift) // 8) * 8
     flat = torch.randn((n - 1) * whole + shift + v, generator=torch.Generator().manual_seed(v)) * 3
     return flat.to(dtype).to(options.device).as_strided((n, v), (whole, 1), shift)
@@ -49,7 +60,9 @@ def out_like(z: torch.Tensor) -> torch.Tensor:
 
 
 def kernel(name: str) -> None:
-    """Of the CUDA backend's two for one pass: "ring" that cannot serve a call makes it fail."""
+    """Of the CUDA backend's two for one pass: "ring" that cannot serve a call makes it
+    fail.
+    """
     if options.backend == "cuda":
         from reweight_ops import _cuda
 
@@ -57,7 +70,13 @@ def kernel(name: str) -> None:
 
 
 def one(
-    n: int, v: int, dtype: torch.dtype, which: str = "auto", shift: int = 0, in_place: bool = False, softcap: float = float("inf")
+    n: int,
+    v: int,
+    dtype: torch.dtype,
+    which: str = "auto",
+    shift: int = 0,
+    in_place: bool = False,
+    softcap: float = float("inf"),
 ) -> None:
     """The three primitives. The last three columns are padding where there are more."""
     kernel(which)
@@ -74,13 +93,24 @@ def one(
     if which != "ring":
         scratch = z.clone() if in_place else out
         primitives.token_grad(
-            z, ids, one, softmax, dict(zip(STATS, (s.clone() for s in stats), strict=True)), dict.fromkeys(DERIVATIVES, values[0]), scratch
+            z,
+            ids,
+            one,
+            softmax,
+            dict(zip(STATS, (s.clone() for s in stats), strict=True)),
+            dict.fromkeys(DERIVATIVES, values[0]),
+            scratch,
         )
     primitives.token_loss_grad(z, ids, one, softmax, inputs, PROGRAM, PARAMS.to(device), out)
 
 
 def divergence(
-    n: int, v: int, dtype: torch.dtype, other: torch.dtype, shifts: tuple[int, int] = (0, 0), softcap: float = float("inf")
+    n: int,
+    v: int,
+    dtype: torch.dtype,
+    other: torch.dtype,
+    shifts: tuple[int, int] = (0, 0),
+    softcap: float = float("inf"),
 ) -> None:
     """The three primitives on two logits tensors, in place too."""
     primitives, device = load(options.backend), options.device
@@ -99,35 +129,56 @@ def divergence(
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     if options.device == "cpu":
         yield "primitives", partial(one, 2, 131, torch.float32)
-        yield "primitives, unaligned, in place", partial(one, 2, 131, torch.bfloat16, shift=1, in_place=True, softcap=20.0)
+        yield (
+            "primitives, unaligned, in place",
+            partial(one, 2, 131, torch.bfloat16, shift=1, in_place=True, softcap=20.0),
+        )
         yield "two tensors", partial(divergence, 2, 131, torch.bfloat16, torch.float32)
         return
     for dtype in DTYPES:
         for n, v in ((2, 1), (3, 131), (2, 4099)):
             for shift in (0, 1):
-                yield f"streaming {n}x{v} {dtype}, shift {shift}", partial(one, n, v, dtype, "streaming", shift)
-        yield f"streaming {dtype}, in place", partial(one, 2, 40001, dtype, "streaming", 1, True, 20.0)
+                yield (
+                    f"streaming {n}x{v} {dtype}, shift {shift}",
+                    partial(one, n, v, dtype, "streaming", shift),
+                )
+        yield (
+            f"streaming {dtype}, in place",
+            partial(one, 2, 40001, dtype, "streaming", 1, True, 20.0),
+        )
     if options.backend == "cuda":
         for blocks, vectors in CLUSTERS.items():
             for dtype in DTYPES:
-                v = vectors * (16 // dtype.itemsize) + 3 + 3  # whole vectors, a tail, padding
+                # whole vectors, a tail, padding
+                v = vectors * (16 // dtype.itemsize) + 3 + 3
                 yield f"ring of {blocks} blocks, {dtype}", partial(one, 3, v, dtype, "ring")
-                yield f"ring of {blocks} blocks, {dtype}, in place", partial(one, 3, v, dtype, "ring", 0, True, 20.0)
+                yield (
+                    f"ring of {blocks} blocks, {dtype}, in place",
+                    partial(one, 3, v, dtype, "ring", 0, True, 20.0),
+                )
     for dtype in DTYPES:
         for other in DTYPES:
             yield f"two tensors, {dtype} and {other}", partial(divergence, 3, 4099, dtype, other)
-        yield f"two tensors, {dtype}, unaligned", partial(divergence, 3, 4099, dtype, dtype, (1, 2), 20.0)
+        yield (
+            f"two tensors, {dtype}, unaligned",
+            partial(divergence, 3, 4099, dtype, dtype, (1, 2), 20.0),
+        )
         yield f"two tensors, {dtype}, one column", partial(divergence, 2, 1, dtype, dtype)
     # More rows than blocks: whatever is used again in a block is.
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     yield "streaming, many rows", partial(one, 5 * processors, 1031, torch.bfloat16, "streaming")
-    yield "two tensors, many rows", partial(divergence, 5 * processors, 1031, torch.bfloat16, torch.float32)
+    yield (
+        "two tensors, many rows",
+        partial(divergence, 5 * processors, 1031, torch.bfloat16, torch.float32),
+    )
     if options.backend == "cuda":
         for blocks, vectors in CLUSTERS.items():
             count = 5 * processors // blocks
             yield (
                 f"ring of {blocks} blocks, many rows",
-                partial(one, count, (vectors if blocks > 1 else 6000) * 8 + 6, torch.bfloat16, "ring"),
+                partial(
+                    one, count, (vectors if blocks > 1 else 6000) * 8 + 6, torch.bfloat16, "ring"
+                ),
             )
 
 
@@ -142,7 +193,11 @@ def main() -> None:
             torch.cuda.synchronize()
         print(f"{time.monotonic() - began:6.1f} s  {name}", flush=True)
     kernel("auto")
-    print("\n".join([f"left out for lack of time: {name}" for name in left_out] + ["every launch returned"]))
+    print(
+        "\n".join(
+            [f"left out for lack of time: {name}" for name in left_out] + ["every launch returned"]
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ PLANS = ["one_pass", "two_pass"]
 
 def loss_and_gradient(batch, place, **options):
     z = as_leaf(batch["logits"]) if "logits" in batch else None
-    out = rw.policy_loss(**{**batch, "logits": z}, spec=options.pop("spec", SPEC), backend=place.backend, **options)
+    out = rw.policy_loss(
+        **{**batch, "logits": z}, spec=options.pop("spec", SPEC), backend=place.backend, **options
+    )
     return out.loss, torch.autograd.grad(out.loss, z)[0], out.per_token_logps
 
 
@@ -52,11 +54,13 @@ def another(batch):
     return {name: fresh(name, x) for name, x in batch.items()}
 
 
-# --- graphs ---------------------------------------------------------------------------------------------------------------------
+# --- graphs ---------------------------------------------------------------------------
 
 
 def replayed(run, batch):
-    """What a captured ``run`` gives for other inputs than it was captured with; and what it gives when it is simply called."""
+    """What a captured ``run`` gives for other inputs than it was captured with; and
+    what it gives when it is simply called.
+    """
     replay, held = captured(run)
     first = [x.clone() for x in held]
     change = another(batch)
@@ -76,7 +80,13 @@ def test_policy_loss_in_a_graph(place, plan, consume):
 
     def run():
         z = batch["logits"].detach().clone().requires_grad_()
-        out = rw.policy_loss(**{**batch, "logits": z * 1}, spec=SPEC, plan=plan, backend=place.backend, consume_logits=consume)
+        out = rw.policy_loss(
+            **{**batch, "logits": z * 1},
+            spec=SPEC,
+            plan=plan,
+            backend=place.backend,
+            consume_logits=consume,
+        )
         (grad,) = torch.autograd.grad(out.loss, z)
         return out.loss.detach(), grad, out.per_token_logps, out.metrics["kl"]
 
@@ -86,11 +96,20 @@ def test_policy_loss_in_a_graph(place, plan, consume):
 
 
 def test_token_logps_in_a_graph(place):
-    batch = {k: v.detach() for k, v in batch_on(place, SPEC).items() if k in ("logits", "completion_ids", "completion_mask")}
+    batch = {
+        k: v.detach()
+        for k, v in batch_on(place, SPEC).items()
+        if k in ("logits", "completion_ids", "completion_mask")
+    }
 
     def run():
         z = batch["logits"].detach().clone().requires_grad_()
-        options = dict(completion_mask=batch["completion_mask"], temperature=0.8, return_entropy=True, backend=place.backend)
+        options = dict(
+            completion_mask=batch["completion_mask"],
+            temperature=0.8,
+            return_entropy=True,
+            backend=place.backend,
+        )
         logps, entropies = rw.token_logps(z, batch["completion_ids"], **options)
         (grad,) = torch.autograd.grad((logps * 0.3 + entropies).sum(), z)
         return logps.detach(), entropies.detach(), grad
@@ -108,7 +127,9 @@ def test_a_schedule_in_a_graph(place):
 
     def run():
         z = batch["logits"].detach().clone().requires_grad_()
-        out = rw.policy_loss(**{**batch, "logits": z}, spec=spec, plan="one_pass", backend=place.backend)
+        out = rw.policy_loss(
+            **{**batch, "logits": z}, spec=spec, plan="one_pass", backend=place.backend
+        )
         return out.loss.detach(), torch.autograd.grad(out.loss, z)[0]
 
     replay, held = captured(run)
@@ -121,7 +142,7 @@ def test_a_schedule_in_a_graph(place):
     assert torch.equal(held[1], run()[1])
 
 
-# --- streams and devices --------------------------------------------------------------------------------------------------------
+# --- streams and devices --------------------------------------------------------------
 
 
 def test_it_runs_on_the_current_stream(place):
@@ -150,7 +171,9 @@ def test_it_does_not_wait_for_another_stream(place):
     loss_and_gradient(batch, place)
     if not DRY:
         torch.cuda.current_stream().synchronize()
-        assert not asleep.query(), "the call waited for a stream that is none of its business (or the sleep was too short)"
+        assert not asleep.query(), (
+            "the call waited for a stream that is none of its business (or the sleep was too short)"
+        )
         asleep.synchronize()
 
 
@@ -161,7 +184,7 @@ def test_on_a_device_that_is_not_the_current_one(place):
         assert torch.equal(a.cpu(), b.cpu()) and str(b.device).startswith(devices[1])
 
 
-# --- compiled callers -----------------------------------------------------------------------------------------------------------
+# --- compiled callers -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("consume", [False, True])
@@ -172,7 +195,13 @@ def test_in_a_compiled_caller(place, plan, consume):
     batch = batch_on(place, SPEC)
 
     def step(z):
-        out = rw.policy_loss(**{**batch, "logits": z * 1}, spec=SPEC, plan=plan, backend=place.backend, consume_logits=consume)
+        out = rw.policy_loss(
+            **{**batch, "logits": z * 1},
+            spec=SPEC,
+            plan=plan,
+            backend=place.backend,
+            consume_logits=consume,
+        )
         return out.loss
 
     torch._dynamo.reset()
@@ -186,7 +215,7 @@ def test_in_a_compiled_caller(place, plan, consume):
         torch.testing.assert_close(a, b)
 
 
-# --- waiting, compiling, memory -------------------------------------------------------------------------------------------------
+# --- waiting, compiling, memory -------------------------------------------------------
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -203,9 +232,17 @@ def test_nothing_waits_for_the_device(place, plan):
 
 def step(batch, leaf, place, plan):
     leaf.grad = None
-    out = rw.policy_loss(**{**batch, "logits": leaf * 1}, spec=SPEC, plan=plan, backend=place.backend, consume_logits=True)
+    out = rw.policy_loss(
+        **{**batch, "logits": leaf * 1},
+        spec=SPEC,
+        plan=plan,
+        backend=place.backend,
+        consume_logits=True,
+    )
     out.loss.backward()
-    logps, entropies = rw.token_logps(leaf, batch["completion_ids"], return_entropy=True, temperature=0.9, backend=place.backend)
+    logps, entropies = rw.token_logps(
+        leaf, batch["completion_ids"], return_entropy=True, temperature=0.9, backend=place.backend
+    )
     (logps + entropies).sum().backward()
     return out.metrics["kl"]
 
@@ -218,7 +255,9 @@ def test_the_guard_against_waiting_fires(place):
 
 
 def test_nothing_is_compiled_twice(place):
-    """Lengths, batch sizes, temperatures, masks, hyper-parameters, vocabularies of one alignment class: the second call finds it all."""
+    """Lengths, batch sizes, temperatures, masks, hyper-parameters, vocabularies of one
+    alignment class: the second call finds it all.
+    """
     if place.backend != "triton":
         pytest.skip("only Triton compiles at run time")
 
@@ -234,12 +273,15 @@ def test_nothing_is_compiled_twice(place):
         call(3, sized(17, 4), 31992, 1.3, 0.2)
     assert names == []
     with compilations() as names:
-        call(4, sized(16, 3), 70000, 1.0, 0.04)  # another launch shape: this one must be seen
+        # another launch shape: this one must be seen
+        call(4, sized(16, 3), 70000, 1.0, 0.04)
     assert DRY or names
 
 
 def test_memory(place):
-    """In place: nothing the size of the logits. A drop-in: the gradient and no more. Log-probs without a gradient: nothing."""
+    """In place: nothing the size of the logits. A drop-in: the gradient and no more.
+    Log-probs without a gradient: nothing.
+    """
     vocab = sized(128256, 131)
     batch = batch_on(place, SPEC, sized((8, 64), (2, 16)), vocab)
     whole = batch["logits"].numel() * batch["logits"].element_size()
@@ -248,17 +290,23 @@ def test_memory(place):
 
     def policy(**options):
         def run():
-            # Not a leaf, and nobody else's: what a head hands over. Its memory is the batch's own.
+            # Not a leaf, and nobody else's: what a head hands over. Its memory is the
+            # batch's own.
             z = _Owned.apply(leaf, batch["logits"])
-            forget(z)  # the run before may have consumed it; its values do not matter here
-            loss = rw.policy_loss(**{**batch, "logits": z}, spec=SPEC, backend=place.backend, **options).loss
+            # the run before may have consumed it; its values do not matter here
+            forget(z)
+            loss = rw.policy_loss(
+                **{**batch, "logits": z}, spec=SPEC, backend=place.backend, **options
+            ).loss
             loss.backward()
 
         return run
 
     def logps():
         with torch.no_grad():
-            return rw.token_logps(batch["logits"], batch["completion_ids"], return_entropy=True, backend=place.backend)
+            return rw.token_logps(
+                batch["logits"], batch["completion_ids"], return_entropy=True, backend=place.backend
+            )
 
     for run, allowed in (
         (policy(plan="one_pass", consume_logits=True), few),
@@ -274,34 +322,51 @@ def test_memory(place):
 class _Owned(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchor, z):
-        return torch.empty(0, dtype=z.dtype, device=z.device).set_(z.untyped_storage(), z.storage_offset(), z.shape, z.stride())
+        return torch.empty(0, dtype=z.dtype, device=z.device).set_(
+            z.untyped_storage(), z.storage_offset(), z.shape, z.stride()
+        )
 
     @staticmethod
     def backward(ctx, grad):
         return torch.zeros((), device=grad.device), None
 
 
-# --- beyond 2³¹ elements --------------------------------------------------------------------------------------------------------
+# --- beyond 2³¹ elements --------------------------------------------------------------
 
 PROGRAM, PARAMS = Program.of(("clip",)), [-20.0, 20.0, 1.0, 0.2, 0.2, float("inf")]
 
 
 def primitives_on(place, z, ids, adv):
-    primitives, one, softmax = load(place.backend), torch.ones(1, device=z.device), SoftmaxParams(z.size(-1))
+    primitives, one, softmax = (
+        load(place.backend),
+        torch.ones(1, device=z.device),
+        SoftmaxParams(z.size(-1)),
+    )
     n = ids.numel()
     stats = primitives.token_stats(z, ids, one, softmax, ("logp", "lse", "entropy"))
     rows = primitives.token_loss_grad(
-        z, ids, one, softmax, RowInputs(adv.view(1, n), None, adv), PROGRAM, torch.tensor(PARAMS, device=z.device), z
+        z,
+        ids,
+        one,
+        softmax,
+        RowInputs(adv.view(1, n), None, adv),
+        PROGRAM,
+        torch.tensor(PARAMS, device=z.device),
+        z,
     )
     return stats, rows
 
 
 @pytest.mark.parametrize("leading", ["rows", "one batch", "far batches"])
 def test_more_than_2_31_elements(place, leading):
-    """A row whose offset does not fit in 32 bits is the same as a row that stands first; nothing else is written."""
+    """A row whose offset does not fit in 32 bits is the same as a row that stands
+    first; nothing else is written.
+    """
     v = sized(151936, 1024)
     n = 2**31 // v + 66
-    if leading == "far batches":  # two batches, each of a few rows, more than 2³¹ elements apart: takes address space and little memory
+    # two batches, each of a few rows, more than 2³¹ elements apart: takes address space
+    # and little memory
+    if leading == "far batches":
         storage = torch.empty(2**31 + 64 * v, dtype=torch.bfloat16, device=place.device)
         z = storage.as_strided((2, 8, v), (2**31 + 8, v, 1))
     elif DRY:
@@ -309,7 +374,11 @@ def test_more_than_2_31_elements(place, leading):
     else:
         z = torch.empty(n, v, dtype=torch.bfloat16, device=place.device)
         z = z if leading == "rows" else z.view(1, n, v)
-    flat = [z[i // 8, i % 8] for i in range(16)] if leading == "far batches" else list(z.view(-1, v)[[0, 1, n // 2, n - 2, n - 1]].unbind())
+    flat = (
+        [z[i // 8, i % 8] for i in range(16)]
+        if leading == "far batches"
+        else list(z.view(-1, v)[[0, 1, n // 2, n - 2, n - 1]].unbind())
+    )
     g = torch.Generator(place.device).manual_seed(0)
     if leading != "far batches":
         for part in z.view(-1, v).split(1024):
@@ -318,9 +387,13 @@ def test_more_than_2_31_elements(place, leading):
         for row in flat:
             row.copy_(torch.randn(v, generator=g, device=place.device) * 3)
     count = z.numel() // v
-    at = torch.arange(16) if leading == "far batches" else torch.tensor([0, 1, n // 2, n - 2, n - 1])
+    at = (
+        torch.arange(16) if leading == "far batches" else torch.tensor([0, 1, n // 2, n - 2, n - 1])
+    )
     at = at.to(place.device)
-    some = z.reshape(count, v)[at].clone() if leading != "far batches" else torch.stack(flat).clone()
+    some = (
+        z.reshape(count, v)[at].clone() if leading != "far batches" else torch.stack(flat).clone()
+    )
     ids = torch.randint(0, v, (count,), generator=g, device=place.device)
     adv = torch.randn(count, generator=g, device=place.device)
     want_stats, want_rows = primitives_on(place, some, ids[at], adv[at])

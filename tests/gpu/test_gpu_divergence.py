@@ -7,8 +7,28 @@ import math
 
 import pytest
 import torch
-from divergence_rows import CASES, CONSTANTS, DTYPES, as_dtype, assert_accurate, assert_far_rows, both_plans, make
-from places import DRY, captured, compilations, keep_busy, no_synchronization, other_stream, peak_bytes, sized, synchronize, two_devices
+from divergence_rows import (
+    CASES,
+    CONSTANTS,
+    DTYPES,
+    as_dtype,
+    assert_accurate,
+    assert_far_rows,
+    both_plans,
+    make,
+)
+from places import (
+    DRY,
+    captured,
+    compilations,
+    keep_busy,
+    no_synchronization,
+    other_stream,
+    peak_bytes,
+    sized,
+    synchronize,
+    two_devices,
+)
 
 import reweight_ops as rw
 from reweight_ops._core.backends import reference_divergence as reference
@@ -40,7 +60,7 @@ def mixture(two, rows=None):
     )
 
 
-# --- accuracy -------------------------------------------------------------------------------------------------------------------
+# --- accuracy -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", CONSTANTS)
@@ -56,7 +76,9 @@ def test_vocabularies(place, primitives, dtype, vocab):
     assert_accurate(primitives, two, CONSTANTS["all"], same_bits=place.backend == "cuda")
 
 
-@pytest.mark.parametrize(("first", "second"), [c for c in itertools.product(DTYPES, DTYPES) if c[0] != c[1]])
+@pytest.mark.parametrize(
+    ("first", "second"), [c for c in itertools.product(DTYPES, DTYPES) if c[0] != c[1]]
+)
 def test_mixed_dtypes(place, primitives, first, second):
     two = make(sized(16, 5), sized(2049, 131), DTYPES[first], DTYPES[second], device=place.device)
     assert_accurate(primitives, two, CONSTANTS["all"], same_bits=place.backend == "cuda")
@@ -66,7 +88,9 @@ def test_mixed_dtypes(place, primitives, first, second):
 def test_zero_probabilities_and_nan_rows(place, primitives, dtype, cap):
     v = sized(5003, 131)
     two = make(12, v, dtype, device=place.device)._replace(
-        ids=torch.arange(12, device=place.device), softmax=SoftmaxParams(v, cap), other_softmax=SoftmaxParams(v, cap)
+        ids=torch.arange(12, device=place.device),
+        softmax=SoftmaxParams(v, cap),
+        other_softmax=SoftmaxParams(v, cap),
     )
     z, y = two.logits, two.other
     z[0, v - 3] = -math.inf  # p = 0 < q
@@ -84,14 +108,25 @@ def test_zero_probabilities_and_nan_rows(place, primitives, dtype, cap):
     nan_rows = [6, 7, 8, 9, 10]
     constants, weights = mixture(two)
     want = torch.empty_like(z, dtype=torch.float64)
-    exact = reference.divergence_loss_grad(as_dtype(two, torch.float64), constants.double(), weights.double(), want)
+    exact = reference.divergence_loss_grad(
+        as_dtype(two, torch.float64), constants.double(), weights.double(), want
+    )
     assert exact[0, 0] == math.inf and exact[1, 1] == math.inf and exact[:2, nan_rows].isnan().all()
     for plan, table, grad in both_plans(primitives, two, constants, weights):
-        torch.testing.assert_close(table[:2].double(), exact[:2], rtol=1e-5, atol=2e-6, equal_nan=True, msg=lambda m, p=plan: f"{p}: {m}")
+        torch.testing.assert_close(
+            table[:2].double(),
+            exact[:2],
+            rtol=1e-5,
+            atol=2e-6,
+            equal_nan=True,
+            msg=lambda m, p=plan: f"{p}: {m}",
+        )
         assert grad[1].isnan().all() and grad[nan_rows].isnan().all(), plan
         for i in (0, 2, 3, 4, 5, 11):
             assert (grad[i][z[i] == -math.inf] == 0).all() and grad[i].isfinite().all(), (plan, i)
-            torch.testing.assert_close(grad[i].double(), want[i], rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=2e-6)
+            torch.testing.assert_close(
+                grad[i].double(), want[i], rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=2e-6
+            )
 
 
 @pytest.mark.parametrize("low", [-1e4, -1e30, -3.5e38])
@@ -102,9 +137,14 @@ def test_masked_by_a_number(place, primitives, dtype, low):
     masked = torch.ones(z.size(-1), dtype=torch.bool, device=z.device)
     masked[[3, z.size(-1) // 2, -1]] = False
     z[:, masked] = y[:, masked] = -math.inf
-    want = [(plan, table.clone(), grad.clone()) for plan, table, grad in both_plans(primitives, two, *mixture(two))]
+    want = [
+        (plan, table.clone(), grad.clone())
+        for plan, table, grad in both_plans(primitives, two, *mixture(two))
+    ]
     z[:, masked] = y[:, masked] = max(low, torch.finfo(dtype).min)
-    for (plan, table, grad), (_, table_want, grad_want) in zip(both_plans(primitives, two, *mixture(two)), want, strict=True):
+    for (plan, table, grad), (_, table_want, grad_want) in zip(
+        both_plans(primitives, two, *mixture(two)), want, strict=True
+    ):
         assert table_want[:4].isfinite().all()
         assert torch.equal(table, table_want) and torch.equal(grad, grad_want), plan
 
@@ -116,7 +156,9 @@ def test_ignored_rows_or_without_coefficients_are_not_read(place, primitives):
     table = primitives.divergence_loss_grad(two, constants, weights, clean)
     two.logits[3], two.other[7] = math.nan, math.nan
     out = torch.full_like(two.logits, math.nan)
-    assert torch.equal(primitives.divergence_loss_grad(two, constants, weights, out), table) and torch.equal(out, clean)
+    assert torch.equal(
+        primitives.divergence_loss_grad(two, constants, weights, out), table
+    ) and torch.equal(out, clean)
     assert (out[[3, 7]] == 0).all() and (table[:, [3, 7]] == 0).all()
     derivatives, want = constants[:, None] * weights, torch.empty_like(out)
     primitives.divergence_grad(two, table, derivatives, want)
@@ -126,12 +168,14 @@ def test_ignored_rows_or_without_coefficients_are_not_read(place, primitives):
     assert (out[1] == 0).all() and torch.equal(out[[0, 2]], want[[0, 2]])
 
 
-# --- bitwise --------------------------------------------------------------------------------------------------------------------
+# --- bitwise --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vocab", sized((1031, 32000, 151936), (131,)))
 def test_a_row_is_the_same_bits_wherever_it_stands(place, primitives, dtype, vocab):
-    """Permuted, alone, in another batch size, with padding, either tensor or the gradient unaligned."""
+    """Permuted, alone, in another batch size, with padding, either tensor or the
+    gradient unaligned.
+    """
     n = sized(300, 9)
     two = make(n, vocab, dtype, torch.float32, case="per_row", device=place.device)
     constants, weights = mixture(two)
@@ -145,19 +189,34 @@ def test_a_row_is_the_same_bits_wherever_it_stands(place, primitives, dtype, voc
         assert torch.equal(got, table[:, few]) and torch.equal(got_out, out[few])
     whole = -(-vocab // 8) * 8 + 16
     for starts in ((1, 3, 2), (1, 0, 0), (0, 1, 0), (0, 0, 1), (8, 8, 8)):
-        buffers = [torch.full((n, whole), math.nan, dtype=t.dtype, device=t.device) for t in (two.logits, two.other, out)]
+        buffers = [
+            torch.full((n, whole), math.nan, dtype=t.dtype, device=t.device)
+            for t in (two.logits, two.other, out)
+        ]
         x, y, g = (b[:, s : s + vocab + 4] for b, s in zip(buffers, starts, strict=True))
         x[:, :vocab], y[:, :vocab] = two.logits, two.other
-        got = primitives.divergence_loss_grad(two._replace(logits=x, other=y), constants, weights, g)
-        assert torch.equal(got, table) and torch.equal(g[:, :vocab], out) and (g[:, vocab:] == 0).all(), starts
-        assert buffers[2][:, : starts[2]].isnan().all() and buffers[2][:, starts[2] + vocab + 4 :].isnan().all(), starts
+        got = primitives.divergence_loss_grad(
+            two._replace(logits=x, other=y), constants, weights, g
+        )
+        assert (
+            torch.equal(got, table) and torch.equal(g[:, :vocab], out) and (g[:, vocab:] == 0).all()
+        ), starts
+        assert (
+            buffers[2][:, : starts[2]].isnan().all()
+            and buffers[2][:, starts[2] + vocab + 4 :].isnan().all()
+        ), starts
 
 
 def test_run_to_run(place, primitives, dtype, poisoned):
     two = make(sized(500, 8), sized(32000, 131), dtype, device=place.device)
-    want = [(table.clone(), grad.clone()) for _, table, grad in both_plans(primitives, two, *mixture(two))]
+    want = [
+        (table.clone(), grad.clone())
+        for _, table, grad in both_plans(primitives, two, *mixture(two))
+    ]
     for _ in range(sized(10, 2)):
-        for (plan, table, grad), (table_want, grad_want) in zip(both_plans(primitives, two, *mixture(two)), want, strict=True):
+        for (plan, table, grad), (table_want, grad_want) in zip(
+            both_plans(primitives, two, *mixture(two)), want, strict=True
+        ):
             assert torch.equal(table, table_want) and torch.equal(grad, grad_want), plan
 
 
@@ -165,30 +224,44 @@ def test_equal_tensors_give_exact_zeros(place, primitives, dtype):
     two = make(sized(40, 3), sized(32000, 131), dtype, device=place.device)
     two = two._replace(other=two.logits.clone(), other_temperature=two.temperature)
     _, weights = mixture(two)
-    for plan, table, grad in both_plans(primitives, two, torch.tensor([1.0, 1.0, 0.0], device=place.device), weights):
+    for plan, table, grad in both_plans(
+        primitives, two, torch.tensor([1.0, 1.0, 0.0], device=place.device), weights
+    ):
         assert (table[:2] == 0).all() and (grad == 0).all(), plan
 
 
-# --- what only a device shows ---------------------------------------------------------------------------------------------------
+# --- what only a device shows ---------------------------------------------------------
 
 
 def two_logits(place, vocab=VOCAB):
     """``(logits, other, mask)`` for the public ops."""
     rows = make(SHAPE[0] * SHAPE[1], vocab, torch.bfloat16, device=place.device)
-    mask = (torch.arange(SHAPE[1]) < torch.tensor([SHAPE[1] - i for i in range(SHAPE[0])])[:, None]).to(place.device)
+    mask = (
+        torch.arange(SHAPE[1]) < torch.tensor([SHAPE[1] - i for i in range(SHAPE[0])])[:, None]
+    ).to(place.device)
     return rows.logits.view(*SHAPE, vocab), rows.other.view(*SHAPE, vocab), mask
 
 
 def divergence(z, other, mask, place, kind="jeffreys", **options):
     """``(values, gradient)``."""
     z = z.detach().clone().requires_grad_()
-    values = rw.token_divergence(z, other, kind=kind, completion_mask=mask, backend=place.backend, **options)
+    values = rw.token_divergence(
+        z, other, kind=kind, completion_mask=mask, backend=place.backend, **options
+    )
     return values.detach(), torch.autograd.grad(values.sum(), z)[0]
 
 
 def distillation(z, other, mask, place, plan="one_pass", **options):
     z = z.detach().clone().requires_grad_()
-    out = rw.distillation_loss(z, other, kind="reverse_kl", completion_mask=mask, plan=plan, backend=place.backend, **options)
+    out = rw.distillation_loss(
+        z,
+        other,
+        kind="reverse_kl",
+        completion_mask=mask,
+        plan=plan,
+        backend=place.backend,
+        **options,
+    )
     assert out.plan == plan
     return out.loss.detach(), torch.autograd.grad(out.loss, z)[0]
 
@@ -197,7 +270,9 @@ def distillation(z, other, mask, place, plan="one_pass", **options):
 def test_every_kind_as_the_reference(place, kind):
     z, other, mask = two_logits(place, SMALL)
     got = divergence(z, other, mask, place, kind, temperature=0.8)
-    want = divergence(z.double(), other.double(), mask, place._replace(backend="reference"), kind, temperature=0.8)
+    want = divergence(
+        z.double(), other.double(), mask, place._replace(backend="reference"), kind, temperature=0.8
+    )
     torch.testing.assert_close(got[0].double(), want[0], rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(got[1].double(), want[1], rtol=2**-8, atol=2e-6)
     assert (got[0][~mask] == 0).all() and (got[1][~mask] == 0).all()
@@ -245,7 +320,9 @@ def test_it_does_not_wait_for_another_stream(place):
     divergence(z, other, mask, place)
     if not DRY:
         torch.cuda.current_stream().synchronize()
-        assert not asleep.query(), "the call waited for a stream that is none of its business (or the sleep was too short)"
+        assert not asleep.query(), (
+            "the call waited for a stream that is none of its business (or the sleep was too short)"
+        )
         asleep.synchronize()
 
 
@@ -270,7 +347,9 @@ def test_in_a_compiled_caller(place):
     z, other, mask = two_logits(place, SMALL)
 
     def step(x):
-        return rw.token_divergence(x * 1, other, kind="reverse_kl", completion_mask=mask, backend=place.backend).sum()
+        return rw.token_divergence(
+            x * 1, other, kind="reverse_kl", completion_mask=mask, backend=place.backend
+        ).sum()
 
     torch._dynamo.reset()
     found = []
@@ -295,7 +374,9 @@ def test_nothing_is_compiled_twice(place):
 
 
 def test_memory(place):
-    """Values alone: nothing the size of the logits. With a gradient: the gradient, and nothing if it is written over the logits."""
+    """Values alone: nothing the size of the logits. With a gradient: the gradient, and
+    nothing if it is written over the logits.
+    """
     z, other, mask = two_logits(place, sized(128256, 131))
     whole = z.numel() * z.element_size()
     leaf = z.detach().clone().requires_grad_()
@@ -305,7 +386,9 @@ def test_memory(place):
             return rw.token_divergence(z, other, completion_mask=mask, backend=place.backend)
 
     def gradient():
-        loss = rw.distillation_loss(leaf, other, kind="jeffreys", completion_mask=mask, backend=place.backend).loss
+        loss = rw.distillation_loss(
+            leaf, other, kind="jeffreys", completion_mask=mask, backend=place.backend
+        ).loss
         return torch.autograd.grad(loss, leaf)
 
     for run, allowed in ((values, whole // 50), (gradient, whole + whole // 50)):

@@ -1,4 +1,6 @@
-"""Every method, dtype and plan on every GPU backend against the fp64 reference, by the package's criterion; layouts against each other, bitwise."""
+"""Every method, dtype and plan on every GPU backend against the fp64 reference, by the
+package's criterion; layouts against each other, bitwise.
+"""
 
 import math
 
@@ -41,7 +43,11 @@ def test_methods(place, dtype, name, plan):
     vocab = sized(4099, 131)
     assert_passed(
         compare(
-            spec, make_batch(spec, sized((4, 16), (2, 6)), vocab, dtype, place.device), backend=place.backend, plan=plan, loss_scale=64.0
+            spec,
+            make_batch(spec, sized((4, 16), (2, 6)), vocab, dtype, place.device),
+            backend=place.backend,
+            plan=plan,
+            loss_scale=64.0,
         )
     )
 
@@ -51,11 +57,23 @@ def test_vocabularies(place, dtype, vocab):
     if vocab == 1:
         z = torch.randn(3, 1, device=place.device).to(dtype)
         logp, entropy = rw.token_logps(
-            z, torch.zeros(3, dtype=torch.int64, device=place.device), return_entropy=True, backend=place.backend
+            z,
+            torch.zeros(3, dtype=torch.int64, device=place.device),
+            return_entropy=True,
+            backend=place.backend,
         )
-        assert torch.equal(logp, torch.zeros_like(logp)) and torch.equal(entropy, torch.zeros_like(entropy))
+        assert torch.equal(logp, torch.zeros_like(logp)) and torch.equal(
+            entropy, torch.zeros_like(entropy)
+        )
         return
-    assert_passed(compare(SPEC, make_batch(SPEC, SHAPE, vocab, dtype, place.device), backend=place.backend, loss_scale=64.0))
+    assert_passed(
+        compare(
+            SPEC,
+            make_batch(SPEC, SHAPE, vocab, dtype, place.device),
+            backend=place.backend,
+            loss_scale=64.0,
+        )
+    )
 
 
 @pytest.mark.parametrize("over", ["kept", "vocabulary"])
@@ -67,9 +85,12 @@ def test_sampling_masks(place, dtype, plan, over):
     assert_passed(compare(SPEC, batch, backend=place.backend, plan=plan, **options))
 
 
-#: Coefficients that do not depend on the log-prob: with a softcap, a logit is itself rounded to fp32, and what that does to a large importance
-#: ratio is one row's luck, in every fp32 implementation alike.
-LINEAR_SPEC = rw.PolicyLossSpec(surrogate=Reinforce(), penalties=(rw.Penalty(EntropyBonus(), 0.01),))
+#: Coefficients that do not depend on the log-prob: with a softcap, a logit is itself
+#: rounded to fp32, and what that does to a large importance ratio is one row's luck, in
+#: every fp32 implementation alike.
+LINEAR_SPEC = rw.PolicyLossSpec(
+    surrogate=Reinforce(), penalties=(rw.Penalty(EntropyBonus(), 0.01),)
+)
 SOFTMAXES = {
     "temperature": dict(temperature=0.6),
     "softcap": dict(softcap=20.0),
@@ -88,13 +109,17 @@ def test_heads(place, dtype, softmax, plan):
     if "drop_last" in options:
         z = batch["logits"]
         batch["logits"] = torch.cat([z, z[:, :1]], 1)
-    assert_passed(compare(LINEAR_SPEC, batch, backend=place.backend, plan=plan, loss_scale=64.0, **options))
+    assert_passed(
+        compare(LINEAR_SPEC, batch, backend=place.backend, plan=plan, loss_scale=64.0, **options)
+    )
 
 
 def test_a_temperature_each_row(place, dtype):
     batch = make_batch(SPEC, SHAPE, 131, dtype, place.device)
     temperature = torch.linspace(0.3, 2.5, SHAPE[0] * SHAPE[1], device=place.device).view(SHAPE)
-    assert_passed(compare(SPEC, batch, backend=place.backend, loss_scale=64.0, temperature=temperature))
+    assert_passed(
+        compare(SPEC, batch, backend=place.backend, loss_scale=64.0, temperature=temperature)
+    )
 
 
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
@@ -113,7 +138,9 @@ def test_minus_infinity(place, dtype, plan):
 
 
 def test_ignored_rows_or_wrong(place, dtype):
-    """Out: never read, zeros. An id outside the vocabulary: NaN outputs and a zero gradient, on a GPU."""
+    """Out: never read, zeros. An id outside the vocabulary: NaN outputs and a zero
+    gradient, on a GPU.
+    """
     batch = batch_on(place, SPEC, (4, 8), 131, dtype)
     z = batch["logits"]
     batch["completion_mask"][1] = False
@@ -126,11 +153,15 @@ def test_ignored_rows_or_wrong(place, dtype):
     z = z.requires_grad_()
     out = rw.policy_loss(**{**batch, "logits": z}, spec=SPEC, backend=place.backend)
     out.loss.backward()
-    assert torch.equal(z.grad[1], torch.zeros_like(z.grad[1])) and torch.equal(z.grad[2, 3], torch.zeros_like(z.grad[2, 3]))
+    assert torch.equal(z.grad[1], torch.zeros_like(z.grad[1])) and torch.equal(
+        z.grad[2, 3], torch.zeros_like(z.grad[2, 3])
+    )
     assert torch.equal(out.per_token_logps[1], torch.zeros_like(out.per_token_logps[1]))
     assert z.grad.isfinite().all() and z.grad.abs().sum() > 0
     if not DRY:
-        assert out.per_token_logps[3, 0].isnan() and torch.equal(z.grad[3, 0], torch.zeros_like(z.grad[3, 0]))
+        assert out.per_token_logps[3, 0].isnan() and torch.equal(
+            z.grad[3, 0], torch.zeros_like(z.grad[3, 0])
+        )
 
 
 @pytest.mark.parametrize("bad_logit", [math.nan, math.inf, -math.inf])
@@ -140,7 +171,9 @@ def test_a_nan_row_is_nan_and_alone(place, bad_logit):
 
     def gradient():
         z = batch["logits"].detach().clone().requires_grad_()
-        (grad,) = torch.autograd.grad(rw.policy_loss(**{**batch, "logits": z}, spec=SPEC, backend=place.backend).loss, z)
+        (grad,) = torch.autograd.grad(
+            rw.policy_loss(**{**batch, "logits": z}, spec=SPEC, backend=place.backend).loss, z
+        )
         return grad
 
     healthy = gradient()
@@ -155,13 +188,18 @@ def test_a_nan_row_is_nan_and_alone(place, bad_logit):
     assert torch.equal(with_nan[others], healthy[others])
 
 
-# --- bitwise --------------------------------------------------------------------------------------------------------------------
+# --- bitwise --------------------------------------------------------------------------
 
-PROGRAM, PARAMS = Program.of(("clip", "entropy_bonus")), [-20.0, 20.0, 1.0, 0.2, 0.2, math.inf, 0.05]
+PROGRAM, PARAMS = (
+    Program.of(("clip", "entropy_bonus")),
+    [-20.0, 20.0, 1.0, 0.2, 0.2, math.inf, 0.05],
+)
 
 
 class Rows:
-    """Inputs of the three primitives for ``n`` rows, and what the primitives make of them, for logits in any place of memory."""
+    """Inputs of the three primitives for ``n`` rows, and what the primitives make of
+    them, for logits in any place of memory.
+    """
 
     def __init__(self, place, n, vocab, dtype):
         g = torch.Generator().manual_seed(n)
@@ -172,7 +210,9 @@ class Rows:
         self.ids = ids.to(place.device)
 
     def run(self, z, order=None, out=None):
-        """``[stats, rows of the loss, its gradient, gradient by token_grad]``; the last two as rows."""
+        """``[stats, rows of the loss, its gradient, gradient by token_grad]``; the last
+        two as rows.
+        """
         ids, (adv, old, w) = self.ids, self.rows
         if order is not None:
             ids, adv, old, w = ids[order], adv[order], old[order], w[order]
@@ -180,16 +220,22 @@ class Rows:
         stats = self.primitives.token_stats(z, ids, one, softmax, STATS)
         inputs = RowInputs(w.expand(2, n), old.contiguous(), adv.contiguous())
         out = torch.full_like(z, math.nan) if out is None else out
-        rows = self.primitives.token_loss_grad(z, ids, one, softmax, inputs, PROGRAM, torch.tensor(PARAMS, device=z.device), out)
+        rows = self.primitives.token_loss_grad(
+            z, ids, one, softmax, inputs, PROGRAM, torch.tensor(PARAMS, device=z.device), out
+        )
         grad = out.clone()
         known = dict(zip(STATS, stats, strict=True))
-        self.primitives.token_grad(z, ids, one, softmax, known, dict.fromkeys(DERIVATIVES, adv.contiguous()), out)
+        self.primitives.token_grad(
+            z, ids, one, softmax, known, dict.fromkeys(DERIVATIVES, adv.contiguous()), out
+        )
         return [stats, rows, grad.reshape(n, -1), out.clone().reshape(n, -1)]
 
 
 @pytest.mark.parametrize("vocab", sized((1031, 32000, 151936), (131,)))
 def test_a_row_is_the_same_bits_wherever_it_stands(place, dtype, vocab):
-    """Permuted, alone, in another batch size, in a strided and unaligned view of a larger tensor."""
+    """Permuted, alone, in another batch size, in a strided and unaligned view of a
+    larger tensor.
+    """
     n = sized(300, 9)
     one = Rows(place, n, vocab, dtype)
     want = one.run(one.z)
@@ -202,7 +248,9 @@ def test_a_row_is_the_same_bits_wherever_it_stands(place, dtype, vocab):
         wide = torch.full((n // 3, 4, vocab + 16), math.nan, dtype=dtype, device=place.device)
         view = wide[:, :3, shift : shift + vocab]
         view.copy_(one.z.view(n // 3, 3, vocab))
-        target = torch.full((n // 3, 3, vocab + 5), math.nan, dtype=dtype, device=place.device)[..., :vocab]
+        target = torch.full((n // 3, 3, vocab + 5), math.nan, dtype=dtype, device=place.device)[
+            ..., :vocab
+        ]
         for a, b in zip(want, one.run(view, out=target), strict=True):
             assert torch.equal(a, b)
         assert wide[:, 3].isnan().all()
@@ -220,7 +268,12 @@ def test_run_to_run_and_in_place(place, dtype, poisoned):
     def gradient(consume):
         z = batch["logits"].detach().clone().requires_grad_()
         out = rw.policy_loss(
-            **{**batch, "logits": z * 1}, spec=spec, plan="one_pass", consume_logits=consume, backend=place.backend, loss_scale=64.0
+            **{**batch, "logits": z * 1},
+            spec=spec,
+            plan="one_pass",
+            consume_logits=consume,
+            backend=place.backend,
+            loss_scale=64.0,
         )
         return torch.autograd.grad(out.loss, z)[0]
 
@@ -237,7 +290,11 @@ def test_on_policy_the_ratio_is_exactly_1(place, dtype, vocab):
         for given in (old, None):
             z = batch["logits"].detach().clone().requires_grad_()
             out = rw.policy_loss(
-                **{**batch, "logits": z, "old_per_token_logps": given}, spec=spec, plan=plan, backend=place.backend, loss_scale=64.0
+                **{**batch, "logits": z, "old_per_token_logps": given},
+                spec=spec,
+                plan=plan,
+                backend=place.backend,
+                loss_scale=64.0,
             )
             assert torch.equal(out.ratio, torch.ones_like(out.ratio))
             out.loss.backward()

@@ -23,19 +23,31 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("kind", [*KINDS, "generalized_jsd"])
 def test_textbook_and_gradcheck(kind):
     z, other, mask = two_logits(vocab=11)
-    options = dict(kind=kind, completion_mask=mask, temperature=0.7, other_temperature=1.3, softcap=4.0)
+    options = dict(
+        kind=kind, completion_mask=mask, temperature=0.7, other_temperature=1.3, softcap=4.0
+    )
     got = rw.token_divergence(z, other, **options)
     want = textbook(4 * torch.tanh(z / 4) / 0.7, other / 1.3, kind)
     torch.testing.assert_close(got, torch.where(mask, want, 0), rtol=1e-12, atol=1e-13)
-    assert torch.autograd.gradcheck(lambda x: rw.token_divergence(x, other, **options), (z.requires_grad_(),))
+    assert torch.autograd.gradcheck(
+        lambda x: rw.token_divergence(x, other, **options), (z.requires_grad_(),)
+    )
 
 
 def test_by_hand():
-    # p = (1/2, 1/2), q = (1/4, 3/4): KL(q‖p) = ln 2 - H(q) = 0.130812, KL(p‖q) = ½ ln 2 + ½ ln(2/3) = 0.143841.
-    z, other = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True), torch.tensor([[0.0, math.log(3)]], dtype=torch.float64)
+    # p = (1/2, 1/2), q = (1/4, 3/4): KL(q‖p) = ln 2 - H(q) = 0.130812, KL(p‖q) = ½ ln 2
+    # + ½ ln(2/3) = 0.143841.
+    z, other = (
+        torch.zeros(1, 2, dtype=torch.float64, requires_grad=True),
+        torch.tensor([[0.0, math.log(3)]], dtype=torch.float64),
+    )
     for kind, value, grad in (
         ("forward_kl", 0.1308120, [0.25, -0.25]),
-        ("reverse_kl", 0.1438410, [0.5 * (math.log(2) - 0.1438410), 0.5 * (math.log(2 / 3) - 0.1438410)]),
+        (
+            "reverse_kl",
+            0.1438410,
+            [0.5 * (math.log(2) - 0.1438410), 0.5 * (math.log(2 / 3) - 0.1438410)],
+        ),
         ("cross_entropy", math.log(2), [0.25, -0.25]),
     ):
         got = rw.token_divergence(z, other, kind=kind)
@@ -48,13 +60,22 @@ def test_generalized_jsd_is_trls():
     p, q = torch.log_softmax(z, -1), torch.log_softmax(other, -1)
     beta = torch.tensor(0.3)
     mix = torch.logsumexp(torch.stack([p + torch.log1p(-beta), q + torch.log(beta)]), dim=0)
-    want = (0.3 * F.kl_div(mix, q, reduction="none", log_target=True) + 0.7 * F.kl_div(mix, p, reduction="none", log_target=True)).sum(-1)
-    torch.testing.assert_close(rw.token_divergence(z, other, kind="generalized_jsd", beta=0.3), want, rtol=1e-5, atol=1e-6)
+    want = (
+        0.3 * F.kl_div(mix, q, reduction="none", log_target=True)
+        + 0.7 * F.kl_div(mix, p, reduction="none", log_target=True)
+    ).sum(-1)
+    torch.testing.assert_close(
+        rw.token_divergence(z, other, kind="generalized_jsd", beta=0.3), want, rtol=1e-5, atol=1e-6
+    )
 
 
 ACCURACY = [
     ("cpu", *c)
-    for c in itertools.product(["plain", "shifted", "close", "cap"], ["forward_kl", "reverse_kl", "symmetric_cross_entropy"], DTYPES)
+    for c in itertools.product(
+        ["plain", "shifted", "close", "cap"],
+        ["forward_kl", "reverse_kl", "symmetric_cross_entropy"],
+        DTYPES,
+    )
 ]
 ACCURACY += [  # the interpreter is slow: every case, kind and dtype once
     ("triton", "plain", "forward_kl", torch.bfloat16),
@@ -101,23 +122,39 @@ def test_zero_probabilities(backend, dtype):
     keep = torch.tensor([1, 1, 1, 1, 1, 1, 1, 0])
     z[7] = math.nan
     x = z.clone().requires_grad_()
-    forward, reverse = (rw.token_divergence(x, other, kind=k, backend=backend, completion_mask=keep) for k in ("forward_kl", "reverse_kl"))
-    assert forward[0] == inf and reverse[0].isfinite() and forward[1].isfinite() and reverse[1] == inf
+    forward, reverse = (
+        rw.token_divergence(x, other, kind=k, backend=backend, completion_mask=keep)
+        for k in ("forward_kl", "reverse_kl")
+    )
+    assert (
+        forward[0] == inf and reverse[0].isfinite() and forward[1].isfinite() and reverse[1] == inf
+    )
     for i, there in ((2, [c for c in range(70) if c != 5]), (3, range(64, 70))):
         want = (
             textbook(z[i, there].double(), other[i, there].double(), "forward_kl"),
             textbook(z[i, there].double(), other[i, there].double(), "reverse_kl"),
         )
-        assert forward[i].item() == pytest.approx(want[0].item(), rel=1e-5) and reverse[i].item() == pytest.approx(want[1].item(), rel=1e-5)
-    assert forward[4:7].isnan().all() and reverse[4:7].isnan().all() and forward[7] == reverse[7] == 0
+        assert forward[i].item() == pytest.approx(want[0].item(), rel=1e-5) and reverse[
+            i
+        ].item() == pytest.approx(want[1].item(), rel=1e-5)
+    assert (
+        forward[4:7].isnan().all() and reverse[4:7].isnan().all() and forward[7] == reverse[7] == 0
+    )
 
     (g,) = torch.autograd.grad(forward[:4].sum() + forward[7], x, retain_graph=True)
     p, q = torch.softmax(z.double(), -1), torch.softmax(other.double(), -1)
     want = torch.where(z == -inf, 0, p - q)[:4]
-    torch.testing.assert_close(g[:4].double(), want, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        g[:4].double(), want, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
+    )
     assert (g[4:] == 0).all() and (g[:4][z[:4] == -inf] == 0).all()
     (g,) = torch.autograd.grad(reverse[[0, 1, 2, 3, 7]].sum(), x)
-    assert g[1].isnan().all() and g[[0, 2, 3]].isfinite().all() and (g[7] == 0).all() and (g[:4][z[:4] == -inf][[0, 1]] == 0).all()
+    assert (
+        g[1].isnan().all()
+        and g[[0, 2, 3]].isfinite().all()
+        and (g[7] == 0).all()
+        and (g[:4][z[:4] == -inf][[0, 1]] == 0).all()
+    )
     single = rw.distillation_loss(
         x,
         other,
@@ -134,7 +171,11 @@ def test_zero_probabilities(backend, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_tensors_give_exact_zeros(backend):
     available(backend)
-    z, _, _ = two_logits((1, 3) if backend == "triton" else (3, 5), 1100 if backend == "triton" else 2500, torch.bfloat16)
+    z, _, _ = two_logits(
+        (1, 3) if backend == "triton" else (3, 5),
+        1100 if backend == "triton" else 2500,
+        torch.bfloat16,
+    )
     for kind in ("forward_kl", "reverse_kl"):
         x = z.clone().requires_grad_()
         d = rw.token_divergence(x, z, kind=kind, backend=backend)
@@ -160,7 +201,9 @@ def test_masked_columns(backend, dtype, low):
     other[..., 100:300] = low
     p, q = z[..., left].double().log_softmax(-1), other.double().log_softmax(-1)[..., left]
     d = rw.token_divergence(z, other, kind="reverse_kl", backend=backend)
-    entropy = rw.token_stats(z, torch.full((1, 4), 3), stats=("entropies",), backend=backend).entropies
+    entropy = rw.token_stats(
+        z, torch.full((1, 4), 3), stats=("entropies",), backend=backend
+    ).entropies
     torch.testing.assert_close(d.double(), (p.exp() * (p - q)).sum(-1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(entropy.double(), -(p.exp() * p).sum(-1), rtol=1e-5, atol=1e-6)
 
@@ -177,7 +220,8 @@ def test_far_apart_and_extreme(backend):
         assert d.item() == pytest.approx(1000.0, rel=1e-6)
         (g,) = torch.autograd.grad(d.sum(), x)
         assert g.isfinite().all()
-    assert g.abs().max() < 1e-3  # of KL(p‖q): p is 1 in one column, and there log p - log q = KL
+    # of KL(p‖q): p is 1 in one column, and there log p - log q = KL
+    assert g.abs().max() < 1e-3
     (g,) = torch.autograd.grad(rw.token_divergence(x, other, backend=backend).sum(), x)
     assert g[0, 7] == 1 and g[0, 2900] == -1
 
@@ -196,7 +240,15 @@ def test_in_place_drop_last_padding_and_plans(backend):
         for consume in (False, True):
             leaf = wide.clone().requires_grad_()
             used = leaf * 1
-            out = rw.distillation_loss(used, teacher, plan=plan, consume_logits=consume, vocab_size=300, drop_last=True, **options)
+            out = rw.distillation_loss(
+                used,
+                teacher,
+                plan=plan,
+                consume_logits=consume,
+                vocab_size=300,
+                drop_last=True,
+                **options,
+            )
             (got,) = torch.autograd.grad(out.loss, leaf)
             torch.testing.assert_close(got[:, :-1, :300], g, rtol=1e-5, atol=1e-8)
             assert (got[:, -1] == 0).all() and (got[..., 300:] == 0).all()
@@ -218,7 +270,9 @@ def test_a_row_depends_on_nothing_but_itself(backend):
     for i in (0, 3, 5):
         shifted = torch.zeros(3, 1507, dtype=torch.bfloat16)
         shifted[1, 3:1503] = z[0, i]
-        alone = rw.token_divergence(shifted[1:2, 3:1503], other[0, i : i + 1], kind="jeffreys", backend=backend)
+        alone = rw.token_divergence(
+            shifted[1:2, 3:1503], other[0, i : i + 1], kind="jeffreys", backend=backend
+        )
         assert torch.equal(alone[0], whole[0, i])
 
 
@@ -227,12 +281,16 @@ def test_every_instruction_set_level():
 
     z, other, mask = two_logits((2, 3), 777, torch.bfloat16)
     z[0, 0, 5] = -math.inf
-    want = rw.token_divergence(z.double(), other.double(), kind="reverse_kl", completion_mask=mask, backend="reference")
+    want = rw.token_divergence(
+        z.double(), other.double(), kind="reverse_kl", completion_mask=mask, backend="reference"
+    )
     try:
         for level in _C.build_info()["supported_levels"]:
             _C.set_level(level)
             x = z.clone().requires_grad_()
-            got = rw.token_divergence(x, other, kind="reverse_kl", completion_mask=mask, backend="cpu")
+            got = rw.token_divergence(
+                x, other, kind="reverse_kl", completion_mask=mask, backend="cpu"
+            )
             torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
             assert torch.autograd.grad(got.sum(), x)[0].isfinite().all()
     finally:
@@ -248,7 +306,9 @@ def test_threads_change_nothing():
             results.append(run("cpu", z, other, "jeffreys", None, "one_pass", completion_mask=mask))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(results[0][1], results[1][1]) and torch.equal(results[0][0].per_token_divergence, results[1][0].per_token_divergence)
+    assert torch.equal(results[0][1], results[1][1]) and torch.equal(
+        results[0][0].per_token_divergence, results[1][0].per_token_divergence
+    )
 
 
 def test_memory_of_one_pass_in_place():
@@ -272,7 +332,8 @@ def test_memory_of_one_pass_in_place():
 
     with Watch():
         rw.distillation_loss(used, other, consume_logits=True, backend="cpu").loss.backward()
-    assert max(s for s in sizes) < z.numel() or sizes.count(z.numel()) <= 2  # the multiplication's own backward, and its accumulation
+    # the multiplication's own backward, and its accumulation
+    assert max(s for s in sizes) < z.numel() or sizes.count(z.numel()) <= 2
 
 
 def test_compiles():
@@ -297,13 +358,24 @@ def test_sparse_po_from_two_logits_tensors():
 
     def direct(x):
         log_p, log_q = torch.log_softmax(x / 0.9, -1), torch.log_softmax(other / 0.9, -1)
-        score = ((m_u * (log_p.gather(-1, ids[..., None])[..., 0] - ref) + m_d * (log_q.exp() * (log_q - log_p)).sum(-1)) * mask).sum(-1)
+        score = (
+            (
+                m_u * (log_p.gather(-1, ids[..., None])[..., 0] - ref)
+                + m_d * (log_q.exp() * (log_q - log_p)).sum(-1)
+            )
+            * mask
+        ).sum(-1)
         return -F.logsigmoid(0.1 * (score[:2] - score[2:])).mean()
 
     x = z.requires_grad_()
     out = rw.preference_loss(x, ids, spec="sparse_po", ref_logits=other, temperature=0.9, **given)
     torch.testing.assert_close(out.loss, direct(x), rtol=1e-12, atol=0)
-    torch.testing.assert_close(torch.autograd.grad(out.loss, x)[0], torch.autograd.grad(direct(x), x)[0], rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(
+        torch.autograd.grad(out.loss, x)[0],
+        torch.autograd.grad(direct(x), x)[0],
+        rtol=1e-10,
+        atol=1e-14,
+    )
     for backend in ("cpu", "triton"):
         y = z.detach().float().requires_grad_()
         got = rw.preference_loss(
@@ -316,7 +388,12 @@ def test_sparse_po_from_two_logits_tensors():
             **{k: v.float() if v.is_floating_point() else v for k, v in given.items()},
         )
         torch.testing.assert_close(got.loss.double(), out.loss, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(torch.autograd.grad(got.loss, y)[0].double(), torch.autograd.grad(direct(x), x)[0], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            torch.autograd.grad(got.loss, y)[0].double(),
+            torch.autograd.grad(direct(x), x)[0],
+            rtol=1e-4,
+            atol=1e-7,
+        )
 
 
 WRONG = {
@@ -341,14 +418,18 @@ def test_wrong_calls(case):
     options, message = WRONG[case]
     options = dict(options)
     with pytest.raises(rw.InvalidCall, match=message):
-        rw.token_divergence(torch.zeros(2, 3, 7), options.pop("other", torch.zeros(2, 3, 7)), **options)
+        rw.token_divergence(
+            torch.zeros(2, 3, 7), options.pop("other", torch.zeros(2, 3, 7)), **options
+        )
 
 
 def test_other_wrong_calls():
     z = torch.zeros(2, 3, 7)
     with pytest.raises(TypeError, match="Did you mean other_temperature"):
         rw.token_divergence(z, z, other_temprature=1.0)
-    with pytest.raises((rw.BackendUnavailable, rw.UnsupportedRequest), match="'cuda' was asked for"):
+    with pytest.raises(
+        (rw.BackendUnavailable, rw.UnsupportedRequest), match="'cuda' was asked for"
+    ):
         rw.token_divergence(z, z, backend="cuda")
     with pytest.raises(rw.UnsupportedRequest, match="expected fp32, bf16 or fp16"):
         rw.token_divergence(z.double(), z.double(), backend="cpu")
@@ -361,14 +442,20 @@ def test_other_wrong_calls():
 def test_the_distillation_loss_has_the_generalized_jsd(plan):
     z, other, _ = two_logits(dtype=torch.float64)
     z = z.detach().requires_grad_()
-    weights = torch.rand(z.shape[:-1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    out = rw.distillation_loss(z, other, kind="generalized_jsd", beta=0.3, token_weights=weights, loss_scale=2.0, plan=plan)
+    weights = torch.rand(
+        z.shape[:-1], dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    out = rw.distillation_loss(
+        z, other, kind="generalized_jsd", beta=0.3, token_weights=weights, loss_scale=2.0, plan=plan
+    )
     value = rw.token_divergence(z, other, kind="generalized_jsd", beta=0.3)
     want = 2 * (weights * value).sum() / value.numel()
     torch.testing.assert_close(out.loss, want)
     torch.testing.assert_close(torch.autograd.grad(out.loss, z), torch.autograd.grad(want, z))
     torch.testing.assert_close(out.per_token_divergence, value.detach())
-    torch.testing.assert_close(out.reverse_kl, rw.token_divergence(z, other, kind="reverse_kl").detach())
+    torch.testing.assert_close(
+        out.reverse_kl, rw.token_divergence(z, other, kind="reverse_kl").detach()
+    )
     assert out.plan == "two_pass"
     with pytest.raises(rw.UnsupportedRequest, match="a composite in chunks"):
         rw.distillation_loss(z, other, kind="generalized_jsd", plan="one_pass")

@@ -16,8 +16,16 @@ from reweight_ops._core.engine.metrics import Metrics
 from reweight_ops.testing import make_batch
 from reweight_ops.testing.pairs import make_pairs
 
-BACKENDS = [b for b in ("reference", "cpu") if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
-HOW = {"no sequence": lambda x: x[:0], "no token": lambda x: x[:, :0] if x.dim() > 1 else x, "all masked": lambda x: x}
+BACKENDS = [
+    b
+    for b in ("reference", "cpu")
+    if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None
+]
+HOW = {
+    "no sequence": lambda x: x[:0],
+    "no token": lambda x: x[:, :0] if x.dim() > 1 else x,
+    "all masked": lambda x: x,
+}
 
 
 def emptied(batch, how):
@@ -46,7 +54,11 @@ def test_every_method(name, backend, how):  # docs/semantics.md: S5
         assert out.coef.shape == out.ratio.shape == out.is_clipped.shape == shape
         metrics = out.metrics.as_floats()
         assert metrics["tokens"] == 0 and not any(math.isinf(x) for x in metrics.values())
-        assert all(math.isnan(metrics[x]) for x in ("clip_ratio/low_min", "clip_ratio/high_max", "ratio/max") if x in metrics)
+        assert all(
+            math.isnan(metrics[x])
+            for x in ("clip_ratio/low_min", "clip_ratio/high_max", "ratio/max")
+            if x in metrics
+        )
 
 
 @pytest.mark.parametrize("how", HOW)

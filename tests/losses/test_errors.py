@@ -1,10 +1,18 @@
-"""Wrong calls are errors of the right class that say what was got, what was expected, and what to do (docs/api.md)."""
+"""Wrong calls are errors of the right class that say what was got, what was expected,
+and what to do (docs/api.md).
+"""
 
 import pytest
 import torch
 
 import reweight_ops as rw
-from reweight_ops._core.calls.keywords import ALIASES, PolicyKeywords, PolicyOptions, SoftmaxKeywords, SoftmaxOptions
+from reweight_ops._core.calls.keywords import (
+    ALIASES,
+    PolicyKeywords,
+    PolicyOptions,
+    SoftmaxKeywords,
+    SoftmaxOptions,
+)
 
 Z = torch.randn(2, 3, 7)
 IDS = torch.randint(7, (2, 3))
@@ -72,7 +80,10 @@ def test_classes_derive_from_what_a_caller_would_catch():
         and issubclass(rw.UnsupportedRequest, NotImplementedError)
         and issubclass(rw.BackendUnavailable, ImportError)
     )
-    assert all(issubclass(c, rw.ReweightOpsError) for c in (rw.InvalidCall, rw.UnsupportedRequest, rw.BackendUnavailable))
+    assert all(
+        issubclass(c, rw.ReweightOpsError)
+        for c in (rw.InvalidCall, rw.UnsupportedRequest, rw.BackendUnavailable)
+    )
 
 
 def test_per_sequence_values_where_sequences_are_as_many_as_rows():
@@ -96,10 +107,16 @@ def test_unknown_keywords_name_ours(keyword, hint):
 
 
 def test_unknown_keywords_of_the_other_ops():
-    for op, args in ((rw.token_logps, (Z, IDS)), (rw.token_stats, (Z, IDS)), (rw.explain, (rw.policy_loss, Z, IDS, ADV))):
+    for op, args in (
+        (rw.token_logps, (Z, IDS)),
+        (rw.token_stats, (Z, IDS)),
+        (rw.explain, (rw.policy_loss, Z, IDS, ADV)),
+    ):
         with pytest.raises(TypeError, match="Did you mean temperature"):
             op(*args, temperatur=1.0, **({"spec": "grpo"} if op is rw.explain else {}))
-    with pytest.raises(TypeError, match="policy_loss_from_logps.*unexpected keyword argument 'temperature'"):
+    with pytest.raises(
+        TypeError, match="policy_loss_from_logps.*unexpected keyword argument 'temperature'"
+    ):
         rw.policy_loss_from_logps(ADV, ADV, spec="grpo", temperature=1.0)
 
 
@@ -116,11 +133,15 @@ def test_keyword_tables_agree():
         "hidden",
         "lm_head_weight",
     }
-    assert all(target.split("=")[0].split(",")[0] in known for target in ALIASES.values()) and not known & set(ALIASES)
+    assert all(
+        target.split("=")[0].split(",")[0] in known for target in ALIASES.values()
+    ) and not known & set(ALIASES)
 
 
 def test_a_named_backend_never_falls_back():  # docs/semantics.md: S18
-    with pytest.raises((rw.BackendUnavailable, rw.UnsupportedRequest), match="'cuda' was asked for"):
+    with pytest.raises(
+        (rw.BackendUnavailable, rw.UnsupportedRequest), match="'cuda' was asked for"
+    ):
         policy(backend="cuda")
 
 
@@ -152,7 +173,9 @@ def test_tensor_subclasses_are_refused():
 
 
 def test_process_group_is_not_ignored():
-    with pytest.raises(rw.InvalidCall, match="process_group is a object, expected a torch.distributed.ProcessGroup"):
+    with pytest.raises(
+        rw.InvalidCall, match="process_group is a object, expected a torch.distributed.ProcessGroup"
+    ):
         policy(process_group=object())
 
 
@@ -165,7 +188,14 @@ def test_wrong_specs():
         (dict(surrogate=clip, weights=(k3,)), "expected a TokenWeight"),
         (dict(surrogate=clip, ratio="token"), "expected a Ratio"),
         (dict(surrogate=clip, reduction="mean"), "expected a Reduction"),
-        (dict(surrogate=clip, reduction=rw.NoReduction(), penalties=(rw.Penalty(k3, 1.0, rw.TokenMean()),)), "exclude each other"),
+        (
+            dict(
+                surrogate=clip,
+                reduction=rw.NoReduction(),
+                penalties=(rw.Penalty(k3, 1.0, rw.TokenMean()),),
+            ),
+            "exclude each other",
+        ),
     ):
         with pytest.raises(rw.InvalidCall, match=why):
             rw.PolicyLossSpec(**fields)
@@ -200,7 +230,11 @@ def test_stats_are_checked():
 
 def test_from_function_must_return_a_number():
     with pytest.raises(rw.InvalidCall, match="expected one number"):
-        policy(spec=rw.methods.grpo().replace(reduction=rw.FromFunction(lambda loss, mask: loss.sum(-1))))
+        policy(
+            spec=rw.methods.grpo().replace(
+                reduction=rw.FromFunction(lambda loss, mask: loss.sum(-1))
+            )
+        )
 
 
 def test_explain_runs_nothing_and_takes_meta_tensors():
@@ -208,9 +242,19 @@ def test_explain_runs_nothing_and_takes_meta_tensors():
     ids = torch.empty(4, 8, dtype=torch.long, device="meta")
     one = rw.explain(rw.policy_loss, z, ids, 1.0, spec="grpo", device="cpu")
     two = rw.explain(rw.policy_loss, z, ids, 1.0, spec="gspo", device="cpu")
-    assert one.plan == "one_pass" and one.one_pass_unsupported_reason is None and "one_pass" in str(one)
-    assert two.plan == "two_pass" and "sequence level" in two.one_pass_unsupported_reason and "sequence level" in str(two)
+    assert (
+        one.plan == "one_pass"
+        and one.one_pass_unsupported_reason is None
+        and "one_pass" in str(one)
+    )
+    assert (
+        two.plan == "two_pass"
+        and "sequence level" in two.one_pass_unsupported_reason
+        and "sequence level" in str(two)
+    )
     assert set(one.backends) == set(rw.BACKENDS) and one.backends["cuda"]
     assert rw.explain(rw.token_logps, z, ids, return_entropy=True, device="cpu").plan == "two_pass"
-    with pytest.raises(rw.InvalidCall, match="expected one of distillation_loss, linear_distillation_loss"):
+    with pytest.raises(
+        rw.InvalidCall, match="expected one of distillation_loss, linear_distillation_loss"
+    ):
         rw.explain(print, z)

@@ -31,17 +31,32 @@ def batch():
     old, ref = (logp.detach() + s * normal(B, T) for s in (0.4, 0.3))
     mask = torch.arange(T) < torch.tensor([9, 1, 4, 7, 2, 9, 5, 3])[:, None]
     return dict(
-        logits=logits, ids=ids, logp=logp, old=old, ref=ref, mask=mask, A=normal(B), rewards=torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 0])
+        logits=logits,
+        ids=ids,
+        logp=logp,
+        old=old,
+        ref=ref,
+        mask=mask,
+        A=normal(B),
+        rewards=torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 0]),
     )
 
 
 def ours(batch, spec, adv, **options):
-    given = {"completion_mask": batch["mask"], "old_per_token_logps": batch["old"], "backend": "reference", "unused": "ignore", **options}
+    given = {
+        "completion_mask": batch["mask"],
+        "old_per_token_logps": batch["old"],
+        "backend": "reference",
+        "unused": "ignore",
+        **options,
+    }
     return rw.policy_loss(batch["logits"], batch["ids"], adv, spec=spec, **given)
 
 
 def same(got, expected, batch):
-    (a,), (b,) = (torch.autograd.grad(loss, batch["logits"], retain_graph=True) for loss in (got, expected))
+    (a,), (b,) = (
+        torch.autograd.grad(loss, batch["logits"], retain_graph=True) for loss in (got, expected)
+    )
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
     assert b.abs().sum() > 1e-3
@@ -58,13 +73,17 @@ def test_gmpo(batch):
 
 
 def test_gmpo_has_one_advantage_a_sequence(batch):
-    """The paper's A is per sequence; advantages per token used to give a number that the
-    paper does not define.
+    """The paper's A is per sequence; advantages per token used to give a number that
+    the paper does not define.
     """
     spec, per_token = rw.methods.gmpo(), batch["A"][:, None].expand_as(batch["old"])
     with pytest.raises(rw.InvalidCall, match="one advantage per sequence, these are one per token"):
         ours(batch, spec, per_token)
-    packed = dict(cu_seqlens=torch.tensor([0, 4, 9]), completion_mask=None, old_per_token_logps=batch["old"][0])
+    packed = dict(
+        cu_seqlens=torch.tensor([0, 4, 9]),
+        completion_mask=None,
+        old_per_token_logps=batch["old"][0],
+    )
     one = {**batch, "logits": batch["logits"][0], "ids": batch["ids"][0]}
     with pytest.raises(rw.InvalidCall, match="these are one per token"):
         ours(one, spec, per_token[0], **packed)
@@ -74,7 +93,9 @@ def test_gmpo_has_one_advantage_a_sequence(batch):
     assert torch.equal(ours(short, spec, per_token[:, :1]).loss, ours(short, spec, batch["A"]).loss)
 
 
-@pytest.mark.parametrize("options", [{}, dict(k_pos=1.0, lambda_pos=0.5, k_neg=2.0, lambda_neg=1.5)])
+@pytest.mark.parametrize(
+    "options", [{}, dict(k_pos=1.0, lambda_pos=0.5, k_neg=2.0, lambda_neg=1.5)]
+)
 def test_vespo(batch, options):
     expected = papers.vespo(batch["logp"], batch["old"], batch["A"], batch["mask"], **options)
     same(ours(batch, rw.methods.vespo(**options), batch["A"]).loss, expected, batch)
@@ -86,7 +107,11 @@ def test_decoupled_ppo(batch, plan):
         args = batch["logp"], batch["old"], batch["ref"], batch["A"], batch["mask"]
         expected = papers.decoupled_ppo(*args, cap=cap, masked=mode == "mask")
         spec = rw.methods.decoupled_ppo(ratio_max=cap, mode=mode)
-        same(ours(batch, spec, batch["A"], sampling_per_token_logps=batch["ref"], plan=plan).loss, expected, batch)
+        same(
+            ours(batch, spec, batch["A"], sampling_per_token_logps=batch["ref"], plan=plan).loss,
+            expected,
+            batch,
+        )
     with pytest.raises(rw.InvalidCall, match="mode is 'drop'"):
         rw.methods.decoupled_ppo(mode="drop")
 
@@ -95,8 +120,13 @@ def test_topr(batch):
     drift = ((batch["logp"] - batch["old"]) * batch["mask"]).sum(1)
     advantages = batch["A"].abs()
     assert drift.max() > 0 > drift.min()
-    advantages[torch.stack([drift.argmax(), drift.argmin()])] *= -1  # one ratio above 1, and one below
-    same(ours(batch, "topr", advantages).loss, papers.topr(batch["logp"], batch["old"], advantages, batch["mask"]), batch)
+    # one ratio above 1, and one below
+    advantages[torch.stack([drift.argmax(), drift.argmin()])] *= -1
+    same(
+        ours(batch, "topr", advantages).loss,
+        papers.topr(batch["logp"], batch["old"], advantages, batch["mask"]),
+        batch,
+    )
     r, A = (batch["logp"] - batch["old"]).exp().detach(), batch["A"][:, None]
     expected = (-torch.where(A < 0, r.clamp(max=1), 1.0) * A * batch["logp"])[batch["mask"]].mean()
     for plan in ("one_pass", "two_pass"):
@@ -106,7 +136,11 @@ def test_topr(batch):
 def test_kimi_opmd(batch):
     expected = papers.kimi_opmd(batch["logp"], batch["old"], batch["A"], batch["mask"], 0.3)
     same(ours(batch, rw.methods.kimi_opmd(0.3), batch["A"]).loss, expected, batch)
-    same(ours(batch, rw.methods.kimi_opmd(0.3, level="token"), batch["A"]).loss, ours(batch, rw.methods.dro(0.3), batch["A"]).loss, batch)
+    same(
+        ours(batch, rw.methods.kimi_opmd(0.3, level="token"), batch["A"]).loss,
+        ours(batch, rw.methods.dro(0.3), batch["A"]).loss,
+        batch,
+    )
 
 
 @pytest.mark.parametrize("against", ["old", "sampler"])
@@ -119,7 +153,11 @@ def test_opsm(batch, against):
     stored = {"sampling_per_token_logps": batch["ref"]} if against == "sampler" else {}
     out = ours(batch, rw.methods.opsm(threshold, against), batch["A"], **stored)
     if against == "old":
-        same(out.loss, papers.opsm(batch["logp"], batch["old"], batch["A"], batch["mask"], threshold), batch)
+        same(
+            out.loss,
+            papers.opsm(batch["logp"], batch["old"], batch["A"], batch["mask"], threshold),
+            batch,
+        )
     same(out.loss, ours(batch, "grpo", torch.where(dropped, 0, batch["A"])).loss, batch)
 
 
@@ -127,11 +165,19 @@ def test_opsm(batch, against):
 @pytest.mark.parametrize("score", ["log_likelihood", "likelihood_ratio"])
 def test_disco(batch, score, tau):
     groups = [0, 0, 0, 0, 1, 1, 1, 1]
-    for rewards in (batch["rewards"], torch.tensor([1.0, 1, 1, 1, 1, 0, 0, 0]), torch.tensor([0.0, 0, 0, 0, 1, 0, 0, 1])):
+    for rewards in (
+        batch["rewards"],
+        torch.tensor([1.0, 1, 1, 1, 1, 0, 0, 0]),
+        torch.tensor([0.0, 0, 0, 0, 1, 0, 0, 1]),
+    ):
         rows = papers.sequences(batch["mask"], batch["logp"], batch["old"])
-        scores = torch.stack([(lp if score == "log_likelihood" else (lp - o).exp()).mean() for lp, o in rows])
+        scores = torch.stack(
+            [(lp if score == "log_likelihood" else (lp - o).exp()).mean() for lp, o in rows]
+        )
         drift = torch.cat([o - lp for lp, o in rows]).mean()
-        expected = papers.disco(scores, rewards, groups, tau) + papers.kl_constraint(drift, 3.0, -0.5)
+        expected = papers.disco(scores, rewards, groups, tau) + papers.kl_constraint(
+            drift, 3.0, -0.5
+        )
         spec = rw.methods.disco(score, tau=tau, kl_strength=3.0, kl_bound=-0.5, group_size=4)
         same(ours(batch, spec, rewards).loss, expected, batch)
 
@@ -143,9 +189,17 @@ def test_disco_constraint_estimators_and_bound(batch):
     objective = papers.disco(scores, batch["rewards"], [0, 0, 0, 0, 1, 1, 1, 1], 10.0)
     k3 = (d.exp() - d - 1).mean()
     spec = rw.methods.disco(kl_estimator="k3", kl_strength=2.0, kl_bound=0.01, group_size=4)
-    same(ours(batch, spec, batch["rewards"]).loss, objective + papers.kl_constraint(k3, 2.0, 0.01), batch)
+    same(
+        ours(batch, spec, batch["rewards"]).loss,
+        objective + papers.kl_constraint(k3, 2.0, 0.01),
+        batch,
+    )
     for off in (dict(kl_bound=1e3), dict(kl_strength=0.0)):
-        same(ours(batch, rw.methods.disco(group_size=4, **off), batch["rewards"]).loss, objective, batch)
+        same(
+            ours(batch, rw.methods.disco(group_size=4, **off), batch["rewards"]).loss,
+            objective,
+            batch,
+        )
 
 
 def test_drpo(batch):
@@ -154,10 +208,18 @@ def test_drpo(batch):
     weights = [math.exp((1 - len(lp) / T) / 0.3) for lp, _ in rows]
     expected = papers.disco(scores, batch["rewards"], [0, 0, 0, 0, 1, 1, 1, 1], 10.0, weights)
     options = dict(length_temperature=0.3, kl_strength=0.0)
-    same(ours(batch, rw.methods.drpo(group_size=4, **options), batch["rewards"]).loss, expected, batch)
+    same(
+        ours(batch, rw.methods.drpo(group_size=4, **options), batch["rewards"]).loss,
+        expected,
+        batch,
+    )
     longer = [math.exp((1 - len(lp) / 20) / 0.3) for lp, _ in rows]
     expected = papers.disco(scores, batch["rewards"], [0, 0, 0, 0, 1, 1, 1, 1], 10.0, longer)
-    same(ours(batch, rw.methods.drpo(group_size=4, max_length=20, **options), batch["rewards"]).loss, expected, batch)
+    same(
+        ours(batch, rw.methods.drpo(group_size=4, max_length=20, **options), batch["rewards"]).loss,
+        expected,
+        batch,
+    )
 
 
 def test_drpo_of_any_preference(batch):
@@ -168,11 +230,15 @@ def test_drpo_of_any_preference(batch):
     scores = torch.stack([lp.mean() for lp, _ in rows])
     groups, options = [0, 0, 0, 0, 1, 1, 1, 1], dict(kl_strength=0.0, group_size=4)
     rewards = batch["rewards"] * torch.tensor([2.0, 1, 1, 0.5, 1, 1.5, 3, 1])
-    expected = papers.disco(scores, rewards, groups, 10.0, [math.exp(r / 0.7) for r in rewards.tolist()])
+    expected = papers.disco(
+        scores, rewards, groups, 10.0, [math.exp(r / 0.7) for r in rewards.tolist()]
+    )
     spec = rw.methods.drpo(0.7, preference="advantages", **options)
     same(ours(batch, spec, rewards).loss, expected, batch)
     same(ours(batch, spec, torch.where(rewards > 0, rewards + 1000, rewards)).loss, expected, batch)
-    shorter = batch["rewards"] * torch.tensor([2 - len(lp) / T for lp, _ in rows], dtype=torch.float64)
+    shorter = batch["rewards"] * torch.tensor(
+        [2 - len(lp) / T for lp, _ in rows], dtype=torch.float64
+    )
     same(ours(batch, rw.methods.drpo(0.3, preference="advantages", **options), shorter).loss,
          ours(batch, rw.methods.drpo(0.3, **options), batch["rewards"]).loss, batch)  # fmt: skip
     for wrong in (dict(preference="size"), dict(preference="advantages", max_length=20)):
@@ -181,8 +247,12 @@ def test_drpo_of_any_preference(batch):
 
 
 def test_coupled_losses_take_prompts_by_id_and_packed_rows(batch):
-    """Shuffled ``group_ids``, and the same tokens packed, give the loss of consecutive groups."""
-    expected = ours(batch, rw.methods.drpo(group_size=4, kl_strength=2.0, kl_bound=-1.0), batch["rewards"])
+    """Shuffled ``group_ids``, and the same tokens packed, give the loss of consecutive
+    groups.
+    """
+    expected = ours(
+        batch, rw.methods.drpo(group_size=4, kl_strength=2.0, kl_bound=-1.0), batch["rewards"]
+    )
     order = torch.tensor([5, 0, 7, 2, 1, 6, 3, 4])
     shuffled = {k: batch[k][order] for k in ("logits", "ids", "old", "mask")}
     spec = rw.methods.drpo(kl_strength=2.0, kl_bound=-1.0, max_length=T)
@@ -190,7 +260,11 @@ def test_coupled_losses_take_prompts_by_id_and_packed_rows(batch):
     torch.testing.assert_close(got.loss, expected.loss)
     keep = batch["mask"].flatten()
     cu = torch.cat([torch.zeros(1, dtype=torch.long), batch["mask"].sum(1).cumsum(0)])
-    packed = {"logits": batch["logits"].flatten(0, 1)[keep], "ids": batch["ids"].flatten()[keep], "old": batch["old"].flatten()[keep]}
+    packed = {
+        "logits": batch["logits"].flatten(0, 1)[keep],
+        "ids": batch["ids"].flatten()[keep],
+        "old": batch["old"].flatten()[keep],
+    }
     got = ours(
         {**packed, "mask": torch.ones_like(packed["ids"])},
         spec,
@@ -232,9 +306,17 @@ def test_coupled_corner_cases(batch):
     spec = rw.methods.disco(kl_strength=0.0, group_size=4)
     for rewards in (torch.zeros(B), torch.ones(B)):  # every prompt has one label
         out = ours(batch, spec, rewards)
-        assert out.loss == 0 and (torch.autograd.grad(out.loss, batch["logits"], retain_graph=True)[0] == 0).all()
+        assert (
+            out.loss == 0
+            and (torch.autograd.grad(out.loss, batch["logits"], retain_graph=True)[0] == 0).all()
+        )
     nothing = ours({**batch, "mask": torch.zeros_like(batch["mask"])}, spec, batch["rewards"])
-    assert nothing.loss == 0 and torch.isfinite(torch.autograd.grad(nothing.loss, batch["logits"], retain_graph=True)[0]).all()
+    assert (
+        nothing.loss == 0
+        and torch.isfinite(
+            torch.autograd.grad(nothing.loss, batch["logits"], retain_graph=True)[0]
+        ).all()
+    )
     # An empty response is in neither set: prompt 0 keeps its other positive.
     some = batch["mask"].clone()
     some[3] = False
@@ -244,7 +326,9 @@ def test_coupled_corner_cases(batch):
     expected = papers.disco(scores[kept], batch["rewards"][kept], [0, 0, 0, 1, 1, 1, 1], 10.0)
     same(ours({**batch, "mask": some}, spec, batch["rewards"]).loss, expected, batch)
     # Scores far apart do not overflow the soft maximum.
-    extreme = ours(batch, rw.methods.disco(tau=1e-3, kl_strength=0.0, group_size=4), batch["rewards"])
+    extreme = ours(
+        batch, rw.methods.disco(tau=1e-3, kl_strength=0.0, group_size=4), batch["rewards"]
+    )
     assert torch.isfinite(extreme.loss) and torch.isfinite(extreme.coef).all()
 
 
@@ -252,11 +336,26 @@ def test_coupled_calls_fail_loudly(batch):
     for options, message in (
         (dict(spec=rw.methods.drpo()), "either a group_size, or group_ids"),
         (dict(spec=rw.methods.drpo(group_size=3)), "8 sequences are not a multiple"),
-        (dict(spec=rw.methods.drpo(group_size=4), group_ids=torch.arange(B), num_groups=B), "group_ids would have no effect"),
-        (dict(spec=rw.methods.drpo(), group_ids=torch.arange(B)), "group_ids and num_groups go together"),
-        (dict(spec=rw.methods.drpo(), group_ids=torch.arange(3), num_groups=3), "one for each of the 8 sequences"),
-        (dict(spec=rw.methods.dapo(), group_ids=torch.arange(B), num_groups=B), "group_ids would have no effect"),
-        (dict(spec=rw.methods.drpo(group_size=4), num_items_in_batch=3), "num_items_in_batch would have no effect"),
+        (
+            dict(spec=rw.methods.drpo(group_size=4), group_ids=torch.arange(B), num_groups=B),
+            "group_ids would have no effect",
+        ),
+        (
+            dict(spec=rw.methods.drpo(), group_ids=torch.arange(B)),
+            "group_ids and num_groups go together",
+        ),
+        (
+            dict(spec=rw.methods.drpo(), group_ids=torch.arange(3), num_groups=3),
+            "one for each of the 8 sequences",
+        ),
+        (
+            dict(spec=rw.methods.dapo(), group_ids=torch.arange(B), num_groups=B),
+            "group_ids would have no effect",
+        ),
+        (
+            dict(spec=rw.methods.drpo(group_size=4), num_items_in_batch=3),
+            "num_items_in_batch would have no effect",
+        ),
         (dict(spec=rw.methods.drpo(group_size=4), adv=None), "reads advantages"),
     ):
         options = dict(options)
@@ -286,29 +385,47 @@ def test_awm(batch):
     same(ours(batch, rw.methods.awm(), batch["A"]).loss, token, batch)
     sequence = -torch.cat([(lp - o).mean().exp() * a for lp, o, a in rows]).mean()
     same(ours(batch, rw.methods.awm("sequence"), batch["A"]).loss, sequence, batch)
-    clipped = -torch.cat([papers.clipped_objective((lp - o).exp(), a, 0.1, 0.1) for lp, o, a in rows]).mean()
+    clipped = -torch.cat(
+        [papers.clipped_objective((lp - o).exp(), a, 0.1, 0.1) for lp, o, a in rows]
+    ).mean()
     same(ours(batch, rw.methods.awm(epsilon=0.1), batch["A"]).loss, clipped, batch)
 
 
-# --- shapes of the cross-entropy, unlearning ----------------------------------------------------------------------------------------
+# --- shapes of the cross-entropy, unlearning ------------------------------------------
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("tau", [0.0, 0.5, 1.0, 1.7, 2.0])
 def test_comp_sum(batch, tau, plan):
     expected = papers.comp_sum(batch["logits"], batch["ids"], batch["mask"], tau)
     same(ours(batch, rw.methods.comp_sum(tau), None, plan=plan).loss, expected, batch)
     if tau == 2:
-        same(ours(batch, rw.methods.mae(), None, plan=plan).loss, (1 - batch["logp"].exp())[batch["mask"]].mean(), batch)
+        same(
+            ours(batch, rw.methods.mae(), None, plan=plan).loss,
+            (1 - batch["logp"].exp())[batch["mask"]].mean(),
+            batch,
+        )
     if tau == 1:
-        same(ours(batch, rw.methods.sft(), None, plan=plan).loss, -batch["logp"][batch["mask"]].mean(), batch)
+        same(
+            ours(batch, rw.methods.sft(), None, plan=plan).loss,
+            -batch["logp"][batch["mask"]].mean(),
+            batch,
+        )
     if tau == 1.7:
-        same(ours(batch, rw.methods.gce(0.7), None, plan=plan).loss, ((1 - batch["logp"].exp() ** 0.7) / 0.7)[batch["mask"]].mean(), batch)
+        same(
+            ours(batch, rw.methods.gce(0.7), None, plan=plan).loss,
+            ((1 - batch["logp"].exp() ** 0.7) / 0.7)[batch["mask"]].mean(),
+            batch,
+        )
 
 
 def test_ldam_and_ldr(batch):
     for plan in ("one_pass", "two_pass"):
         first, second = (ours(batch, rw.methods.ldam(1.3), None, plan=plan).loss for _ in range(2))
         same(first, papers.ldam(batch["logits"], batch["ids"], batch["mask"], 1.3), batch)
-        same(second - math.log(V), papers.ldr(batch["logits"], batch["ids"], batch["mask"], 1.3), batch)
+        same(
+            second - math.log(V),
+            papers.ldr(batch["logits"], batch["ids"], batch["mask"], 1.3),
+            batch,
+        )
     per_token = torch.rand(B, T, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     expected = papers.ldam(batch["logits"], batch["ids"], batch["mask"], per_token[..., None])
     same(ours(batch, rw.methods.ldam(per_token), None).loss, expected, batch)
@@ -323,34 +440,68 @@ def test_margin_keeps_its_digits_near_certainty():
 
 def test_npo(batch):
     for beta in (0.1, 2.0):
-        out = ours(batch, rw.methods.npo(beta), None, ref_per_token_logps=batch["ref"], old_per_token_logps=None)
+        out = ours(
+            batch,
+            rw.methods.npo(beta),
+            None,
+            ref_per_token_logps=batch["ref"],
+            old_per_token_logps=None,
+        )
         same(out.loss, papers.npo(batch["logp"], batch["ref"], batch["mask"], beta), batch)
     # At the reference the slope is that of gradient ascent, with no kink.
-    start = ours(batch, rw.methods.npo(), None, ref_per_token_logps=batch["logp"].detach(), old_per_token_logps=None)
+    start = ours(
+        batch,
+        rw.methods.npo(),
+        None,
+        ref_per_token_logps=batch["logp"].detach(),
+        old_per_token_logps=None,
+    )
     same(start.loss, torch.stack([lp.sum() for (lp,) in papers.sequences(batch["mask"], batch["logp"])]).mean()
          - batch["logp"].detach()[batch["mask"]].sum() / B + 20 * math.log(2), batch)  # fmt: skip
     # A sequence far from it does not overflow.
-    far = ours(batch, rw.methods.npo(5.0), None, ref_per_token_logps=batch["ref"] - 500, old_per_token_logps=None)
+    far = ours(
+        batch,
+        rw.methods.npo(5.0),
+        None,
+        ref_per_token_logps=batch["ref"] - 500,
+        old_per_token_logps=None,
+    )
     assert torch.isfinite(far.loss) and torch.isfinite(far.coef).all()
     with pytest.raises(rw.InvalidCall, match="needs ref_per_token_logps"):
         ours(batch, "npo", None)
 
 
 def test_npo_with_retained_sequences_and_of_a_batch(batch):
-    """The mean is over the sequences to forget, whatever is retained; WAGLE's code has one
-    log-ratio per batch.
+    """The mean is over the sequences to forget, whatever is retained; WAGLE's code has
+    one log-ratio per batch.
     """
     logp, ref, mask = batch["logp"], batch["ref"], batch["mask"]
     labels = torch.tensor([-1.0, 1, 1, -1, -1, 1, 1, 1])
     forget, retain = mask & (labels < 0)[:, None], mask & (labels > 0)[:, None]
     given = dict(ref_per_token_logps=ref, old_per_token_logps=None)
-    expected = papers.npo(logp[labels < 0], ref[labels < 0], mask[labels < 0], 0.3) - 0.7 * logp[retain].mean()
+    expected = (
+        papers.npo(logp[labels < 0], ref[labels < 0], mask[labels < 0], 0.3)
+        - 0.7 * logp[retain].mean()
+    )
     same(ours(batch, rw.methods.npo(0.3, gamma=0.7), labels, **given).loss, expected, batch)
     counted = ours(batch, rw.methods.npo(0.3, gamma=0.7), labels, num_sequences_in_batch=6, **given)
-    same(counted.loss, papers.npo(logp[labels < 0], ref[labels < 0], mask[labels < 0], 0.3) / 2 - 0.7 * logp[retain].mean(), batch)
-    same(ours(batch, rw.methods.npo(0.3, level="batch"), None, **given).loss, papers.wagle_npo(logp, ref, mask, 0.3), batch)
+    same(
+        counted.loss,
+        papers.npo(logp[labels < 0], ref[labels < 0], mask[labels < 0], 0.3) / 2
+        - 0.7 * logp[retain].mean(),
+        batch,
+    )
+    same(
+        ours(batch, rw.methods.npo(0.3, level="batch"), None, **given).loss,
+        papers.wagle_npo(logp, ref, mask, 0.3),
+        batch,
+    )
     expected = papers.wagle_npo(logp, ref, forget, 0.3) - 0.7 * logp[retain].mean()
-    same(ours(batch, rw.methods.npo(0.3, gamma=0.7, level="batch"), labels, **given).loss, expected, batch)
+    same(
+        ours(batch, rw.methods.npo(0.3, gamma=0.7, level="batch"), labels, **given).loss,
+        expected,
+        batch,
+    )
     with pytest.raises(rw.InvalidCall, match="npo: level is 'token'"):
         rw.methods.npo(level="token")
 
@@ -367,7 +518,11 @@ def test_gradient_ascent_and_difference(batch, plan):
     same(ours(batch, "gradient_ascent", None, plan=plan).loss, logp[mask].mean(), batch)
     labels = torch.tensor([-1.0, 1, 1, -1, -1, 1, -1, 1])
     forget, retain = mask & (labels < 0)[:, None], mask & (labels > 0)[:, None]
-    same(ours(batch, rw.methods.grad_diff(0.3), labels, plan=plan).loss, logp[forget].mean() - 0.3 * logp[retain].mean(), batch)
+    same(
+        ours(batch, rw.methods.grad_diff(0.3), labels, plan=plan).loss,
+        logp[forget].mean() - 0.3 * logp[retain].mean(),
+        batch,
+    )
 
 
 def test_methods_refuse_what_they_do_not_know():
@@ -383,7 +538,9 @@ def test_methods_refuse_what_they_do_not_know():
 
 
 def test_the_criterion_still_sees_a_wrong_kernel_under_coupled_rows(monkeypatch):
-    """The allowance for coupled rows is small: a relative error of 1e-4 in one target column of VESPO fails."""
+    """The allowance for coupled rows is small: a relative error of 1e-4 in one target
+    column of VESPO fails.
+    """
     import reweight_ops._core.backends.reference_token as reference
     from reweight_ops.testing import compare, make_batch
 
@@ -397,10 +554,15 @@ def test_the_criterion_still_sees_a_wrong_kernel_under_coupled_rows(monkeypatch)
     monkeypatch.setitem(select._loaded, "cpu", broken)
     spec = rw.methods.vespo()
     batch = make_batch(spec)
-    assert compare(spec, batch, backend="reference").passed and not compare(spec, batch, backend="cpu").passed
+    assert (
+        compare(spec, batch, backend="reference").passed
+        and not compare(spec, batch, backend="cpu").passed
+    )
 
 
-@pytest.mark.parametrize("name", ["drpo", "hapo", "gmpo", "vespo", "grpo_guard", "npo", "grad_diff", "opsm", "ldam"])
+@pytest.mark.parametrize(
+    "name", ["drpo", "hapo", "gmpo", "vespo", "grpo_guard", "npo", "grad_diff", "opsm", "ldam"]
+)
 def test_from_hidden_states_it_is_the_same_loss(name):
     from reweight_ops.testing import make_batch
 
@@ -408,11 +570,16 @@ def test_from_hidden_states_it_is_the_same_loss(name):
     given = make_batch(spec, (4, 10), 33, dtype=torch.float64)
     del given["logits"]
     g = torch.Generator().manual_seed(1)
-    hidden, head = (torch.randn(size, generator=g, dtype=torch.float64, requires_grad=True) for size in ((4, 10, 16), (33, 16)))
+    hidden, head = (
+        torch.randn(size, generator=g, dtype=torch.float64, requires_grad=True)
+        for size in ((4, 10, 16), (33, 16))
+    )
     linear = rw.linear_policy_loss(hidden, head, spec=spec, chunk_rows=7, **given).loss
     logits = rw.policy_loss(hidden @ head.T, spec=spec, **given).loss
     torch.testing.assert_close(linear, logits)
-    for a, b in zip(*(torch.autograd.grad(x, (hidden, head)) for x in (linear, logits)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(x, (hidden, head)) for x in (linear, logits)), strict=True
+    ):
         torch.testing.assert_close(a, b)
         assert b.abs().sum() > 0
 
@@ -430,4 +597,6 @@ def test_coupled_losses_compile_without_a_graph_break(name):
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(z)
     torch.testing.assert_close(compiled, loss(z))
-    torch.testing.assert_close(torch.autograd.grad(compiled, z)[0], torch.autograd.grad(loss(z), z)[0])
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled, z)[0], torch.autograd.grad(loss(z), z)[0]
+    )

@@ -13,7 +13,11 @@ from reweight_ops._core.backends.base import Request
 from reweight_ops._core.backends.select import unsupported_reason
 from reweight_ops._core.engine.distillation import KINDS
 
-BACKENDS = [b for b in ("reference", "cpu") if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
+BACKENDS = [
+    b
+    for b in ("reference", "cpu")
+    if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None
+]
 N, V, MASKED = 5, 11, 4
 KEEP = torch.arange(V) != MASKED
 
@@ -30,7 +34,10 @@ def compare(function):
     whole = z.clone()
     whole[:, MASKED] = other[:, MASKED] = -math.inf
     found = []
-    for x, y, label in ((whole, other, ids), (z[:, KEEP], other[:, KEEP], ids - (ids > MASKED).long())):
+    for x, y, label in (
+        (whole, other, ids),
+        (z[:, KEEP], other[:, KEEP], ids - (ids > MASKED).long()),
+    ):
         x = x.clone().requires_grad_()
         value = function(x, y, label)
         (grad,) = torch.autograd.grad(value.sum(), x)
@@ -49,8 +56,8 @@ def test_token_divergence(kind, backend):
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 def test_generalized_jsd_where_one_has_no_mass(beta):
-    """It is finite for any two distributions; the gradient is that of the formula on the
-    columns with mass.
+    """It is finite for any two distributions; the gradient is that of the formula on
+    the columns with mass.
     """
     z, other, _ = inputs()
     other[:, 2] = -math.inf
@@ -66,16 +73,22 @@ def test_generalized_jsd_where_one_has_no_mass(beta):
     want = want + ((1 - beta) * p * (p.clamp(min=tiny).log() - m.clamp(min=tiny).log())).sum(-1)
     torch.testing.assert_close(value.double(), want, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(
-        torch.autograd.grad(value.sum(), got)[0].double(), torch.autograd.grad(want.sum(), x)[0], rtol=1e-5, atol=1e-6
+        torch.autograd.grad(value.sum(), got)[0].double(),
+        torch.autograd.grad(want.sum(), x)[0],
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 
 COMPOSITES = {
     "symmetric_cross_entropy": lambda x, y, ids: rw.divergences.symmetric_cross_entropy(x, y),
-    "confidence_masked_kl": lambda x, y, ids: rw.divergences.confidence_masked_kl(x, y, threshold=0.1, sharpening_temperature=0.5),
+    "confidence_masked_kl": lambda x, y, ids: rw.divergences.confidence_masked_kl(
+        x, y, threshold=0.1, sharpening_temperature=0.5
+    ),
     "pld": lambda x, y, ids: rw.divergences.pld(x, y, ids),
     "dhkd": lambda x, y, ids: rw.divergences.dhkd(x, y),
-    "ldr": lambda x, y, ids: rw.divergences.ldr(x, ids) + math.log(x.shape[-1]),  # its V counts columns
+    # its V counts columns
+    "ldr": lambda x, y, ids: rw.divergences.ldr(x, ids) + math.log(x.shape[-1]),
     "stablemax": lambda x, y, ids: rw.divergences.stablemax(x, ids),
 }
 

@@ -118,7 +118,13 @@ def test_what_the_catalogue_lists_under_a_namespace_is_in_it(kind):
 def test_decorated_classes_are_what_they_were(registry):
     """One line above the class suffices; the class's own ``__init__`` stays."""
     assert dataclasses.is_dataclass(
-        rw.rule("bare_rule")(type("BareRule", (rw.Rule,), {"loss": Bare.loss, "x": 1.0, "__annotations__": {"x": float}}))
+        rw.rule("bare_rule")(
+            type(
+                "BareRule",
+                (rw.Rule,),
+                {"loss": Bare.loss, "x": 1.0, "__annotations__": {"x": float}},
+            )
+        )
     )
     assert RULES["bare_rule"](x=3.0).x == 3.0
 
@@ -127,7 +133,10 @@ def test_decorated_classes_are_what_they_were(registry):
         def weight(self, xp, t, batch):
             return xp.exp(t.logp)
 
-    assert WEIGHTS["own_weight"]().scope == "surrogate" and rw.methods.grpo().with_weight(Own(scope="all")).weights[0].scope == "all"
+    assert (
+        WEIGHTS["own_weight"]().scope == "surrogate"
+        and rw.methods.grpo().with_weight(Own(scope="all")).weights[0].scope == "all"
+    )
 
 
 def test_a_lora_as_a_plain_tuple():

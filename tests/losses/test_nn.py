@@ -14,7 +14,10 @@ from torch.utils.checkpoint import checkpoint
 import reweight_ops as rw
 
 B, T, D, V = 2, 5, 4, 11
-MODULES = {"logps": (rw.FusedLinearLogProbs, {}), "loss": (rw.FusedLinearPolicyLoss, {"spec": "grpo"})}
+MODULES = {
+    "logps": (rw.FusedLinearLogProbs, {}),
+    "loss": (rw.FusedLinearPolicyLoss, {"spec": "grpo"}),
+}
 
 
 @pytest.fixture(params=MODULES)
@@ -25,7 +28,11 @@ def module(request):
 def data(dtype=torch.float64):
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(B, T, D, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
-    return hidden, torch.randint(V, (B, T), generator=g), torch.randn(B, T, generator=g, dtype=torch.float64).to(dtype)
+    return (
+        hidden,
+        torch.randint(V, (B, T), generator=g),
+        torch.randn(B, T, generator=g, dtype=torch.float64).to(dtype),
+    )
 
 
 def run(head, hidden, ids, advantages, **keywords):
@@ -49,19 +56,30 @@ def test_is_the_op(module, bias):
         want = (rw.linear_token_logps(hidden, linear.weight, ids, **options) * advantages).sum()
     torch.testing.assert_close(got, want)
     leaves = [hidden, *linear.parameters()]
-    for a, b in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True
+    ):
         torch.testing.assert_close(a, b)
-    by = [torch.autograd.grad(run(head, hidden, ids, advantages, **heat), hidden)[0] for heat in ({}, {"temperature": 1.0})]
+    by = [
+        torch.autograd.grad(run(head, hidden, ids, advantages, **heat), hidden)[0]
+        for heat in ({}, {"temperature": 1.0})
+    ]
     assert not torch.allclose(*by)  # a call's keyword replaces the setting
 
 
 def test_entropies_and_the_whole_output():
     hidden, ids, advantages = data(torch.float32)
-    logps, entropies = rw.FusedLinearLogProbs(D, V, temperature=0.5)(hidden, ids, return_entropy=True)
+    logps, entropies = rw.FusedLinearLogProbs(D, V, temperature=0.5)(
+        hidden, ids, return_entropy=True
+    )
     assert logps.shape == entropies.shape == (B, T) and entropies.requires_grad
     head = rw.FusedLinearPolicyLoss(D, V, spec=rw.methods.dapo(), plan="two_pass")
     out = head(hidden, ids, advantages, old_per_token_logps=torch.full((B, T), -2.0))
-    assert out.plan == "two_pass" and out.ratio.shape == (B, T) and "clip_ratio/region_mean" in out.metrics
+    assert (
+        out.plan == "two_pass"
+        and out.ratio.shape == (B, T)
+        and "clip_ratio/region_mean" in out.metrics
+    )
 
 
 def test_parameters_are_those_of_a_linear(module):
@@ -75,19 +93,29 @@ def test_parameters_are_those_of_a_linear(module):
         torch.manual_seed(0)
         head = cls(D, V, bias, **own)
         assert list(head.state_dict()) == list(linear.state_dict())
-        assert all(torch.equal(a, b) for a, b in zip(head.parameters(), linear.parameters(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(head.parameters(), linear.parameters(), strict=True)
+        )
         cls(D, V, bias, **own).load_state_dict(linear.state_dict())
     embedding = nn.Embedding(V, D)
     linear.weight = embedding.weight
     head = cls.from_linear(linear, **own)
     assert head.weight is embedding.weight and head.bias is linear.bias
     model = nn.ModuleDict({"embedding": embedding, "lm_head": head})
-    assert len(list(model.parameters())) == 2 and set(model.state_dict()) == {"embedding.weight", "lm_head.weight", "lm_head.bias"}
+    assert len(list(model.parameters())) == 2 and set(model.state_dict()) == {
+        "embedding.weight",
+        "lm_head.weight",
+        "lm_head.bias",
+    }
     _, ids, advantages = data(torch.float32)
     run(head, torch.tanh(embedding(ids)), ids, advantages).backward()
     assert embedding.weight.grad.abs().max() > 0
     other = copy.deepcopy(head).to(torch.bfloat16)
-    assert other.weight.dtype == torch.bfloat16 and other.weight is not head.weight and other.settings == head.settings
+    assert (
+        other.weight.dtype == torch.bfloat16
+        and other.weight is not head.weight
+        and other.settings == head.settings
+    )
     assert cls(D, V, device="meta", dtype=torch.float16, **own).weight.is_meta
 
 
@@ -96,7 +124,9 @@ def test_checkpointing_changes_no_gradient(module):
     head, (hidden, ids, advantages) = cls(D, V, **own).double(), data()
     inputs = [hidden, head.weight]
     plain = torch.autograd.grad(run(head, hidden, ids, advantages), inputs)
-    again = torch.autograd.grad(checkpoint(run, head, hidden, ids, advantages, use_reentrant=False), inputs)
+    again = torch.autograd.grad(
+        checkpoint(run, head, hidden, ids, advantages, use_reentrant=False), inputs
+    )
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
@@ -105,12 +135,16 @@ def test_compiles(module):
     cls, own = module
     head, (hidden, ids, advantages) = cls(D, V, temperature=0.7, **own), data(torch.float32)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(head, hidden, ids, advantages), run(head, hidden, ids, advantages))
+    torch.testing.assert_close(
+        compiled(head, hidden, ids, advantages), run(head, hidden, ids, advantages)
+    )
 
 
 def test_shows_its_settings(module):
     cls, own = module
-    assert f"{cls.__name__}(in_features=4, out_features=11, bias=True, temperature=0.7" in repr(cls(D, V, True, temperature=0.7, **own))
+    assert f"{cls.__name__}(in_features=4, out_features=11, bias=True, temperature=0.7" in repr(
+        cls(D, V, True, temperature=0.7, **own)
+    )
 
 
 class Quantised(nn.Linear):
@@ -128,11 +162,23 @@ def _weight(linear, weight):
 
 
 REFUSED = {
-    "a class of its own": (Quantised(D, V), "Quantised, which is not a plain nn.Linear: dequantise or merge it, or pass head"),
+    "a class of its own": (
+        Quantised(D, V),
+        "Quantised, which is not a plain nn.Linear: dequantise or merge it, or pass head",
+    ),
     "no module": (torch.zeros(3), "Tensor, which is not a plain nn.Linear"),
-    "integers": (_weight(nn.Linear(D, V), torch.zeros(V, D, dtype=torch.uint8)), "quantised, its weight is torch.uint8"),
-    "fp8": (_weight(nn.Linear(D, V), torch.zeros(V, D).to(torch.float8_e4m3fn)), "quantised, its weight is torch.float8_e4m3fn"),
-    "a wrapped tensor": (_weight(nn.Linear(D, V), torch.zeros(V, D).as_subclass(Wrapper)), "quantised, its weight is a Wrapper"),
+    "integers": (
+        _weight(nn.Linear(D, V), torch.zeros(V, D, dtype=torch.uint8)),
+        "quantised, its weight is torch.uint8",
+    ),
+    "fp8": (
+        _weight(nn.Linear(D, V), torch.zeros(V, D).to(torch.float8_e4m3fn)),
+        "quantised, its weight is torch.float8_e4m3fn",
+    ),
+    "a wrapped tensor": (
+        _weight(nn.Linear(D, V), torch.zeros(V, D).as_subclass(Wrapper)),
+        "quantised, its weight is a Wrapper",
+    ),
 }
 
 
@@ -145,11 +191,20 @@ def test_heads_that_are_refused(module, case):
 
 
 def test_the_op_says_what_to_do_with_a_quantised_weight():
-    with pytest.raises(rw.InvalidCall, match="lm_head_weight is torch.int8, a quantised head: dequantise it, or pass"):
-        rw.linear_token_logps(torch.zeros(2, D), torch.zeros(V, D, dtype=torch.int8), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(
+        rw.InvalidCall,
+        match="lm_head_weight is torch.int8, a quantised head: dequantise it, or pass",
+    ):
+        rw.linear_token_logps(
+            torch.zeros(2, D),
+            torch.zeros(V, D, dtype=torch.int8),
+            torch.zeros(2, dtype=torch.int64),
+        )
 
 
-@pytest.mark.parametrize("name", ["lm_head_bias", "lora", "row_index", "consume_logits", "drop_last"])
+@pytest.mark.parametrize(
+    "name", ["lm_head_bias", "lora", "row_index", "consume_logits", "drop_last"]
+)
 def test_keywords_that_are_no_setting(module, name):
     cls, own = module
     with pytest.raises(rw.InvalidCall, match=f"{cls.__name__}: {name} is not a setting"):

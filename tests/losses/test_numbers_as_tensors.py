@@ -25,16 +25,25 @@ def lora(scale: Tensor) -> rw.Lora:
 LEARNT = {
     "loss_scale": lambda x: rw.policy_loss(Z, IDS, 1.0, spec="dapo", loss_scale=x),
     "num_items_in_batch": lambda x: rw.policy_loss(Z, IDS, 1.0, spec="dapo", num_items_in_batch=x),
-    "num_sequences_in_batch": lambda x: rw.linear_policy_loss(HIDDEN, WEIGHT, IDS, 1.0, spec="grpo", num_sequences_in_batch=x),
-    "loss_scale of log-probs": lambda x: rw.policy_loss_from_logps(Z[..., 0], 1.0, spec="dapo", loss_scale=x),
+    "num_sequences_in_batch": lambda x: rw.linear_policy_loss(
+        HIDDEN, WEIGHT, IDS, 1.0, spec="grpo", num_sequences_in_batch=x
+    ),
+    "loss_scale of log-probs": lambda x: rw.policy_loss_from_logps(
+        Z[..., 0], 1.0, spec="dapo", loss_scale=x
+    ),
     "loss_scale of distillation": lambda x: rw.distillation_loss(Z, OTHER, loss_scale=x),
-    "num_items_in_batch of linear distillation": lambda x: rw.linear_distillation_loss(HIDDEN, WEIGHT, OTHER, num_items_in_batch=x),
+    "num_items_in_batch of linear distillation": lambda x: rw.linear_distillation_loss(
+        HIDDEN, WEIGHT, OTHER, num_items_in_batch=x
+    ),
 }
 
 
 @pytest.mark.parametrize("name", LEARNT)
 def test_a_number_whose_gradient_would_be_lost(name):
-    with pytest.raises(rw.InvalidCall, match=f"{name.split()[0]} requires grad, but no gradient of this op flows to it"):
+    with pytest.raises(
+        rw.InvalidCall,
+        match=f"{name.split()[0]} requires grad, but no gradient of this op flows to it",
+    ):
         LEARNT[name](torch.tensor(2.0, requires_grad=True))
     LEARNT[name](torch.tensor(2.0))
     with torch.no_grad():
@@ -45,7 +54,9 @@ CONSTANTS = {
     "softcap": lambda x: rw.token_logps(Z, IDS, softcap=x),
     "softcap of a head": lambda x: rw.linear_token_logps(HIDDEN, WEIGHT, IDS, softcap=x),
     "other_softcap": lambda x: rw.token_divergence(Z, OTHER, other_softcap=x),
-    "teacher_softcap": lambda x: rw.linear_distillation_loss(HIDDEN, WEIGHT, OTHER, teacher_softcap=x),
+    "teacher_softcap": lambda x: rw.linear_distillation_loss(
+        HIDDEN, WEIGHT, OTHER, teacher_softcap=x
+    ),
     "beta": lambda x: rw.token_divergence(Z, OTHER, kind="generalized_jsd", beta=x),
     "lora.scale": lambda x: rw.linear_token_logps(HIDDEN, WEIGHT, IDS, lora=lora(x)),
 }
@@ -64,15 +75,27 @@ def test_a_logit_scale_is_one_positive_number():
     y = torch.tensor(2.0, requires_grad=True)
     torch.log_softmax(y * (HIDDEN @ WEIGHT.T), -1).gather(-1, IDS[..., None]).sum().backward()
     torch.testing.assert_close(x.grad, y.grad)
-    for wrong, message in ((torch.ones(6), "shape"), (torch.tensor(-2.0), "is -2.0"), (torch.tensor(0.0), "is 0.0"), (math.nan, "is nan")):
+    for wrong, message in (
+        (torch.ones(6), "shape"),
+        (torch.tensor(-2.0), "is -2.0"),
+        (torch.tensor(0.0), "is 0.0"),
+        (math.nan, "is nan"),
+    ):
         with pytest.raises(rw.InvalidCall, match=f"logit_scale.* {message}"):
             rw.linear_token_logps(HIDDEN, WEIGHT, IDS, logit_scale=wrong)
-    # The cap is divided by the scale, and is a number: the gradient by the scale would be wrong.
+    # The cap is divided by the scale, and is a number: the gradient by the scale would
+    # be wrong.
     with pytest.raises(rw.InvalidCall, match="logit_scale is a tensor, but softcap is a number"):
         rw.linear_token_logps(HIDDEN, WEIGHT, IDS, logit_scale=x, softcap=3.0)
 
 
 def test_a_compiled_logit_scale_that_is_not_positive_is_nan():
     torch._dynamo.reset()
-    compiled = torch.compile(lambda s: rw.linear_token_logps(HIDDEN, WEIGHT, IDS, logit_scale=s), backend="aot_eager", fullgraph=True)
-    assert compiled(torch.tensor(2.0)).isfinite().all() and compiled(torch.tensor(-2.0)).isnan().all()
+    compiled = torch.compile(
+        lambda s: rw.linear_token_logps(HIDDEN, WEIGHT, IDS, logit_scale=s),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    assert (
+        compiled(torch.tensor(2.0)).isfinite().all() and compiled(torch.tensor(-2.0)).isnan().all()
+    )

@@ -16,7 +16,9 @@ def batch():
     ids = torch.randint(V, (B, T), generator=g)
     logp, entropy = trl.logps_and_entropies(logits, ids)
     mask = torch.arange(T) < torch.tensor([9, 1, 4, 7, 2, 9])[:, None]
-    old, ref = (logp.detach() + s * torch.randn(B, T, generator=g, dtype=torch.float64) for s in (0.4, 0.3))
+    old, ref = (
+        logp.detach() + s * torch.randn(B, T, generator=g, dtype=torch.float64) for s in (0.4, 0.3)
+    )
     A = torch.randn(B, generator=g, dtype=torch.float64)
     return {
         "logits": logits,
@@ -40,7 +42,9 @@ def same(a, b, x):
 
 
 def test_the_batch_clips_on_both_sides(batch):
-    _, metrics = trl.grpo_loss(batch["logp"], batch["A"], batch["mask"], old_logps=batch["old"], num_items_in_batch=1)
+    _, metrics = trl.grpo_loss(
+        batch["logp"], batch["A"], batch["mask"], old_logps=batch["old"], num_items_in_batch=1
+    )
     assert metrics["clip_ratio/low_mean"] > 0.02 and metrics["clip_ratio/high_mean"] > 0.02
 
 
@@ -54,25 +58,45 @@ def test_paper_equals_trl(batch, name):
             papers.grpo(logp, old, ref, A, mask),
             {"loss_type": "grpo", "beta": 0.04, "ref_logps": ref, "use_bias_correction_kl": False},
         ),
-        "dapo": (papers.dapo(logp, old, A, mask), {"loss_type": "dapo", "epsilon_high": 0.28, "num_items_in_batch": n}),
-        "dr_grpo": (papers.dr_grpo(logp, old, A, mask, horizon=50), {"loss_type": "dr_grpo", "max_completion_length": 50}),
+        "dapo": (
+            papers.dapo(logp, old, A, mask),
+            {"loss_type": "dapo", "epsilon_high": 0.28, "num_items_in_batch": n},
+        ),
+        "dr_grpo": (
+            papers.dr_grpo(logp, old, A, mask, horizon=50),
+            {"loss_type": "dr_grpo", "max_completion_length": 50},
+        ),
         "gspo": (
             papers.gspo(logp, old, A, mask, 0.1, 0.2),
-            {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.1, "epsilon_high": 0.2},
+            {
+                "loss_type": "grpo",
+                "importance_sampling_level": "sequence",
+                "epsilon": 0.1,
+                "epsilon_high": 0.2,
+            },
         ),
-        "cispo": (papers.cispo(logp, old, A, mask, 1.0, 0.3), {"loss_type": "cispo", "epsilon_high": 1.3, "num_items_in_batch": n}),
+        "cispo": (
+            papers.cispo(logp, old, A, mask, 1.0, 0.3),
+            {"loss_type": "cispo", "epsilon_high": 1.3, "num_items_in_batch": n},
+        ),
         "sapo": (papers.sapo(logp, old, A, mask), {"loss_type": "sapo"}),
     }[name]
     same(paper, trl.grpo_loss(logp, A, mask, old_logps=old, **ours)[0], batch["logits"])
 
 
-@pytest.mark.parametrize("name", ["ppo_clip", "dapo", "dr_grpo", "gspo_token", "cispo", "sapo", "gpg"])
+@pytest.mark.parametrize(
+    "name", ["ppo_clip", "dapo", "dr_grpo", "gspo_token", "cispo", "sapo", "gpg"]
+)
 def test_paper_equals_verl(batch, name):
     logp, old, A2, mask = (batch[k] for k in ("logp", "old", "A2", "mask"))
     off = 1e9  # no dual clip
     paper, mode, args = {
         "ppo_clip": (papers.ppo_clip(logp, old, A2, mask), "vanilla", {"clip_ratio_c": off}),
-        "dapo": (papers.dapo(logp, old, A2, mask), "vanilla", {"clip_ratio_c": off, "clip_ratio_high": 0.28}),
+        "dapo": (
+            papers.dapo(logp, old, A2, mask),
+            "vanilla",
+            {"clip_ratio_c": off, "clip_ratio_high": 0.28},
+        ),
         "dr_grpo": (
             papers.dr_grpo(logp, old, A2, mask, horizon=9),
             "vanilla",
@@ -92,7 +116,9 @@ def test_paper_equals_verl(batch, name):
 
 def test_advantage_reweighting_of_certain_and_impossible_tokens():
     """p_old = 1 keeps the advantage; p_old -> 0 leaves 1 - alpha of it."""
-    A = papers.advantage_reweighting(lambda a: a, torch.tensor([2.0, -4.0]), torch.tensor([[0.0, -100.0]] * 2), alpha=0.25)
+    A = papers.advantage_reweighting(
+        lambda a: a, torch.tensor([2.0, -4.0]), torch.tensor([[0.0, -100.0]] * 2), alpha=0.25
+    )
     torch.testing.assert_close(A, torch.tensor([[2.0, 1.5], [-4.0, -3.0]]))
 
 
@@ -116,8 +142,12 @@ def test_entropy_and_its_gradient(batch):
 def test_kl_penalties(batch, kind):
     """The value is the paper's estimator; with ``+`` the gradient is that of k2."""
     logp, ref = batch["logp"], batch["ref"]
-    value = {"k1": papers.k1, "abs": lambda a, b: (a - b).abs(), "k2": papers.k2}.get(kind.removesuffix("+"), papers.k3)
+    value = {"k1": papers.k1, "abs": lambda a, b: (a - b).abs(), "k2": papers.k2}.get(
+        kind.removesuffix("+"), papers.k3
+    )
     got = verl.kl_penalty(logp, ref, kind)
     torch.testing.assert_close(got, value(logp, ref))
     by = papers.k2 if kind.endswith("+") else value
-    torch.testing.assert_close(*(torch.autograd.grad(f.sum(), logp, retain_graph=True)[0] for f in (got, by(logp, ref))))
+    torch.testing.assert_close(
+        *(torch.autograd.grad(f.sum(), logp, retain_graph=True)[0] for f in (got, by(logp, ref)))
+    )

@@ -20,8 +20,14 @@ def batch():
     mask = torch.arange(T) < torch.tensor([9, 1, 4, 7, 2, 9])[:, None]
     logp = trl.logps_and_entropies(logits.detach(), ids)[0]
     old, ref = (logp + s * torch.randn(B, T, generator=g, dtype=torch.float64) for s in (0.4, 0.3))
-    adv = {"sequence": torch.randn(B, generator=g, dtype=torch.float64), "token": torch.randn(B, T, generator=g, dtype=torch.float64)}
-    ratios = {"token": torch.rand(B, T, generator=g, dtype=torch.float64), "sequence": torch.rand(B, 1, generator=g, dtype=torch.float64)}
+    adv = {
+        "sequence": torch.randn(B, generator=g, dtype=torch.float64),
+        "token": torch.randn(B, T, generator=g, dtype=torch.float64),
+    }
+    ratios = {
+        "token": torch.rand(B, T, generator=g, dtype=torch.float64),
+        "sequence": torch.rand(B, 1, generator=g, dtype=torch.float64),
+    }
     return dict(logits=logits, ids=ids, mask=mask, old=old, ref=ref, adv=adv, ratios=ratios)
 
 
@@ -31,8 +37,13 @@ def statistics(batch, temperature=1.0):
 
 def ours(batch, spec, adv, **options):
     names = {"old": "old_per_token_logps", "ref": "ref_per_token_logps"}
-    data = {name: batch[key] for key, name in names.items()} | {"completion_mask": batch["mask"], "unused": "ignore"}
-    return rw.policy_loss(batch["logits"], batch["ids"], adv, spec=spec, backend="reference", **{**data, **options})
+    data = {name: batch[key] for key, name in names.items()} | {
+        "completion_mask": batch["mask"],
+        "unused": "ignore",
+    }
+    return rw.policy_loss(
+        batch["logits"], batch["ids"], adv, spec=spec, backend="reference", **{**data, **options}
+    )
 
 
 def same(ours, theirs, logits):
@@ -50,15 +61,23 @@ TRL_EXTRAS = {
     "bonus": dict(entropy_coef=0.02),
     "top": dict(top_entropy_quantile=0.4),
     "opsm": dict(off_policy_mask_threshold=-0.1),
-    "all": dict(beta=0.04, delta=1.3, entropy_coef=0.02, top_entropy_quantile=0.4, epsilon_high=0.28),
+    "all": dict(
+        beta=0.04, delta=1.3, entropy_coef=0.02, top_entropy_quantile=0.4, epsilon_high=0.28
+    ),
 }
 
 
 @pytest.mark.parametrize("extras", TRL_EXTRAS)
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"])
+@pytest.mark.parametrize(
+    "loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+)
 def test_trl(batch, loss_type, level, extras):
-    settings = {**TRL_EXTRAS[extras], "importance_sampling_level": level, "max_completion_length": 16}
+    settings = {
+        **TRL_EXTRAS[extras],
+        "importance_sampling_level": level,
+        "max_completion_length": 16,
+    }
     if loss_type == "cispo":
         settings["epsilon_high"] = 1.15
     if loss_type in ("cispo", "sapo", "vespo"):
@@ -69,7 +88,8 @@ def test_trl(batch, loss_type, level, extras):
         return
     temperature = 0.9
     logp, entropy = statistics(batch, temperature)
-    ratios = (None,) if loss_type == "vespo" else (None, *batch["ratios"].values())  # vespo has the correction in its weight: below
+    # vespo has the correction in its weight: below
+    ratios = (None,) if loss_type == "vespo" else (None, *batch["ratios"].values())
     for adv, ratio in itertools.product(batch["adv"].values(), ratios):
         theirs, logged = trl.grpo_loss(
             logp, adv, batch["mask"], entropies=entropy, old_logps=batch["old"], ref_logps=batch["ref"], loss_type=loss_type,
@@ -86,22 +106,33 @@ def test_trl(batch, loss_type, level, extras):
         )
         same(out.loss, theirs, batch["logits"])
         metrics = out.metrics.as_floats("trl")
-        assert {name: pytest.approx(value, rel=1e-9) for name, value in logged.items()} == {name: metrics[name] for name in logged}
+        assert {name: pytest.approx(value, rel=1e-9) for name, value in logged.items()} == {
+            name: metrics[name] for name in logged
+        }
 
 
-@pytest.mark.parametrize("bounds", [{}, {"clip_min": 0.8, "clip_max": 1.2}, {"clip_min": 0.9, "clip_max": None}], ids=str)
-@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+@pytest.mark.parametrize(
+    "bounds", [{}, {"clip_min": 0.8, "clip_max": 1.2}, {"clip_min": 0.9, "clip_max": None}], ids=str
+)
+@pytest.mark.parametrize(
+    "mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+)
 @pytest.mark.parametrize("loss_type", ["dapo", "vespo"])
 def test_trl_correction_for_vllm(batch, loss_type, mode, bounds):
-    """The correction uses the sampler's log-probs. The KL's bias correction still uses the
-    ratio to the old policy.
+    """The correction uses the sampler's log-probs. The KL's bias correction still uses
+    the ratio to the old policy.
     """
-    options = {f"vllm_importance_sampling_{name}": value for name, value in {"mode": mode, **bounds}.items()}
+    options = {
+        f"vllm_importance_sampling_{name}": value
+        for name, value in {"mode": mode, **bounds}.items()
+    }
     if loss_type == "vespo" and mode.startswith("sequence"):
         with pytest.raises(rw.InvalidCall, match="needs a token mode"):
             rw.methods.trl(loss_type, **options)
         return
-    sampling = batch["old"] + 0.2 * torch.randn(batch["old"].shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    sampling = batch["old"] + 0.2 * torch.randn(
+        batch["old"].shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64
+    )
     sampling[0, 3] = float("nan")
     logp, _ = statistics(batch)
     ratio = trl.sampling_ratio(batch["old"], sampling, batch["mask"], mode, **bounds)
@@ -110,7 +141,13 @@ def test_trl_correction_for_vllm(batch, loss_type, mode, bounds):
         num_items_in_batch=41.0, importance_sampling_ratio=ratio, beta=0.5,
     )  # fmt: skip
     spec = rw.methods.trl(loss_type, beta=0.5, **options)
-    out = ours(batch, spec, batch["adv"]["sequence"], num_items_in_batch=41.0, sampling_per_token_logps=sampling)
+    out = ours(
+        batch,
+        spec,
+        batch["adv"]["sequence"],
+        num_items_in_batch=41.0,
+        sampling_per_token_logps=sampling,
+    )
     same(out.loss, theirs, batch["logits"])
 
 
@@ -121,11 +158,24 @@ VERL_OWN = {
 }  # fmt: skip
 
 
-VERL_AROUND = {"plain": {}, "kl": dict(kl_loss_coef=0.05), "kl_entropy": dict(kl_loss_coef=0.05, entropy_coeff=0.02)}
+VERL_AROUND = {
+    "plain": {},
+    "kl": dict(kl_loss_coef=0.05),
+    "kl_entropy": dict(kl_loss_coef=0.05, entropy_coeff=0.02),
+}
 
 
 @pytest.mark.parametrize("around", VERL_AROUND)
-@pytest.mark.parametrize("mode", ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "token-mean",
+        "token-sum",
+        "seq-mean-token-sum",
+        "seq-mean-token-sum-norm",
+        "seq-mean-token-mean",
+    ],
+)
 @pytest.mark.parametrize("loss_mode", [m for m in verl.LOSSES if m != "bypass_mode"])
 def test_verl(batch, loss_mode, mode, around):
     logp, entropy = statistics(batch)
@@ -141,13 +191,21 @@ def test_verl(batch, loss_mode, mode, around):
         rollout_is_weights=weights, **own,
     )  # fmt: skip
     spec = rw.methods.verl(loss_mode, use_kl_loss="kl" in around, unused="ignore", **own)
-    if loss_mode == "geo_mean":  # verl takes the weights' geometric mean and adds 1e-10 to each
+    # verl takes the weights' geometric mean and adds 1e-10 to each
+    if loss_mode == "geo_mean":
         adv = batch["adv"]["sequence"]
-        weights = ((weights + 1e-10).log() * mask).sum(-1, keepdim=True).div(mask.sum(-1, keepdim=True).clamp(min=1)).exp()
+        weights = (
+            ((weights + 1e-10).log() * mask)
+            .sum(-1, keepdim=True)
+            .div(mask.sum(-1, keepdim=True).clamp(min=1))
+            .exp()
+        )
     out = ours(batch, spec, adv, completion_mask=mask, importance_sampling_ratio=weights)
     # verl divides a sequence's sum by its length + 1e-8
     torch.testing.assert_close(out.loss, theirs, rtol=1e-7, atol=1e-9)
-    (a,), (b,) = (torch.autograd.grad(loss, batch["logits"], retain_graph=True) for loss in (out.loss, theirs))
+    (a,), (b,) = (
+        torch.autograd.grad(loss, batch["logits"], retain_graph=True) for loss in (out.loss, theirs)
+    )
     torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
     assert b.abs().sum() > 1e-3
 
@@ -177,15 +235,23 @@ BYPASS = [
 
 @pytest.mark.parametrize("options", BYPASS, ids=[" ".join(map(str, b.values())) for b in BYPASS])
 def test_verl_bypass_mode(batch, options):
-    """The old log-probs are the sampler's: directly for REINFORCE with weights, and as the
-    old policy's for the clip.
+    """The old log-probs are the sampler's: directly for REINFORCE with weights, and as
+    the old policy's for the clip.
     """
     logp, _ = statistics(batch)
     theirs, _ = verl.policy_loss(
-        "bypass_mode", logp, batch["adv"]["token"], batch["mask"], old_logps=batch["old"], clip_ratio_c=1.5, **options
+        "bypass_mode",
+        logp,
+        batch["adv"]["token"],
+        batch["mask"],
+        old_logps=batch["old"],
+        clip_ratio_c=1.5,
+        **options,
     )
     clip = options["rollout_loss_type"] == "ppo_clip"
-    spec = rw.methods.verl("bypass_mode", **options, **({"clip_ratio_c": 1.5} if clip else {}), unused="ignore")
+    spec = rw.methods.verl(
+        "bypass_mode", **options, **({"clip_ratio_c": 1.5} if clip else {}), unused="ignore"
+    )
     data = {"old_per_token_logps" if clip else "sampling_per_token_logps": batch["old"]}
     out = ours(batch, spec, batch["adv"]["token"], **{"old_per_token_logps": None, **data})
     same(out.loss, theirs, batch["logits"])
@@ -198,8 +264,14 @@ def test_verl_bypass_mode(batch, options):
         (("vanilla", {"dro_beta": 0.1}), "dro_beta has no effect with loss_mode='vanilla'"),
         (("kl_cov", {"clip_ratio": 0.3}), "clip_ratio has no effect"),
         (("bypass_mode", {"rollout_loss_type": "ppo"}), "expected 'ppo_clip' or 'reinforce'"),
-        (("bypass_mode", {"rollout_is": "token"}), "rollout_is has no effect with rollout_loss_type='ppo_clip'"),
-        (("bypass_mode", {"rollout_loss_type": "reinforce", "rollout_is": "group"}), "expected None, 'token' or 'sequence'"),
+        (
+            ("bypass_mode", {"rollout_is": "token"}),
+            "rollout_is has no effect with rollout_loss_type='ppo_clip'",
+        ),
+        (
+            ("bypass_mode", {"rollout_loss_type": "reinforce", "rollout_is": "group"}),
+            "expected None, 'token' or 'sequence'",
+        ),
     ],
 )
 def test_verl_refuses_what_would_have_no_effect(options, message):
@@ -212,7 +284,13 @@ def test_verl_refuses_what_would_have_no_effect(options, message):
 def test_verl_kl_types(batch, kind):
     logp, _ = statistics(batch)
     theirs, _ = verl.policy_loss(
-        "gpg", logp, batch["adv"]["token"], batch["mask"], ref_logps=batch["ref"], kl_loss_coef=0.5, kl_loss_type=kind
+        "gpg",
+        logp,
+        batch["adv"]["token"],
+        batch["mask"],
+        ref_logps=batch["ref"],
+        kl_loss_coef=0.5,
+        kl_loss_type=kind,
     )
     spec = rw.methods.verl("gpg", use_kl_loss=True, kl_loss_coef=0.5, kl_loss_type=kind)
     same(ours(batch, spec, batch["adv"]["token"]).loss, theirs, batch["logits"])
@@ -222,13 +300,25 @@ def test_verl_global_divisors(batch):
     logp, _ = statistics(batch)
     for mode, info, divisor in (
         ("token-mean", dict(dp_size=2, batch_num_tokens=90), dict(num_items_in_batch=45)),
-        ("seq-mean-token-mean", dict(dp_size=2, global_batch_size=12), dict(num_sequences_in_batch=6)),
+        (
+            "seq-mean-token-mean",
+            dict(dp_size=2, global_batch_size=12),
+            dict(num_sequences_in_batch=6),
+        ),
         ("token-sum", dict(dp_size=2), dict(loss_scale=2.0)),
     ):
         theirs, _ = verl.policy_loss(
-            "vanilla", logp, batch["adv"]["token"], batch["mask"], old_logps=batch["old"], loss_agg_mode=mode, global_batch_info=info
+            "vanilla",
+            logp,
+            batch["adv"]["token"],
+            batch["mask"],
+            old_logps=batch["old"],
+            loss_agg_mode=mode,
+            global_batch_info=info,
         )
-        out = ours(batch, rw.methods.verl("vanilla", loss_agg_mode=mode), batch["adv"]["token"], **divisor)
+        out = ours(
+            batch, rw.methods.verl("vanilla", loss_agg_mode=mode), batch["adv"]["token"], **divisor
+        )
         torch.testing.assert_close(out.loss, theirs, rtol=1e-7, atol=1e-9)
 
 
@@ -258,17 +348,30 @@ def test_papers(batch, name):
 
 
 def test_paper_grpo_with_kl(batch):
-    theirs = papers.grpo(statistics(batch)[0], batch["old"], batch["ref"], batch["adv"]["token"], batch["mask"])
-    same(ours(batch, rw.methods.grpo(beta=0.04), batch["adv"]["token"]).loss, theirs, batch["logits"])
+    theirs = papers.grpo(
+        statistics(batch)[0], batch["old"], batch["ref"], batch["adv"]["token"], batch["mask"]
+    )
+    same(
+        ours(batch, rw.methods.grpo(beta=0.04), batch["adv"]["token"]).loss, theirs, batch["logits"]
+    )
 
 
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 def test_advantage_reweighting(batch, plan):
     logp, _ = statistics(batch)
     theirs = papers.advantage_reweighting(
-        lambda A: papers.ppo_clip(logp, batch["old"], A, batch["mask"]), batch["adv"]["token"], batch["old"], 0.4
+        lambda A: papers.ppo_clip(logp, batch["old"], A, batch["mask"]),
+        batch["adv"]["token"],
+        batch["old"],
+        0.4,
     )
-    same(ours(batch, rw.methods.advantage_reweighting(alpha=0.4), batch["adv"]["token"], plan=plan).loss, theirs, batch["logits"])
+    same(
+        ours(
+            batch, rw.methods.advantage_reweighting(alpha=0.4), batch["adv"]["token"], plan=plan
+        ).loss,
+        theirs,
+        batch["logits"],
+    )
 
 
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
@@ -276,8 +379,14 @@ def test_lopti(batch, plan):
     logp, entropy = statistics(batch)
     A, old = batch["adv"]["token"], batch["old"]
     ratio = (logp - old).exp()
-    terms = -torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A) + 0.04 * papers.k3(logp, batch["ref"]) - 0.01 * entropy
-    for half, theirs in zip(("low", "high"), papers.lopti(terms, old, batch["mask"], eta=0.1), strict=True):
+    terms = (
+        -torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A)
+        + 0.04 * papers.k3(logp, batch["ref"])
+        - 0.01 * entropy
+    )
+    for half, theirs in zip(
+        ("low", "high"), papers.lopti(terms, old, batch["mask"], eta=0.1), strict=True
+    ):
         spec = rw.methods.lopti(half, eta=0.1, beta=0.04, entropy_coef=0.01)
         same(ours(batch, spec, A, plan=plan).loss, theirs, batch["logits"])
 
@@ -290,8 +399,20 @@ def test_lopti_by_quantile_with_ar_and_dual_clip(batch):
     old, ratio = batch["old"], (logp - batch["old"]).exp()
     A = (0.3 * old.exp() + 0.7) * batch["adv"]["token"]
     clipped = -torch.minimum(ratio * A, ratio.clamp(0.8, 1.24) * A)
-    terms = torch.where(A < 0, torch.minimum(clipped, -1.4 * A), clipped) + 0.04 * papers.k3(logp, batch["ref"])
+    terms = torch.where(A < 0, torch.minimum(clipped, -1.4 * A), clipped) + 0.04 * papers.k3(
+        logp, batch["ref"]
+    )
     assert (terms != clipped + 0.04 * papers.k3(logp, batch["ref"])).any()
-    for half, theirs in zip(("low", "high"), papers.lopti_by_portion(terms, old, batch["mask"], 0.4), strict=True):
-        spec = rw.methods.lopti(half, eta=0.4, split="quantile", alpha=0.3, epsilon_high=0.24, clip_ratio_c=1.4, beta=0.04)
+    for half, theirs in zip(
+        ("low", "high"), papers.lopti_by_portion(terms, old, batch["mask"], 0.4), strict=True
+    ):
+        spec = rw.methods.lopti(
+            half,
+            eta=0.4,
+            split="quantile",
+            alpha=0.3,
+            epsilon_high=0.24,
+            clip_ratio_c=1.4,
+            beta=0.04,
+        )
         same(ours(batch, spec, batch["adv"]["token"]).loss, theirs, batch["logits"])

@@ -1,4 +1,6 @@
-"""Pair losses from logits on every backend, from hidden states, under torch.compile; wrong calls."""
+"""Pair losses from logits on every backend, from hidden states, under torch.compile;
+wrong calls.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,11 @@ def logits_batch(dtype=torch.float32):
 def test_from_logits_on_every_backend(name, backend):
     logits, ids, mask, ref = logits_batch()
     spec = CATALOGUE["pair_loss"][name].build()
-    given = {"completion_mask": mask} | ({"ref_per_token_logps": ref.gather(-1, ids[..., None])[..., 0]} if "ref" in spec.requires else {})
+    given = {"completion_mask": mask} | (
+        {"ref_per_token_logps": ref.gather(-1, ids[..., None])[..., 0]}
+        if "ref" in spec.requires
+        else {}
+    )
     poisoned = torch.where(mask[..., None], logits, math.nan).requires_grad_()
     out = rw.preference_loss(poisoned, ids, spec=spec, backend=backend, temperature=0.7, **given)
     (grad,) = torch.autograd.grad(out.loss, poisoned)
@@ -41,7 +47,9 @@ def test_from_logits_on_every_backend(name, backend):
     want = rw.preference_loss_from_logps(logps, spec=spec, **given, **extra)
     (exact,) = torch.autograd.grad(want.loss, x)
     torch.testing.assert_close(out.loss.double(), want.loss, rtol=2e-6, atol=1e-6)
-    torch.testing.assert_close(grad.double(), exact, rtol=2e-5, atol=2e-6 * float(exact.abs().max()))
+    torch.testing.assert_close(
+        grad.double(), exact, rtol=2e-5, atol=2e-6 * float(exact.abs().max())
+    )
     assert (grad[~mask] == 0).all()
 
 
@@ -55,13 +63,17 @@ def test_linear_form_and_consumed_logits():
         linear = rw.linear_preference_loss(hidden, weight, ids, spec=name, chunk_rows=3, **given)
         whole = rw.preference_loss(hidden @ weight.T, ids, spec=name, **given)
         torch.testing.assert_close(linear.loss, whole.loss)
-        for a, b in zip(*(torch.autograd.grad(o.loss, (hidden, weight)) for o in (linear, whole)), strict=True):
+        for a, b in zip(
+            *(torch.autograd.grad(o.loss, (hidden, weight)) for o in (linear, whole)), strict=True
+        ):
             torch.testing.assert_close(a, b)
     leaf = torch.randn(2 * P, T, V).requires_grad_()
     logits = leaf * 1
     out = rw.preference_loss(logits, ids, spec="dpo", consume_logits=True, **given)
     plain = rw.preference_loss(leaf, ids, spec="dpo", **given)
-    torch.testing.assert_close(torch.autograd.grad(out.loss, leaf)[0], torch.autograd.grad(plain.loss, leaf)[0])
+    torch.testing.assert_close(
+        torch.autograd.grad(out.loss, leaf)[0], torch.autograd.grad(plain.loss, leaf)[0]
+    )
     with pytest.raises(rw.InvalidCall, match="consumed"):
         rw.token_logps(logits, ids)
 
@@ -118,7 +130,9 @@ def test_wrong_specs_and_keywords():
         with pytest.raises(rw.InvalidCall, match=message):
             build()
     with pytest.raises(TypeError, match="Did you mean ref_sequence_logps"):
-        rw.preference_loss_from_logps(torch.zeros(4, 3), spec="dpo", ref_sequence_logp=torch.zeros(4))
+        rw.preference_loss_from_logps(
+            torch.zeros(4, 3), spec="dpo", ref_sequence_logp=torch.zeros(4)
+        )
     assert set(PairKeywords.__annotations__) == set(PairOptions.__dataclass_fields__)
 
 
@@ -127,11 +141,20 @@ def test_compiles_and_is_a_pytree():
     logps = logps.nan_to_num(0).requires_grad_()
 
     def loss(x):
-        return rw.preference_loss_from_logps(x, spec="dpo", completion_mask=mask, ref_per_token_logps=ref).loss
+        return rw.preference_loss_from_logps(
+            x, spec="dpo", completion_mask=mask, ref_per_token_logps=ref
+        ).loss
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(logps), loss(logps))
-    assert torch.equal(torch.autograd.grad(compiled(logps), logps)[0], torch.autograd.grad(loss(logps), logps)[0])
-    out = rw.preference_loss_from_logps(logps, spec="dpo", completion_mask=mask, ref_per_token_logps=ref)
+    assert torch.equal(
+        torch.autograd.grad(compiled(logps), logps)[0], torch.autograd.grad(loss(logps), logps)[0]
+    )
+    out = rw.preference_loss_from_logps(
+        logps, spec="dpo", completion_mask=mask, ref_per_token_logps=ref
+    )
     again = torch.utils._pytree.tree_map(lambda t: t, out)
-    assert torch.equal(again.per_pair_loss, out.per_pair_loss) and again.metrics.names == out.metrics.names
+    assert (
+        torch.equal(again.per_pair_loss, out.per_pair_loss)
+        and again.metrics.names == out.metrics.names
+    )

@@ -8,7 +8,9 @@ import reweight_ops as rw
 
 @pytest.mark.parametrize("margin", [-2000.0, -200.0, -20.0, 0.0, 20.0, 200.0])
 def test_discopop(margin):
-    """``-(1-g)·log σ(x) + g·exp(-x)`` in fp64, with the logs of both factors of the last term added."""
+    """``-(1-g)·log σ(x) + g·exp(-x)`` in fp64, with the logs of both factors of the
+    last term added.
+    """
     x = torch.tensor([margin], dtype=torch.float64, requires_grad=True)
     sigmoid = torch.nn.functional.logsigmoid
     gate = torch.sigmoid(x / 0.05)

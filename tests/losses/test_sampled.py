@@ -10,14 +10,17 @@ import reweight_ops as rw
 
 
 def vllm(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
-    """vLLM's order of a request's settings, one row at a time: temperature, min-p, top-k,
-    top-p.
+    """vLLM's order of a request's settings, one row at a time: temperature, min-p,
+    top-k, top-p.
 
     Ids whose logits stay finite may be sampled.
     """
     kept = []
     for i, z in enumerate(logits.float()):
-        t, k, p, m = (x if not isinstance(x, torch.Tensor) else x[i] for x in (temperature, top_k, top_p, min_p))
+        t, k, p, m = (
+            x if not isinstance(x, torch.Tensor) else x[i]
+            for x in (temperature, top_k, top_p, min_p)
+        )
         z = z / t
         if m is not None:
             probability = z.softmax(-1)
@@ -65,7 +68,8 @@ SETTINGS = [
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_as_vllm(settings, ties, dtype, monkeypatch):
-    monkeypatch.setitem(rw._core.calls.sampled._BLOCK, "cpu", 4 * 23)  # four rows at a time
+    # four rows at a time
+    monkeypatch.setitem(rw._core.calls.sampled._BLOCK, "cpu", 4 * 23)
     z = rows(6, 23, ties, dtype)
     kept = rw.SamplingMask.from_logits(z, **settings)
     assert dense(kept, (6,), 23).equal(vllm(z, **settings))
@@ -82,7 +86,9 @@ def test_shapes_padding_and_gradients():
     kept = rw.SamplingMask.from_logits(z.requires_grad_(), top_k=13, vocab_size=9)
     assert kept.offsets.tolist() == list(range(0, 109, 9)) and kept.token_ids.dtype == torch.int32
     per_row = torch.full(ids.shape, 2)
-    assert rw.SamplingMask.from_logits(z, top_k=per_row).token_ids.equal(rw.SamplingMask.from_logits(z, top_k=2).token_ids)
+    assert rw.SamplingMask.from_logits(z, top_k=per_row).token_ids.equal(
+        rw.SamplingMask.from_logits(z, top_k=2).token_ids
+    )
     logps = rw.token_logps(z, z.argmax(-1), sampling_mask=rw.SamplingMask.from_logits(z, top_k=1))
     assert not logps.any()
     assert rw.SamplingMask.from_logits(z[:0], top_k=1).offsets.tolist() == [0]
@@ -94,10 +100,16 @@ def test_shapes_padding_and_gradients():
         ({"top_k": -2}, "top_k is -2, expected a count, or 0 or -1 for all"),
         ({"top_k": 2.5}, "top_k is 2.5"),
         ({"top_p": 0.0}, "top_p is 0.0, expected above 0 and at most 1"),
-        ({"top_p": torch.tensor([0.5, 1.5, 0.2])}, "top_p has a value that is not above 0 and at most 1"),
+        (
+            {"top_p": torch.tensor([0.5, 1.5, 0.2])},
+            "top_p has a value that is not above 0 and at most 1",
+        ),
         ({"min_p": float("nan")}, "min_p is nan"),
         ({"temperature": 0}, "temperature is 0, expected a positive number"),
-        ({"top_k": torch.tensor([1, 2])}, r"top_k is \(2,\) torch.int64 on cpu, expected .* one per row, \(3,\)"),
+        (
+            {"top_k": torch.tensor([1, 2])},
+            r"top_k is \(2,\) torch.int64 on cpu, expected .* one per row, \(3,\)",
+        ),
         ({"top_k": torch.ones(3)}, "top_k is .* torch.float32"),
         ({"vocab_size": 5}, "vocab_size is 5, logits have 4 columns"),
     ],

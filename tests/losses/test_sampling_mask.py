@@ -1,5 +1,5 @@
-"""Kept sets: a row's distribution is over the ids that the sampler kept. Against a plain
-masked log-softmax in fp64.
+"""Kept sets: a row's distribution is over the ids that the sampler kept. Against a
+plain masked log-softmax in fp64.
 """
 
 import pytest
@@ -16,7 +16,11 @@ from reweight_ops._core.engine import kept_ops
 from reweight_ops.testing import compare, make_batch
 from reweight_ops.testing.batches import make_sampling_mask
 
-BACKENDS = [b for b in ("reference", "cpu") if unsupported_reason(b, Request("packed_stats", torch.device("cpu"), torch.float32)) is None]
+BACKENDS = [
+    b
+    for b in ("reference", "cpu")
+    if unsupported_reason(b, Request("packed_stats", torch.device("cpu"), torch.float32)) is None
+]
 OVER = ("kept", "vocabulary")
 STATS = ("logps", "entropies", "lse", "log_sum_p_sq", "max_logp", "is_top1", "log1m_p")
 ENTROPY = rw.methods.grpo(entropy_coef=0.1)
@@ -34,7 +38,12 @@ def close(a, b, tolerance=1e-12):
 @pytest.mark.parametrize("over", OVER)
 @pytest.mark.parametrize(
     "softmax",
-    [{}, {"temperature": 0.7, "softcap": 5.0}, {"vocab_size": 9}, {"temperature": torch.linspace(0.5, 2, 12).view(SHAPE).double()}],
+    [
+        {},
+        {"temperature": 0.7, "softcap": 5.0},
+        {"vocab_size": 9},
+        {"temperature": torch.linspace(0.5, 2, 12).view(SHAPE).double()},
+    ],
 )
 def test_statistics_and_their_gradients_are_those_of_a_masked_softmax(over, softmax):
     z, ids, mask = kept_batch()
@@ -43,7 +52,15 @@ def test_statistics_and_their_gradients_are_those_of_a_masked_softmax(over, soft
     mask = mask.scatter(-1, ids[..., None], True)
     ids = torch.where(UNMASKED, ids, -100)
     z.requires_grad_()
-    found = rw.token_stats(z, ids, stats=STATS, sampling_mask=shuffled(mask), entropy_over=over, backend="reference", **softmax)
+    found = rw.token_stats(
+        z,
+        ids,
+        stats=STATS,
+        sampling_mask=shuffled(mask),
+        entropy_over=over,
+        backend="reference",
+        **softmax,
+    )
     expected = oracle(z, ids, mask, over, **softmax)
     for name in STATS:
         value = torch.where(UNMASKED, expected[name], 0)
@@ -53,7 +70,13 @@ def test_statistics_and_their_gradients_are_those_of_a_masked_softmax(over, soft
     weights = torch.randn(3, *SHAPE, generator=g, dtype=torch.float64)
     names = ("logps", "entropies", "lse")
     ours, theirs = (
-        torch.autograd.grad(sum((w * torch.where(UNMASKED, s[name], 0)).sum() for w, name in zip(weights, names, strict=True)), z)[0]
+        torch.autograd.grad(
+            sum(
+                (w * torch.where(UNMASKED, s[name], 0)).sum()
+                for w, name in zip(weights, names, strict=True)
+            ),
+            z,
+        )[0]
         for s in ({name: getattr(found, name) for name in names}, expected)
     )
     close(ours, theirs)
@@ -65,7 +88,15 @@ def test_gradcheck(over):
     t = torch.rand(3, dtype=torch.float64) + 0.5
 
     def both(z, t):
-        return rw.token_logps(z, ids, return_entropy=True, sampling_mask=mask, entropy_over=over, temperature=t, backend="reference")
+        return rw.token_logps(
+            z,
+            ids,
+            return_entropy=True,
+            sampling_mask=mask,
+            entropy_over=over,
+            temperature=t,
+            backend="reference",
+        )
 
     torch.autograd.gradcheck(both, (z.requires_grad_(), t.requires_grad_()))
     torch.autograd.gradgradcheck(lambda z: both(z, t.detach()), (z,))
@@ -77,8 +108,16 @@ def test_outside_of_the_set_the_gradient_is_exactly_zero_and_nothing_is_read(bac
     z = torch.where(mask, z, torch.nan).requires_grad_()
     for call in (
         lambda: rw.token_logps(z, ids, sampling_mask=mask, backend=backend).sum(),
-        lambda: rw.policy_loss(z, ids, 1.0, spec="grpo", sampling_mask=mask, backend=backend, plan="one_pass").loss,
-        lambda: rw.policy_loss(z, ids, 1.0, spec="grpo", sampling_mask=mask, backend=backend, plan="two_pass").loss,
+        lambda: (
+            rw.policy_loss(
+                z, ids, 1.0, spec="grpo", sampling_mask=mask, backend=backend, plan="one_pass"
+            ).loss
+        ),
+        lambda: (
+            rw.policy_loss(
+                z, ids, 1.0, spec="grpo", sampling_mask=mask, backend=backend, plan="two_pass"
+            ).loss
+        ),
     ):
         (grad,) = torch.autograd.grad(call(), z)
         assert (grad[~mask] == 0).all() and grad.isfinite().all()
@@ -95,7 +134,16 @@ def test_by_the_criterion(backend, dtype, over):
             columns = softmax.get("vocab_size", 257)
             batch["completion_ids"] %= columns
             mask = make_sampling_mask(batch)[..., :columns]
-            found = compare(ENTROPY, batch, backend=backend, plan=plan, loss_scale=64.0, sampling_mask=mask, entropy_over=over, **softmax)
+            found = compare(
+                ENTROPY,
+                batch,
+                backend=backend,
+                plan=plan,
+                loss_scale=64.0,
+                sampling_mask=mask,
+                entropy_over=over,
+                **softmax,
+            )
             assert found.passed and found.plan == plan, found
 
 
@@ -109,7 +157,14 @@ def _policy(spec, over, **keywords):
     ids = batch.pop("completion_ids")
     mask = mask.scatter(-1, ids.clamp(min=0)[..., None], True)
     ours = rw.policy_loss(
-        z, ids, batch["advantages"], spec=spec, sampling_mask=shuffled(mask), entropy_over=over, **keywords, **_rest(batch)
+        z,
+        ids,
+        batch["advantages"],
+        spec=spec,
+        sampling_mask=shuffled(mask),
+        entropy_over=over,
+        **keywords,
+        **_rest(batch),
     )
     expected = oracle(z, ids, mask, over)
     theirs = rw.policy_loss_from_logps(
@@ -134,7 +189,9 @@ def test_every_method_is_itself_on_the_kept_distribution(name):
     for over in OVER:
         z, mask, ours, theirs = _policy(spec, over, backend="reference", plan="two_pass")
         close(ours.loss, theirs.loss, 1e-10)
-        a, b = (torch.autograd.grad(out.loss.sum(), z, allow_unused=True)[0] for out in (ours, theirs))
+        a, b = (
+            torch.autograd.grad(out.loss.sum(), z, allow_unused=True)[0] for out in (ours, theirs)
+        )
         close(a, b, 1e-9)
         if spec.one_pass_unsupported_reason is not None:
             continue
@@ -154,7 +211,9 @@ def test_layouts_and_consumed_logits_change_nothing():
 
         def run(logits, plan=plan, **keywords):
             leaf = logits.clone().requires_grad_()
-            out = rw.policy_loss(leaf * 1, ids, 1.0, spec=ENTROPY, sampling_mask=kept, plan=plan, **keywords)
+            out = rw.policy_loss(
+                leaf * 1, ids, 1.0, spec=ENTROPY, sampling_mask=kept, plan=plan, **keywords
+            )
             return out.loss, torch.autograd.grad(out.loss, leaf)[0]
 
         for over in OVER:
@@ -172,7 +231,10 @@ def test_of_no_rows_and_of_ignored_rows():
     z, ids, mask = kept_batch()
     nothing = torch.full_like(ids, -100)
     z.requires_grad_()
-    for kept in (rw.SamplingMask.from_mask(mask), rw.SamplingMask(torch.zeros(0, dtype=torch.int32), torch.zeros(13, dtype=torch.int64))):
+    for kept in (
+        rw.SamplingMask.from_mask(mask),
+        rw.SamplingMask(torch.zeros(0, dtype=torch.int32), torch.zeros(13, dtype=torch.int64)),
+    ):
         logps = rw.token_logps(z, nothing, sampling_mask=kept)
         assert not logps.any() and not torch.autograd.grad(logps.sum(), z)[0].any()
     assert rw.token_logps(z[:0], ids[:0], sampling_mask=mask[:0]).shape == (0, SHAPE[1])
@@ -188,9 +250,13 @@ def test_nothing_waits_for_a_device():
     meta = {"device": "meta"}
     for shape in ((6, 9), (2, 3, 9)):
         z = torch.empty(shape, dtype=torch.bfloat16, **meta)
-        kept = rw.SamplingMask(torch.empty(20, dtype=torch.int32, **meta), torch.empty(7, dtype=torch.int32, **meta))
+        kept = rw.SamplingMask(
+            torch.empty(20, dtype=torch.int32, **meta), torch.empty(7, dtype=torch.int32, **meta)
+        )
         options = SoftmaxOptions(sampling_mask=kept)
-        found = resolve_logits("op", z, torch.empty(shape[:-1], dtype=torch.int64, **meta), options, {})
+        found = resolve_logits(
+            "op", z, torch.empty(shape[:-1], dtype=torch.int64, **meta), options, {}
+        )
         entries = kept_ops._Kept(z, found.ids, *found.kept[:3])
         rows = entries.gather(z, torch.ones(1, **meta), 1.0)
         for add in (False, True):
@@ -233,7 +299,16 @@ def test_a_set_that_cannot_be_meant_names_its_row_or_is_nan_in_it(case, backend,
     for over in OVER:
         z = ROW.clone().requires_grad_()
         for plan in ("one_pass", "two_pass"):
-            out = rw.policy_loss(z, ids, 1.0, spec="reinforce", sampling_mask=kept, entropy_over=over, backend=backend, plan=plan)
+            out = rw.policy_loss(
+                z,
+                ids,
+                1.0,
+                spec="reinforce",
+                sampling_mask=kept,
+                entropy_over=over,
+                backend=backend,
+                plan=plan,
+            )
             assert out.per_token_logps.isnan().tolist() == [False, True] and out.loss.isnan()
             assert out.entropies.detach().isnan().tolist() == [False, True]
             assert torch.autograd.grad(out.loss, z)[0][0].isfinite().all()
@@ -250,13 +325,37 @@ def test_malformed_offsets_are_named_or_everything_is_nan(case, monkeypatch):
 
 
 INVALID = {
-    "a dtype": (sets([1, 3], [0, 1, 2], torch.float32), {}, "token_ids is .* expected one dimension of int32 or int64"),
-    "a number of rows": (sets([1, 3], [0, 2]), {}, "offsets has 2 elements, expected 3: one more than there are rows"),
-    "something else": (3, {}, r"sampling_mask is a int, expected a SamplingMask\(token_ids, offsets\) or a bool mask"),
-    "a mask of another shape": (torch.ones(2, 3, dtype=torch.bool), {}, r"has shape \(2, 3\), expected \(2,\) \+ \(4,\)"),
+    "a dtype": (
+        sets([1, 3], [0, 1, 2], torch.float32),
+        {},
+        "token_ids is .* expected one dimension of int32 or int64",
+    ),
+    "a number of rows": (
+        sets([1, 3], [0, 2]),
+        {},
+        "offsets has 2 elements, expected 3: one more than there are rows",
+    ),
+    "something else": (
+        3,
+        {},
+        r"sampling_mask is a int, expected a SamplingMask\(token_ids, offsets\) or a bool mask",
+    ),
+    "a mask of another shape": (
+        torch.ones(2, 3, dtype=torch.bool),
+        {},
+        r"has shape \(2, 3\), expected \(2,\) \+ \(4,\)",
+    ),
     "a mask of another dtype": (torch.ones(2, 4), {}, "expected bool"),
-    "an entropy": (sets([1, 3], [0, 1, 2]), {"entropy_over": "all"}, "entropy_over is 'all', expected one of kept, vocabulary"),
-    "an entropy without a mask": (None, {"entropy_over": "vocabulary"}, "entropy_over would have no effect"),
+    "an entropy": (
+        sets([1, 3], [0, 1, 2]),
+        {"entropy_over": "all"},
+        "entropy_over is 'all', expected one of kept, vocabulary",
+    ),
+    "an entropy without a mask": (
+        None,
+        {"entropy_over": "vocabulary"},
+        "entropy_over would have no effect",
+    ),
 }
 
 
@@ -290,9 +389,13 @@ def test_explain_answers_and_a_backend_asked_for_by_name_never_falls_back():
     out = rw.policy_loss(z, ids, 1.0, spec="grpo", sampling_mask=mask)
     assert (told.plan, told.backend) == (out.plan, out.backend) == ("one_pass", BACKENDS[-1])
     meta = {"device": "meta"}
-    kept = rw.SamplingMask(torch.empty(9, dtype=torch.int32, **meta), torch.empty(13, dtype=torch.int64, **meta))
+    kept = rw.SamplingMask(
+        torch.empty(9, dtype=torch.int32, **meta), torch.empty(13, dtype=torch.int64, **meta)
+    )
     for value in (kept, mask.to("meta")):
-        told = rw.explain(rw.token_logps, z.to("meta"), ids.to("meta"), sampling_mask=value, device="cpu")
+        told = rw.explain(
+            rw.token_logps, z.to("meta"), ids.to("meta"), sampling_mask=value, device="cpu"
+        )
         assert told.backend == BACKENDS[-1]
 
 
@@ -302,7 +405,9 @@ def test_a_call_that_was_made_before_is_not_taken_for_one_with_a_mask():
     for _ in range(3):  # the first loads a backend, the second is remembered
         plain = rw.policy_loss(z, ids, 1.0, spec="grpo")
         kept = rw.policy_loss(z, ids, 1.0, spec="grpo", sampling_mask=mask)
-        expected = (oracle(z, ids, every, "kept")["logps"] for every in (torch.ones_like(mask), mask))
+        expected = (
+            oracle(z, ids, every, "kept")["logps"] for every in (torch.ones_like(mask), mask)
+        )
         for out, logps in zip((plain, kept), expected, strict=True):
             close(out.per_token_logps, logps, 1e-5)
     rw.policy_loss(z, ids, 1.0, spec="grpo", entropy_over="kept")
@@ -334,7 +439,13 @@ def _loss(z, ids, **keywords):
 
 @pytest.mark.parametrize(
     ("function", "over"),
-    [(_statistics, "kept"), *(pytest.param(f, over, marks=pytest.mark.slow) for f, over in ((_loss, "kept"), (_loss, "vocabulary")))],
+    [
+        (_statistics, "kept"),
+        *(
+            pytest.param(f, over, marks=pytest.mark.slow)
+            for f, over in ((_loss, "kept"), (_loss, "vocabulary"))
+        ),
+    ],
 )
 def test_graphs(function, over):
     z, ids, mask = kept_batch((3,), 6, torch.float32)
@@ -342,7 +453,10 @@ def test_graphs(function, over):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     (first, graph), (second, eager) = (
         (value, torch.autograd.grad(value, leaf)[0])
-        for leaf, f in ((z.clone().requires_grad_(), compiled), (z.clone().requires_grad_(), function))
+        for leaf, f in (
+            (z.clone().requires_grad_(), compiled),
+            (z.clone().requires_grad_(), function),
+        )
         for value in (f(leaf, ids, sampling_mask=kept, entropy_over=over),)
     )
     close(first, second, 1e-6)
@@ -358,7 +472,11 @@ def test_pairs_of_kept_distributions():
     z, ids, mask = kept_batch((4, 3))
     ref = torch.randn(4, dtype=torch.float64)
     leaf, plain = z.clone().requires_grad_(), z.clone().requires_grad_()
-    ours = rw.preference_loss(leaf, ids, spec="dpo", ref_sequence_logps=ref, sampling_mask=mask).loss
-    theirs = rw.preference_loss_from_logps(oracle(plain, ids, mask)["logps"], spec="dpo", ref_sequence_logps=ref).loss
+    ours = rw.preference_loss(
+        leaf, ids, spec="dpo", ref_sequence_logps=ref, sampling_mask=mask
+    ).loss
+    theirs = rw.preference_loss_from_logps(
+        oracle(plain, ids, mask)["logps"], spec="dpo", ref_sequence_logps=ref
+    ).loss
     close(ours, theirs)
     close(torch.autograd.grad(ours, leaf)[0], torch.autograd.grad(theirs, plain)[0])

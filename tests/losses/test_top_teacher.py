@@ -1,4 +1,6 @@
-"""Distillation from a teacher's stored log-probs of K ids (``TopKLogps``): from logits and from hidden states."""
+"""Distillation from a teacher's stored log-probs of K ids (``TopKLogps``): from logits
+and from hidden states.
+"""
 
 import math
 
@@ -11,7 +13,11 @@ from reweight_ops._core.backends.base import Request
 from reweight_ops._core.backends.select import unsupported_reason
 from reweight_ops._core.engine.distillation import KINDS
 
-BACKENDS = [b for b in ("reference", "cpu") if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
+BACKENDS = [
+    b
+    for b in ("reference", "cpu")
+    if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None
+]
 ALL, TAILS = (*KINDS, "generalized_jsd"), ("bucket", "renormalize", "ignore")
 B, T, D, V, K = 2, 4, 6, 23, 5
 
@@ -22,19 +28,25 @@ def backend(request):
 
 
 def make(dtype=torch.float64):
-    """A teacher whose lists have several lengths: padding by id and by log-prob. One row
-    is ignored and holds nonsense.
+    """A teacher whose lists have several lengths: padding by id and by log-prob. One
+    row is ignored and holds nonsense.
     """
     g = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(*s, generator=g, dtype=torch.float64).to(dtype) for s in ((B, T, D), (V, D)))
-    values, ids = torch.log_softmax(torch.randn(B, T, V, generator=g, dtype=torch.float64) * 2, -1).topk(K)
+    hidden, weight = (
+        torch.randn(*s, generator=g, dtype=torch.float64).to(dtype) for s in ((B, T, D), (V, D))
+    )
+    values, ids = torch.log_softmax(
+        torch.randn(B, T, V, generator=g, dtype=torch.float64) * 2, -1
+    ).topk(K)
     ids[0, 1, 3:], values[1, 2, 4] = -100, -math.inf
     values[0, 1, 3:] = 0.5
     mask = torch.ones(B, T, dtype=torch.bool)
     mask[1, 0], ids[1, 0] = False, V + 7
     row = torch.float64 if dtype == torch.float64 else torch.float32
     weights = torch.rand(B, T, generator=g, dtype=torch.float64).to(row)
-    return dict(hidden=hidden, weight=weight, ids=ids, logps=values.to(row), mask=mask, weights=weights)
+    return dict(
+        hidden=hidden, weight=weight, ids=ids, logps=values.to(row), mask=mask, weights=weights
+    )
 
 
 def teacher(d, tail):
@@ -42,16 +54,26 @@ def teacher(d, tail):
 
 
 def options(d, kind):
-    return dict(kind=kind, completion_mask=d["mask"]) | (dict(beta=0.3) if kind == "generalized_jsd" else {})
+    return dict(kind=kind, completion_mask=d["mask"]) | (
+        dict(beta=0.3) if kind == "generalized_jsd" else {}
+    )
 
 
 def wanted(d, kind, tail, logits):
     values = []
     for b in range(B):
         for t in range(T):
-            listed = [(i, v) for i, v in zip(d["ids"][b, t].tolist(), d["logps"][b, t].tolist(), strict=True) if i >= 0 and v > -math.inf]
+            listed = [
+                (i, v)
+                for i, v in zip(d["ids"][b, t].tolist(), d["logps"][b, t].tolist(), strict=True)
+                if i >= 0 and v > -math.inf
+            ]
             ids, probs = [i for i, _ in listed], [math.exp(v) for _, v in listed]
-            values.append(top_k.row(logits[b, t], ids, probs, tail, 0.3)[kind] if d["mask"][b, t] else logits.new_zeros(()))
+            values.append(
+                top_k.row(logits[b, t], ids, probs, tail, 0.3)[kind]
+                if d["mask"][b, t]
+                else logits.new_zeros(())
+            )
     return torch.stack(values).view(B, T)
 
 
@@ -66,21 +88,39 @@ def test_values_and_gradients(kind, tail, backend):
     truth = torch.autograd.grad((want * d["weights"]).sum(), (hidden, weight))
     h, w = (d[name].clone().requires_grad_() for name in ("hidden", "weight"))
     for got in (
-        rw.token_divergence(h @ w.T, teacher(d, tail), temperature=1.5, backend=backend, **options(d, kind)),
-        rw.linear_token_divergence(h, w, teacher(d, tail), temperature=1.5, chunk_rows=3, backend=backend, **options(d, kind)),
+        rw.token_divergence(
+            h @ w.T, teacher(d, tail), temperature=1.5, backend=backend, **options(d, kind)
+        ),
+        rw.linear_token_divergence(
+            h,
+            w,
+            teacher(d, tail),
+            temperature=1.5,
+            chunk_rows=3,
+            backend=backend,
+            **options(d, kind),
+        ),
     ):
         torch.testing.assert_close(got.double(), want.detach(), **near)
-        for a, b in zip(torch.autograd.grad((got * d["weights"]).sum(), (h, w)), truth, strict=True):
+        for a, b in zip(
+            torch.autograd.grad((got * d["weights"]).sum(), (h, w)), truth, strict=True
+        ):
             torch.testing.assert_close(a.double(), b, **near)
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "symmetric_cross_entropy", "generalized_jsd"])
+@pytest.mark.parametrize(
+    "kind", ["forward_kl", "reverse_kl", "symmetric_cross_entropy", "generalized_jsd"]
+)
 @pytest.mark.parametrize("linear", [False, True])
 def test_the_loss_is_the_weighted_sum(kind, linear):
     d = make()
     h = d["hidden"].clone().requires_grad_()
     scale = dict(token_weights=d["weights"], num_items_in_batch=5.0, loss_scale=2.0)
-    op = (rw.linear_distillation_loss, h, d["weight"]) if linear else (rw.distillation_loss, h @ d["weight"].T)
+    op = (
+        (rw.linear_distillation_loss, h, d["weight"])
+        if linear
+        else (rw.distillation_loss, h @ d["weight"].T)
+    )
     out = op[0](*op[1:], teacher(d, "bucket"), **scale, **options(d, kind))
     value = rw.token_divergence(h @ d["weight"].T, teacher(d, "bucket"), **options(d, kind))
     want = 2 * (d["weights"] * value).sum() / 5
@@ -89,9 +129,15 @@ def test_the_loss_is_the_weighted_sum(kind, linear):
     torch.testing.assert_close(out.per_token_divergence, value.detach())
     assert out.plan == "two_pass" and (out.per_token_divergence[1, 0] == 0).all()
     torch.testing.assert_close(
-        out.reverse_kl, rw.token_divergence(h @ d["weight"].T, teacher(d, "bucket"), **options(d, "reverse_kl")).detach()
+        out.reverse_kl,
+        rw.token_divergence(
+            h @ d["weight"].T, teacher(d, "bucket"), **options(d, "reverse_kl")
+        ).detach(),
     )
-    with pytest.raises(rw.UnsupportedRequest, match="one_pass' is impossible: there is no fused loss against stored log-probs"):
+    with pytest.raises(
+        rw.UnsupportedRequest,
+        match="one_pass' is impossible: there is no fused loss against stored log-probs",
+    ):
         op[0](*op[1:], teacher(d, "bucket"), plan="one_pass", **options(d, kind))
 
 
@@ -105,7 +151,11 @@ def test_is_trls(kind, tail):
     others = sorted(set(range(V)) - set(d["ids"][0, 1, :3].tolist()))
     d["ids"][0, 1, 3:], d["ids"][1, 0] = torch.tensor(others[: K - 3]), torch.arange(K)
     z = (d["hidden"] @ d["weight"].T).requires_grad_()
-    p, q, there = torch.log_softmax(z, -1).gather(-1, d["ids"]), d["logps"], torch.ones(B, T, K, dtype=torch.bool)
+    p, q, there = (
+        torch.log_softmax(z, -1).gather(-1, d["ids"]),
+        d["logps"],
+        torch.ones(B, T, K, dtype=torch.bool),
+    )
     if tail == "bucket":
         (p, there), (q, _) = theirs._add_tail_bucket(p, there), theirs._add_tail_bucket(q, there)
     else:
@@ -114,13 +164,18 @@ def test_is_trls(kind, tail):
     want = torch.where(d["mask"], theirs._jsd_divergence(p, q, beta, support_mask=there).sum(-1), 0)
     got = rw.token_divergence(z, teacher(d, tail), **options(d, kind))
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), z)[0] for x in (got, want)), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(x.sum(), z)[0] for x in (got, want)), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_the_whole_vocabulary_is_the_divergence_of_the_logits():
     """With every id listed, nothing is left for the bucket."""
     d = make()
-    z, other = d["hidden"] @ d["weight"].T, torch.randn(B, T, V, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    z, other = (
+        d["hidden"] @ d["weight"].T,
+        torch.randn(B, T, V, dtype=torch.float64, generator=torch.Generator().manual_seed(3)),
+    )
     for kind in ALL:
         whole = rw.TopKLogps(torch.arange(V).expand(B, T, V), torch.log_softmax(other, -1))
         for tail in TAILS:
@@ -134,14 +189,19 @@ def test_second_derivatives_and_transforms(tail):
 
     def loss(h, w):
         found = [
-            rw.linear_token_divergence(h, w, teacher(d, tail), chunk_rows=3, **options(d, kind)) for kind in ("jeffreys", "generalized_jsd")
+            rw.linear_token_divergence(h, w, teacher(d, tail), chunk_rows=3, **options(d, kind))
+            for kind in ("jeffreys", "generalized_jsd")
         ]
         return (sum(found) * d["weights"]).sum()
 
     leaves = [d[name].requires_grad_() for name in ("hidden", "weight")]
-    assert torch.autograd.gradcheck(loss, leaves, fast_mode=True) and torch.autograd.gradgradcheck(loss, leaves, fast_mode=True)
+    assert torch.autograd.gradcheck(loss, leaves, fast_mode=True) and torch.autograd.gradgradcheck(
+        loss, leaves, fast_mode=True
+    )
     want = torch.autograd.grad(loss(*leaves), leaves)
-    torch.testing.assert_close(torch.func.grad(loss, argnums=(0, 1))(*(x.detach() for x in leaves)), want)
+    torch.testing.assert_close(
+        torch.func.grad(loss, argnums=(0, 1))(*(x.detach() for x in leaves)), want
+    )
 
 
 @pytest.mark.parametrize("tail", TAILS)
@@ -165,7 +225,9 @@ def test_compiles(kind):
     torch._dynamo.reset()
 
     def loss(h):
-        return rw.linear_distillation_loss(h, d["weight"], teacher(d, "bucket"), chunk_rows=3, **options(d, kind)).loss
+        return rw.linear_distillation_loss(
+            h, d["weight"], teacher(d, "bucket"), chunk_rows=3, **options(d, kind)
+        ).loss
 
     d["ids"][1, 0] = 0
     h = d["hidden"].clone().requires_grad_()
@@ -193,7 +255,9 @@ def test_repeats_that_are_padding_or_of_ignored_rows():
     logps[0, 1, :2] = -torch.inf
     z, mask = torch.randn(1, 2, 7), torch.tensor([[1, 1]])
     want = rw.token_divergence(z, rw.TopKLogps(ids[..., 2:], logps[..., 2:]), completion_mask=mask)
-    torch.testing.assert_close(rw.token_divergence(z, rw.TopKLogps(ids, logps), completion_mask=mask), want)
+    torch.testing.assert_close(
+        rw.token_divergence(z, rw.TopKLogps(ids, logps), completion_mask=mask), want
+    )
     logps[0, 1] = -2.0
     with pytest.raises(rw.InvalidCall, match=r"has 3 twice in row 1"):
         rw.token_divergence(z, rw.TopKLogps(ids, logps), completion_mask=mask)
@@ -206,13 +270,26 @@ def test_wrong_calls(case, linear):
     wrong, message = WRONG[case]
     own = {name: wrong[name] for name in wrong if name in rw.TopKLogps._fields}
     right = rw.TopKLogps(torch.arange(2).expand(2, 3, 2), torch.full((2, 3, 2), -1.0))
-    op = (rw.linear_token_divergence, torch.zeros(2, 3, 5), torch.zeros(7, 5)) if linear else (rw.token_divergence, torch.zeros(2, 3, 7))
+    op = (
+        (rw.linear_token_divergence, torch.zeros(2, 3, 5), torch.zeros(7, 5))
+        if linear
+        else (rw.token_divergence, torch.zeros(2, 3, 7))
+    )
     with pytest.raises(rw.InvalidCall, match=message):
-        op[0](*op[1:], right._replace(**own), **{name: value for name, value in wrong.items() if name not in own})
+        op[0](
+            *op[1:],
+            right._replace(**own),
+            **{name: value for name, value in wrong.items() if name not in own},
+        )
 
 
 def test_explain():
     z = torch.empty(2, 3, 7, device="meta", requires_grad=True)
-    t = rw.TopKLogps(torch.empty(2, 3, 2, dtype=torch.int64, device="meta"), torch.empty(2, 3, 2, device="meta"))
+    t = rw.TopKLogps(
+        torch.empty(2, 3, 2, dtype=torch.int64, device="meta"), torch.empty(2, 3, 2, device="meta")
+    )
     found = rw.explain(rw.distillation_loss, z, t, device="cpu", backend="reference")
-    assert found.plan == "two_pass" and "no fused loss against stored log-probs" in found.one_pass_unsupported_reason
+    assert (
+        found.plan == "two_pass"
+        and "no fused loss against stored log-probs" in found.one_pass_unsupported_reason
+    )

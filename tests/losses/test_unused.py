@@ -9,7 +9,10 @@ import torch
 
 import reweight_ops as rw
 
-Z, IDS = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)), torch.ones(2, 3, dtype=torch.long)
+Z, IDS = (
+    torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)),
+    torch.ones(2, 3, dtype=torch.long),
+)
 LOGPS, ADVANTAGES = torch.full((2, 3), -1.0), torch.ones(2)
 
 CASES = [
@@ -30,7 +33,12 @@ def test_an_argument_without_effect(spec, name, value, more):  # docs/semantics.
         with pytest.raises(rw.InvalidCall, match=f"{name} would have no effect"):
             op(*first, **{**call, name: value})
         ignoring = op(*first, **{**call, name: value}, unused="ignore")
-        without = op(*first, **{"advantages": None, **call} if name != "advantages" else {**call, "advantages": None})
+        without = op(
+            *first,
+            **{"advantages": None, **call}
+            if name != "advantages"
+            else {**call, "advantages": None},
+        )
         assert torch.equal(ignoring.loss, without.loss)
     with pytest.raises(rw.InvalidCall, match="unused is 'drop'"):
         rw.policy_loss(Z, IDS, **call, unused="drop")
@@ -83,7 +91,9 @@ def test_a_compiled_call_cannot_look_and_answers_nan():
     torch._dynamo.reset()
     rows = torch.ones(2, 3)
     rows[1, 2] = -1.0
-    found = torch.compile(lambda t: rw.token_logps(Z, IDS, temperature=t), backend="aot_eager", fullgraph=True)(rows)
+    found = torch.compile(
+        lambda t: rw.token_logps(Z, IDS, temperature=t), backend="aot_eager", fullgraph=True
+    )(rows)
     assert found[1, 2].isnan() and found.isfinite().sum() == 5
 
 
@@ -97,12 +107,31 @@ X, LOSSES = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 2.0])
         (lambda **k: rw.advantages.rloo(X, group_size=2, **k), "epsilon"),
         (lambda **k: rw.advantages.aapo(X, X, group_size=2, **k), "epsilon"),
         (lambda **k: rw.advantages.spo_tree(X, torch.tensor([-1, 0]), **k), "epsilon"),
-        (lambda **k: rw.advantages.gigpo(X, X, torch.arange(2), torch.arange(2), group_size=2, num_anchors=2, **k), "epsilon"),
-        (lambda **k: rw.sample_weights.dynamic_loss_reweighting(LOSSES, temperature=1.0, strategy="quadratic", **k), "delta"),
+        (
+            lambda **k: rw.advantages.gigpo(
+                X, X, torch.arange(2), torch.arange(2), group_size=2, num_anchors=2, **k
+            ),
+            "epsilon",
+        ),
+        (
+            lambda **k: rw.sample_weights.dynamic_loss_reweighting(
+                LOSSES, temperature=1.0, strategy="quadratic", **k
+            ),
+            "delta",
+        ),
         (lambda **k: rw.weights.steer(mapping="exponential", **k), "w_max"),
         (lambda **k: rw.weights.steer(mapping="linear", **k), "floor"),
     ],
-    ids=["grpo", "rloo", "aapo", "spo_tree", "gigpo", "dynamic_loss_reweighting", "steer", "linear steer"],
+    ids=[
+        "grpo",
+        "rloo",
+        "aapo",
+        "spo_tree",
+        "gigpo",
+        "dynamic_loss_reweighting",
+        "steer",
+        "linear steer",
+    ],
 )
 def test_an_option_without_effect_before_the_loss(call, name):
     call()

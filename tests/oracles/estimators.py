@@ -1,4 +1,6 @@
-"""The papers' advantage estimators, one group (or one text) at a time, in Python floats as their equations are written."""
+"""The papers' advantage estimators, one group (or one text) at a time, in Python floats
+as their equations are written.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +32,18 @@ def grpo_lead(rewards, a=0.4, b=1.5, x0=0.75, k=10):
 
 
 def mapo_mixed(rewards, correct):
-    """arXiv:2509.18849: (1 - lambda) of the z-score, lambda of the percent deviation, lambda = 1 - 4p(1 - p)."""
+    """arXiv:2509.18849: (1 - lambda) of the z-score, lambda of the percent deviation,
+    lambda = 1 - 4p(1 - p).
+    """
     m, s, p = mean(rewards), std(rewards), sum(map(bool, correct)) / len(correct)
     lam = 1 - 4 * p * (1 - p)
     return [(1 - lam) * (r - m) / (s + 1e-6) + lam * (r - m) / (m + 1e-6) for r in rewards]
 
 
 def ngrpo(rewards, r_max=1.0, count=1):
-    """arXiv:2509.18851: the group with ``count`` virtual completions of reward ``r_max``; the authors' code has mean 0 and std 1 for one completion."""
+    """arXiv:2509.18851: the group with ``count`` virtual completions of reward
+    ``r_max``; the authors' code has mean 0 and std 1 for one completion.
+    """
     if len(rewards) == 1:
         return [rewards[0] / (1 + 1e-6)]
     extended = [*rewards, *([r_max] * count)]
@@ -45,7 +51,9 @@ def ngrpo(rewards, r_max=1.0, count=1):
 
 
 def qae(rewards, K=0.4, correction=0):
-    """arXiv:2509.22611: the smallest reward x whose share of rewards <= x reaches K; shares in whole numbers, K in thousandths."""
+    """arXiv:2509.22611: the smallest reward x whose share of rewards <= x reaches K;
+    shares in whole numbers, K in thousandths.
+    """
     n, k = len(rewards), round(1000 * K)
     baseline = min(x for x in rewards if 1000 * sum(r <= x for r in rewards) >= k * n)
     return [(r - baseline) / (std(rewards, correction) + 1e-6) for r in rewards]
@@ -85,18 +93,24 @@ def canon(rewards, metric, mu, alpha=1.0, beta=0.0, kind="entropy"):
 def edge_grpo(rewards, entropy):
     """arXiv:2507.21848, eq. 5 and 6."""
     m, s = mean(rewards), std(rewards)
-    return [(r - m) / (s + 1e-4) / (h / mean(entropy)) for r, h in zip(rewards, entropy, strict=True)]
+    return [
+        (r - m) / (s + 1e-4) / (h / mean(entropy)) for r, h in zip(rewards, entropy, strict=True)
+    ]
 
 
 def hapo(rewards, lengths):
-    """arXiv:2509.16591: mean and (population) std over the group's tokens, each with its completion's reward."""
+    """arXiv:2509.16591: mean and (population) std over the group's tokens, each with
+    its completion's reward.
+    """
     tokens = [r for r, n in zip(rewards, lengths, strict=True) for _ in range(n)]
     m, s = mean(tokens), std(tokens, correction=0)
     return [(r - m) / (s + 1e-6) for r in rewards]
 
 
 def spo_chain(logps, values, reward, threshold=0.9, interval=5):
-    """arXiv:2505.23564 and the authors' generator: cut before every ``interval``-th unlikely token; V after - V before, the reward at the end."""
+    """arXiv:2505.23564 and the authors' generator: cut before every ``interval``-th
+    unlikely token; V after - V before, the reward at the end.
+    """
     unlikely = [t for t, lp in enumerate(logps) if exp(lp) < threshold]
     starts = unlikely[::interval]
     if not starts:
@@ -110,7 +124,9 @@ def spo_chain(logps, values, reward, threshold=0.9, interval=5):
 
 
 def gigpo(episodes, steps, norm="mean", epsilon=1e-6):
-    """arXiv:2505.10978, eq. 3, 6 and 8. ``episodes``: (group, return); ``steps``: (episode, anchor state, discounted return)."""
+    """arXiv:2505.10978, eq. 3, 6 and 8. ``episodes``: (group, return); ``steps``:
+    (episode, anchor state, discounted return).
+    """
 
     def relative(x, xs):
         if norm == "mean":
@@ -127,7 +143,9 @@ def gigpo(episodes, steps, norm="mean", epsilon=1e-6):
 
 
 def remax(reward, greedy, logps, refs, gamma=0.99, kl=0.05, clip=5.0):
-    """The authors' trainer: from the last token back, the clipped gain is discounted before it is used."""
+    """The authors' trainer: from the last token back, the clipped gain is discounted
+    before it is used.
+    """
     gain, out = max(-clip, min(clip, reward - greedy)), []
     for lp, ref in zip(reversed(logps), reversed(refs), strict=True):
         gain *= gamma
@@ -136,14 +154,18 @@ def remax(reward, greedy, logps, refs, gamma=0.99, kl=0.05, clip=5.0):
 
 
 def d3s(advantages, count):
-    """arXiv:2509.22115: the greatest variance of all subsets of that size, by trying every one of them."""
+    """arXiv:2509.22115: the greatest variance of all subsets of that size, by trying
+    every one of them.
+    """
     from itertools import combinations
 
     def variance(subset):
         xs = [advantages[i] for i in subset]
         return sum((x - mean(xs)) ** 2 for x in xs)
 
-    return max(variance(s) for s in combinations(range(len(advantages)), min(count, len(advantages)))), variance
+    return max(
+        variance(s) for s in combinations(range(len(advantages)), min(count, len(advantages)))
+    ), variance
 
 
 def trust_grpo(outcome, thinking, step, total, alpha=0.3):
@@ -153,23 +175,32 @@ def trust_grpo(outcome, thinking, step, total, alpha=0.3):
     gamma = 1.0
     if good and bad and mean(good) < mean(bad):
         gamma = exp(mean(good) - mean(bad))
-    return [o + gamma * alpha * exp(-step / total) * t for o, t in zip(outcome, thinking, strict=True)]
+    return [
+        o + gamma * alpha * exp(-step / total) * t for o, t in zip(outcome, thinking, strict=True)
+    ]
 
 
 def grpo_lead_length(correct, lengths, alpha=0.05, limit=4000):
-    """The authors' ``get_reweight_rewards`` on rewards of 1 and -1: the mean of the three shortest of the group, inf where there are fewer."""
+    """The authors' ``get_reweight_rewards`` on rewards of 1 and -1: the mean of the
+    three shortest of the group, inf where there are fewer.
+    """
     rewards = [1.0 if c else -1.0 for c in correct]
     if sum((sorted(lengths) + [inf] * 3)[:3]) / 3 <= limit:
         return rewards
     right = [n for n, c in zip(lengths, correct, strict=True) if c]
     s = std(right) if len(right) > 1 else 1.0
-    return [exp(-alpha * (n - mean(right)) / (s + 1e-6)) if c else -1.0 for n, c in zip(lengths, correct, strict=True)]
+    return [
+        exp(-alpha * (n - mean(right)) / (s + 1e-6)) if c else -1.0
+        for n, c in zip(lengths, correct, strict=True)
+    ]
 
 
 def grpo_lambda_length(groups, alpha, fraction=0.2, epsilon=1e-4):
     """arXiv:2505.18086. ``groups``: lists of (correct, length)."""
     share = [mean([float(c) for c, _ in g]) for g in groups]
-    best = sorted(range(len(groups)), key=lambda k: (-share[k], k))[: max(1, ceil(fraction * len(groups)))]
+    best = sorted(range(len(groups)), key=lambda k: (-share[k], k))[
+        : max(1, ceil(fraction * len(groups)))
+    ]
     out = []
     for k, g in enumerate(groups):
         right = [n for c, n in g if c]

@@ -1,7 +1,9 @@
-"""The papers' objectives, sequence by sequence as their equations are written, negated to losses.
+"""The papers' objectives, sequence by sequence as their equations are written, negated
+to losses.
 
-``logp, old, ref, H``: ``[B,T]``; ``A``: ``[B]`` or ``[B,T]``; ``mask``: ``[B,T]``. A sequence ``o_i`` is the valid tokens of row i;
-``G`` counts the rows (none of them empty). ``r = pi/pi_old``.
+``logp, old, ref, H``: ``[B,T]``; ``A``: ``[B]`` or ``[B,T]``; ``mask``: ``[B,T]``. A
+sequence ``o_i`` is the valid tokens of row i; ``G`` counts the rows (none of them
+empty). ``r = pi/pi_old``.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from torch import Tensor
 
 
 def sequences(mask: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """The valid tokens of each row, of every tensor; ``[B]`` and ``[B,1]`` are repeated over the tokens."""
+    """The valid tokens of each row, of every tensor; ``[B]`` and ``[B,1]`` are repeated
+    over the tokens.
+    """
     full = [(x[:, None] if x.dim() == 1 else x).expand(mask.shape) for x in tensors]
     return [tuple(x[i][mask[i] != 0] for x in full) for i in range(mask.shape[0])]
 
@@ -25,11 +29,18 @@ def clipped_objective(r: Tensor, A: Tensor, low: float, high: float) -> Tensor:
 
 def ppo_clip(logp, old, A, mask, epsilon=0.2) -> Tensor:
     """Schulman et al., arXiv:1707.06347, eq. 7: the mean over all timesteps."""
-    return -torch.cat([clipped_objective((lp - o).exp(), a, epsilon, epsilon) for lp, o, a in sequences(mask, logp, old, A)]).mean()
+    return -torch.cat(
+        [
+            clipped_objective((lp - o).exp(), a, epsilon, epsilon)
+            for lp, o, a in sequences(mask, logp, old, A)
+        ]
+    ).mean()
 
 
 def grpo(logp, old, ref, A, mask, epsilon=0.2, beta=0.04) -> Tensor:
-    """DeepSeekMath, arXiv:2402.03300, eq. 3 with the KL of eq. 4: ``1/G sum_i 1/|o_i| sum_t {min(..) - beta KL}``."""
+    """DeepSeekMath, arXiv:2402.03300, eq. 3 with the KL of eq. 4:
+    ``1/G sum_i 1/|o_i| sum_t {min(..) - beta KL}``.
+    """
     terms = [
         (clipped_objective((lp - o).exp(), a, epsilon, epsilon) - beta * k3(lp, rf)).mean()
         for lp, o, rf, a in sequences(mask, logp, old, ref, A)
@@ -38,25 +49,41 @@ def grpo(logp, old, ref, A, mask, epsilon=0.2, beta=0.04) -> Tensor:
 
 
 def dapo(logp, old, A, mask, epsilon_low=0.2, epsilon_high=0.28) -> Tensor:
-    """arXiv:2503.14476, eq. 8: ``1/sum_i|o_i| sum_i sum_t min(..)``, two clip bounds."""
-    terms = [clipped_objective((lp - o).exp(), a, epsilon_low, epsilon_high) for lp, o, a in sequences(mask, logp, old, A)]
+    """arXiv:2503.14476, eq. 8: ``1/sum_i|o_i| sum_i sum_t min(..)``, two
+    clip bounds."""
+    terms = [
+        clipped_objective((lp - o).exp(), a, epsilon_low, epsilon_high)
+        for lp, o, a in sequences(mask, logp, old, A)
+    ]
     return -sum(t.sum() for t in terms) / sum(len(t) for t in terms)
 
 
 def dr_grpo(logp, old, A, mask, epsilon=0.2, horizon: int = 1) -> Tensor:
-    """arXiv:2503.20783, fig. 1: ``1/G sum_i sum_t min(..)``; the authors' code divides by a constant ``horizon``."""
-    terms = [clipped_objective((lp - o).exp(), a, epsilon, epsilon).sum() for lp, o, a in sequences(mask, logp, old, A)]
+    """arXiv:2503.20783, fig. 1: ``1/G sum_i sum_t min(..)``; the authors' code divides
+    by a constant ``horizon``.
+    """
+    terms = [
+        clipped_objective((lp - o).exp(), a, epsilon, epsilon).sum()
+        for lp, o, a in sequences(mask, logp, old, A)
+    ]
     return -torch.stack(terms).mean() / horizon
 
 
 def gspo(logp, old, A, mask, epsilon_low=3e-4, epsilon_high=4e-4) -> Tensor:
-    """arXiv:2507.18071, eq. 5 and 7: ``1/G sum_i min(s_i A_i, clip(s_i) A_i)``, ``s_i = exp(1/|y_i| sum_t log r)``; A is ``[B]``."""
-    terms = [clipped_objective((lp - o).mean().exp(), a[0], epsilon_low, epsilon_high) for lp, o, a in sequences(mask, logp, old, A)]
+    """arXiv:2507.18071, eq. 5 and 7: ``1/G sum_i min(s_i A_i, clip(s_i) A_i)``,
+    ``s_i = exp(1/|y_i| sum_t log r)``; A is ``[B]``.
+    """
+    terms = [
+        clipped_objective((lp - o).mean().exp(), a[0], epsilon_low, epsilon_high)
+        for lp, o, a in sequences(mask, logp, old, A)
+    ]
     return -torch.stack(terms).mean()
 
 
 def gspo_token(logp, old, A, mask, epsilon_low=3e-4, epsilon_high=4e-4) -> Tensor:
-    """arXiv:2507.18071, eq. 13-14: ``s_it = sg[s_i] pi_t/sg[pi_t]``, a mean over tokens, then over sequences."""
+    """arXiv:2507.18071, eq. 13-14: ``s_it = sg[s_i] pi_t/sg[pi_t]``, a mean over
+    tokens, then over sequences.
+    """
     terms = []
     for lp, o, a in sequences(mask, logp, old, A):
         s = (lp - o).mean().exp().detach() * (lp - lp.detach()).exp()
@@ -65,13 +92,20 @@ def gspo_token(logp, old, A, mask, epsilon_low=3e-4, epsilon_high=4e-4) -> Tenso
 
 
 def cispo(logp, old, A, mask, epsilon_low=1.0, epsilon_high=4.0) -> Tensor:
-    """MiniMax-M1, arXiv:2506.13585, eq. 4-5: ``1/sum|o_i| sum sg(clip(r, 1-epsilon_low, 1+epsilon_high)) A log pi``."""
-    terms = [(lp - o).exp().clip(1 - epsilon_low, 1 + epsilon_high).detach() * a * lp for lp, o, a in sequences(mask, logp, old, A)]
+    """MiniMax-M1, arXiv:2506.13585, eq. 4-5:
+    ``1/sum|o_i| sum sg(clip(r, 1-epsilon_low, 1+epsilon_high)) A log pi``.
+    """
+    terms = [
+        (lp - o).exp().clip(1 - epsilon_low, 1 + epsilon_high).detach() * a * lp
+        for lp, o, a in sequences(mask, logp, old, A)
+    ]
     return -sum(t.sum() for t in terms) / sum(len(t) for t in terms)
 
 
 def sapo(logp, old, A, mask, tau_pos=1.0, tau_neg=1.05) -> Tensor:
-    """arXiv:2511.20347, eq. 5-6: ``1/G sum_i 1/|y_i| sum_t f(r) A``, ``f(x) = sigmoid(tau(x-1)) 4/tau``."""
+    """arXiv:2511.20347, eq. 5-6: ``1/G sum_i 1/|y_i| sum_t f(r) A``,
+    ``f(x) = sigmoid(tau(x-1)) 4/tau``.
+    """
     terms = []
     for lp, o, a in sequences(mask, logp, old, A):
         tau = torch.full_like(a, tau_neg).masked_fill(a > 0, tau_pos)
@@ -85,21 +119,31 @@ def gpg(logp, A, mask) -> Tensor:
     return -sum(t.sum() for t in terms) / sum(len(t) for t in terms)
 
 
-def advantage_reweighting(loss: Callable[[Tensor], Tensor], A: Tensor, old: Tensor, alpha: float = 0.3) -> Tensor:
-    """AR, arXiv:2505.12929, eq. 8: the base ``loss`` of the advantages ``[alpha pi_old + (1 - alpha)] A``, one per token."""
+def advantage_reweighting(
+    loss: Callable[[Tensor], Tensor], A: Tensor, old: Tensor, alpha: float = 0.3
+) -> Tensor:
+    """AR, arXiv:2505.12929, eq. 8: the base ``loss`` of the advantages
+    ``[alpha pi_old + (1 - alpha)] A``, one per token.
+    """
     return loss((alpha * old.exp() + (1 - alpha)) * (A[:, None] if A.dim() == 1 else A))
 
 
 def lopti(terms: Tensor, old: Tensor, mask: Tensor, eta: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Lopti, arXiv:2505.12929, section 4.2: the losses of the two updates, first ``pi_old < eta``, then the rest.
+    """Lopti, arXiv:2505.12929, section 4.2: the losses of the two updates, first
+    ``pi_old < eta``, then the rest.
 
-    ``terms [B,T]``: all of a token's loss (surrogate, KL, entropy). Both divide by the count of *all* valid tokens, as the authors' code.
+    ``terms [B,T]``: all of a token's loss (surrogate, KL, entropy). Both divide by the
+    count of *all* valid tokens, as the authors' code.
     """
     return _halves(terms, old.exp() < eta, mask)
 
 
-def lopti_by_portion(terms: Tensor, old: Tensor, mask: Tensor, portion: float) -> tuple[Tensor, Tensor]:
-    """The authors' ``seperate_portion``: the threshold is that quantile of the valid tokens' probabilities."""
+def lopti_by_portion(
+    terms: Tensor, old: Tensor, mask: Tensor, portion: float
+) -> tuple[Tensor, Tensor]:
+    """The authors' ``seperate_portion``: the threshold is that quantile of the valid
+    tokens' probabilities.
+    """
     p = old.exp()
     return _halves(terms, p < torch.quantile(p[mask != 0], portion), mask)
 
@@ -107,7 +151,9 @@ def lopti_by_portion(terms: Tensor, old: Tensor, mask: Tensor, portion: float) -
 def _halves(terms: Tensor, first: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     low = first.to(terms.dtype)
     valid = mask.to(terms.dtype)
-    return (terms * low * valid).sum() / valid.sum(), (terms * (1 - low) * valid).sum() / valid.sum()
+    return (terms * low * valid).sum() / valid.sum(), (
+        terms * (1 - low) * valid
+    ).sum() / valid.sum()
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -128,7 +174,9 @@ def logp_grad(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def k1(logp: Tensor, ref: Tensor) -> Tensor:
-    """Schulman 2020, "Approximating KL divergence", of KL(pi||ref) with ``u = pi_ref/pi``: ``-log u``."""
+    """Schulman 2020, "Approximating KL divergence", of KL(pi||ref) with
+    ``u = pi_ref/pi``: ``-log u``.
+    """
     return -(ref - logp)
 
 
@@ -142,21 +190,27 @@ def k3(logp: Tensor, ref: Tensor) -> Tensor:
     return (ref - logp).exp() - 1 - (ref - logp)
 
 
-# --- losses that couple the tokens of a sequence, or the sequences of a prompt -------------------------------------------------------
+# --- losses that couple the tokens of a sequence, or the sequences of a prompt --------
 def gmpo(logp, old, A, mask, epsilon_low=0.4, epsilon_high=0.4) -> Tensor:
-    """arXiv:2507.20673: ``1/G sum_i {prod_t min(r^s, clip(r, e^-low, e^high)^s)^s}^(1/|o_i|) A_i``, ``s`` the sign of A_i."""
+    """arXiv:2507.20673: ``1/G sum_i {prod_t min(r^s, clip(r, e^-low,
+    e^high)^s)^s}^(1/|o_i|) A_i``, ``s`` the sign of A_i.
+    """
     terms = []
     for lp, o, a in sequences(mask, logp, old, A):
         product = torch.ones((), dtype=lp.dtype)
         for x in (lp - o).exp():
             bounded = x.clip(math.exp(-epsilon_low), math.exp(epsilon_high))
-            product = product * (torch.minimum(x, bounded) if a[0] > 0 else torch.maximum(x, bounded))
+            product = product * (
+                torch.minimum(x, bounded) if a[0] > 0 else torch.maximum(x, bounded)
+            )
         terms.append(product ** (1 / len(lp)) * a[0])
     return -torch.stack(terms).mean()
 
 
 def vespo(logp, old, A, mask, k_pos=2.0, lambda_pos=3.0, k_neg=3.0, lambda_neg=2.0) -> Tensor:
-    """arXiv:2602.10693 as in TRL: ``-phi(W) A log pi`` over all tokens, ``phi(W) = e^lambda W^k e^(-lambda W)`` without a gradient."""
+    """arXiv:2602.10693 as in TRL: ``-phi(W) A log pi`` over all tokens,
+    ``phi(W) = e^lambda W^k e^(-lambda W)`` without a gradient.
+    """
     total = torch.zeros((), dtype=logp.dtype)
     for lp, o, a in sequences(mask, logp, old, A):
         W = (lp - o).exp().prod().detach()
@@ -166,16 +220,23 @@ def vespo(logp, old, A, mask, k_pos=2.0, lambda_pos=3.0, k_neg=3.0, lambda_neg=2
 
 
 def opsm(logp, old, A, mask, threshold, epsilon=0.2) -> Tensor:
-    """DeepSeek-V3.2, arXiv:2512.02556, eq. 9 on GRPO: M_i = 0 iff A_i < 0 and the mean of ``log(pi_old/pi)`` is above the threshold."""
+    """DeepSeek-V3.2, arXiv:2512.02556, eq. 9 on GRPO: M_i = 0 iff A_i < 0 and the mean
+    of ``log(pi_old/pi)`` is above the threshold.
+    """
     terms = []
     for lp, o, a in sequences(mask, logp, old, A):
         dropped = a[0] < 0 and (o - lp).mean() > threshold
-        terms.append(clipped_objective((lp - o).exp(), a, epsilon, epsilon).mean() * (0.0 if dropped else 1.0))
+        terms.append(
+            clipped_objective((lp - o).exp(), a, epsilon, epsilon).mean()
+            * (0.0 if dropped else 1.0)
+        )
     return -torch.stack(terms).mean()
 
 
 def disco(scores, rewards, groups, tau, weights=None) -> Tensor:
-    """DisCO, arXiv:2505.12366, and DRPO, arXiv:2510.04474: minus the mean over questions, given each response's score (and weight)."""
+    """DisCO, arXiv:2505.12366, and DRPO, arXiv:2510.04474: minus the mean over
+    questions, given each response's score (and weight).
+    """
     total, questions = torch.zeros((), dtype=scores.dtype), sorted(set(groups))
     for q in questions:
         positive = [i for i, g in enumerate(groups) if g == q and rewards[i] > 0]
@@ -196,18 +257,25 @@ def kl_constraint(kl: Tensor, strength: float, bound: float) -> Tensor:
 
 def npo(logp, ref, mask, beta=0.1) -> Tensor:
     """arXiv:2404.05868: ``-2/beta E[log sigmoid(-beta log(pi/pi_ref))]``."""
-    terms = [-2 / beta * torch.log(torch.sigmoid(-beta * (lp.sum() - rf.sum()))) for lp, rf in sequences(mask, logp, ref)]
+    terms = [
+        -2 / beta * torch.log(torch.sigmoid(-beta * (lp.sum() - rf.sum())))
+        for lp, rf in sequences(mask, logp, ref)
+    ]
     return torch.stack(terms).mean()
 
 
 def wagle_npo(logp, ref, mask, beta=0.1) -> Tensor:
-    """``src/unlearn/GA.py`` of arXiv:2410.17509: ``-2/beta log sigmoid(beta (NLL - NLL_ref))`` with the batch's token means."""
+    """``src/unlearn/GA.py`` of arXiv:2410.17509:
+    ``-2/beta log sigmoid(beta (NLL - NLL_ref))`` with the batch's token means.
+    """
     chosen = mask != 0
     return -2 / beta * torch.log(torch.sigmoid(beta * (ref[chosen].mean() - logp[chosen].mean())))
 
 
 def decoupled_ppo(logp, prox, behave, A, mask, epsilon=0.2, cap=math.inf, masked=False) -> Tensor:
-    """arXiv:2505.24298: ``E[pi_prox/pi_behave min(u A, clip(u) A)]``, ``u = pi/pi_prox``; its code drops tokens whose weight is over the cap."""
+    """arXiv:2505.24298: ``E[pi_prox/pi_behave min(u A, clip(u) A)]``,
+    ``u = pi/pi_prox``; its code drops tokens whose weight is over the cap.
+    """
     terms = []
     for lp, x, b, a in sequences(mask, logp, prox, behave, A):
         w = (x - b).exp()
@@ -217,7 +285,9 @@ def decoupled_ppo(logp, prox, behave, A, mask, epsilon=0.2, cap=math.inf, masked
 
 
 def topr(logp, old, A, mask) -> Tensor:
-    """arXiv:2503.14286, eq. 8: ``sum over A >= 0 of A grad log pi + sum over A < 0 of clip(pi/mu, 0, 1) A grad log pi``, of whole responses."""
+    """arXiv:2503.14286, eq. 8: ``sum over A >= 0 of A grad log pi + sum over A < 0 of
+    clip(pi/mu, 0, 1) A grad log pi``, of whole responses.
+    """
     terms = []
     for lp, o, a in sequences(mask, logp, old, A):
         w = 1.0 if a[0] >= 0 else min((lp - o).sum().exp().item(), 1.0)
@@ -226,13 +296,20 @@ def topr(logp, old, A, mask) -> Tensor:
 
 
 def kimi_opmd(logp, old, A, mask, tau) -> Tensor:
-    """arXiv:2501.12599, eq. 3: the loss whose gradient is ``-(r - mean) grad log pi + tau/2 grad (log pi/pi_old)^2``, of whole responses."""
-    terms = [-a[0] * lp.sum() + tau / 2 * (lp - o).sum() ** 2 for lp, o, a in sequences(mask, logp, old, A)]
+    """arXiv:2501.12599, eq. 3: the loss whose gradient is
+    ``-(r - mean) grad log pi + tau/2 grad (log pi/pi_old)^2``, of whole responses.
+    """
+    terms = [
+        -a[0] * lp.sum() + tau / 2 * (lp - o).sum() ** 2
+        for lp, o, a in sequences(mask, logp, old, A)
+    ]
     return torch.stack(terms).mean()
 
 
 def comp_sum(logits: Tensor, ids: Tensor, mask: Tensor, tau: float) -> Tensor:
-    """arXiv:2304.07288: ``Phi_tau(sum_{v != y} exp(z_v - z_y))``, ``Phi_tau(u) = ((1+u)^(1-tau) - 1)/(1-tau)``, ``log(1+u)`` at 1; mean."""
+    """arXiv:2304.07288: ``Phi_tau(sum_{v != y} exp(z_v - z_y))``,
+    ``Phi_tau(u) = ((1+u)^(1-tau) - 1)/(1-tau)``, ``log(1+u)`` at 1; mean.
+    """
     u = torch.exp(logits - logits.gather(-1, ids[..., None])).sum(-1) - 1
     phi = torch.log(1 + u) if tau == 1 else ((1 + u) ** (1 - tau) - 1) / (1 - tau)
     return phi[mask].mean()
@@ -245,7 +322,9 @@ def ldam(logits: Tensor, ids: Tensor, mask: Tensor, margin) -> Tensor:
 
 
 def ldr(logits: Tensor, ids: Tensor, mask: Tensor, margin: float) -> Tensor:
-    """arXiv:2112.14869 at lambda = 1: ``log(1/V sum_k exp(c 1[k != y] + f_k - f_y))``, mean."""
+    """arXiv:2112.14869 at lambda = 1: ``log(1/V sum_k exp(c 1[k != y] + f_k - f_y))``,
+    mean.
+    """
     target = torch.nn.functional.one_hot(ids, logits.shape[-1]).to(logits)
     gaps = margin * (1 - target) + logits - logits.gather(-1, ids[..., None])
     return torch.log(torch.exp(gaps).mean(-1))[mask].mean()

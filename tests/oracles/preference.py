@@ -1,4 +1,6 @@
-"""Pair losses written straight from TRL 1.16's ``DPOTrainer._compute_loss`` and from the papers: one pair at a time, in Python numbers."""
+"""Pair losses written straight from TRL 1.16's ``DPOTrainer._compute_loss`` and from
+the papers: one pair at a time, in Python numbers.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ def trl_loss(
     ld_alpha: float | None = None,
     log_sum_p_sq: tuple[list[Token], list[Token]] | None = None,
 ) -> float:
-    """The batch's loss; ``log_sum_p_sq`` (chosen, rejected) turns WPO's weighting on."""
+    """The batch's loss; ``log_sum_p_sq`` (chosen, rejected) turns WPO's
+    weighting on."""
     n = len(chosen)
     c = [ld_sum(chosen[i], len(rejected[i]), ld_alpha) for i in range(n)]
     r = [ld_sum(rejected[i], len(chosen[i]), ld_alpha) for i in range(n)]
@@ -72,7 +75,11 @@ def trl_loss(
                 qw, ql = sigmoid(beta * d), sigmoid(-beta * d)
                 x = qw * (math.log(qw) - math.log(1 - e)) + ql * (math.log(ql) - math.log(e))
             elif kind == "nca_pair":
-                x = -log_sigmoid(beta * cr[i]) - 0.5 * log_sigmoid(-beta * cr[i]) - 0.5 * log_sigmoid(-beta * rj[i])
+                x = (
+                    -log_sigmoid(beta * cr[i])
+                    - 0.5 * log_sigmoid(-beta * cr[i])
+                    - 0.5 * log_sigmoid(-beta * rj[i])
+                )
             elif kind == "robust":
                 x = (-(1 - e) * log_sigmoid(beta * d) + e * log_sigmoid(-beta * d)) / (1 - 2 * e)
             elif kind == "bco_pair":
@@ -80,7 +87,10 @@ def trl_loss(
             elif kind == "sppo_hard":
                 x = (cr[i] - 0.5 / beta) ** 2 + (rj[i] + 0.5 / beta) ** 2
             elif kind == "aot":
-                left, right = sorted(a - b for a, b in zip(c, r, strict=True)), sorted(a - b for a, b in zip(rc, rr, strict=True))
+                left, right = (
+                    sorted(a - b for a, b in zip(c, r, strict=True)),
+                    sorted(a - b for a, b in zip(rc, rr, strict=True)),
+                )
                 z = beta * (left[i] - right[i])
                 x = -(1 - e) * log_sigmoid(z) - e * log_sigmoid(-z)
             elif kind == "aot_unpaired":
@@ -101,7 +111,9 @@ def trl_loss(
             else:
                 raise ValueError(kind)
             if log_sum_p_sq is not None:
-                x *= wpo_weight(chosen[i], log_sum_p_sq[0][i]) * wpo_weight(rejected[i], log_sum_p_sq[1][i])
+                x *= wpo_weight(chosen[i], log_sum_p_sq[0][i]) * wpo_weight(
+                    rejected[i], log_sum_p_sq[1][i]
+                )
             losses.append(x)
         total += coef * sum(losses) / n
     return total
@@ -109,7 +121,9 @@ def trl_loss(
 
 def wpo_weight(logps: Token, log_sum_p_sq: Token) -> float:
     """Eq. 2, sampled alignment."""
-    return math.exp(sum(a - b for a, b in zip(logps, log_sum_p_sq, strict=True)) / max(len(logps), 1))
+    return math.exp(
+        sum(a - b for a, b in zip(logps, log_sum_p_sq, strict=True)) / max(len(logps), 1)
+    )
 
 
 def madpo_weight(h: float, c_min: float, c_max: float, lam: float, tau: float) -> float:
@@ -117,8 +131,12 @@ def madpo_weight(h: float, c_min: float, c_max: float, lam: float, tau: float) -
     return sigmoid(c * h) / sigmoid(h) if h > -tau else 1.0
 
 
-def unlikelihood(chosen: Token, rejected: Token, ref_chosen: Token, ref_rejected: Token, beta: float) -> float:
-    """``loss_type="unlikelihood"`` of the authors' trainer: log(1 - p) of the rejected tokens against their log-probs under the reference."""
+def unlikelihood(
+    chosen: Token, rejected: Token, ref_chosen: Token, ref_rejected: Token, beta: float
+) -> float:
+    """``loss_type="unlikelihood"`` of the authors' trainer: log(1 - p) of the rejected
+    tokens against their log-probs under the reference.
+    """
     log_one_minus = sum(math.log(1 - math.exp(t)) for t in rejected)
     return -log_sigmoid(beta * (sum(chosen) - sum(ref_chosen) + log_one_minus - sum(ref_rejected)))
 
@@ -138,8 +156,13 @@ def mcts_dpo(d: float, q_w: float, q_l: float, beta: float) -> float:
 
 
 def sparse_po(sides: list[dict[str, Any]], beta: float, c_u: float, c_d: float) -> float:
-    """``sides``: chosen and rejected, each with logps, ref, kl (of ref to policy), m_u, m_d. The authors' ``k`` is -kl."""
-    u = [sum(m * (a - b) for m, a, b in zip(s["m_u"], s["logps"], s["ref"], strict=True)) for s in sides]
+    """``sides``: chosen and rejected, each with logps, ref, kl (of ref to policy), m_u,
+    m_d. The authors' ``k`` is -kl.
+    """
+    u = [
+        sum(m * (a - b) for m, a, b in zip(s["m_u"], s["logps"], s["ref"], strict=True))
+        for s in sides
+    ]
     d = [sum(m * -k for m, k in zip(s["m_d"], s["kl"], strict=True)) for s in sides]
     norms = sum(c_u * sum(map(abs, s["m_u"])) + c_d * sum(map(abs, s["m_d"])) for s in sides)
     return -log_sigmoid(beta * ((u[0] - u[1]) - (d[0] - d[1]))) + norms
@@ -153,7 +176,9 @@ def kendall(a: list[float], b: list[float]) -> float:
 
 
 def ens_loss_slopes(s: list[float], noise: list[float]) -> list[float]:
-    """λ = 0: the draws as slopes, sorted, capped, dealt out in increasing order of the margin with one extra margin of 0."""
+    """λ = 0: the draws as slopes, sorted, capped, dealt out in increasing order of the
+    margin with one extra margin of 0.
+    """
     slopes = sorted(max(-math.exp(n), -1.0) for n in noise)
     order = sorted(range(len(s) + 1), key=lambda i: [*s, 0.0][i])
     dealt = {i: slopes[k] for k, i in enumerate(order)}

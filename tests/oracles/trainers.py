@@ -1,7 +1,9 @@
-"""What trainers and authors' repositories compute, sequence by sequence in their order; fp64 tensors ``[B, T]``, ``A`` ``[B]`` or ``[B, T]``.
+"""What trainers and authors' repositories compute, sequence by sequence in their order;
+fp64 tensors ``[B, T]``, ``A`` ``[B]`` or ``[B, T]``.
 
-Sources, read at their stored commits: Infini-AI-Lab/M2PO, horizon-llm/CTPO, AReaL, prime-rl, ms-swift, SkyRL, Skywork-OR1, RUCAIBox/Passk_Training, TRL
-1.16, OpenRLHF 0.11.2.
+Sources, read at their stored commits: Infini-AI-Lab/M2PO, horizon-llm/CTPO, AReaL,
+prime-rl, ms-swift, SkyRL, Skywork-OR1, RUCAIBox/Passk_Training, TRL 1.16, OpenRLHF
+0.11.2.
 """
 
 from __future__ import annotations
@@ -14,8 +16,12 @@ from torch import Tensor
 from .papers import clipped_objective, sequences
 
 
-def m2po_bounds(logp: Tensor, old: Tensor, A: Tensor, mask: Tensor, budget=0.04, least_low=0.3, least_high=0.5) -> tuple[float, float]:
-    """``kpo_clip_harmful_tokens`` and ``_solve_tau_from_sorted_delta2``: ``(epsilon_low, epsilon_high)``."""
+def m2po_bounds(
+    logp: Tensor, old: Tensor, A: Tensor, mask: Tensor, budget=0.04, least_low=0.3, least_high=0.5
+) -> tuple[float, float]:
+    """``kpo_clip_harmful_tokens`` and ``_solve_tau_from_sorted_delta2``:
+    ``(epsilon_low, epsilon_high)``.
+    """
     squares = []
     for lp, o, a in sequences(mask, logp, old, A):
         for x, y, z in zip(lp.tolist(), o.tolist(), a.tolist(), strict=True):
@@ -34,7 +40,9 @@ def m2po_bounds(logp: Tensor, old: Tensor, A: Tensor, mask: Tensor, budget=0.04,
 
 
 def m2_mask(drift: list[float], threshold: float) -> list[float]:
-    """AReaL's ``_get_m2po_loss_mask``: the largest squares are masked until the mean of the rest is below the threshold; one is left."""
+    """AReaL's ``_get_m2po_loss_mask``: the largest squares are masked until the mean of
+    the rest is below the threshold; one is left.
+    """
     order = sorted(range(len(drift)), key=lambda i: -(drift[i] ** 2))
     keep = [1.0] * len(drift)
     for i in order[:-1]:
@@ -65,7 +73,9 @@ def prime_rl(logp, old, A, mask, kind, low=0.2, high=0.2, kl_tau=1e-3) -> Tensor
     total = torch.zeros((), dtype=logp.dtype)
     for lp, o, a in sequences(mask, logp, old, A):
         drift = lp.exp() - o.exp()
-        dropped = drift.abs() > high if kind == "ipo" else torch.where(a > 0, drift > high, drift < -low)
+        dropped = (
+            drift.abs() > high if kind == "ipo" else torch.where(a > 0, drift > high, drift < -low)
+        )
         total = total + (-(~dropped).double() * a * (lp - o).exp() + kl_tau * (lp - o) ** 2).sum()
     return total / mask.sum()
 
@@ -105,7 +115,9 @@ def iw_opd(logp, teacher, rollout, mask, gamma=1.0) -> Tensor:
     for lp, x, o in sequences(mask, logp, teacher, rollout):
         a = x - o
         size = a.abs()
-        weights = [1 + gamma * (1 - size[:t].sum() / size.sum().clamp(min=1e-8)) for t in range(len(lp))]
+        weights = [
+            1 + gamma * (1 - size[:t].sum() / size.sum().clamp(min=1e-8)) for t in range(len(lp))
+        ]
         total = total - (torch.stack(weights) * a * lp).sum()
     return total / mask.sum()
 
@@ -124,12 +136,17 @@ def real(scores, rewards, groups, tau=0.5) -> Tensor:
 
 def a2po(logp, ref, targets, mask, beta=1e-3) -> Tensor:
     """TRL's ``A2POTrainer.compute_loss``: ``targets`` ``[B]`` are ``r - V*``."""
-    terms = [(beta * (lp.sum() - rf.sum()) - y[0]) ** 2 for lp, rf, y in sequences(mask, logp, ref, targets)]
+    terms = [
+        (beta * (lp.sum() - rf.sum()) - y[0]) ** 2
+        for lp, rf, y in sequences(mask, logp, ref, targets)
+    ]
     return torch.stack(terms).mean()
 
 
 def kto(logp, ref, labels, mask, kl=0.0, beta=0.1, desirable=1.0, undesirable=1.0) -> Tensor:
-    """arXiv:2402.01306, eq. 7: ``E[λ_y - v(x, y)]``, ``v`` the value of the log-ratio against the reference point."""
+    """arXiv:2402.01306, eq. 7: ``E[λ_y - v(x, y)]``, ``v`` the value of the log-ratio
+    against the reference point.
+    """
     terms = []
     for lp, rf, y in sequences(mask, logp, ref, labels):
         x = lp.sum() - rf.sum()
@@ -146,22 +163,38 @@ def scale_rl(logp, old, A, mask, groups, ratio_max=5.0) -> Tensor:
     rows = sequences(mask, logp, old, A)
     means = []
     for q in sorted(set(groups)):
-        tokens = [-(lp - o).exp().clip(max=ratio_max).detach() * a * lp for (lp, o, a), g in zip(rows, groups, strict=True) if g == q]
+        tokens = [
+            -(lp - o).exp().clip(max=ratio_max).detach() * a * lp
+            for (lp, o, a), g in zip(rows, groups, strict=True)
+            if g == q
+        ]
         means.append(torch.cat(tokens).mean())
     return torch.stack(means).mean()
 
 
 def vapo(logp, old, A, mask, correct, mu=0.1) -> Tensor:
-    """arXiv:2504.05118: the clipped token mean plus ``mu`` times the mean NLL of the tokens of correct responses."""
+    """arXiv:2504.05118: the clipped token mean plus ``mu`` times the mean NLL of the
+    tokens of correct responses.
+    """
     rows = sequences(mask, logp, old, A)
-    policy = -torch.cat([clipped_objective((lp - o).exp(), a, 0.2, 0.28) for lp, o, a in rows]).mean()
-    return policy - mu * torch.cat([lp for (lp, _, _), right in zip(rows, correct, strict=True) if right]).mean()
+    policy = -torch.cat(
+        [clipped_objective((lp - o).exp(), a, 0.2, 0.28) for lp, o, a in rows]
+    ).mean()
+    return (
+        policy
+        - mu
+        * torch.cat([lp for (lp, _, _), right in zip(rows, correct, strict=True) if right]).mean()
+    )
 
 
 def openrlhf_kl(logp, ref, old, kind) -> Tensor:
     """``compute_approx_kl`` with ``unbiased_gradient``, per token."""
     log_ratio = logp - ref
-    value = {"k1": log_ratio, "k2": log_ratio**2 / 2, "k3": (-log_ratio.clamp(min=-10)).exp() - 1 + log_ratio.clamp(min=-10)}[kind]
+    value = {
+        "k1": log_ratio,
+        "k2": log_ratio**2 / 2,
+        "k3": (-log_ratio.clamp(min=-10)).exp() - 1 + log_ratio.clamp(min=-10),
+    }[kind]
     surrogate = (logp - old).exp().clamp(max=10).detach() * log_ratio**2 / 2
     return value.clamp(-10, 10).detach() + surrogate - surrogate.detach()
 
@@ -170,7 +203,10 @@ def skyrl_maxrl(scores: list[float], index: list, epsilon=1e-6) -> list[float]:
     """``compute_maxrl_advantage``."""
     members = {i: [s for s, j in zip(scores, index, strict=True) if i == j] for i in index}
     means = {i: sum(x) / len(x) if len(x) > 1 else 0.0 for i, x in members.items()}
-    return [(s - means[i]) / (means[i] + epsilon) if len(members[i]) > 1 else s for s, i in zip(scores, index, strict=True)]
+    return [
+        (s - means[i]) / (means[i] + epsilon) if len(members[i]) > 1 else s
+        for s, i in zip(scores, index, strict=True)
+    ]
 
 
 def passk_training(correct: list[float], index: list, k: int) -> list[float]:
@@ -181,7 +217,11 @@ def passk_training(correct: list[float], index: list, k: int) -> list[float]:
         n, c = len(group), int(sum(group))
         rho = 1 - math.comb(n - c, k) / math.comb(n, k)
         sigma = math.sqrt(rho * (1 - rho)) + 1e-6
-        out.append((1 - rho) / sigma if x else (1 - rho - math.comb(n - c - 1, k - 1) / math.comb(n - 1, k - 1)) / sigma)
+        out.append(
+            (1 - rho) / sigma
+            if x
+            else (1 - rho - math.comb(n - c - 1, k - 1) / math.comb(n - 1, k - 1)) / sigma
+        )
     return out
 
 

@@ -1,6 +1,8 @@
-"""TRL 1.16's advantages. Source: ``GRPOTrainer._generate_and_score_completions`` and ``RLOOTrainer``'s, ``trl/trainer/utils.py::nanstd``.
+"""TRL 1.16's advantages. Source: ``GRPOTrainer._generate_and_score_completions`` and
+``RLOOTrainer``'s, ``trl/trainer/utils.py::nanstd``.
 
-``rewards_per_func``: ``[B, K]``, NaN where a reward function returned None; a row of NaN alone is unscorable.
+``rewards_per_func``: ``[B, K]``, NaN where a reward function returned None; a row of
+NaN alone is unscorable.
 """
 
 from __future__ import annotations
@@ -25,14 +27,20 @@ def _total(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
     return rewards
 
 
-def grpo(rewards_per_func: Tensor, weights: Tensor, num_generations: int, scale_rewards: str = "group") -> Tensor:
+def grpo(
+    rewards_per_func: Tensor, weights: Tensor, num_generations: int, scale_rewards: str = "group"
+) -> Tensor:
     """``multi_objective_aggregation="sum_then_normalize"``."""
     rewards = _total(rewards_per_func, weights)
-    mean = torch.nanmean(rewards.view(-1, num_generations), dim=1).repeat_interleave(num_generations, dim=0)
+    mean = torch.nanmean(rewards.view(-1, num_generations), dim=1).repeat_interleave(
+        num_generations, dim=0
+    )
     if scale_rewards in ("group", "none"):
         std = torch.zeros_like(rewards)
         if num_generations > 1:
-            std = nanstd(rewards.view(-1, num_generations), dim=1).repeat_interleave(num_generations, dim=0)
+            std = nanstd(rewards.view(-1, num_generations), dim=1).repeat_interleave(
+                num_generations, dim=0
+            )
     else:
         std = nanstd(rewards).expand_as(rewards)
     advantages = rewards - mean
@@ -45,7 +53,9 @@ def gdpo(rewards_per_func: Tensor, weights: Tensor, num_generations: int) -> Ten
     """``multi_objective_aggregation="normalize_then_sum"``."""
     grouped = rewards_per_func.view(-1, num_generations, rewards_per_func.shape[1])
     mean_k = torch.nanmean(grouped, dim=1, keepdim=True)
-    std_k = nanstd(grouped, dim=1, keepdim=True) if num_generations > 1 else torch.zeros_like(mean_k)
+    std_k = (
+        nanstd(grouped, dim=1, keepdim=True) if num_generations > 1 else torch.zeros_like(mean_k)
+    )
     reward_k = ((grouped - mean_k) / (std_k + 1e-4)).view(-1, rewards_per_func.shape[1])
     rewards = (reward_k * weights[None]).nansum(dim=1)
     rewards[torch.isnan(rewards_per_func).all(dim=1)] = torch.nan

@@ -1,7 +1,8 @@
-"""verl 0.9.1's advantage estimators, row by row as it computes them. Source: ``verl/trainer/ppo/core_algos.py``, ``verl/utils/torch_functional.py``.
+"""verl 0.9.1's advantage estimators, row by row as it computes them. Source:
+``verl/trainer/ppo/core_algos.py``, ``verl/utils/torch_functional.py``.
 
-``token_rewards, values, mask``: ``[B, T]`` fp64; ``index``: a list of group names. Each returns ``[B, T]``. Its ``+ 1e-8`` on counts is left out: it
-changes nothing in fp32.
+``token_rewards, values, mask``: ``[B, T]`` fp64; ``index``: a list of group names. Each
+returns ``[B, T]``. Its ``+ 1e-8`` on counts is left out: it changes nothing in fp32.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ def masked_whiten(values: Tensor, mask: Tensor) -> Tensor:
     return (values - mean) * torch.rsqrt(var + 1e-8)
 
 
-def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, whiten: bool = True) -> tuple[Tensor, Tensor]:
+def gae(
+    token_rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: float,
+    whiten: bool = True,
+) -> tuple[Tensor, Tensor]:
     """``compute_gae_advantage_return``."""
     nextvalues, lastgaelam, reversed_ = 0.0, 0.0, []
     for t in reversed(range(token_rewards.shape[-1])):
@@ -40,7 +48,13 @@ def _groups(scores: Tensor, index: list) -> dict:
     return members
 
 
-def grpo(token_rewards: Tensor, mask: Tensor, index: list, epsilon: float = 1e-6, norm_adv_by_std_in_grpo: bool = True) -> Tensor:
+def grpo(
+    token_rewards: Tensor,
+    mask: Tensor,
+    index: list,
+    epsilon: float = 1e-6,
+    norm_adv_by_std_in_grpo: bool = True,
+) -> Tensor:
     """``compute_grpo_outcome_advantage``: a group of one has mean 0 and std 1."""
     scores = token_rewards.sum(-1)
     members = _groups(scores, index)
@@ -48,7 +62,9 @@ def grpo(token_rewards: Tensor, mask: Tensor, index: list, epsilon: float = 1e-6
     for i, name in enumerate(index):
         group = torch.stack(members[name])
         mean, std = (group.mean(), group.std()) if len(group) > 1 else (0.0, 1.0)
-        out.append((scores[i] - mean) / (std + epsilon) if norm_adv_by_std_in_grpo else scores[i] - mean)
+        out.append(
+            (scores[i] - mean) / (std + epsilon) if norm_adv_by_std_in_grpo else scores[i] - mean
+        )
     return torch.stack(out)[:, None] * mask
 
 
@@ -89,7 +105,10 @@ def reinforce_plus_plus_baseline(token_rewards: Tensor, mask: Tensor, index: lis
     """``compute_reinforce_plus_plus_baseline_outcome_advantage``."""
     scores = token_rewards.sum(-1)
     members = _groups(scores, index)
-    centered = [s - (torch.stack(members[n]).mean() if len(members[n]) > 1 else 0.0) for s, n in zip(scores, index, strict=True)]
+    centered = [
+        s - (torch.stack(members[n]).mean() if len(members[n]) > 1 else 0.0)
+        for s, n in zip(scores, index, strict=True)
+    ]
     x = torch.stack(centered)[:, None].tile([1, mask.shape[1]]) * mask
     return masked_whiten(x, mask) * mask
 

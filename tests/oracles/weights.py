@@ -1,4 +1,6 @@
-"""Token weights by their sources' formulas, token by token in Python numbers. ``rows`` are lists of valid tokens, one dict a token."""
+"""Token weights by their sources' formulas, token by token in Python numbers. ``rows``
+are lists of valid tokens, one dict a token.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,9 @@ import math
 
 
 def steer(rows, omega="code", mapping="exponential", w_min=0.8, w_max=1.2, floor=0.02):
-    """``compute_token_weights`` of the authors' repository; ``exact``: the entropy's change by the token's own logit, ``r·A·p(1-p)(log p + H)``."""
+    """``compute_token_weights`` of the authors' repository; ``exact``: the entropy's
+    change by the token's own logit, ``r·A·p(1-p)(log p + H)``.
+    """
     sizes = []
     for t in rows:
         p, p_old = math.exp(t["logp"]), math.exp(t["old"])
@@ -20,7 +24,9 @@ def steer(rows, omega="code", mapping="exponential", w_min=0.8, w_max=1.2, floor
 
 
 def hapo(rows, epsilon_low=0.2, epsilon_high=0.28, alpha=1.0, beta=1.0, pivot=0.8):
-    """The paper: ``(lower bound, upper bound, factor)`` of each token, with the deviation that it divides by."""
+    """The paper: ``(lower bound, upper bound, factor)`` of each token, with the
+    deviation that it divides by.
+    """
     logs = [math.log(t["H"]) for t in rows]
     centre = sorted(logs)[round(pivot * (len(logs) - 1))]
     deviation = math.sqrt(sum((x - centre) ** 2 for x in logs) / len(logs))
@@ -39,7 +45,9 @@ def hapo(rows, epsilon_low=0.2, epsilon_high=0.28, alpha=1.0, beta=1.0, pivot=0.
 
 
 def stare(rows, ratio=0.1, W=1.1, M=1.0):
-    """``compute_stare_token_weights``: the top ``ratio`` by surprisal of the positive tokens get W, of the negative ones M."""
+    """``compute_stare_token_weights``: the top ``ratio`` by surprisal of the positive
+    tokens get W, of the negative ones M.
+    """
     weights = [1.0] * len(rows)
     for sign, value in ((1, W), (-1, M)):
         candidates = [i for i, t in enumerate(rows) if t["A"] * sign > 0]
@@ -51,7 +59,9 @@ def stare(rows, ratio=0.1, W=1.1, M=1.0):
 
 
 def divergence_gate(rows, kind, level, delta):
-    """OpenRLHF 0.11.2, ``PolicyLoss`` with ``is_correction_gating``: the factor of a sequence's tokens, the ratio of what is kept, else 0."""
+    """OpenRLHF 0.11.2, ``PolicyLoss`` with ``is_correction_gating``: the factor of a
+    sequence's tokens, the ratio of what is kept, else 0.
+    """
 
     def clamped(x):
         return min(max(math.exp(x), 1e-6), 1 - 1e-6)
@@ -59,14 +69,23 @@ def divergence_gate(rows, kind, level, delta):
     stats = []
     for t in rows:
         p, q = clamped(t["sampling"]), clamped(t["old"])
-        stats.append(abs(p - q) if kind == "tv" else p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q)))
+        stats.append(
+            abs(p - q)
+            if kind == "tv"
+            else p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+        )
     if level == "sequence":
         stats = [sum(stats) / len(stats)] * len(stats)
-    return [math.exp(t["old"] - t["sampling"]) if s <= delta else 0.0 for t, s in zip(rows, stats, strict=True)]
+    return [
+        math.exp(t["old"] - t["sampling"]) if s <= delta else 0.0
+        for t, s in zip(rows, stats, strict=True)
+    ]
 
 
 def tw_grpo(logits, lengths, G, max_weight):
-    """``compute_token_importance_kl_logs_uniform``: nested lists ``logits[B][T][V]``, ``lengths[B]``; weights ``[B][T]``, 0 behind the end."""
+    """``compute_token_importance_kl_logs_uniform``: nested lists ``logits[B][T][V]``,
+    ``lengths[B]``; weights ``[B][T]``, 0 behind the end.
+    """
     B, T, V = len(logits), len(logits[0]), len(logits[0][0])
     out = []
     for first in range(0, B, G):
@@ -87,7 +106,9 @@ def tw_grpo(logits, lengths, G, max_weight):
 
 
 def gtpo(H, correct, lengths, G, alpha_1=1.0, alpha_2=0.1, eps=1e-8):
-    """Eq. 3, 5 and 6 for each prompt: ``(rewards, advantages)``, both ``[B][T]`` with 0 behind the end."""
+    """Eq. 3, 5 and 6 for each prompt: ``(rewards, advantages)``, both ``[B][T]`` with 0
+    behind the end.
+    """
     B, T = len(H), len(H[0])
     rewards, advantages = ([[0.0] * T for _ in range(B)] for _ in range(2))
     for first in range(0, B, G):
@@ -97,7 +118,9 @@ def gtpo(H, correct, lengths, G, alpha_1=1.0, alpha_2=0.1, eps=1e-8):
                 for t in range(lengths[i]):
                     there = [k for k in members if t < lengths[k]]
                     if label:
-                        rewards[i][t] = alpha_1 + alpha_2 * H[i][t] / sum(H[k][t] for k in there) * len(there)
+                        rewards[i][t] = alpha_1 + alpha_2 * H[i][t] / sum(
+                            H[k][t] for k in there
+                        ) * len(there)
                     else:
                         share = (1 / (H[i][t] + eps)) / sum(1 / (H[k][t] + eps) for k in there)
                         rewards[i][t] = -alpha_1 - alpha_2 * share * len(there)

@@ -1,4 +1,6 @@
-"""A call of several ranks in a graph of torch.compile: whole, compiled once, and the eager call's numbers and errors."""
+"""A call of several ranks in a graph of torch.compile: whole, compiled once, and the
+eager call's numbers and errors.
+"""
 
 import pytest
 import torch
@@ -14,9 +16,21 @@ COLUMNS = [slice(0, 4), slice(4, 11)]  # uneven
 def shards(ranks):
     g = torch.Generator().manual_seed(0)
     z, y = torch.randn(N, 11, generator=g), torch.randn(N, 11, generator=g)
-    h, w, h2 = torch.randn(N, D, generator=g), torch.randn(11, D, generator=g), torch.randn(N, D, generator=g)
+    h, w, h2 = (
+        torch.randn(N, D, generator=g),
+        torch.randn(11, D, generator=g),
+        torch.randn(N, D, generator=g),
+    )
     ids, part = torch.tensor([0, 9, 3, 4, -100, 7]), COLUMNS[ranks.rank]
-    return dict(z=z[:, part].contiguous(), y=y[:, part].contiguous(), h=h, w=w[part], h2=h2, ids=ids, adv=torch.randn(N, generator=g))
+    return dict(
+        z=z[:, part].contiguous(),
+        y=y[:, part].contiguous(),
+        h=h,
+        w=w[part],
+        h2=h2,
+        ids=ids,
+        adv=torch.randn(N, generator=g),
+    )
 
 
 SPEC = rw.methods.trl(entropy_coef=0.1)
@@ -32,7 +46,13 @@ def logps(z, t, **over):
 
 
 def stats(z, t, **over):
-    found = rw.token_stats(z, t["ids"], stats=("logps", "entropies", "log_sum_p_sq", "max_logp", "topk_logps"), top_k=3, **over)
+    found = rw.token_stats(
+        z,
+        t["ids"],
+        stats=("logps", "entropies", "log_sum_p_sq", "max_logp", "topk_logps"),
+        top_k=3,
+        **over,
+    )
     return found.logps, found.entropies, found.log_sum_p_sq, found.max_logp, found.topk_logps
 
 
@@ -50,7 +70,11 @@ def linear(w, t, **over):
 
 
 def linear_divergence(w, t, **over):
-    return (rw.linear_token_divergence(t["h"], w, rw.HiddenLogits(t["h2"], t["w"].detach()), kind="reverse_kl", **over),)
+    return (
+        rw.linear_token_divergence(
+            t["h"], w, rw.HiddenLogits(t["h2"], t["w"].detach()), kind="reverse_kl", **over
+        ),
+    )
 
 
 def two_calls(z, t, **over):
@@ -104,7 +128,10 @@ def whole_graphs(ranks, names, backend):
 NORMAL = ("generalized_jsd",)
 
 
-@pytest.mark.parametrize("name", [name if name in NORMAL else pytest.param(name, marks=pytest.mark.slow) for name in CALLS])
+@pytest.mark.parametrize(
+    "name",
+    [name if name in NORMAL else pytest.param(name, marks=pytest.mark.slow) for name in CALLS],
+)
 def test_a_call_of_several_ranks_is_one_graph(four, name):
     four.check(whole_graphs, [name], "aot_eager")
 
@@ -123,7 +150,9 @@ def outcome(function, *arguments):
 
 
 def ranks_apart(ranks):
-    """What ranks find whose graphs, or shapes, are not the same: one traces alone, another's shard or rows are others."""
+    """What ranks find whose graphs, or shapes, are not the same: one traces alone,
+    another's shard or rows are others.
+    """
     group = ranks.group(range(2))
     if ranks.rank > 1:
         return None
@@ -140,10 +169,12 @@ def ranks_apart(ranks):
         return rw.token_logps(z, ids, process_group=group).sum()
 
     found = [outcome(loss, t["z"], t["ids"])]
-    own = torch.nn.functional.pad(t["z"], (0, 1))[:, :-1] if ranks.rank else t["z"]  # of other strides, for which rank 1 traces anew
+    # of other strides, for which rank 1 traces anew
+    own = torch.nn.functional.pad(t["z"], (0, 1))[:, :-1] if ranks.rank else t["z"]
     found.append(outcome(loss, own, t["ids"]))
     graphs = len(traced)
-    cut = t["z"][:, : -ranks.rank or None].contiguous()  # rank 1 has a column less, and traces for it; rank 0 has its graph
+    # rank 1 has a column less, and traces for it; rank 0 has its graph
+    cut = t["z"][:, : -ranks.rank or None].contiguous()
     found.append(outcome(loss, cut, t["ids"]))
     rows = slice(ranks.rank, None)
     found.append(outcome(loss, t["z"][rows].contiguous(), t["ids"][rows].contiguous()))
@@ -155,5 +186,9 @@ def test_ranks_that_trace_apart_agree_or_all_raise(four):
     assert (graphs, more) == (1, 2)
     assert str(first) == str(second)
     assert first[0] == first[1] != 0
-    assert first[2].startswith("InvalidCall: token_logps: rank 0 of the group runs a graph of torch.compile for other numbers")
-    assert first[3].startswith("InvalidCall: token_logps: the ranks of the group differ in rows, rank by rank: 6, 5.")
+    assert first[2].startswith(
+        "InvalidCall: token_logps: rank 0 of the group runs a graph of torch.compile for other numbers"
+    )
+    assert first[3].startswith(
+        "InvalidCall: token_logps: the ranks of the group differ in rows, rank by rank: 6, 5."
+    )

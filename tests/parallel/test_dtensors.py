@@ -17,7 +17,15 @@ def inputs(dtype=torch.float64):
     def normal(*shape):
         return torch.randn(shape, generator=g, dtype=dtype)
 
-    return normal(B, T, V), normal(B, T, D), normal(V, D), normal(V), normal(R, D), normal(V, R), torch.randint(V, (B, T), generator=g)
+    return (
+        normal(B, T, V),
+        normal(B, T, D),
+        normal(V, D),
+        normal(V),
+        normal(R, D),
+        normal(V, R),
+        torch.randint(V, (B, T), generator=g),
+    )
 
 
 def same(wrong, name, found, expected):
@@ -27,7 +35,9 @@ def same(wrong, name, found, expected):
 
 
 def placed(ranks):
-    """Logits, heads and two models over a mesh of data and vocabulary, against one process."""
+    """Logits, heads and two models over a mesh of data and vocabulary, against one
+    process.
+    """
     z, h, w, c, a, b, ids = inputs()
     mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("dp", "tp"))
     data = slice(2 * mesh.get_local_rank("dp"), 2 * mesh.get_local_rank("dp") + 2)
@@ -46,17 +56,39 @@ def placed(ranks):
     same(wrong, "logits", logits.grad, whole.grad)
     same(wrong, "log-probs", out.per_token_logps, want.per_token_logps[data])
     explained = rw.explain(rw.policy_loss, logits, ids[data], adv[data], spec="dapo")
-    assert explained.plan == "two_pass" and "process_group shards the vocabulary" in explained.one_pass_unsupported_reason
+    assert (
+        explained.plan == "two_pass"
+        and "process_group shards the vocabulary" in explained.one_pass_unsupported_reason
+    )
 
     leaves = [x.clone().requires_grad_() for x in (h, w, c, a, b)]
-    want = rw.linear_policy_loss(*leaves[:2], ids, adv, spec="gspo", lm_head_bias=leaves[2], lora=rw.Lora(*leaves[3:], 0.5))
+    want = rw.linear_policy_loss(
+        *leaves[:2], ids, adv, spec="gspo", lm_head_bias=leaves[2], lora=rw.Lora(*leaves[3:], 0.5)
+    )
     want.loss.backward()
-    rows, columns, both = (Shard(0), Replicate()), (Replicate(), Shard(0)), (Replicate(), Replicate())
-    given = [leaf(x, *where) for x, where in zip((h, w, c, a, b), (rows, columns, columns, both, columns), strict=True)]
+    rows, columns, both = (
+        (Shard(0), Replicate()),
+        (Replicate(), Shard(0)),
+        (Replicate(), Replicate()),
+    )
+    given = [
+        leaf(x, *where)
+        for x, where in zip((h, w, c, a, b), (rows, columns, columns, both, columns), strict=True)
+    ]
     lora = rw.Lora(*given[3:], 0.5)
-    out = rw.linear_policy_loss(*given[:2], ids[data], adv[data], spec="gspo", lm_head_bias=given[2], lora=lora, num_sequences_in_batch=B)
+    out = rw.linear_policy_loss(
+        *given[:2],
+        ids[data],
+        adv[data],
+        spec="gspo",
+        lm_head_bias=given[2],
+        lora=lora,
+        num_sequences_in_batch=B,
+    )
     out.loss.backward()
-    for name, found, expected in zip(("hidden", "weight", "bias", "lora.a", "lora.b"), given, leaves, strict=True):
+    for name, found, expected in zip(
+        ("hidden", "weight", "bias", "lora.a", "lora.b"), given, leaves, strict=True
+    ):
         same(wrong, f"head, {name}", found.grad, expected.grad)
 
     student = z.clone().requires_grad_()
@@ -65,9 +97,16 @@ def placed(ranks):
     kl = rw.token_divergence(logits, distribute_tensor(z.flip(-1), mesh, (Shard(0), Shard(2))))
     kl.sum().backward()
     same(wrong, "divergence", logits.grad, student.grad)
-    teacher = rw.HiddenLogits(distribute_tensor(h.flip(0), mesh, rows), distribute_tensor(w.flip(0), mesh, columns))
+    teacher = rw.HiddenLogits(
+        distribute_tensor(h.flip(0), mesh, rows), distribute_tensor(w.flip(0), mesh, columns)
+    )
     kl = rw.linear_token_divergence(*given[:2], teacher)
-    same(wrong, "two heads", kl, rw.linear_token_divergence(h, w, rw.HiddenLogits(h.flip(0), w.flip(0)))[data])
+    same(
+        wrong,
+        "two heads",
+        kl,
+        rw.linear_token_divergence(h, w, rw.HiddenLogits(h.flip(0), w.flip(0)))[data],
+    )
     logits = leaf(z, Replicate(), Replicate())
     same(wrong, "replicated", rw.token_logps(logits, ids), rw.token_logps(z, ids))
     return wrong
@@ -82,7 +121,10 @@ def uneven(ranks):
     mesh, wrong = DeviceMesh("cpu", torch.arange(4)), []
     z, _, _, _, _, _, ids = inputs()
     z, ids = z[..., :5], ids % 5
-    logits, whole = distribute_tensor(z, mesh, (Shard(2),)).requires_grad_(), z.clone().requires_grad_()
+    logits, whole = (
+        distribute_tensor(z, mesh, (Shard(2),)).requires_grad_(),
+        z.clone().requires_grad_(),
+    )
     for x in (logits, whole):
         rw.token_logps(x, ids, return_entropy=True)[1].sum().backward()
     same(wrong, "uneven", logits.grad, whole.grad)
@@ -106,15 +148,33 @@ def refusals(ranks):
         except (rw.UnsupportedRequest, rw.InvalidCall) as error:
             refused[name] = str(error)
 
-    refuse("one_pass", lambda: rw.policy_loss(part, inside, 1.0, spec="dapo", plan="one_pass", process_group=group))
-    refuse("graph", lambda: torch.autograd.grad(rw.token_logps(part, inside, process_group=group).sum(), part, create_graph=True))
-    refuse("transform", lambda: torch.func.grad(lambda x: rw.token_logps(x, inside, process_group=group).sum())(part.detach()))
+    refuse(
+        "one_pass",
+        lambda: rw.policy_loss(
+            part, inside, 1.0, spec="dapo", plan="one_pass", process_group=group
+        ),
+    )
+    refuse(
+        "graph",
+        lambda: torch.autograd.grad(
+            rw.token_logps(part, inside, process_group=group).sum(), part, create_graph=True
+        ),
+    )
+    refuse(
+        "transform",
+        lambda: torch.func.grad(lambda x: rw.token_logps(x, inside, process_group=group).sum())(
+            part.detach()
+        ),
+    )
     refuse("segments", lambda: segments(z, ids, group))
     refuse("horizon", lambda: horizon(z, ids, group))
     refuse("reducer", lambda: reducer(z, ids, group))
     refuse("fsdp", lambda: rw.linear_token_logps(h, distribute_tensor(w, mesh, (Shard(0),)), ids))
     refuse("partial", lambda: rw.token_logps(DTensor.from_local(z, mesh, [Partial()]), ids))
-    refuse("two groups", lambda: rw.token_logps(distribute_tensor(z, mesh, (Shard(2),)), ids, process_group=group))
+    refuse(
+        "two groups",
+        lambda: rw.token_logps(distribute_tensor(z, mesh, (Shard(2),)), ids, process_group=group),
+    )
     refuse("hidden", lambda: rw.linear_token_logps(h, distribute_tensor(w, mesh, (Shard(1),)), ids))
     refuse("no group", lambda: rw.policy_loss(z, ids, 1.0, spec="dapo", sequence_group="cp"))
     return refused
@@ -122,16 +182,23 @@ def refusals(ranks):
 
 def segments(z, ids, group):
     spec = rw.PolicyLossSpec(surrogate=rw.methods.grpo().surrogate, ratio=rw.SegmentRatio())
-    return rw.policy_loss(z, ids, 1.0, spec=spec, segment_ids=torch.zeros_like(ids), sequence_group=group)
+    return rw.policy_loss(
+        z, ids, 1.0, spec=spec, segment_ids=torch.zeros_like(ids), sequence_group=group
+    )
 
 
 def horizon(z, ids, group):
-    spec = rw.PolicyLossSpec(surrogate=rw.methods.grpo().surrogate, reduction=rw.SequenceMean(per="constant"))
+    spec = rw.PolicyLossSpec(
+        surrogate=rw.methods.grpo().surrogate, reduction=rw.SequenceMean(per="constant")
+    )
     return rw.policy_loss(z, ids, 1.0, spec=spec, sequence_group=group)
 
 
 def reducer(z, ids, group):
-    spec = rw.PolicyLossSpec(surrogate=rw.methods.grpo().surrogate, reduction=rw.FromFunction(lambda loss, mask: (loss * mask).sum()))
+    spec = rw.PolicyLossSpec(
+        surrogate=rw.methods.grpo().surrogate,
+        reduction=rw.FromFunction(lambda loss, mask: (loss * mask).sum()),
+    )
     return rw.policy_loss(z, ids, 1.0, spec=spec, sequence_group=group)
 
 

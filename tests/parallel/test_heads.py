@@ -1,4 +1,6 @@
-"""Heads that FSDP, DDP or ZeRO-3 hold, beside a vocabulary in shards: tied embeddings, micro-batches and checkpointing are those of one process."""
+"""Heads that FSDP, DDP or ZeRO-3 hold, beside a vocabulary in shards: tied embeddings,
+micro-batches and checkpointing are those of one process.
+"""
 
 from dataclasses import dataclass
 
@@ -16,7 +18,9 @@ B, T, D, V = 4, 3, 5, 23
 
 
 class SumOverRanks(torch.autograd.Function):
-    """Parts of hidden states to hidden states; every rank has their whole gradient, so it is each part's."""
+    """Parts of hidden states to hidden states; every rank has their whole gradient, so
+    it is each part's.
+    """
 
     @staticmethod
     def forward(ctx, x, group):
@@ -65,7 +69,9 @@ class Policy(nn.Module):
         weight = self.head.weight
         local = tokens - self.start
         mine = (local >= 0) & (local < len(weight))
-        x = torch.where(mine[..., None], nn.functional.embedding(torch.where(mine, local, 0), weight), 0)
+        x = torch.where(
+            mine[..., None], nn.functional.embedding(torch.where(mine, local, 0), weight), 0
+        )
         return x if self.group is None else SumOverRanks.apply(x, self.group)
 
     def forward(self, data, case, divisors):
@@ -73,7 +79,16 @@ class Policy(nn.Module):
         over = {} if self.group is None else {"process_group": self.group}
 
         def loss(h):
-            return self.head(h, data["ids"], data["adv"], spec=case.spec, plan=case.plan, chunk_rows=4, **over, **divisors).loss
+            return self.head(
+                h,
+                data["ids"],
+                data["adv"],
+                spec=case.spec,
+                plan=case.plan,
+                chunk_rows=4,
+                **over,
+                **divisors,
+            ).loss
 
         return checkpoint(loss, hidden, use_reentrant=False) if case.checkpoint else loss(hidden)
 
@@ -81,20 +96,33 @@ class Policy(nn.Module):
 def batch():
     g = torch.Generator().manual_seed(1)
     tokens, ids = (torch.randint(V, (B, T), generator=g) for _ in range(2))
-    return dict(tokens=tokens, ids=ids, adv=torch.tensor([1.0, -0.5, 2.0, -1.0], dtype=torch.float64))
+    return dict(
+        tokens=tokens, ids=ids, adv=torch.tensor([1.0, -0.5, 2.0, -1.0], dtype=torch.float64)
+    )
 
 
 def gradients(case, policy, module, data, ranks):
-    """After all micro-batches. FSDP and DDP average over the ranks with rows of their own, so each has its share of the divisor."""
-    divisors = {"num_sequences_in_batch": B / ranks} if case.spec == "gspo" else {"num_items_in_batch": B * T / ranks}
+    """After all micro-batches. FSDP and DDP average over the ranks with rows of their
+    own, so each has its share of the divisor.
+    """
+    divisors = (
+        {"num_sequences_in_batch": B / ranks}
+        if case.spec == "gspo"
+        else {"num_items_in_batch": B * T / ranks}
+    )
     for i in range(case.micro_batches):
         last = i == case.micro_batches - 1
         if isinstance(module, nn.parallel.DistributedDataParallel):
             module.require_backward_grad_sync = last
         elif module is not policy or hasattr(module, "set_requires_gradient_sync"):
             module.set_requires_gradient_sync(last)
-        module({name: x.chunk(case.micro_batches)[i] for name, x in data.items()}, case, divisors).backward()
-    return {n: (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).clone() for n, p in policy.named_parameters()}
+        module(
+            {name: x.chunk(case.micro_batches)[i] for name, x in data.items()}, case, divisors
+        ).backward()
+    return {
+        n: (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).clone()
+        for n, p in policy.named_parameters()
+    }
 
 
 def wrapped(case, policy, ranks):
@@ -102,7 +130,8 @@ def wrapped(case, policy, ranks):
     mesh = DeviceMesh("cpu", grid, mesh_dim_names=("dp", "tp"))
     if not case.fsdp:
         return nn.parallel.DistributedDataParallel(policy, process_group=mesh.get_group("dp"))
-    # The head's weight is the embedding's, which is read outside of the head: both are in one unit.
+    # The head's weight is the embedding's, which is read outside of the head: both are
+    # in one unit.
     return fully_shard(policy, mesh=mesh["dp"])
 
 
@@ -119,7 +148,9 @@ def trained(ranks):
         want["head.weight"] = want["head.weight"][columns or slice(None)]
         for parameter, expected in want.items():
             if not torch.allclose(found[parameter], expected, rtol=1e-10, atol=1e-14):
-                wrong.append(f"{name}, {parameter}: {(found[parameter] - expected).abs().max()} of {expected.abs().max()}")
+                wrong.append(
+                    f"{name}, {parameter}: {(found[parameter] - expected).abs().max()} of {expected.abs().max()}"
+                )
     return wrong
 
 
@@ -129,10 +160,15 @@ def test_tied_heads_under_fsdp_and_ddp(four):
 
 
 def sharded_by_fsdp(ranks):
-    """A parameter as FSDP leaves it outside of its module's forward: refused, or with hidden states that all ranks have, a vocabulary in shards."""
+    """A parameter as FSDP leaves it outside of its module's forward: refused, or with
+    hidden states that all ranks have, a vocabulary in shards.
+    """
     mesh = DeviceMesh("cpu", torch.arange(4))
     torch.manual_seed(0)
-    head, whole = fully_shard(nn.Linear(D, V, bias=False).double(), mesh=mesh), nn.Linear(D, V, bias=False).double()
+    head, whole = (
+        fully_shard(nn.Linear(D, V, bias=False).double(), mesh=mesh),
+        nn.Linear(D, V, bias=False).double(),
+    )
     weight = head.weight
     whole.weight.data = weight.detach().full_tensor()
     hidden, ids = torch.randn(6, D, dtype=torch.float64), torch.arange(6)
@@ -141,7 +177,10 @@ def sharded_by_fsdp(ranks):
         rw.linear_token_logps(hidden, weight, ids)
         return ["not refused"]
     except rw.UnsupportedRequest as error:
-        assert "If this is FSDP's parameter, call inside of its module's forward, or after unshard()" in str(error)
+        assert (
+            "If this is FSDP's parameter, call inside of its module's forward, or after unshard()"
+            in str(error)
+        )
     want = rw.linear_token_logps(hidden, whole.weight, ids)
     want.sum().backward()
     found = rw.linear_token_logps(DTensor.from_local(hidden, mesh, [Replicate()]), weight, ids)
@@ -149,7 +188,9 @@ def sharded_by_fsdp(ranks):
     torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(weight.grad.full_tensor(), whole.weight.grad, rtol=1e-12, atol=1e-12)
     head.unshard()
-    torch.testing.assert_close(rw.linear_token_logps(hidden, head.weight, ids), want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        rw.linear_token_logps(hidden, head.weight, ids), want, rtol=1e-12, atol=1e-12
+    )
     return []
 
 

@@ -1,4 +1,6 @@
-"""Rows of two models that have no distribution, or an infinite divergence: S25 and S26 of docs/semantics.md, the same in every plan and over shards."""
+"""Rows of two models that have no distribution, or an infinite divergence: S25 and S26
+of docs/semantics.md, the same in every plan and over shards.
+"""
 
 import math
 
@@ -9,7 +11,8 @@ import reweight_ops as rw
 
 KINDS = ("forward_kl", "reverse_kl", "jeffreys", "generalized_jsd")
 N, V = 8, 10
-WEIGHTS = torch.tensor([1.0, 1, 1, 1, 1, 0, 0, 0])  # what is wrong with rows 1 to 3 is so with rows 5 to 7, which no term selects
+# what is wrong with rows 1 to 3 is so with rows 5 to 7, which no term selects
+WEIGHTS = torch.tensor([1.0, 1, 1, 1, 1, 0, 0, 0])
 
 
 def odd_rows():
@@ -30,11 +33,15 @@ def patterns(kind, z, y, hidden=False, **options):
     found = {}
 
     def distillation(plan):
-        return lambda x: rw.distillation_loss(x, y, kind=kind, token_weights=WEIGHTS, plan=plan, **options).loss
+        return lambda x: (
+            rw.distillation_loss(x, y, kind=kind, token_weights=WEIGHTS, plan=plan, **options).loss
+        )
 
     calls = {
         "two_pass": distillation("two_pass"),
-        "per token": lambda x: (rw.token_divergence(x, y, kind=kind, **options) * 1.0).backward(WEIGHTS),
+        "per token": lambda x: (rw.token_divergence(x, y, kind=kind, **options) * 1.0).backward(
+            WEIGHTS
+        ),
     }
     if "process_group" not in options and kind != "generalized_jsd":
         calls["one_pass"] = distillation("one_pass")
@@ -49,7 +56,9 @@ def patterns(kind, z, y, hidden=False, **options):
 
 def expected(kind):
     """Which rows have a gradient of NaN, in every column."""
-    rows = torch.tensor([False, True, True, True, kind in ("reverse_kl", "jeffreys"), False, False, False])
+    rows = torch.tensor(
+        [False, True, True, True, kind in ("reverse_kl", "jeffreys"), False, False, False]
+    )
     return rows[:, None].expand(N, V)
 
 
@@ -63,14 +72,21 @@ def wrong_in(found, kind, columns=slice(None)):
     return wrong
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["reference", "cpu", pytest.param("triton", marks=pytest.mark.slow)]
+)
 def test_every_plan_of_one_process(backend):
-    wrong = [e for kind in KINDS for e in wrong_in(patterns(kind, *odd_rows(), backend=backend), kind)]
+    wrong = [
+        e for kind in KINDS for e in wrong_in(patterns(kind, *odd_rows(), backend=backend), kind)
+    ]
     assert not wrong, "\n".join(wrong)
 
 
 def over_shards(ranks):
-    group, columns = ranks.group(range(4)), [slice(0, 2), slice(2, 3), slice(3, 9), slice(9, 10)][ranks.rank]
+    group, columns = (
+        ranks.group(range(4)),
+        [slice(0, 2), slice(2, 3), slice(3, 9), slice(9, 10)][ranks.rank],
+    )
     z, y = (x[:, columns].contiguous() for x in odd_rows())
     return [
         e

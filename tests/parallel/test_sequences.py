@@ -1,4 +1,6 @@
-"""Sequences whose tokens several gloo ranks have: ratios, denominators, contrasts and batch statistics are those of one process."""
+"""Sequences whose tokens several gloo ranks have: ratios, denominators, contrasts and
+batch statistics are those of one process.
+"""
 
 import contextlib
 import inspect
@@ -17,7 +19,9 @@ SPECS = {
     "token mean": rw.methods.dapo(),
     "sequence mean": rw.methods.grpo(),
     "sequence ratio": rw.methods.gspo(),
-    "token gradient": rw.PolicyLossSpec(surrogate=SURROGATE, ratio=rw.SequenceRatio(gradient="token")),
+    "token gradient": rw.PolicyLossSpec(
+        surrogate=SURROGATE, ratio=rw.SequenceRatio(gradient="token")
+    ),
     "geometric mean": rw.methods.gmpo(),
     "batch mean": rw.PolicyLossSpec(surrogate=SURROGATE, ratio=rw.BatchMeanRatio()),
     "centred": rw.PolicyLossSpec(surrogate=SURROGATE, ratio=rw.CenteredRatio(scale="std")),
@@ -26,14 +30,26 @@ SPECS = {
 }
 
 #: Statistics of a batch that use the rows of one rank only.
-ONE_RANK = {"rank", "mean_below", "capped_mean", "seq_rank", "seq_quantile", "seq_max", "seq_min", "seq_cumsum", "seq_suffix_sum"}
+ONE_RANK = {
+    "rank",
+    "mean_below",
+    "capped_mean",
+    "seq_rank",
+    "seq_quantile",
+    "seq_max",
+    "seq_min",
+    "seq_cumsum",
+    "seq_suffix_sum",
+}
 
 #: Weights that read the batch. A draw uses positions in the order of ranks, so that it
 #: differs.
 READ_BATCH = {
     name: weight
     for name, weight in WEIGHTS.items()
-    if weight.__module__.startswith("reweight_ops") and {"batch"} & set(weight.weight.__code__.co_varnames[:4]) and name != "clip_cov"
+    if weight.__module__.startswith("reweight_ops")
+    and {"batch"} & set(weight.weight.__code__.co_varnames[:4])
+    and name != "clip_cov"
 }
 
 
@@ -41,7 +57,13 @@ def named(function):
     """The names that a function reads, and those that its helpers do."""
     found = set(function.__code__.co_names)
     helpers = [function.__globals__.get(name) for name in found]
-    return found.union(*(named(f) for f in helpers if inspect.isfunction(f) and f.__module__ == function.__module__))
+    return found.union(
+        *(
+            named(f)
+            for f in helpers
+            if inspect.isfunction(f) and f.__module__ == function.__module__
+        )
+    )
 
 
 def weighted():
@@ -67,7 +89,10 @@ REFUSED |= {"cumulative": rw.PolicyLossSpec(surrogate=SURROGATE, ratio=rw.Cumula
 def policy(ranks, cases):
     wrong = []
     for name, split, options in cases:
-        wrong += [f"{name} {split}: {e}" for e in errors_of(SPECS[name], Split(**split).place(ranks), **options)]
+        wrong += [
+            f"{name} {split}: {e}"
+            for e in errors_of(SPECS[name], Split(**split).place(ranks), **options)
+        ]
     return wrong
 
 
@@ -101,12 +126,17 @@ def test_what_orders_a_sequence_s_tokens_is_refused(four):
 
 
 def packed(ranks, layout):
-    """Packed rows over ranks, each with its own ``cu_seqlens`` of the same sequences, one of which is on one rank alone; in fp64."""
+    """Packed rows over ranks, each with its own ``cu_seqlens`` of the same sequences,
+    one of which is on one rank alone; in fp64.
+    """
     lengths, vocab = [7, 1, 12, 5], 11
     group, total = ranks.group(range(4)), sum(lengths)
     g = torch.Generator().manual_seed(0)
     z = torch.randn(total, vocab, generator=g, dtype=torch.float64)
-    ids, old = torch.randint(vocab, (total,), generator=g), -2.4 + 0.2 * torch.randn(total, generator=g, dtype=torch.float64)
+    ids, old = (
+        torch.randint(vocab, (total,), generator=g),
+        -2.4 + 0.2 * torch.randn(total, generator=g, dtype=torch.float64),
+    )
     adv = torch.tensor([1.0, -1.0, 0.5, -0.25], dtype=torch.float64)[:, None]
     starts = torch.tensor([0, *lengths]).cumsum(0)
     own = [positions_of(4, n, layout)[ranks.rank] + starts[i] for i, n in enumerate(lengths)]
@@ -114,17 +144,36 @@ def packed(ranks, layout):
     by_id = torch.cat([torch.full((len(part),), i) for i, part in enumerate(own)])
     wrong = []
     for name in ("token mean", "sequence mean", "sequence ratio", "contrast"):
-        more = dict(group_ids=torch.tensor([0, 0, 1, 1]), num_groups=2) if name == "contrast" else {}
+        more = (
+            dict(group_ids=torch.tensor([0, 0, 1, 1]), num_groups=2) if name == "contrast" else {}
+        )
         spec = rw.methods.disco(group_size=None) if name == "contrast" else SPECS[name]
         given = {} if name == "contrast" else {"old_per_token_logps": old.clone().requires_grad_()}
         whole = z.clone().requires_grad_()
-        want = rw.policy_loss(whole, ids, adv, spec=spec, cu_seqlens=starts, differentiable_inputs=bool(given), **given, **more)
+        want = rw.policy_loss(
+            whole,
+            ids,
+            adv,
+            spec=spec,
+            cu_seqlens=starts,
+            differentiable_inputs=bool(given),
+            **given,
+            **more,
+        )
         want.loss.backward()
         for how in (dict(cu_seqlens=counts), dict(sequence_ids=by_id, num_sequences=4)):
             part = z[mine].clone().requires_grad_()
             stored = {key: x[mine].detach().requires_grad_() for key, x in given.items()}
             out = rw.policy_loss(
-                part, ids[mine], adv, spec=spec, sequence_group=group, differentiable_inputs=bool(given), **how, **stored, **more
+                part,
+                ids[mine],
+                adv,
+                spec=spec,
+                sequence_group=group,
+                differentiable_inputs=bool(given),
+                **how,
+                **stored,
+                **more,
             )
             out.loss.backward()
             for key, x in stored.items():
@@ -135,7 +184,9 @@ def packed(ranks, layout):
             if not torch.allclose(loss, want.loss.detach(), rtol=1e-12):
                 wrong.append(f"{name} {list(how)}: loss {loss} of {want.loss}")
             if not torch.allclose(part.grad, whole.grad[mine], rtol=1e-10, atol=1e-14):
-                wrong.append(f"{name} {list(how)}: gradient {(part.grad - whole.grad[mine]).abs().max()}")
+                wrong.append(
+                    f"{name} {list(how)}: gradient {(part.grad - whole.grad[mine]).abs().max()}"
+                )
     return wrong
 
 
@@ -153,4 +204,11 @@ def test_factorisations(four):
     }
     sizes = [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 4, 1), (1, 1, 4)]
     splits = [dict(zip(("data", "vocab", "sequence"), size, strict=True)) for size in sizes]
-    four.check(policy, [(name, split, dict(divisors=given)) for name, given in divisors.items() for split in splits])
+    four.check(
+        policy,
+        [
+            (name, split, dict(divisors=given))
+            for name, given in divisors.items()
+            for split in splits
+        ],
+    )

@@ -6,7 +6,16 @@ import torch
 from wire import collectives
 
 import reweight_ops as rw
-from bench.scaling import AGREEMENT, DIVERGENCE_STATES, JSD_SUMS, LOGP_STATES, OVER_VOCABULARY, hidden_gradient, sequence_sum, states
+from bench.scaling import (
+    AGREEMENT,
+    DIVERGENCE_STATES,
+    JSD_SUMS,
+    LOGP_STATES,
+    OVER_VOCABULARY,
+    hidden_gradient,
+    sequence_sum,
+    states,
+)
 from reweight_ops._core.engine.linear.gemms import Chunk
 
 N, D, V, R = 12, 8, 20, 3
@@ -15,7 +24,12 @@ N, D, V, R = 12, 8, 20, 3
 def inputs():
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(4 * V, (3, 4), generator=g)
-    return ids, torch.randn(3, 4, V, generator=g), torch.randn(3, 4, D, generator=g), torch.randn(V, D, generator=g)
+    return (
+        ids,
+        torch.randn(3, 4, V, generator=g),
+        torch.randn(3, 4, D, generator=g),
+        torch.randn(V, D, generator=g),
+    )
 
 
 def rows(statistics, fp64=False):
@@ -45,26 +59,65 @@ def counted(ranks):
 
     over = dict(process_group=group)
     check("logps", lambda: rw.token_logps(leaf(z), ids, **over), [rows(LOGP_STATES)])
-    check("entropies", lambda: rw.token_logps(leaf(z), ids, return_entropy=True, **over)[1], [rows(LOGP_STATES + 1)])
+    check(
+        "entropies",
+        lambda: rw.token_logps(leaf(z), ids, return_entropy=True, **over)[1],
+        [rows(LOGP_STATES + 1)],
+    )
     check("bf16", lambda: rw.token_logps(leaf(z.bfloat16()), ids, **over), [rows(LOGP_STATES)])
-    check("fp64", lambda: rw.token_logps(leaf(z.double()), ids, **over), [rows(LOGP_STATES, fp64=True)])
-    check("loss", lambda: rw.policy_loss(leaf(z), ids, adv, spec="grpo", **over).loss, [rows(LOGP_STATES + 1)])
-    pick = dict(stats=("logps", "selected_logps", "topk_logps"), selected_ids=torch.tensor([0, 30, 70]), top_k=2)
+    check(
+        "fp64",
+        lambda: rw.token_logps(leaf(z.double()), ids, **over),
+        [rows(LOGP_STATES, fp64=True)],
+    )
+    check(
+        "loss",
+        lambda: rw.policy_loss(leaf(z), ids, adv, spec="grpo", **over).loss,
+        [rows(LOGP_STATES + 1)],
+    )
+    pick = dict(
+        stats=("logps", "selected_logps", "topk_logps"),
+        selected_ids=torch.tensor([0, 30, 70]),
+        top_k=2,
+    )
     picked = [rows(LOGP_STATES + 3 + 2 * 2)]
     check("picked", lambda: rw.token_stats(leaf(z), ids, **pick, **over).topk_logps, picked)
     top = rw.TopKLogps(ids[..., None], -torch.ones(3, 4, 1))
-    check("top-k teacher", lambda: rw.distillation_loss(leaf(z), top, **over).loss, [rows(LOGP_STATES + 1)])
+    check(
+        "top-k teacher",
+        lambda: rw.distillation_loss(leaf(z), top, **over).loss,
+        [rows(LOGP_STATES + 1)],
+    )
     sets = dict(sampling_mask=rw.SamplingMask(ids.flatten(), torch.arange(13)), **over)
-    check("kept sets", lambda: rw.token_logps(leaf(z), ids, return_entropy=True, **sets)[1], [rows(LOGP_STATES + 1)])
+    check(
+        "kept sets",
+        lambda: rw.token_logps(leaf(z), ids, return_entropy=True, **sets)[1],
+        [rows(LOGP_STATES + 1)],
+    )
     both = [rows(LOGP_STATES + OVER_VOCABULARY)]
-    check("two distributions", lambda: rw.token_logps(leaf(z), ids, return_entropy=True, entropy_over="vocabulary", **sets)[1], both)
+    check(
+        "two distributions",
+        lambda: rw.token_logps(
+            leaf(z), ids, return_entropy=True, entropy_over="vocabulary", **sets
+        )[1],
+        both,
+    )
     jsd = [rows(DIVERGENCE_STATES), rows(JSD_SUMS)]
     check("jsd", lambda: rw.token_divergence(leaf(z), z, kind="generalized_jsd", **over), jsd)
     check("divergence", lambda: rw.token_divergence(leaf(z), z, **over), [rows(DIVERGENCE_STATES)])
     hidden = [("all_reduce", hidden_gradient(rows_of_chunk, D, 4)) for rows_of_chunk in (5, 5, 2)]
     linear = dict(chunk_rows=5, compact_rows=False, **over)
-    check("linear", lambda: rw.linear_token_logps(leaf(h), leaf(w), ids, **linear), [rows(LOGP_STATES)], hidden)
-    check("frozen hidden states", lambda: rw.linear_token_logps(h, leaf(w), ids, **linear), [rows(LOGP_STATES)])
+    check(
+        "linear",
+        lambda: rw.linear_token_logps(leaf(h), leaf(w), ids, **linear),
+        [rows(LOGP_STATES)],
+        hidden,
+    )
+    check(
+        "frozen hidden states",
+        lambda: rw.linear_token_logps(h, leaf(w), ids, **linear),
+        [rows(LOGP_STATES)],
+    )
     lora = rw.Lora(leaf(torch.ones(R, D)), leaf(torch.ones(V, R)))
     check(
         "lora",
@@ -76,14 +129,32 @@ def counted(ranks):
     for kind, more in (("reverse_kl", []), ("generalized_jsd", [rows(JSD_SUMS)])):
         teacher = rw.Teacher(rw.HiddenLogits(h, w), 0.1, kind=kind)
         loss = dict(spec="grpo", teacher=teacher, **linear)
-        check(f"teacher, {kind}", lambda loss=loss: rw.linear_policy_loss(h, leaf(w), ids, adv, **loss).loss, taught + more)
+        check(
+            f"teacher, {kind}",
+            lambda loss=loss: rw.linear_policy_loss(h, leaf(w), ids, adv, **loss).loss,
+            taught + more,
+        )
     whole = dict(process_group=None, sequence_group=group)
     ids = ids % V
-    check("sequences, token mean", lambda: rw.policy_loss(leaf(z), ids, adv, spec="dapo", **whole).loss, [("all_reduce", 8)])
-    check("sequences, known divisor", lambda: rw.policy_loss(leaf(z), ids, adv, spec="dapo", num_items_in_batch=9, **whole).loss, [])
+    check(
+        "sequences, token mean",
+        lambda: rw.policy_loss(leaf(z), ids, adv, spec="dapo", **whole).loss,
+        [("all_reduce", 8)],
+    )
+    check(
+        "sequences, known divisor",
+        lambda: rw.policy_loss(leaf(z), ids, adv, spec="dapo", num_items_in_batch=9, **whole).loss,
+        [],
+    )
     per_sequence = ("all_reduce", sequence_sum(3))
-    gspo = [per_sequence] * 3  # the log-ratios and lengths of the ratio, and the lengths of the mean
-    check("sequences, ratio", lambda: rw.policy_loss(leaf(z), ids, adv, spec="gspo", **whole).loss, gspo, [per_sequence])
+    # the log-ratios and lengths of the ratio, and the lengths of the mean
+    gspo = [per_sequence] * 3
+    check(
+        "sequences, ratio",
+        lambda: rw.policy_loss(leaf(z), ids, adv, spec="gspo", **whole).loss,
+        gspo,
+        [per_sequence],
+    )
     return wrong
 
 
@@ -92,8 +163,8 @@ def test_collectives_and_bytes_are_those_of_the_formulas(four):
 
 
 def launches(ranks):
-    """The collectives that a rank starts and waits for in backward from hidden states, in
-    order.
+    """The collectives that a rank starts and waits for in backward from hidden states,
+    in order.
     """
     seen = []
     reduce, logits = torch.distributed.all_reduce, Chunk.logits
@@ -117,8 +188,13 @@ def launches(ranks):
 
     ids, _, h, w = inputs()
     hidden = h.clone().requires_grad_()
-    out = rw.linear_token_logps(hidden, w, ids, chunk_rows=5, compact_rows=False, process_group=ranks.group(range(4)))
-    with patch.object(torch.distributed, "all_reduce", all_reduce), patch.object(Chunk, "logits", chunk):
+    out = rw.linear_token_logps(
+        hidden, w, ids, chunk_rows=5, compact_rows=False, process_group=ranks.group(range(4))
+    )
+    with (
+        patch.object(torch.distributed, "all_reduce", all_reduce),
+        patch.object(Chunk, "logits", chunk),
+    ):
         out.sum().backward()
     return seen
 
@@ -141,7 +217,9 @@ def bits(ranks):
         (at, _), (group, _) = ranks.axes(world, 4 // world)
         part = z[..., at * (4 * V // world) : (at + 1) * (4 * V // world)].contiguous()
         found.append(rw.token_logps(part, ids, return_entropy=True, process_group=group))
-        alone = rw.token_logps(part[1:2].contiguous(), ids[1:2], return_entropy=True, process_group=group)
+        alone = rw.token_logps(
+            part[1:2].contiguous(), ids[1:2], return_entropy=True, process_group=group
+        )
         assert all(torch.equal(a[1:2], b) for a, b in zip(found[-1], alone, strict=True))
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
     return [[t.numpy().tobytes() for t in pair] for pair in found]

@@ -11,19 +11,36 @@ from bench import __main__ as harness
 from bench.linear import LinearCase
 
 CASES = [LinearCase("linear", 64, 32, 320, "float32", "cpu", zero) for zero in (False, True)]
-QUICK = ["--suite", "linear", "--pages", "default", "--rounds", "1", "--quiet", "1", "--no-plot", "--no-memory", "--providers", "none"]
+QUICK = [
+    "--suite",
+    "linear",
+    "--pages",
+    "default",
+    "--rounds",
+    "1",
+    "--quiet",
+    "1",
+    "--no-plot",
+    "--no-memory",
+    "--providers",
+    "none",
+]
 FILE = "cpu-linear-default-pages.json"
 
 
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
-    """The command in an empty folder, with two small cases, and with results beside it that are committed."""
+    """The command in an empty folder, with two small cases, and with results beside it
+    that are committed.
+    """
     monkeypatch.setitem(harness.SUITES, "linear", lambda device, tiny: CASES)
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
     monkeypatch.chdir(tmp_path)
     committed = tmp_path / "results"
     committed.mkdir()
-    (committed / FILE).write_text(json.dumps({"cases": [{"name": CASES[1].name, "results": [], "ours": "committed"}]}))
+    (committed / FILE).write_text(
+        json.dumps({"cases": [{"name": CASES[1].name, "results": [], "ours": "committed"}]})
+    )
     monkeypatch.setattr(harness, "RESULTS", committed)
     monkeypatch.setattr(harness, "print_tables", lambda document: None)
     return lambda *arguments: harness.main([*QUICK, *arguments])
@@ -32,14 +49,22 @@ def bench(monkeypatch, tmp_path):
 def test_committed_results_change_only_with_update(bench, tmp_path):
     before = (tmp_path / "results" / FILE).read_bytes()
     bench("--skip", "zero")
-    assert [c["name"] for c in json.loads((tmp_path / "bench_output" / FILE).read_text())["cases"]] == [CASES[0].name]
+    assert [
+        c["name"] for c in json.loads((tmp_path / "bench_output" / FILE).read_text())["cases"]
+    ] == [CASES[0].name]
     for same in ("results", "bench_output/../results"):
-        with pytest.raises(SystemExit, match="holds committed results: --update measures into them"):
+        with pytest.raises(
+            SystemExit, match="holds committed results: --update measures into them"
+        ):
             bench("--out", same)
     assert (tmp_path / "results" / FILE).read_bytes() == before
     bench("--update", "--skip", "zero")
     cases = json.loads((tmp_path / "results" / FILE).read_text())["cases"]
-    assert [c["name"] for c in cases] == [c.name for c in CASES] and cases[1]["ours"] == "committed" and cases[0]["results"]
+    assert (
+        [c["name"] for c in cases] == [c.name for c in CASES]
+        and cases[1]["ours"] == "committed"
+        and cases[0]["results"]
+    )
 
 
 def test_an_installed_package_has_no_results_to_update(bench, tmp_path, monkeypatch):
@@ -60,7 +85,11 @@ def test_a_word_that_no_case_has(bench, tmp_path):
 
 def test_the_real_results_are_the_committed_ones(monkeypatch):
     assert (harness.HERE / "results") == harness.RESULTS and list(harness.RESULTS.glob("*.json"))
-    monkeypatch.setattr(sys, "argv", ["bench", "--out", str(harness.RESULTS), "--pages", "default", "--only", "256x32000"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["bench", "--out", str(harness.RESULTS), "--pages", "default", "--only", "256x32000"],
+    )
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
     with pytest.raises(SystemExit, match="--update"):
         harness.main()

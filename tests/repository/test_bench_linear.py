@@ -1,4 +1,6 @@
-"""The linear head in the ordinary harness: cases and providers, one file that keeps its other cases, slow baselines run once; tiny shapes."""
+"""The linear head in the ordinary harness: cases and providers, one file that keeps its
+other cases, slow baselines run once; tiny shapes.
+"""
 
 import json
 import sys
@@ -21,7 +23,20 @@ OURS = ("cpu one_pass", "cpu two_pass")
 def bench(monkeypatch, out, *arguments):
     monkeypatch.setitem(harness.SUITES, "linear", lambda device, tiny: CASES)
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
-    command = ["bench", "--suite", "linear", "--pages", "default", "--out", str(out), "--rounds", "2", "--quiet", "1", "--no-plot"]
+    command = [
+        "bench",
+        "--suite",
+        "linear",
+        "--pages",
+        "default",
+        "--out",
+        str(out),
+        "--rounds",
+        "2",
+        "--quiet",
+        "1",
+        "--no-plot",
+    ]
     monkeypatch.setattr(sys, "argv", [*command, *arguments])
     harness.main()
     return json.loads((out / "cpu-linear-default-pages.json").read_text())
@@ -36,15 +51,30 @@ def test_measures_and_shows(tmp_path, monkeypatch, capsys):
         assert all(r["gate"] <= 1 and len(r["ms"]) == 2 for r in timed.values())
         assert {len(ms) for ms in entry["limits"].values()} == {2}
         rows = {row["provider"]: row for row in report.rows_of(entry)}
-        assert all(rows[name]["limit"] == "gemms" and "eager" in rows[name]["against"] for name in OURS)
+        assert all(
+            rows[name]["limit"] == "gemms" and "eager" in rows[name]["against"] for name in OURS
+        )
     assert capsys.readouterr().out.count("cpu one_pass") == 2
 
 
 def test_update_keeps_the_other_cases(tmp_path, monkeypatch):
     first = bench(monkeypatch, tmp_path, "--providers", "none", "--no-memory", "--commit", "first")
-    again = bench(monkeypatch, tmp_path, "--providers", "none", "--no-memory", "--commit", "second", "--update", "--skip", "zero")
+    again = bench(
+        monkeypatch,
+        tmp_path,
+        "--providers",
+        "none",
+        "--no-memory",
+        "--commit",
+        "second",
+        "--update",
+        "--skip",
+        "zero",
+    )
     assert [c["name"] for c in again["cases"]] == [c.name for c in CASES]
-    assert [c["commit"] for c in again["cases"]] == ["second", "first"] and again["cases"][1] == first["cases"][1]
+    assert [c["commit"] for c in again["cases"]] == ["second", "first"] and again["cases"][
+        1
+    ] == first["cases"][1]
     alone = bench(monkeypatch, tmp_path, "--providers", "none", "--no-memory", "--skip", "zero")
     assert [c["name"] for c in alone["cases"]] == [CASES[0].name]
 
@@ -54,7 +84,9 @@ def test_a_slow_baseline_is_run_once(capsys):
     are never left out of the rounds.
     """
     chosen = [p for p in linear_providers(("cpu",)) if p.name in ("eager", OURS[0])]
-    results, limits, _ = run_case(CASES[0], chosen, Effort(rounds=3, slow=0.0, memory=Memory("cpu")), lambda: None)
+    results, limits, _ = run_case(
+        CASES[0], chosen, Effort(rounds=3, slow=0.0, memory=Memory("cpu")), lambda: None
+    )
     assert {r.provider: len(r.ms) for r in results} == {"eager": 1, OURS[0]: 3}
     assert all(r.extra_bytes is not None for r in results)
     entry = {
@@ -79,7 +111,12 @@ def test_the_gate_refuses_wrong_gradients(monkeypatch):
 
 
 def test_rows_without_advantage_are_spread_over_the_chunks():
-    zero = (LinearCase("linear", 2048, 4, 16, "float32", "cpu", True).data().advantages == 0).view(8, 256).float().mean(1)
+    zero = (
+        (LinearCase("linear", 2048, 4, 16, "float32", "cpu", True).data().advantages == 0)
+        .view(8, 256)
+        .float()
+        .mean(1)
+    )
     assert 0.35 < zero.mean() < 0.45 and (zero < 1).all() and (zero > 0).sum() >= 6
 
 
@@ -90,10 +127,16 @@ def test_only_rows_without_advantage_are_dropped(zero):
     """
     data = LinearCase("linear", 2048, 64, 640, "float32", "cpu", zero).data()
     rows = dict(old_per_token_logps=data.old, chunk_rows=256, plan="one_pass")
-    out = rw.linear_policy_loss(data.hidden, data.weight, data.ids, data.advantages, spec=rw.methods.ppo(0.2), **rows)
+    out = rw.linear_policy_loss(
+        data.hidden, data.weight, data.ids, data.advantages, spec=rw.methods.ppo(0.2), **rows
+    )
     metrics = out.metrics.as_floats()
     assert metrics["clip_ratio/low_mean"] > 0 and metrics["clip_ratio/high_mean"] > 0
-    assert 0.4 < metrics["rows_dropped_backward"] / 2048 < 0.45 if zero else metrics["rows_dropped_backward"] == 0
+    assert (
+        0.4 < metrics["rows_dropped_backward"] / 2048 < 0.45
+        if zero
+        else metrics["rows_dropped_backward"] == 0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -111,7 +154,9 @@ def test_distillation(job):
     """Every provider passes the gate; a gradient of another divergence does not."""
     case = DistillCase(job, *TINY_SHAPE, "float32", "cpu")
     results, limits, _ = run_case(case, distill_providers(("cpu",)), Effort(rounds=1), lambda: None)
-    assert [r.provider for r in results if r.ms] == ["eager", "TRL chunked", *OURS] and len(limits["gemms"]) == 1
+    assert [r.provider for r in results if r.ms] == ["eager", "TRL chunked", *OURS] and len(
+        limits["gemms"]
+    ) == 1
     other = DistillCase(JOBS[(JOBS.index(job) + 1) % len(JOBS)], *TINY_SHAPE, "float32", "cpu")
     eager = distill_providers(("cpu",))[0]
     assert gate(eager, case.data(), eager.make(other.data())) > 1
@@ -119,10 +164,20 @@ def test_distillation(job):
 
 @pytest.mark.parametrize("case", rows_cases("cpu", tiny=True), ids=lambda case: case.job)
 def test_rows(case):
-    """Picked ids, kept sets and statistics: everyone passes the gate, which a gradient that is off by a tenth does not."""
+    """Picked ids, kept sets and statistics: everyone passes the gate, which a gradient
+    that is off by a tenth does not.
+    """
     results, limits, _ = run_case(case, rows_providers(("cpu",)), Effort(rounds=1), lambda: None)
-    assert {r.provider: r.failed or r.wrong for r in results if not r.ms} == {} and len(results) >= 2
-    entry = {"name": case.name, "case": {"job": case.job}, "results": [r.to_json() for r in results], "limits": limits, "logits_bytes": 1}
+    assert {r.provider: r.failed or r.wrong for r in results if not r.ms} == {} and len(
+        results
+    ) >= 2
+    entry = {
+        "name": case.name,
+        "case": {"job": case.job},
+        "results": [r.to_json() for r in results],
+        "limits": limits,
+        "logits_bytes": 1,
+    }
     assert all(row["limit"] for row in report.rows_of(entry))
     for provider in (p for p in rows_providers(("cpu",)) if p.serves(case)):
         data = case.data()

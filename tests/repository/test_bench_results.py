@@ -17,17 +17,24 @@ FILES = sorted((ROOT / "bench/results").glob("*.json"))
 def test_it_can_be_shown_and_says_where_it_is_from(file, capsys):
     text = file.read_text()
     document = json.loads(text)
-    assert document["machine"]["processor"] and re.match(r"[0-9a-f]{7}", document["machine"]["commit"])
+    assert document["machine"]["processor"] and re.match(
+        r"[0-9a-f]{7}", document["machine"]["commit"]
+    )
     assert not re.search(r'"[^"]*(/home|/root|/tmp|/work)[^"]*"', text), "a path of the machine"
     lines = summary(document)
     assert len(lines) > len(document["cases"])
     print_tables(document)
-    assert all(entry["name"].split()[0] in capsys.readouterr().out for entry in document["cases"][:1])
+    assert all(
+        entry["name"].split()[0] in capsys.readouterr().out for entry in document["cases"][:1]
+    )
 
 
 def test_the_performance_page_is_fresh_and_a_stale_one_is_named(tmp_path):
     assert page.stale() == []
-    assert page.stale(tmp_path) == ["performance.md", *(f"performance/{s.name}.svg" for s in (*page.SECTIONS, page.OVERVIEW))]
+    assert page.stale(tmp_path) == [
+        "performance.md",
+        *(f"performance/{s.name}.svg" for s in (*page.SECTIONS, page.OVERVIEW)),
+    ]
     (tmp_path / "performance").mkdir()
     text = (page.DOCS / "performance.md").read_text()
     (tmp_path / "performance.md").write_text(text.replace("1.60", "1.50", 1))
@@ -44,11 +51,21 @@ def test_every_committed_result_is_on_the_performance_page():
 
 
 def test_two_result_files_side_by_side(capsys, tmp_path):
-    first, second = (str(ROOT / f"bench/results/cpu-{kind}-pages.json") for kind in ("default", "huge"))
+    first, second = (
+        str(ROOT / f"bench/results/cpu-{kind}-pages.json") for kind in ("default", "huge")
+    )
     main(["--compare", first, second])
     shown = capsys.readouterr().out.splitlines()
-    assert "default pages" in shown[0] and "huge pages" in shown[1] and shown[-1] == "only in A: 0, only in B: 0"
-    line = next(line for line in shown if line.startswith("loss 512x151936 bfloat16 ") and " cpu in place " in line).split()
+    assert (
+        "default pages" in shown[0]
+        and "huge pages" in shown[1]
+        and shown[-1] == "only in A: 0, only in B: 0"
+    )
+    line = next(
+        line
+        for line in shown
+        if line.startswith("loss 512x151936 bfloat16 ") and " cpu in place " in line
+    ).split()
     a, b, ratio = float(line[-5]), float(line[-3]), float(line[-1])
     assert abs(a / b - ratio) < 0.01
     main(["--compare", first, str(ROOT / "bench/results/h200-kernels.json")])

@@ -1,5 +1,5 @@
-"""The table of ``make conformance``: agreement, known and unexpected differences, and that
-it runs on installed peers.
+"""The table of ``make conformance``: agreement, known and unexpected differences, and
+that it runs on installed peers.
 """
 
 import math
@@ -26,7 +26,10 @@ def test_what_a_line_says():
     assert line(gives(2.01, [1.0, -3.0])) == ("differs because ?", False)
     assert line(gives(2.0, [1.0, -3.01]), "it rounds") == ("differs because it rounds", True)
     assert line(gives(math.nan, [1.0, -3.0])) == ("differs because ?", False)
-    assert line(OURS, "it rounds") == ("agrees, though it was known to differ because it rounds", False), "what is known must stay true"
+    assert line(OURS, "it rounds") == (
+        "agrees, though it was known to differ because it rounds",
+        False,
+    ), "what is known must stay true"
 
     def refuses():
         raise ValueError("no such option")
@@ -34,7 +37,9 @@ def test_what_a_line_says():
     assert line(refuses) == ("differs because it raises ValueError: no such option", False)
 
 
-@pytest.mark.parametrize("ours, message", [(gives(1.0, [math.nan]), "not finite"), (gives(1.0, [0.0]), "shows nothing")])
+@pytest.mark.parametrize(
+    "ours, message", [(gives(1.0, [math.nan]), "not finite"), (gives(1.0, [0.0]), "shows nothing")]
+)
 def test_our_own_failure_is_no_line(ours, message):
     with pytest.raises(AssertionError, match=message):
         judged(Case("peer", "options", OURS, ours))

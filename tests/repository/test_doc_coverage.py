@@ -7,13 +7,22 @@ import re
 import pytest
 
 import reweight_ops as rw
-from reweight_ops._core.calls.keywords import LMHeadOptions, PairOptions, PolicyOptions, SoftmaxOptions
+from reweight_ops._core.calls.keywords import (
+    LMHeadOptions,
+    PairOptions,
+    PolicyOptions,
+    SoftmaxOptions,
+)
 from reweight_ops._core.catalogue.arguments import missing_arguments
 from reweight_ops._core.catalogue.registry import CATALOGUE
 from reweight_ops._core.losses import documented, explain
 
 OPS = {op.__name__: op for op in explain._PREPARED}
-ENTRIES = {f"{kind}/{name}": entry for kind, entries in CATALOGUE.items() for name, entry in entries.items()}
+ENTRIES = {
+    f"{kind}/{name}": entry
+    for kind, entries in CATALOGUE.items()
+    for name, entry in entries.items()
+}
 NAMESPACES = (
     rw.advantages,
     rw.divergences,
@@ -31,8 +40,15 @@ VARIADIC = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 def public():
     found = {f"rw.{name}": getattr(rw, name) for name in rw.__all__}
     for module in NAMESPACES:
-        found |= {f"rw.{module.__name__.rpartition('.')[2]}.{name}": getattr(module, name) for name in module.__all__}
-    return {name: value for name, value in found.items() if inspect.isclass(value) or inspect.isfunction(value)}
+        found |= {
+            f"rw.{module.__name__.rpartition('.')[2]}.{name}": getattr(module, name)
+            for name in module.__all__
+        }
+    return {
+        name: value
+        for name, value in found.items()
+        if inspect.isclass(value) or inspect.isfunction(value)
+    }
 
 
 PUBLIC = public()
@@ -44,7 +60,9 @@ def test_the_surface_is_here():
 
 def test_every_function_and_class_says_what_it_is():
     without = [
-        name for name, value in PUBLIC.items() if not (value.__doc__ or "").strip() or value.__doc__.startswith(f"{value.__name__}(")
+        name
+        for name, value in PUBLIC.items()
+        if not (value.__doc__ or "").strip() or value.__doc__.startswith(f"{value.__name__}(")
     ]
     assert not without, without
 
@@ -52,26 +70,36 @@ def test_every_function_and_class_says_what_it_is():
 @pytest.mark.parametrize("name", OPS)
 def test_a_signature_lists_every_keyword_with_its_type_and_default(name):
     parameters = inspect.signature(OPS[name]).parameters.values()
-    assert not [p.name for p in parameters if p.kind in VARIADIC], "keywords that are not written out"
-    assert not [p.name for p in parameters if p.annotation is p.empty or "Any" in str(p.annotation)], "keywords without a type"
-    assert not [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name != "spec"], (
-        "keywords without a default"
+    assert not [p.name for p in parameters if p.kind in VARIADIC], (
+        "keywords that are not written out"
     )
+    assert not [
+        p.name for p in parameters if p.annotation is p.empty or "Any" in str(p.annotation)
+    ], "keywords without a type"
+    assert not [
+        p.name
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name != "spec"
+    ], "keywords without a default"
 
 
-#: Parameters that hold anything: values for an example, a hook of a result, and an op with its own arguments.
+#: Parameters that hold anything: values for an example, a hook of a result, and an op
+#: with its own arguments.
 UNTYPED = {"rw.methods.published(example)", "rw.PolicyLossOutput(_more)", "rw.explain(op)"}
 
 
 def test_parameters_have_named_types():
-    """Fields of dataclasses included. ``tests/support/typed_calls.py`` says what mypy makes of them."""
+    """Fields of dataclasses included. ``tests/support/typed_calls.py`` says what mypy
+    makes of them.
+    """
     found = {**PUBLIC, **{name: entry.function for name, entry in ENTRIES.items()}}
     without = [
         f"{name}({p.name})"
         for name, value in found.items()
         if value.__module__.startswith("reweight_ops.") and not issubclass_of_exception(value)
         for p in inspect.signature(value).parameters.values()
-        if p.kind not in VARIADIC and (p.annotation is p.empty or re.search(r"\bAny\b", str(p.annotation)))
+        if p.kind not in VARIADIC
+        and (p.annotation is p.empty or re.search(r"\bAny\b", str(p.annotation)))
     ]
     assert set(without) == UNTYPED
 
@@ -85,7 +113,10 @@ def test_an_entry_refers_to_its_paper(name):
     entry = ENTRIES[name]
     references = inspect.getdoc(entry.function).partition("References:\n")[2]
     assert entry.paper in references
-    assert entry.arxiv == "unknown" or f"arXiv:{entry.arxiv}, https://arxiv.org/abs/{entry.arxiv}" in references
+    assert (
+        entry.arxiv == "unknown"
+        or f"arXiv:{entry.arxiv}, https://arxiv.org/abs/{entry.arxiv}" in references
+    )
     assert len(references.splitlines()) == len(set(references.splitlines()))
 
 
@@ -107,7 +138,9 @@ def test_an_entry_has_every_section(name):
 
 def test_the_examples_of_ops_and_entries_run():
     """``doctest.testmod`` does not see what a decorator of another module returns."""
-    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE, verbose=False)
+    runner = doctest.DocTestRunner(
+        optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE, verbose=False
+    )
     functions = {**OPS, **{name: entry.function for name, entry in ENTRIES.items()}}
     for name, function in functions.items():
         test = doctest.DocTestParser().get_doctest(inspect.getdoc(function), {}, name, None, None)
@@ -119,7 +152,9 @@ def test_the_examples_of_ops_and_entries_run():
 @pytest.mark.parametrize("name", OPS)
 def test_an_op_explains_every_keyword_its_result_and_its_errors(name):
     doc = inspect.getdoc(OPS[name])
-    missing = [heading for heading in ("Args:", "Returns:", "Raises:", ">>> ") if heading not in doc]
+    missing = [
+        heading for heading in ("Args:", "Returns:", "Raises:", ">>> ") if heading not in doc
+    ]
     missing += [
         p
         for p in inspect.signature(OPS[name]).parameters
@@ -129,15 +164,27 @@ def test_an_op_explains_every_keyword_its_result_and_its_errors(name):
 
 
 def test_the_docstrings_of_ops_know_every_keyword_that_they_share():
-    keywords = {name for record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions) for name in record.NAMES}
+    keywords = {
+        name
+        for record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions)
+        for name in record.NAMES
+    }
     assert not keywords - documented.KEYWORDS.keys()
 
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_an_entry_explains_every_parameter(name):
     function = ENTRIES[name].function
-    missing = [p for p in missing_arguments(function) if inspect.signature(function).parameters[p].kind not in VARIADIC]
+    missing = [
+        p
+        for p in missing_arguments(function)
+        if inspect.signature(function).parameters[p].kind not in VARIADIC
+    ]
     assert not missing, missing
-    own = [p for p, parameter in inspect.signature(function).parameters.items() if parameter.kind not in VARIADIC]
+    own = [
+        p
+        for p, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind not in VARIADIC
+    ]
     args = inspect.getdoc(function).partition("Args:\n")[2]
     assert not [p for p in own if not re.search(rf"(?m)\b{p}\b", args)]

@@ -15,31 +15,88 @@ EXAMPLES = ROOT / "examples"
 def test_trl_addition(tmp_path):
     for library in ("trl", "typer", "rich", "matplotlib"):
         pytest.importorskip(library)
-    options = ["--steps", "2", "--seeds", "2", "--warm-start", "300", "--cost-rows", "4", "--out", str(tmp_path / "out")]
-    result = subprocess.run([sys.executable, str(EXAMPLES / "trl_addition.py"), *options], cwd=tmp_path, capture_output=True, text=True)
+    options = [
+        "--steps",
+        "2",
+        "--seeds",
+        "2",
+        "--warm-start",
+        "300",
+        "--cost-rows",
+        "4",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / "trl_addition.py"), *options],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     numbers = json.loads((tmp_path / "out" / "trl_addition.json").read_text())
-    assert [run["name"] for run in numbers["runs"]] == ["stock TRL", "stock TRL", "fused", "fused + AR", "fused, Lopti"]
+    assert [run["name"] for run in numbers["runs"]] == [
+        "stock TRL",
+        "stock TRL",
+        "fused",
+        "fused + AR",
+        "fused, Lopti",
+    ]
     assert all(a["gradient_difference"] <= 1e-6 for a in numbers["agreement"])
     shares = numbers["gradient_share_by_probability_quartile"]
-    assert shares["reweighted"][0] < shares["plain"][0], "reweighting must take from the least likely tokens"
-    assert [c["name"] for c in numbers["cost"]["found"]] == ["eager PyTorch", "torch.compile", "fused op", "fused op, in place"]
+    assert shares["reweighted"][0] < shares["plain"][0], (
+        "reweighting must take from the least likely tokens"
+    )
+    assert [c["name"] for c in numbers["cost"]["found"]] == [
+        "eager PyTorch",
+        "torch.compile",
+        "fused op",
+        "fused op, in place",
+    ]
     assert (tmp_path / "out" / "trl_addition.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
 def test_ablations(tmp_path):
-    """In its smallest form: every run of a group is there, and so are the picture and its table."""
+    """In its smallest form: every run of a group is there, and so are the picture and
+    its table.
+    """
     for library in ("transformers", "datasets", "typer", "rich", "matplotlib"):
         pytest.importorskip(library)
-    options = ["--rollouts", "1", "--seeds", "2", "--warm-start", "2", "--jobs", "1", "--only", "hapo", "--out", str(tmp_path / "out")]
-    result = subprocess.run([sys.executable, str(EXAMPLES / "ablations.py"), *options], cwd=tmp_path, capture_output=True, text=True)
+    options = [
+        "--rollouts",
+        "1",
+        "--seeds",
+        "2",
+        "--warm-start",
+        "2",
+        "--jobs",
+        "1",
+        "--only",
+        "hapo",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / "ablations.py"), *options],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     numbers = json.loads((tmp_path / "out" / "ablations.json").read_text())
     names = [variant["name"] for variant in numbers["variants"]]
-    assert names[0] == "GRPO, dual clip" and len(names) == 6 and all(name.startswith("HAPO") for name in names[1:])
-    assert all(len(variant["reward"]) == len(variant["rewards"]) == 2 for variant in numbers["variants"])
-    assert (tmp_path / "out" / "ablations.png").stat().st_size > 10_000 and not (tmp_path / "out" / "ablations_start.pt").exists()
+    assert (
+        names[0] == "GRPO, dual clip"
+        and len(names) == 6
+        and all(name.startswith("HAPO") for name in names[1:])
+    )
+    assert all(
+        len(variant["reward"]) == len(variant["rewards"]) == 2 for variant in numbers["variants"]
+    )
+    assert (tmp_path / "out" / "ablations.png").stat().st_size > 10_000 and not (
+        tmp_path / "out" / "ablations_start.pt"
+    ).exists()
 
 
 def test_the_page_of_ablations_is_fresh(monkeypatch):
@@ -52,17 +109,29 @@ def test_the_page_of_ablations_is_fresh(monkeypatch):
     page = (ROOT / "docs" / "ablations.md").read_text()
     assert report.page(numbers) == page, "run python examples/ablations.py --page"
     variants = importlib.import_module("addition.variants").VARIANTS
-    assert [v["name"] for v in numbers["variants"]] == [v.name for v in variants], "a variant without numbers: run make ablations"
+    assert [v["name"] for v in numbers["variants"]] == [v.name for v in variants], (
+        "a variant without numbers: run make ablations"
+    )
     for variant in numbers["variants"]:
         assert len(variant["reward"]) == numbers["settings"]["seeds"] >= 3
         changed = {**variant, "reward": [x + 0.01 for x in variant["reward"]]}
-        assert report.page({**numbers, "variants": [changed if v is variant else v for v in numbers["variants"]]}) != page
+        assert (
+            report.page(
+                {
+                    **numbers,
+                    "variants": [changed if v is variant else v for v in numbers["variants"]],
+                }
+            )
+            != page
+        )
 
 
 @pytest.mark.parametrize("lopti", [False, True])
 def test_group_advantages_learns(lopti):
     """It starts from the rate of guessing (one digit in ten) and runs thirty steps."""
-    spec = importlib.util.spec_from_file_location("group_advantages", EXAMPLES / "group_advantages.py")
+    spec = importlib.util.spec_from_file_location(
+        "group_advantages", EXAMPLES / "group_advantages.py"
+    )
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     history = example.train("grpo", steps=30, lopti=lopti)
@@ -70,7 +139,9 @@ def test_group_advantages_learns(lopti):
 
 
 def test_group_advantages_has_estimators_that_run():
-    spec = importlib.util.spec_from_file_location("group_advantages", EXAMPLES / "group_advantages.py")
+    spec = importlib.util.spec_from_file_location(
+        "group_advantages", EXAMPLES / "group_advantages.py"
+    )
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     for name in example.ESTIMATORS:
@@ -85,8 +156,12 @@ def test_preference(capsys):
     runs = example.main(["--steps", "40"])
     assert set(runs) == {"dpo", "wpo", "sparse_po", "our own"}
     for name, history in runs.items():
-        assert history[0]["rewards/margins"] == 0 or name == "sparse_po"  # the reference is where training starts
-        assert history[-1]["rewards/accuracies"] == 1 and history[-1]["loss"] < 0.8 * history[0]["loss"], name
+        # the reference is where training starts
+        assert history[0]["rewards/margins"] == 0 or name == "sparse_po"
+        assert (
+            history[-1]["rewards/accuracies"] == 1
+            and history[-1]["loss"] < 0.8 * history[0]["loss"]
+        ), name
     assert "accuracy" in capsys.readouterr().out
 
 
@@ -98,7 +173,10 @@ def test_trl_heads(capsys):
     sys.modules[spec.name] = example
     spec.loader.exec_module(example)
     for name, (stock, ours, left) in example.main(["--steps", "4"]).items():
-        assert ours == pytest.approx(stock, rel=1e-4) and len(stock) == 4 and stock[-1] < stock[0], name  # TRL logs four digits
+        # TRL logs four digits
+        assert (
+            ours == pytest.approx(stock, rel=1e-4) and len(stock) == 4 and stock[-1] < stock[0]
+        ), name
         assert left == {}
     assert "on our op" in capsys.readouterr().out
 
@@ -117,12 +195,19 @@ def test_trl_recipe(capsys):
 
 
 def test_logits_functions(capsys):
-    spec = importlib.util.spec_from_file_location("logits_functions", EXAMPLES / "logits_functions.py")
+    spec = importlib.util.spec_from_file_location(
+        "logits_functions", EXAMPLES / "logits_functions.py"
+    )
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     (loss, gradient, our_loss, our_gradient), ran = example.main()
-    assert our_loss == pytest.approx(loss, rel=1e-6) and our_gradient == pytest.approx(gradient, rel=1e-6)
-    assert ran == {"token_logps": 1, "token_stats": 1} and "by the trainer's functions" in capsys.readouterr().out
+    assert our_loss == pytest.approx(loss, rel=1e-6) and our_gradient == pytest.approx(
+        gradient, rel=1e-6
+    )
+    assert (
+        ran == {"token_logps": 1, "token_stats": 1}
+        and "by the trainer's functions" in capsys.readouterr().out
+    )
 
 
 def test_tinker_loss(capsys):
@@ -131,13 +216,20 @@ def test_tinker_loss(capsys):
     spec.loader.exec_module(example)
     value, code = example.main()
     # -r·A·((1 - α) + α·p_old) over four tokens, r = e^.1 of the three here.
-    expected = -0.7 * 2.718281828**0.1 * sum(0.7 + 0.3 * 2.718281828 ** (x - 0.1) for x in (-0.5, -1.0, -3.0)) / 4
+    expected = (
+        -0.7
+        * 2.718281828**0.1
+        * sum(0.7 + 0.3 * 2.718281828 ** (x - 0.1) for x in (-0.5, -1.0, -3.0))
+        / 4
+    )
     assert abs(value - expected) < 1e-6 and "torch.exp" in code
     assert "inputs: logprobs, advantages, old_logprobs, weights" in capsys.readouterr().out
 
 
 def test_what_the_loss_costs(monkeypatch):
-    """In place it takes no memory of the logits' size, as a drop-in their gradient's; wrong gradients are not timed."""
+    """In place it takes no memory of the logits' size, as a drop-in their gradient's;
+    wrong gradients are not timed.
+    """
     monkeypatch.syspath_prepend(str(EXAMPLES))
     cost = importlib.import_module("addition.cost")
     rows, vocab = 16, 4096
@@ -146,6 +238,8 @@ def test_what_the_loss_costs(monkeypatch):
     assert found["fused op, in place"].extra_bytes < size / 8
     assert size <= found["fused op"].extra_bytes < 1.25 * size
     assert found["eager PyTorch"].extra_bytes > 4 * size
-    monkeypatch.setattr(cost, "eager_policy_loss", lambda *a, **k: 1.1 * cost.rw.testing.eager_policy_loss(*a, **k))
+    monkeypatch.setattr(
+        cost, "eager_policy_loss", lambda *a, **k: 1.1 * cost.rw.testing.eager_policy_loss(*a, **k)
+    )
     with pytest.raises(RuntimeError, match="differs from eager"):
         cost.measure(rows, vocab, rounds=1, compiled=False)

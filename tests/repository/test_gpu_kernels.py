@@ -1,5 +1,5 @@
-"""``make gpu-kernels`` without a GPU: its script and variants, emulated and interpreted,
-compiled, and what it refuses.
+"""``make gpu-kernels`` without a GPU: its script and variants, emulated and
+interpreted, compiled, and what it refuses.
 """
 
 import json
@@ -19,24 +19,44 @@ def test_the_dry_run(tmp_path, capsys):
     the ring and the streaming kernel.
     """
     pytest.importorskip("pybind11")
-    arguments = ["--dry-run", "--out", str(tmp_path), "direct=RING_DIRECT=1", "more=RING_ROWS_AHEAD=2 RING_STORES=2"]
+    arguments = [
+        "--dry-run",
+        "--out",
+        str(tmp_path),
+        "direct=RING_DIRECT=1",
+        "more=RING_ROWS_AHEAD=2 RING_STORES=2",
+    ]
     assert gpu_kernels.main(arguments) == 0
     found = json.loads((tmp_path / "gpu-kernels.json").read_text())
     assert list(found["variants"]) == ["shipped", "direct", "more"] and found["left_out"] == []
-    jobs = {"one pass", "one pass +entropy", "one pass, streaming", "statistics", "statistics +entropy", "gradient"}
+    jobs = {
+        "one pass",
+        "one pass +entropy",
+        "one pass, streaming",
+        "statistics",
+        "statistics +entropy",
+        "gradient",
+    }
     for shape in found["shapes"]:
-        assert shape["wrong"] == {} and set(shape["fractions"]) == {f"{name}: {job}" for name in found["variants"] for job in jobs}
+        assert shape["wrong"] == {} and set(shape["fractions"]) == {
+            f"{name}: {job}" for name in found["variants"] for job in jobs
+        }
         assert all(len(ms) == 1 for ms in shape["ms"].values())
     assert "direct: one pass +entropy" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels")
 def test_triton_beside_cuda(monkeypatch, tmp_path):
-    """A table of launch shapes is timed if its error passes, in the jobs that Triton has; the table is that of the variant, and only meanwhile."""
+    """A table of launch shapes is timed if its error passes, in the jobs that Triton
+    has; the table is that of the variant, and only meanwhile.
+    """
     pytest.importorskip("pybind11")
     pytest.importorskip("triton")
     seen, ask = [], triton_shapes.config.config_for
-    monkeypatch.setattr("reweight_ops._core.backends.triton_token.config_for", lambda *args: seen.append(ask(*args)) or seen[-1])
+    monkeypatch.setattr(
+        "reweight_ops._core.backends.triton_token.config_for",
+        lambda *args: seen.append(ask(*args)) or seen[-1],
+    )
     monkeypatch.setattr(gpu_kernels, "TINY_SHAPES", ((5, 1027),))
     monkeypatch.delenv("REWEIGHT_OPS_TRITON_SHAPES", raising=False)
     launch = triton_shapes.config.Launch(64, 64)
@@ -45,7 +65,13 @@ def test_triton_beside_cuda(monkeypatch, tmp_path):
     assert gpu_kernels.main(["--dry-run", "--out", str(tmp_path), "small=TRITON_SHAPES=tiny"]) == 0
     (shape,) = json.loads((tmp_path / "gpu-kernels.json").read_text())["shapes"]
     jobs = {key.removeprefix("small: ") for key in shape["fractions"] if key.startswith("small: ")}
-    assert jobs == {"one pass", "one pass +entropy", "statistics", "statistics +entropy", "gradient"}
+    assert jobs == {
+        "one pass",
+        "one pass +entropy",
+        "statistics",
+        "statistics +entropy",
+        "gradient",
+    }
     assert seen and all(config.slots == 64 for config in seen)
     assert "REWEIGHT_OPS_TRITON_SHAPES" not in os.environ
 
@@ -68,7 +94,9 @@ def test_a_table_with_other_numbers_is_wrong(planted):
             values[0, 2] = float("nan")
         else:
             continue
-        assert "of the error that is allowed" in gpu_kernels.fault((values, rows.to(torch.bfloat16)), got, truth, job), job
+        assert "of the error that is allowed" in gpu_kernels.fault(
+            (values, rows.to(torch.bfloat16)), got, truth, job
+        ), job
 
 
 def test_a_variant_with_other_bits_is_wrong(monkeypatch):
@@ -89,19 +117,33 @@ def test_a_variant_with_other_bits_is_wrong(monkeypatch):
 
     found = gpu_kernels.time_shape(3, 100, {**made, "other": (module, Other())}, "cpu", 1)
     assert set(found["wrong"]) == {"other: statistics", "other: statistics +entropy"}
-    assert not set(found["wrong"]) & set(found["ms"]) and "wrong" in "".join(gpu_kernels.report([found]))
+    assert not set(found["wrong"]) & set(found["ms"]) and "wrong" in "".join(
+        gpu_kernels.report([found])
+    )
 
 
 def test_settings():
-    assert gpu_variants.defines("RING_KEEP=0 STATS_BLOCKS=3") == ["-DRW_RING_KEEP=0", "-DRW_STATS_BLOCKS=3"]
+    assert gpu_variants.defines("RING_KEEP=0 STATS_BLOCKS=3") == [
+        "-DRW_RING_KEEP=0",
+        "-DRW_STATS_BLOCKS=3",
+    ]
     for settings in ("RING_KEPT=0", "RING_KEEP", "RING_KEEP=", "-DRW_RING_KEEP=0"):
         with pytest.raises(ValueError, match="expected NAME=VALUE"):
             gpu_variants.defines(settings)
-    assert gpu_variants.parse(["a=RING_KEEP=0", "b="]) == {"shipped": "", "a": "RING_KEEP=0", "b": ""}
-    assert gpu_variants.parse(["c=TRITON_SHAPES=three programs"]) == {"shipped": "", "c": "TRITON_SHAPES=three programs"}
+    assert gpu_variants.parse(["a=RING_KEEP=0", "b="]) == {
+        "shipped": "",
+        "a": "RING_KEEP=0",
+        "b": "",
+    }
+    assert gpu_variants.parse(["c=TRITON_SHAPES=three programs"]) == {
+        "shipped": "",
+        "c": "TRITON_SHAPES=three programs",
+    }
     with pytest.raises(ValueError, match="one of .*'three programs'"):
         gpu_variants.parse(["c=TRITON_SHAPES=four programs"])
-    assert set(triton_shapes.VARIANTS) == {f"triton, {name}" for name in triton_shapes.config.VARIANTS}
+    assert set(triton_shapes.VARIANTS) == {
+        f"triton, {name}" for name in triton_shapes.config.VARIANTS
+    }
     for text in ("=RING_KEEP=0", "shipped=RING_KEEP=0"):
         with pytest.raises(ValueError, match="expected a unique name"):
             gpu_variants.parse([text])

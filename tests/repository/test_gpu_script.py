@@ -1,5 +1,5 @@
-"""``make gpu`` without a GPU: the same script, stages, tests and benchmark in tiny shapes,
-and its runner on failures.
+"""``make gpu`` without a GPU: the same script, stages, tests and benchmark in tiny
+shapes, and its runner on failures.
 """
 
 import json
@@ -30,7 +30,12 @@ def test_the_dry_run(tmp_path):
     assert done.returncode == 0, done.stdout[-6000:]
     found = json.loads((tmp_path / "gpu.json").read_text())
     outcomes = {s["stage"]: s["outcome"] for s in found["stages"]}
-    assert outcomes == {"build": "skipped", "tests": "passed", "memcheck cpu": "passed", "bench": "passed"}
+    assert outcomes == {
+        "build": "skipped",
+        "tests": "passed",
+        "memcheck cpu": "passed",
+        "bench": "passed",
+    }
     assert found["dry_run"] and found["tests"]["tests"] > 30 and not found["tests"]["failed"]
     bench = json.loads((tmp_path / "gpu-bench.json").read_text())
     assert bench["not_reached"] == []
@@ -79,7 +84,10 @@ def test_a_stage_that_hangs_ends_with_its_children(tmp_path):
     hangs = f"import subprocess; p = subprocess.Popen(['sleep', '600']); open({str(pid)!r}, 'w').write(str(p.pid)); p.wait()"
     began = time.monotonic()
     outcomes = run_all([stage(hangs, limit=4.0), stage("print(1)")], 60, log, lambda text: None)
-    assert [o.outcome for o in outcomes] == ["out of time", "passed"] and time.monotonic() - began < 40
+    assert [o.outcome for o in outcomes] == [
+        "out of time",
+        "passed",
+    ] and time.monotonic() - began < 40
     for _ in range(50):
         state = Path(f"/proc/{pid.read_text()}/stat")
         if not state.exists() or state.read_text().split()[2] == "Z":
@@ -101,9 +109,18 @@ def test_a_stage_is_told_how_long_it_has(tmp_path):
     log = tmp_path / "log"
     log.touch()
     run_all(
-        [stage("import sys; print(sys.argv)", limit=40.0, reserve=15.0), stage("import sys; print(sys.argv)")], 60, log, lambda text: None
+        [
+            stage("import sys; print(sys.argv)", limit=40.0, reserve=15.0),
+            stage("import sys; print(sys.argv)"),
+        ],
+        60,
+        log,
+        lambda text: None,
     )
-    assert log.read_text().count("['-c', '--seconds', '25']") == 1 and log.read_text().count("['-c']") == 1
+    assert (
+        log.read_text().count("['-c', '--seconds', '25']") == 1
+        and log.read_text().count("['-c']") == 1
+    )
 
 
 def test_time_is_kept_for_what_comes_later(tmp_path):
@@ -121,7 +138,9 @@ def test_the_whole_run_fits_in_ten_minutes(tmp_path):
     assert {s.kind for s in every} == {"build", "test", "bench"}
     # There is no network, and nothing can be fetched.
     assert {"--no-index", "--no-deps", "--no-build-isolation"} <= set(every[0].command)
-    assert every[0].environment["REWEIGHT_OPS_BUILD"] == "cuda", "a GPU's kernels are asked for by name: without them the run shows nothing"
+    assert every[0].environment["REWEIGHT_OPS_BUILD"] == "cuda", (
+        "a GPU's kernels are asked for by name: without them the run shows nothing"
+    )
 
 
 @pytest.mark.skipif(bool(gpu.shutil.which("nvidia-smi")), reason="this machine has a GPU")

@@ -21,14 +21,33 @@ PACKAGE = ROOT / "reweight_ops"
 #: The layers, lowest first. Units in one line must not import each other; a folder is
 #: one unit, and so is a file at the top.
 LAYERS = (
-    ("errors", "_core.detached", "_core.files", "_core.moved", "_core.names", "_core.once", "_core.transforms", "triton_kernels"),
+    (
+        "errors",
+        "_core.detached",
+        "_core.files",
+        "_core.moved",
+        "_core.names",
+        "_core.once",
+        "_core.transforms",
+        "triton_kernels",
+    ),
     ("_core.ranges",),
     ("_core.formula", "_core.rows"),
     ("_core.spec", "_core.backends", "_core.catalogue"),
     ("_core.calls",),
     ("_core.engine",),
     ("_core.losses",),
-    ("rules", "rewards", "sample_weights", "objectives", "advantages", "preference", "divergences", "kernels", "nn"),
+    (
+        "rules",
+        "rewards",
+        "sample_weights",
+        "objectives",
+        "advantages",
+        "preference",
+        "divergences",
+        "kernels",
+        "nn",
+    ),
     ("weights",),
     ("methods",),
     ("schedules",),
@@ -42,7 +61,9 @@ RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 
 
 class Import(NamedTuple):
-    """``name`` (None: the module itself) of ``target`` in line ``line`` of ``module``; modules are dotted, below the package."""
+    """``name`` (None: the module itself) of ``target`` in line ``line`` of ``module``;
+    modules are dotted, below the package.
+    """
 
     module: str
     line: int
@@ -90,12 +111,20 @@ def imports(root: Path, known: dict[str, Path]) -> Iterator[Import]:
                 base = []
             else:
                 continue
-            below = (node.module or "").split(".") if node.level else (node.module or "").split(".")[1:]
+            below = (
+                (node.module or "").split(".") if node.level else (node.module or "").split(".")[1:]
+            )
             target = ".".join([*base, *(part for part in below if part)])
             for alias in node.names:
                 full = f"{target}.{alias.name}".lstrip(".")
                 is_module = full in known or full == "triton_kernels"
-                yield Import(module, node.lineno, full if is_module else target, None if is_module else alias.name, node in inside)
+                yield Import(
+                    module,
+                    node.lineno,
+                    full if is_module else target,
+                    None if is_module else alias.name,
+                    node in inside,
+                )
 
 
 def unit(module: str) -> str:
@@ -131,7 +160,9 @@ def folder(module: str, known: dict[str, Path]) -> Path:
 
 
 def cycles(known: dict[str, Path], found: list[Import]) -> list[list[str]]:
-    """Import cycles between modules. A package's ``__init__`` only counts where it is imported by name."""
+    """Import cycles between modules. A package's ``__init__`` only counts where it is
+    imported by name.
+    """
     graph: dict[str, set[str]] = {m: set() for m in known}
     for each in found:
         if each.target in known and each.target != each.module:
@@ -162,7 +193,10 @@ def test_the_package_keeps_its_layers() -> None:
 PLANTED = {
     "upwards": ("_core/rows/rows.py", "from ..engine import plan\n"),
     "inside a function": ("_core/calls/keywords.py", "def f():\n    from ..rows import rows\n"),
-    "private name of another folder": ("_core/engine/plan.py", "from ..calls.keywords import _check\n"),
+    "private name of another folder": (
+        "_core/engine/plan.py",
+        "from ..calls.keywords import _check\n",
+    ),
     "cycle": ("_core/rows/groups.py", "from .rows import Rows\n"),
     "no layer": ("something.py", "x = 1\n"),
 }
@@ -170,8 +204,8 @@ PLANTED = {
 
 @pytest.mark.parametrize("kind", PLANTED)
 def test_a_planted_offence_is_found(kind: str, tmp_path: Path) -> None:
-    """The test above can fail: a copy of the sources with one wrong line has a violation
-    of its kind.
+    """The test above can fail: a copy of the sources with one wrong line has a
+    violation of its kind.
     """
     copy = tmp_path / PACKAGE.name
     for path in PACKAGE.rglob("*.py"):
@@ -188,6 +222,8 @@ def test_a_planted_offence_is_found(kind: str, tmp_path: Path) -> None:
 def test_an_old_import_path_says_the_new_one(old: str) -> None:
     """Of a folder that is gone, the folder's new name: Python looks for it first."""
     folder = old.split(".")[0]
-    with pytest.raises(ModuleNotFoundError, match=f"is now reweight_ops.({MOVED[old]}|{MOVED.get(folder)})"):
+    with pytest.raises(
+        ModuleNotFoundError, match=f"is now reweight_ops.({MOVED[old]}|{MOVED.get(folder)})"
+    ):
         importlib.import_module(f"reweight_ops.{old}")
     assert importlib.util.find_spec(f"reweight_ops.{MOVED[old]}") is not None

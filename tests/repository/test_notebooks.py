@@ -1,4 +1,5 @@
-"""The notebooks run from their first cell to their last, and are kept without outputs."""
+"""The notebooks run from their first cell to their last, and are kept
+without outputs."""
 
 import json
 
@@ -28,7 +29,9 @@ def test_it_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     book = nbformat.read(path, as_version=4)
     nbformat.validate(book)
-    nbclient.NotebookClient(book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(
+        book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     said = [[output["output_type"] for output in cell["outputs"]] for cell in code_cells(book)]
     assert all(cell["execution_count"] for cell in code_cells(book)) and sum(map(len, said)) >= 3
     assert not any(kind == "error" for kinds in said for kind in kinds)

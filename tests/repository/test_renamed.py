@@ -9,7 +9,10 @@ import reweight_ops as rw
 from reweight_ops import kernels
 
 
-@pytest.mark.parametrize(("module", "old", "new"), [(rw, "Constraint", "HingeConstraint"), (rw.rules, "LEAVES", "TOKEN_FIELDS")])
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [(rw, "Constraint", "HingeConstraint"), (rw.rules, "LEAVES", "TOKEN_FIELDS")],
+)
 def test_an_old_name_warns_of_its_new_one(module, old, new):
     with pytest.warns(DeprecationWarning, match=rf"\b{old} is called .*\b{new} now"):
         assert getattr(module, old) is getattr(module, new)
@@ -32,12 +35,22 @@ def test_the_raw_kernels_name_the_keyword_that_took_the_place_of_an_old_one():
     softmax = kernels.SoftmaxParams(5)
     with pytest.raises(TypeError, match=r"token_stats\(\) .*'head'. Here it is softmax\."):
         kernels.token_stats(z, ids, one, head=softmax)
-    stats = dict(zip(("logp", "lse"), kernels.token_stats(z, ids, one, softmax=softmax, stats=("logp", "lse")), strict=True))
+    stats = dict(
+        zip(
+            ("logp", "lse"),
+            kernels.token_stats(z, ids, one, softmax=softmax, stats=("logp", "lse")),
+            strict=True,
+        )
+    )
     with pytest.raises(TypeError, match=r"token_grad\(\) .*'coefs'. Here it is derivatives\."):
         kernels.token_grad(z, ids, one, stats, coefs={})
     derivatives = {"logp": -torch.ones(2)}
-    grad = kernels.token_grad(z, ids, one, stats, derivatives=derivatives, softmax=softmax, backend="reference")
-    torch.testing.assert_close(grad, z.softmax(-1) - torch.nn.functional.one_hot(ids, 5), rtol=0, atol=1e-6)
+    grad = kernels.token_grad(
+        z, ids, one, stats, derivatives=derivatives, softmax=softmax, backend="reference"
+    )
+    torch.testing.assert_close(
+        grad, z.softmax(-1) - torch.nn.functional.one_hot(ids, 5), rtol=0, atol=1e-6
+    )
     with pytest.raises(TypeError, match=r"RowInputs\(\) .*'weights'. Here it is row_weights\."):
         kernels.RowInputs(weights=torch.ones(1, 2))
     assert kernels.RowInputs(row_weights=one).row_weights is one
@@ -54,5 +67,8 @@ def test_a_reduction_with_the_old_method_is_told_the_new_one():
             return weighted
 
     spec = rw.methods.reinforce().replace(reduction=Old())
-    with pytest.raises(NotImplementedError, match=r"no contributions\(self, rows, weighted, adv\) \(it has shares\(\)"):
+    with pytest.raises(
+        NotImplementedError,
+        match=r"no contributions\(self, rows, weighted, adv\) \(it has shares\(\)",
+    ):
         rw.policy_loss(torch.randn(1, 2, 5), torch.tensor([[1, 2]]), math.pi, spec=spec)

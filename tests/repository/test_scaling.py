@@ -16,7 +16,10 @@ def test_the_formulas_of_the_page():
         (scaling.states(1, scaling.DIVERGENCE_STATES), "divergences"),
     ):
         assert f"| {what} | {bytes_a_row}·N | 1 all-gather |" in page
-    assert f"| log-probs and entropies: every policy loss | {scaling.states(1, scaling.LOGP_STATES + 1)}·N |" in page
+    assert (
+        f"| log-probs and entropies: every policy loss | {scaling.states(1, scaling.LOGP_STATES + 1)}·N |"
+        in page
+    )
     assert f"| before the call: data that the ranks compare | {scaling.AGREEMENT} |" in page
     links = scaling.Links()
     assert (

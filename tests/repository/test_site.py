@@ -1,5 +1,5 @@
-"""The documentation site builds without a warning, its code runs, and its statements about
-the package are true.
+"""The documentation site builds without a warning, its code runs, and its statements
+about the package are true.
 """
 
 import os
@@ -19,14 +19,27 @@ PACKAGE = "\n".join(p.read_text() for p in (ROOT / "reweight_ops").rglob("*.py")
 
 
 def test_it_builds_without_a_warning(tmp_path):
-    """Links, anchors and the reference included: whatever MkDocs warns of ends a strict build."""
+    """Links, anchors and the reference included: whatever MkDocs warns of ends a strict
+    build.
+    """
     pytest.importorskip("mkdocs")
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     reference = (tmp_path / "reference/specs/index.html").read_text()
-    missing = [name for name, entry in rw.METHODS.items() if f".{entry.function.__name__}" not in reference]
+    missing = [
+        name for name, entry in rw.METHODS.items() if f".{entry.function.__name__}" not in reference
+    ]
     assert not missing and ":func:" not in reference
     catalogue = (tmp_path / "methods/index.html").read_text()
     assert catalogue.count("<math") > 400 and "<code>-A·logp</code>" not in catalogue
@@ -49,7 +62,9 @@ def test_each_rule_is_cited_by_a_test():
     rules = re.findall(r"^\* \*\*(S\d+)\.\*\*", (DOCS / "semantics.md").read_text(), re.M)
     assert rules == [f"S{i}" for i in range(1, len(rules) + 1)]
     notes = [
-        re.findall(r"# docs/semantics\.md: (.+)", p.read_text()) for p in (ROOT / "tests").rglob("test_*.py") if p.name != "test_site.py"
+        re.findall(r"# docs/semantics\.md: (.+)", p.read_text())
+        for p in (ROOT / "tests").rglob("test_*.py")
+        if p.name != "test_site.py"
     ]
     cited = {rule for found in notes for note in found for rule in note.split(", ")}
     assert cited == set(rules)
@@ -65,7 +80,10 @@ def test_trainers_and_their_versions():
     for page, up in ((DOCS / "versions.md", "docs/"), (ROOT / "README.md", "")):
         rows = re.findall(r"^\| \[([^\]]+)\]\((\S+)\) \| (.+) \|$", page.read_text(), re.M)
         told = {name: (up + link, versions) for name, link, versions in rows}
-        assert told == {t.name: (t.page, ", ".join(t.tested) or f"a transcription of {t.commit}") for t in TRAINERS.values()}
+        assert told == {
+            t.name: (t.page, ", ".join(t.tested) or f"a transcription of {t.commit}")
+            for t in TRAINERS.values()
+        }
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])

@@ -1,4 +1,6 @@
-"""How the site draws the catalogue's formulas: what LaTeX they become, and what stays code."""
+"""How the site draws the catalogue's formulas: what LaTeX they become, and what stays
+code.
+"""
 
 import re
 import sys
@@ -10,7 +12,8 @@ sys.path.append(str(ROOT / "docs"))
 from site_formulas import latex
 
 PAGE = (ROOT / "docs/methods.md").read_text()
-#: A divergence of two distributions as an argument of a word; a loss's name with a hyphen.
+#: A divergence of two distributions as an argument of a word; a loss's name with a
+#: hyphen.
 TEXT = {"mean(w·loss) - temperature·KL(w/n || uniform)", "-log σ(β·m) + 0.2·mean-NLL(y_w)"}
 
 
@@ -18,17 +21,30 @@ TEXT = {"mean(w·loss) - temperature·KL(w/n || uniform)", "-log σ(β·m) + 0.2
     "text, expected",
     [
         ("-A·logp", r"-A \cdot \log p"),
-        ("-min(r·A, clip(r, 1-ε_low, 2)·A)", r"-\operatorname{min}(r \cdot A, \operatorname{clip}(r, 1 - ε_{\text{low}}, 2) \cdot A)"),
-        ("(r - mean_g) / (std_g + epsilon)", r"\frac{r - \operatorname{mean}_{g}}{\operatorname{std}_{g} + ε}"),
+        (
+            "-min(r·A, clip(r, 1-ε_low, 2)·A)",
+            r"-\operatorname{min}(r \cdot A, \operatorname{clip}(r, 1 - ε_{\text{low}}, 2) \cdot A)",
+        ),
+        (
+            "(r - mean_g) / (std_g + epsilon)",
+            r"\frac{r - \operatorname{mean}_{g}}{\operatorname{std}_{g} + ε}",
+        ),
         ("(a + b)·(c + d)/n", r"(a + b) \cdot \frac{c + d}{n}"),
         ("a + b/n", r"a + \frac{b}{n}"),
         ("a·b / n", r"\frac{a \cdot b}{n}"),
         ("e^(s/τ)", r"e^{s/τ}"),
-        ("exp(r_i)/sum_j exp(r_j)", r"\frac{\operatorname{exp}(r_{i})}{\sum_{j} \, \operatorname{exp}(r_{j})}"),
-        ("log π(y)/|y|", r"\operatorname{log} \, π(y)/\vert y \vert"),  # a log over a length, not the log of a fraction
+        (
+            "exp(r_i)/sum_j exp(r_j)",
+            r"\frac{\operatorname{exp}(r_{i})}{\sum_{j} \, \operatorname{exp}(r_{j})}",
+        ),
+        # a log over a length, not the log of a fraction
+        ("log π(y)/|y|", r"\operatorname{log} \, π(y)/\vert y \vert"),
         ("Σ_{j in q-} x_j²", r"\sum_{j \in q^{-}} \, x_{j}^{2}"),
         ("1[p_old < threshold]", r"\mathbf{1}[p_{\text{old}} < \text{threshold}]"),
-        ("min(exp(A), max_weight)", r"\operatorname{min}(\operatorname{exp}(A), \text{max_weight})"),
+        (
+            "min(exp(A), max_weight)",
+            r"\operatorname{min}(\operatorname{exp}(A), \text{max_weight})",
+        ),
         ("(r~ - V*) [/ (std + ε)]", r"(\tilde{r} - V^{*}) \, [/ (\operatorname{std} + ε)]"),
         ("1/(2β)", r"\frac{1}{2 \, β}"),
     ],
@@ -40,7 +56,15 @@ def test_a_formula(text, expected):
 @pytest.mark.parametrize(
     "text",
     [
-        *("beta", "[B, T]", "[B, K] -> [B]", 'loss_type="dapo"', "comp_sum(tau=1)", "advantages.ngrpo", "f_dpo"),
+        *(
+            "beta",
+            "[B, T]",
+            "[B, K] -> [B]",
+            'loss_type="dapo"',
+            "comp_sum(tau=1)",
+            "advantages.ngrpo",
+            "f_dpo",
+        ),
         *("clip(r", "a ± ", "log-ratio_w·2", "x) + (y", "[3·P, T]", "-1"),
     ],
 )

@@ -1,4 +1,6 @@
-"""The oldest PyTorch that an installation may have is one that ``make torch-versions`` runs, and so is its Triton."""
+"""The oldest PyTorch that an installation may have is one that ``make torch-versions``
+runs, and so is its Triton.
+"""
 
 import re
 
@@ -13,7 +15,9 @@ def numbers(variable):
 
 
 def test_the_floor_is_the_first_that_is_run():
-    floor = re.search(r'^dependencies = \["torch>=([\d.]+)"\]', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    floor = re.search(
+        r'^dependencies = \["torch>=([\d.]+)"\]', (ROOT / "pyproject.toml").read_text(), re.M
+    )[1]
     versions = numbers("TORCHES")
     assert versions == sorted(versions) and tuple(map(int, floor.split("."))) == versions[0]
 

@@ -1,4 +1,5 @@
-"""The Python of the trainers' pages, and of the README's TRL part, runs: with stand-ins for trainers and for what a reader has, and with functions in
+"""The Python of the trainers' pages, and of the README's TRL part, runs: with stand-ins
+for trainers and for what a reader has, and with functions in
 place of our hooks that take the arguments which the hooks take, and no others."""
 
 import ast
@@ -13,7 +14,11 @@ from paths import ROOT
 
 import reweight_ops as rw
 
-PAGES = [p for p in (*sorted((ROOT / "docs/trainers").glob("*.md")), ROOT / "README.md") if "```python" in p.read_text()]
+PAGES = [
+    p
+    for p in (*sorted((ROOT / "docs/trainers").glob("*.md")), ROOT / "README.md")
+    if "```python" in p.read_text()
+]
 
 
 def stand_in(name):
@@ -24,29 +29,50 @@ def stand_in(name):
 
 
 def ours(module, name):
-    """What a hook's module defines by a name, with its signature and nothing in it: the trainers need not be there."""
+    """What a hook's module defines by a name, with its signature and nothing in it: the
+    trainers need not be there.
+    """
     path = ROOT / module.replace(".", "/")
-    tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
-    (found,) = (node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name)
+    tree = ast.parse(
+        (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+    )
+    (found,) = (
+        node
+        for node in tree.body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name
+    )
     if isinstance(found, ast.ClassDef):
         return constructor(found)
     return with_signature(found.args)
 
 
 def constructor(found):
-    made = [node for node in found.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
-    if not made or any(isinstance(node, ast.ClassDef) for node in found.body):  # torchtitan's is made by the Config inside
+    made = [
+        node for node in found.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"
+    ]
+    # torchtitan's is made by the Config inside
+    if not made or any(isinstance(node, ast.ClassDef) for node in found.body):
         return stand_in(found.name)
     made[0].args.args.pop(0)  # self
     return with_signature(made[0].args)
 
 
 def with_signature(arguments):
-    for argument in (*arguments.args, *arguments.kwonlyargs, *filter(None, (arguments.vararg, arguments.kwarg))):
+    for argument in (
+        *arguments.args,
+        *arguments.kwonlyargs,
+        *filter(None, (arguments.vararg, arguments.kwarg)),
+    ):
         argument.annotation = None
     arguments.defaults = [ast.Constant(None) for _ in arguments.defaults]
     arguments.kw_defaults = [default and ast.Constant(None) for default in arguments.kw_defaults]
-    function = eval(compile(ast.fix_missing_locations(ast.Expression(ast.Lambda(arguments, ast.Constant(None)))), "signature", "eval"))
+    function = eval(
+        compile(
+            ast.fix_missing_locations(ast.Expression(ast.Lambda(arguments, ast.Constant(None)))),
+            "signature",
+            "eval",
+        )
+    )
     return create_autospec(function, return_value=stand_in("result"))
 
 
@@ -69,7 +95,11 @@ class Names(dict):
 
 def run(page):
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
-    for block in blocks if page.name != "README.md" else [block for block in blocks if "integrations" in block]:
+    for block in (
+        blocks
+        if page.name != "README.md"
+        else [block for block in blocks if "integrations" in block]
+    ):
         names = {"__builtins__": {**vars(builtins), "__import__": imported}, "__name__": "page"}
         exec(compile(block, str(page), "exec"), names, Names())
 

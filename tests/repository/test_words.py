@@ -1,4 +1,6 @@
-"""One word for one thing: the retired words of ``docs/glossary.md`` occur nowhere but in the changelog."""
+"""One word for one thing: the retired words of ``docs/glossary.md`` occur nowhere but
+in the changelog.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from collections.abc import Iterator
 import pytest
 from paths import ROOT
 
-#: Files that are history, data or another's text, and those that have to name an old word.
+#: Files that are history, data or another's text, and those that have to name an old
+#: word.
 EXCEPTIONS = {
     r"CHANGELOG\.md": "history",
     r"LICENSE": "another's text",
@@ -22,8 +25,11 @@ EXCEPTIONS = {
 
 
 def retired_words() -> dict[str, str]:
-    """Word to the folder that it is retired in (empty: all), from the glossary's table."""
-    table = (ROOT / "docs/glossary.md").read_text(encoding="utf-8").partition("## Retired words\n")[2]
+    """Word to the folder that it is retired in (empty: all), from the
+    glossary's table."""
+    table = (
+        (ROOT / "docs/glossary.md").read_text(encoding="utf-8").partition("## Retired words\n")[2]
+    )
     found = {}
     for line in table.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -50,7 +56,9 @@ def occurrences(path: str, text: str) -> Iterator[str]:
 
 def files() -> dict[str, str]:
     """Path to text of every file that the rule is about, names of files included."""
-    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    names = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     found = {}
     for name in names:
         path = ROOT / name

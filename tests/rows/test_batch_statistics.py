@@ -1,4 +1,6 @@
-"""``batch`` of a weight against loops over Python numbers, in every layout of sequences, values and gradients; masked rows hold NaN."""
+"""``batch`` of a weight against loops over Python numbers, in every layout of
+sequences, values and gradients; masked rows hold NaN.
+"""
 
 import math
 
@@ -16,7 +18,9 @@ LAYOUTS = ("padded", "packed", "ids")
 
 
 def layout(kind):
-    """The rows, the sequence of each (None: out) and where a test's values for padding are NaN."""
+    """The rows, the sequence of each (None: out) and where a test's values for padding
+    are NaN.
+    """
     g = torch.Generator().manual_seed(5)
     if kind == "padded":
         mask = torch.arange(8) < torch.tensor(LENGTHS)[:, None]
@@ -27,7 +31,10 @@ def layout(kind):
         lengths = [n + 2 for n in LENGTHS[:2]] + [0] + LENGTHS[3:]
         owner = [s for s, n in enumerate(lengths) for _ in range(n)]
         mask = torch.rand(len(owner), generator=g) < 0.8
-        tensors = {"completion_mask": mask, "cu_seqlens": torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])}
+        tensors = {
+            "completion_mask": mask,
+            "cu_seqlens": torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()]),
+        }
         if kind == "ids":
             ids = torch.tensor(owner)[torch.randperm(len(owner), generator=g)]
             owner = ids.tolist()
@@ -36,7 +43,8 @@ def layout(kind):
     tensors |= {"group_ids": torch.tensor(PROMPTS), "num_groups": 4}
     rows = resolve_logps("test", logps, tensors)
     keep = mask.reshape(-1).tolist()
-    x = torch.randn(len(owner), generator=g, dtype=torch.float64).round(decimals=1)  # ties
+    # ties
+    x = torch.randn(len(owner), generator=g, dtype=torch.float64).round(decimals=1)
     x[~mask.reshape(-1)] = math.nan
     return rows, [s if k else None for s, k in zip(owner, keep, strict=True)], x.requires_grad_()
 
@@ -49,7 +57,10 @@ def quantile(values, q):
 
 def smaller(values, i):
     """How many rank before the i-th."""
-    return sum(v.item() < values[i].item() or (v.item() == values[i].item() and j < i) for j, v in enumerate(values))
+    return sum(
+        v.item() < values[i].item() or (v.item() == values[i].item() and j < i)
+        for j, v in enumerate(values)
+    )
 
 
 def ranked(values, i):
@@ -70,7 +81,9 @@ SEQUENCE_WITH = {
     "seq_cumsum": (0.5, lambda v, i: sum(0.5 ** (i - s) * v[s] for s in range(i + 1))),
     "seq_suffix_sum": (
         torch.tensor(0.9, dtype=torch.float64),
-        lambda v, i: sum(torch.tensor(0.9, dtype=torch.float64) ** (s - i) * v[s] for s in range(i, len(v))),
+        lambda v, i: sum(
+            torch.tensor(0.9, dtype=torch.float64) ** (s - i) * v[s] for s in range(i, len(v))
+        ),
     ),
     "seq_quantile": (0.3, lambda v, i: quantile(v, 0.3)),
 }
@@ -88,7 +101,9 @@ CASES = [
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-@pytest.mark.parametrize(("name", "args", "expected", "level"), CASES, ids=[f"{n}-{len(a)}" for n, a, _, _ in CASES])
+@pytest.mark.parametrize(
+    ("name", "args", "expected", "level"), CASES, ids=[f"{n}-{len(a)}" for n, a, _, _ in CASES]
+)
 def test_a_statistic_is_the_loop(name, args, expected, level, kind):
     rows, owner, x = layout(kind)
     got = getattr(BatchStatistics(rows), name)(x, *args)
@@ -101,7 +116,13 @@ def test_a_statistic_is_the_loop(name, args, expected, level, kind):
             continue
         members = [j for j, other in enumerate(owner) if other is not None and of(other) == of(s)]
         want = expected([x[j] for j in members], members.index(i))
-        torch.testing.assert_close(got[i], torch.as_tensor(want, dtype=torch.float64), rtol=1e-13, atol=1e-13, msg=f"row {i} of {owner}")
+        torch.testing.assert_close(
+            got[i],
+            torch.as_tensor(want, dtype=torch.float64),
+            rtol=1e-13,
+            atol=1e-13,
+            msg=f"row {i} of {owner}",
+        )
         total, seen = total + upstream[i] * want, seen + 1
     assert seen > 8
     inside = torch.tensor([s is not None for s in owner])
@@ -150,12 +171,16 @@ def test_numbers_count_rows(kind):
         alike = [j for j in inside if owner[j] == owner[i]]
         assert float(batch.seq_cumsum(1.0)[i]) == alike.index(i) + 1
         assert float(batch.seq_suffix_sum(1.0)[i]) == len(alike) - alike.index(i)
-        assert float(batch.group_sum(1.0)[i]) == sum(PROMPTS[owner[j]] == PROMPTS[owner[i]] for j in inside)
+        assert float(batch.group_sum(1.0)[i]) == sum(
+            PROMPTS[owner[j]] == PROMPTS[owner[i]] for j in inside
+        )
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_a_nan_row_is_its_own_sequences(kind):
-    """An inf or NaN among the rows that are in reaches no other sequence's sums, nor those of its own that do not see it."""
+    """An inf or NaN among the rows that are in reaches no other sequence's sums, nor
+    those of its own that do not see it.
+    """
     rows, owner, x = layout(kind)
     batch = BatchStatistics(rows)
     inside = [i for i, s in enumerate(owner) if s is not None]
@@ -163,24 +188,33 @@ def test_a_nan_row_is_its_own_sequences(kind):
     for value in (math.inf, math.nan):
         y = x.detach().clone()
         y[nan_at] = value
-        for name, sees in (("seq_cumsum", lambda i: i >= nan_at), ("seq_suffix_sum", lambda i: i <= nan_at)):
+        for name, sees in (
+            ("seq_cumsum", lambda i: i >= nan_at),
+            ("seq_suffix_sum", lambda i: i <= nan_at),
+        ):
             got = getattr(batch, name)(y)
             for i in inside:
                 assert got[i].isfinite() == (owner[i] != 3 or not sees(i)), (name, i)
 
 
 def test_long_sequences_keep_their_digits():
-    """fp32, 20 000 tokens of 1e-3 after another sequence of 1e6s: a difference of running totals over the call would have no digit left."""
+    """fp32, 20 000 tokens of 1e-3 after another sequence of 1e6s: a difference of
+    running totals over the call would have no digit left.
+    """
     logps = torch.zeros(40_000)
     rows = resolve_logps("test", logps, {"cu_seqlens": torch.tensor([0, 20_000, 40_000])})
     x = torch.cat([torch.full((20_000,), 1e6), torch.full((20_000,), 1e-3)])
     got = BatchStatistics(rows).seq_cumsum(x)
-    assert math.isclose(float(got[-1]), 20.0, rel_tol=1e-5) and float(got[20_000]) == pytest.approx(1e-3)
+    assert math.isclose(float(got[-1]), 20.0, rel_tol=1e-5) and float(got[20_000]) == pytest.approx(
+        1e-3
+    )
 
 
 def test_empty_calls_have_statistics():
     rows = resolve_logps(
-        "test", torch.zeros(2, 3), {"completion_mask": torch.zeros(2, 3), "group_ids": torch.tensor([0, 0]), "num_groups": 1}
+        "test",
+        torch.zeros(2, 3),
+        {"completion_mask": torch.zeros(2, 3), "group_ids": torch.tensor([0, 0]), "num_groups": 1},
     )
     batch = BatchStatistics(rows)
     for name, args, _, _ in CASES:
@@ -202,29 +236,41 @@ def test_they_fail_loudly():
 @pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_weights_use_them_in_a_loss(backend):
-    """A weight with a gradient, by sequence and by prompt; ``group_ids`` is read, and needed."""
+    """A weight with a gradient, by sequence and by prompt; ``group_ids`` is read, and
+    needed.
+    """
 
     @rw.weight
     class Steep(TokenWeight):
         decay: float = 0.5
 
         def weight(self, xp, t, batch):
-            return xp.exp(0.1 * batch.seq_suffix_sum(t.logp, self.decay)) + batch.group_mean(t.logp) + batch.seq_rank(t.entropy)
+            return (
+                xp.exp(0.1 * batch.seq_suffix_sum(t.logp, self.decay))
+                + batch.group_mean(t.logp)
+                + batch.seq_rank(t.entropy)
+            )
 
     g = torch.Generator().manual_seed(2)
     logits = torch.randn(4, 5, 7, generator=g, dtype=torch.float64).requires_grad_()
     ids, A = torch.randint(7, (4, 5), generator=g), torch.randn(4, generator=g, dtype=torch.float64)
-    spec = rw.PolicyLossSpec(surrogate=rw.methods.reinforce().surrogate, weights=(Steep(detach=False),), name="steep")
+    spec = rw.PolicyLossSpec(
+        surrogate=rw.methods.reinforce().surrogate, weights=(Steep(detach=False),), name="steep"
+    )
     given = {"spec": spec, "backend": backend if backend == "reference" else "auto"}
     groups = {"group_ids": torch.tensor([0, 1, 1, 0]), "num_groups": 2}
     out = rw.policy_loss(logits, ids, A, **given, **groups)
     logp = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
     H = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
     suffix = sum(torch.nn.functional.pad(logp[:, s:], (0, s)) * 0.5**s for s in range(5))
-    mean = torch.stack([logp[[0, 3]].mean(), logp[[1, 2]].mean()])[torch.tensor([0, 1, 1, 0])][:, None]
+    mean = torch.stack([logp[[0, 3]].mean(), logp[[1, 2]].mean()])[torch.tensor([0, 1, 1, 0])][
+        :, None
+    ]
     want = (-A[:, None] * logp * ((0.1 * suffix).exp() + mean + H.argsort(-1).argsort(-1))).mean()
     torch.testing.assert_close(out.loss, want)
-    torch.testing.assert_close(torch.autograd.grad(out.loss, logits)[0], torch.autograd.grad(want, logits)[0])
+    torch.testing.assert_close(
+        torch.autograd.grad(out.loss, logits)[0], torch.autograd.grad(want, logits)[0]
+    )
     with pytest.raises(rw.InvalidCall, match="needs group_ids"):
         rw.policy_loss(logits, ids, A, **given)
     with pytest.raises(rw.InvalidCall, match="reads prompts"):

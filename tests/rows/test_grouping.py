@@ -17,7 +17,9 @@ B, G, T = 24, 4, 6
 
 
 def columns(dtype=torch.float64, device="cpu", seed=0):
-    """A column of every kind that an estimator may take; rewards are 0, 1/2 or 1, with groups of equal ones and an all-wrong one."""
+    """A column of every kind that an estimator may take; rewards are 0, 1/2 or 1, with
+    groups of equal ones and an all-wrong one.
+    """
     g = torch.Generator().manual_seed(seed)
     r = torch.randint(0, 3, (B,), generator=g).to(dtype) / 2
     r[:G], r[G : 2 * G] = 0.1, 0
@@ -34,7 +36,8 @@ def columns(dtype=torch.float64, device="cpu", seed=0):
     return {k: v.to(device) for k, v in draws.items()}
 
 
-#: Name in the catalogue (or the function's) to a call on columns ``c`` and group arguments.
+#: Name in the catalogue (or the function's) to a call on columns ``c`` and group
+#: arguments.
 GROUPED = {
     "advantage/grpo": lambda c, **k: adv.grpo(c["r"], **k),
     "advantage/grpo batch": lambda c, **k: adv.grpo(c["r"], scale_rewards="batch", **k),
@@ -47,13 +50,17 @@ GROUPED = {
     "advantage/qae": lambda c, **k: adv.qae(c["r"], **k),
     "advantage/grpo_lead": lambda c, **k: adv.grpo_lead(c["r"] - 0.4, **k),
     "advantage/mapo_mixed": lambda c, **k: adv.mapo_mixed(c["r"], c["correct"], **k),
-    "advantage/difficulty_prior": lambda c, **k: adv.difficulty_prior(c["r"], c["correct"], slope=2.0, normalize=True, **k),
+    "advantage/difficulty_prior": lambda c, **k: adv.difficulty_prior(
+        c["r"], c["correct"], slope=2.0, normalize=True, **k
+    ),
     "advantage/ngrpo": lambda c, **k: adv.ngrpo(c["r"], **k),
     "advantage/lens": lambda c, **k: adv.lens(c["correct"], c["logps"], c["mask"], **k),
     "advantage/canon": lambda c, **k: adv.canon(c["r"], c["other"], alpha=0.9, **k),
     "advantage/edge_grpo": lambda c, **k: adv.edge_grpo(c["r"], c["other"], **k),
     "advantage/hapo": lambda c, **k: adv.hapo(c["r"], c["lengths"], **k),
-    "advantage/reinforce_plus_plus_baseline": lambda c, **k: adv.reinforce_plus_plus_baseline(c["r"], c["mask"], **k),
+    "advantage/reinforce_plus_plus_baseline": lambda c, **k: adv.reinforce_plus_plus_baseline(
+        c["r"], c["mask"], **k
+    ),
     "advantage/lite_ppo": lambda c, **k: adv.lite_ppo(c["r"], **k),
     "advantage/gpg": lambda c, **k: adv.gpg(c["r"], **k),
     "advantage/a_star_po": lambda c, **k: adv.a_star_po(c["r"], c["per_func"][: B // G], **k),
@@ -61,21 +68,41 @@ GROUPED = {
     "advantage/passk_training": lambda c, **k: adv.passk_training(c["correct"], k=2, **k),
     "advantage/maxrl": lambda c, **k: adv.maxrl(c["r"], **k),
     "advantage/otb": lambda c, **k: adv.otb(c["r"], c["mask"], c["logps"], c["logps"] / 2, **k),
-    "advantage/tir_otb": lambda c, **k: adv.tir_otb(c["r"], c["mask"], c["logps"], c["logps"] / 2, **k),
-    "reward/trust_grpo": lambda c, **k: rewards.trust_grpo(c["r"], c["other"], step=3, total_steps=10, **k),
-    "reward/grpo_lead_length": lambda c, **k: rewards.grpo_lead_length(c["correct"], c["lengths"], min_length=2.0, **k),
-    "reward/grpo_lambda_length": lambda c, **k: rewards.grpo_lambda_length(c["correct"], c["lengths"], alpha=0.5, **k),
+    "advantage/tir_otb": lambda c, **k: adv.tir_otb(
+        c["r"], c["mask"], c["logps"], c["logps"] / 2, **k
+    ),
+    "reward/trust_grpo": lambda c, **k: rewards.trust_grpo(
+        c["r"], c["other"], step=3, total_steps=10, **k
+    ),
+    "reward/grpo_lead_length": lambda c, **k: rewards.grpo_lead_length(
+        c["correct"], c["lengths"], min_length=2.0, **k
+    ),
+    "reward/grpo_lambda_length": lambda c, **k: rewards.grpo_lambda_length(
+        c["correct"], c["lengths"], alpha=0.5, **k
+    ),
     "sample_weight/kl_tilt": lambda c, **k: sample_weights.kl_tilt(c["r"], beta=0.5, **k),
     "sample_weight/kl_dro": lambda c, **k: sample_weights.kl_dro(c["other"], temperature=0.5, **k),
     "sample_weight/raft": lambda c, **k: sample_weights.raft(c["r"], keep=2, **k),
     "sample_weight/d3s": lambda c, **k: sample_weights.d3s(c["other"], num_samples=3, **k),
-    "sample_weight/dynamic_sampling": lambda c, **k: sample_weights.dynamic_sampling(c["r"], high=0.8, **k),
-    "sample_weight/selective_rehearsal": lambda c, **k: sample_weights.selective_rehearsal(c["other"], keep=1, **k),
+    "sample_weight/dynamic_sampling": lambda c, **k: sample_weights.dynamic_sampling(
+        c["r"], high=0.8, **k
+    ),
+    "sample_weight/selective_rehearsal": lambda c, **k: sample_weights.selective_rehearsal(
+        c["other"], keep=1, **k
+    ),
 }
 
 
 def remax(c):
-    return adv.remax(c["r"], c["other"], c["mask"], gamma=0.9, kl_coef=0.1, per_token_logps=c["logps"], ref_per_token_logps=c["logps"] * 2)
+    return adv.remax(
+        c["r"],
+        c["other"],
+        c["mask"],
+        gamma=0.9,
+        kl_coef=0.1,
+        per_token_logps=c["logps"],
+        ref_per_token_logps=c["logps"] * 2,
+    )
 
 
 def gigpo(c):
@@ -91,7 +118,9 @@ def chain(c):
 def choice(c):
     """Of three options the right ones are those above their mean: at least one."""
     marks = c["per_func"]
-    return rewards.soft_multi_choice((marks - 0.7).relu(), (marks - marks.mean(1, keepdim=True)).relu())
+    return rewards.soft_multi_choice(
+        (marks - 0.7).relu(), (marks - marks.mean(1, keepdim=True)).relu()
+    )
 
 
 def sources(c):
@@ -102,12 +131,18 @@ def sources(c):
 #: Without group arguments.
 OTHERS = {
     "advantage/gae": lambda c: adv.gae(c["r"], c["logps"], c["mask"], gamma=0.9)[0],
-    "advantage/decoupled_gae": lambda c: adv.decoupled_gae(c["logps"], c["logps"], c["mask"], gamma=0.9)[1],
-    "advantage/reinforce_plus_plus": lambda c: adv.reinforce_plus_plus(c["r"], c["mask"], gamma=0.9),
+    "advantage/decoupled_gae": lambda c: adv.decoupled_gae(
+        c["logps"], c["logps"], c["mask"], gamma=0.9
+    )[1],
+    "advantage/reinforce_plus_plus": lambda c: adv.reinforce_plus_plus(
+        c["r"], c["mask"], gamma=0.9
+    ),
     "advantage/remax": remax,
     "advantage/gigpo": gigpo,
     "advantage/spo_chain": chain,
-    "advantage/spo_tree": lambda c: adv.spo_tree(c["r"], torch.arange(B, device=c["r"].device) // 3 - 1, scale="std"),
+    "advantage/spo_tree": lambda c: adv.spo_tree(
+        c["r"], torch.arange(B, device=c["r"].device) // 3 - 1, scale="std"
+    ),
     "reward/wco": lambda c: rewards.wco(c["per_func"]),
     "reward/uwo": lambda c: rewards.uwo(c["per_func"]),
     "reward/lsc": lambda c: rewards.lsc(c["per_func"], 0.5),
@@ -115,11 +150,19 @@ OTHERS = {
     "reward/harmonic_mean": lambda c: rewards.harmonic_mean(c["per_func"]),
     "advantage/psr_nsr": lambda c: adv.psr_nsr(c["correct"]),
     "reward/soft_multi_choice": choice,
-    "reward/traac": lambda c: rewards.traac(c["correct"], c["other"], c["lengths"], c["lengths"] + 1, scale=2.0),
-    "sample_weight/exponential_advantage": lambda c: sample_weights.exponential_advantage(c["r"], temperature=0.5, max_weight=3.0),
-    "sample_weight/dynamic_loss_reweighting": lambda c: sample_weights.dynamic_loss_reweighting(c["r"], temperature=0.4),
+    "reward/traac": lambda c: rewards.traac(
+        c["correct"], c["other"], c["lengths"], c["lengths"] + 1, scale=2.0
+    ),
+    "sample_weight/exponential_advantage": lambda c: sample_weights.exponential_advantage(
+        c["r"], temperature=0.5, max_weight=3.0
+    ),
+    "sample_weight/dynamic_loss_reweighting": lambda c: sample_weights.dynamic_loss_reweighting(
+        c["r"], temperature=0.4
+    ),
     "sample_weight/glow": lambda c: sample_weights.glow(c["r"], c["other"]),
-    "sample_weight/source_weights": lambda c: sample_weights.source_weights(c["other"][:6], torch.arange(B, device=c["r"].device) % 5),
+    "sample_weight/source_weights": lambda c: sample_weights.source_weights(
+        c["other"][:6], torch.arange(B, device=c["r"].device) % 5
+    ),
     "sample_weight/class_balanced": lambda c: sample_weights.class_balanced(*sources(c), beta=0.99),
     "sample_weight/upweight": lambda c: sample_weights.upweight(*sources(c), temperature=2.0),
     "sample_weight/focal": lambda c: sample_weights.focal(c["other"]),
@@ -133,7 +176,11 @@ IDS = {"group_ids": torch.arange(B) // G, "num_groups": B // G}
 
 
 def test_every_entry_is_here():
-    entries = {f"{kind}/{name}" for kind in ("advantage", "reward", "sample_weight") for name in CATALOGUE[kind]}
+    entries = {
+        f"{kind}/{name}"
+        for kind in ("advantage", "reward", "sample_weight")
+        for name in CATALOGUE[kind]
+    }
     assert entries == {name.split()[0] for name in ALL}
 
 
@@ -144,9 +191,16 @@ def test_shape_dtype_and_detachment(name):
         c["r"].requires_grad_()
         c["per_func"].requires_grad_()
         got = ALL[name](c)
-        assert got.dtype == dtype and got.shape[0] == B and got.isfinite().all() and not got.requires_grad
+        assert (
+            got.dtype == dtype
+            and got.shape[0] == B
+            and got.isfinite().all()
+            and not got.requires_grad
+        )
     exact = ALL[name](columns(torch.float64))
-    torch.testing.assert_close(ALL[name](columns(torch.float32)), exact.float(), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(
+        ALL[name](columns(torch.float32)), exact.float(), rtol=2e-5, atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -158,21 +212,25 @@ def test_nothing_reads_a_value(name):
 
 @pytest.mark.parametrize("kind", ["advantage", "reward", "sample_weight"])
 def test_compiles_into_one_graph(kind):
-    """All functions of a kind are in one graph: separate traces would take a minute and a
-    half.
+    """All functions of a kind are in one graph: separate traces would take a minute and
+    a half.
     """
     torch._dynamo.reset()
     names = [name for name in ALL if name.startswith(kind)]
     together = lambda c: tuple(ALL[name](c) for name in names)  # noqa: E731
     c = columns()
-    for name, got, expected in zip(names, torch.compile(together, fullgraph=True, backend="eager")(c), together(c), strict=True):
+    for name, got, expected in zip(
+        names, torch.compile(together, fullgraph=True, backend="eager")(c), together(c), strict=True
+    ):
         torch.testing.assert_close(got, expected, msg=name)
 
 
 @pytest.mark.parametrize("name", GROUPED)
 def test_a_size_and_ids_are_the_same_groups(name):
     c = columns()
-    torch.testing.assert_close(GROUPED[name](c, **IDS), GROUPED[name](c, group_size=G), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        GROUPED[name](c, **IDS), GROUPED[name](c, group_size=G), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", GROUPED)
@@ -190,10 +248,16 @@ def test_rows_may_come_in_any_order(name):
 
 @pytest.mark.parametrize("name", [n for n in GROUPED if "gdpo" not in n])
 def test_a_completion_without_a_score_is_in_no_statistic(name):
-    """The same as without its row; itself it has advantage or weight 0 (as a reward it stays NaN)."""
+    """The same as without its row; itself it has advantage or weight 0 (as a reward it
+    stays NaN).
+    """
     c = columns()
     drop = torch.tensor([2, 9, 10, *range(16, 20)])
-    for key in ("r", "correct") if "kl_dro" not in name and "d3s" not in name and "rehearsal" not in name else ("other",):
+    for key in (
+        ("r", "correct")
+        if "kl_dro" not in name and "d3s" not in name and "rehearsal" not in name
+        else ("other",)
+    ):
         c[key][drop] = math.nan
     keep = torch.ones(B, dtype=torch.bool)
     keep[drop] = False
@@ -206,14 +270,22 @@ def test_a_completion_without_a_score_is_in_no_statistic(name):
     assert (got[drop].isnan() if name.startswith("reward/") else got[drop] == 0).all()
 
 
-#: Not those whose baseline is another's rewards, nor the optimal token baselines: the end of a longest response has none.
+#: Not those whose baseline is another's rewards, nor the optimal token baselines: the
+#: end of a longest response has none.
 OTHER_BASELINES = ("aapo", "pvpo", "a_star_po", "gdpo", "ngrpo", "lens", "otb", "tir_otb")
-ZERO_FOR_EQUAL = [n for n in GROUPED if n.startswith("advantage/") and n.split("/")[1] not in OTHER_BASELINES]
+ZERO_FOR_EQUAL = [
+    n for n in GROUPED if n.startswith("advantage/") and n.split("/")[1] not in OTHER_BASELINES
+]
 
 
-@pytest.mark.parametrize("name", [n for n in ZERO_FOR_EQUAL if "baseline" not in n and "rloo" not in n and "canon" not in n])
+@pytest.mark.parametrize(
+    "name",
+    [n for n in ZERO_FOR_EQUAL if "baseline" not in n and "rloo" not in n and "canon" not in n],
+)
 def test_equal_rewards_and_single_completions_have_exactly_no_advantage(name):
-    """Also for 0.1, whose sums are not exact; a division by epsilon would make advantages of the rounding."""
+    """Also for 0.1, whose sums are not exact; a division by epsilon would make
+    advantages of the rounding.
+    """
     c = columns(torch.float32)
     for value in (0.1, 1 / 3, 1e6):
         c["r"][:], c["correct"][:] = value, 1
@@ -223,14 +295,18 @@ def test_equal_rewards_and_single_completions_have_exactly_no_advantage(name):
 
 
 def test_the_same_of_the_others():
-    """Normalized over the batch, only a batch of equal rewards is without advantage; CANON's alpha moves equal rewards on purpose."""
+    """Normalized over the batch, only a batch of equal rewards is without advantage;
+    CANON's alpha moves equal rewards on purpose.
+    """
     c = columns(torch.float32)
     c["r"][:] = 1 / 3
     assert adv.rloo(c["r"], normalize_advantages=True, group_size=G).abs().max() == 0
     assert adv.reinforce_plus_plus_baseline(c["r"], c["mask"], group_size=G).abs().max() == 0
     assert adv.canon(c["r"], c["other"], group_size=6).abs().max() == 0
     assert adv.canon(c["r"], c["other"], alpha=0.9, group_size=1).abs().max() == 0
-    assert adv.canon(c["r"], c["other"], alpha=0.9, inter_weight=1.0, group_size=6).abs().min() > 0.03
+    assert (
+        adv.canon(c["r"], c["other"], alpha=0.9, inter_weight=1.0, group_size=6).abs().min() > 0.03
+    )
 
 
 @pytest.mark.parametrize("name", GROUPED)
@@ -270,7 +346,9 @@ def test_wrong_shapes_and_types():
         adv.grpo(r[:, None], group_size=G)
     with pytest.raises(rw.InvalidCall, match="grpo: rewards is a list"):
         adv.grpo(r.tolist(), group_size=G)
-    with pytest.raises(rw.InvalidCall, match=r"aapo: reference_rewards has shape \(23,\), expected \(24,\)"):
+    with pytest.raises(
+        rw.InvalidCall, match=r"aapo: reference_rewards has shape \(23,\), expected \(24,\)"
+    ):
         adv.aapo(r, r[1:], group_size=G)
     with pytest.raises(rw.InvalidCall, match=r"gdpo: rewards has shape \(24,\), expected \(B, K\)"):
         adv.gdpo(r, group_size=G)
@@ -282,17 +360,34 @@ def test_wrong_shapes_and_types():
         adv.rloo(r, singleton="one", group_size=G)
     with pytest.raises(rw.InvalidCall, match=r"gae: values has shape \(24,\), expected \(24, 6\)"):
         adv.gae(r, r, torch.ones(B, T))
-    with pytest.raises(rw.InvalidCall, match=r"gae: rewards has shape \(3,\), expected \(24, 6\) per token, or \(24,\)"):
+    with pytest.raises(
+        rw.InvalidCall,
+        match=r"gae: rewards has shape \(3,\), expected \(24, 6\) per token, or \(24,\)",
+    ):
         adv.gae(r[:3], torch.ones(B, T), torch.ones(B, T))
     with pytest.raises(rw.InvalidCall, match="without kl_coef they would have no effect"):
-        adv.remax(r, r, torch.ones(B, T), per_token_logps=torch.ones(B, T), ref_per_token_logps=torch.ones(B, T))
+        adv.remax(
+            r,
+            r,
+            torch.ones(B, T),
+            per_token_logps=torch.ones(B, T),
+            ref_per_token_logps=torch.ones(B, T),
+        )
     for call, message in (
         (lambda: adv.qae(r, quantile=1.0, group_size=G), r"expected a number in \(0, 1\)"),
         (lambda: adv.canon(r, r, metric_kind="len", group_size=G), "'entropy' or 'length'"),
-        (lambda: adv.lens(r, torch.ones(B, T), torch.ones(B, T), importance="mean", group_size=G), "'length_normalized' or 'raw'"),
+        (
+            lambda: adv.lens(
+                r, torch.ones(B, T), torch.ones(B, T), importance="mean", group_size=G
+            ),
+            "'length_normalized' or 'raw'",
+        ),
         (lambda: adv.pvpo(r, torch.ones(5, 2), group_size=G), r"expected \(6, M\)"),
         (lambda: adv.spo_tree(r, r), "parents must be an int32 or int64"),
-        (lambda: adv.gigpo(r, r, r, r, num_anchors=1, group_size=G), "episode_ids must be an int32 or int64"),
+        (
+            lambda: adv.gigpo(r, r, r, r, num_anchors=1, group_size=G),
+            "episode_ids must be an int32 or int64",
+        ),
     ):
         with pytest.raises(rw.InvalidCall, match=message):
             call()
@@ -303,7 +398,9 @@ def test_out_of_range_ids_are_visible_where_values_cannot_be_read():
     ids = torch.tensor([0, 0, 7, -1, 1, 1])
     r = torch.tensor([1.0, 0, 5, 5, 2, 4])
     torch._dynamo.reset()
-    got = torch.compile(lambda r, i: adv.grpo(r, group_ids=i, num_groups=2), fullgraph=True, backend="eager")(r, ids)
+    got = torch.compile(
+        lambda r, i: adv.grpo(r, group_ids=i, num_groups=2), fullgraph=True, backend="eager"
+    )(r, ids)
     assert got.isnan().tolist() == [False, False, True, True, False, False]
     torch.testing.assert_close(got[[0, 1, 4, 5]], adv.grpo(r[[0, 1, 4, 5]], group_size=2))
 
@@ -311,17 +408,31 @@ def test_out_of_range_ids_are_visible_where_values_cannot_be_read():
 def test_masked_tokens_are_never_read():
     c = columns()
     poisoned = {**c, "logps": c["logps"].masked_fill(~c["mask"], math.nan)}
-    for name in ("advantage/gae", "advantage/decoupled_gae", "advantage/remax", "advantage/spo_chain"):
+    for name in (
+        "advantage/gae",
+        "advantage/decoupled_gae",
+        "advantage/remax",
+        "advantage/spo_chain",
+    ):
         torch.testing.assert_close(OTHERS[name](poisoned), OTHERS[name](c))
-    torch.testing.assert_close(GROUPED["advantage/lens"](poisoned, group_size=G), GROUPED["advantage/lens"](c, group_size=G))
+    torch.testing.assert_close(
+        GROUPED["advantage/lens"](poisoned, group_size=G),
+        GROUPED["advantage/lens"](c, group_size=G),
+    )
     none = torch.zeros(B, T)
     assert adv.reinforce_plus_plus(c["r"], none).abs().max() == 0
     assert adv.gae(c["r"], none, none).advantages.abs().max() == 0
     one = none.clone()
     one[3, 2] = 1
-    assert adv.whiten(torch.full((B, T), math.nan).where(one == 0, torch.tensor(7.0)), one).abs().max() == 0  # nothing to normalize by
+    # nothing to normalize by
+    assert (
+        adv.whiten(torch.full((B, T), math.nan).where(one == 0, torch.tensor(7.0)), one).abs().max()
+        == 0
+    )
 
 
 def test_an_empty_batch():
     assert adv.grpo(torch.zeros(0), group_size=4).shape == (0,)
-    assert adv.rloo(torch.zeros(0), group_ids=torch.zeros(0, dtype=torch.int64), num_groups=3).shape == (0,)
+    assert adv.rloo(
+        torch.zeros(0), group_ids=torch.zeros(0, dtype=torch.int64), num_groups=3
+    ).shape == (0,)

@@ -1,5 +1,5 @@
-"""Wrong row groupings: an error that names the place if values may be read, and otherwise
-NaN, never a wrong number.
+"""Wrong row groupings: an error that names the place if values may be read, and
+otherwise NaN, never a wrong number.
 """
 
 import math
@@ -30,12 +30,32 @@ def policy(x, **k):
 OPS = {
     "policy_loss": (LOGITS, policy),
     "policy_loss, sequence ratio": (LOGITS, lambda x, **k: policy(x, spec="gspo", **k)),
-    "policy_loss, sequence advantages": (LOGITS, lambda x, **k: rw.policy_loss(x, IDS, torch.ones(2, 1), spec="dapo", **{**POLICY, **k})),
-    "policy_loss_from_logps": (OLD, lambda x, **k: rw.policy_loss_from_logps(x, 1.0, spec="grpo", **{**POLICY, **k})),
-    "linear_policy_loss": (HIDDEN, lambda x, **k: rw.linear_policy_loss(x, HEAD, IDS, 1.0, spec="grpo", **{**POLICY, **k})),
-    "preference_loss": (LOGITS, lambda x, **k: rw.preference_loss(x, IDS, spec="dpo", ref_per_token_logps=REF, **k)),
-    "preference_loss_from_logps": (OLD, lambda x, **k: rw.preference_loss_from_logps(x, spec="dpo", ref_per_token_logps=REF, **k)),
-    "linear_preference_loss": (HIDDEN, lambda x, **k: rw.linear_preference_loss(x, HEAD, IDS, spec="dpo", ref_per_token_logps=REF, **k)),
+    "policy_loss, sequence advantages": (
+        LOGITS,
+        lambda x, **k: rw.policy_loss(x, IDS, torch.ones(2, 1), spec="dapo", **{**POLICY, **k}),
+    ),
+    "policy_loss_from_logps": (
+        OLD,
+        lambda x, **k: rw.policy_loss_from_logps(x, 1.0, spec="grpo", **{**POLICY, **k}),
+    ),
+    "linear_policy_loss": (
+        HIDDEN,
+        lambda x, **k: rw.linear_policy_loss(x, HEAD, IDS, 1.0, spec="grpo", **{**POLICY, **k}),
+    ),
+    "preference_loss": (
+        LOGITS,
+        lambda x, **k: rw.preference_loss(x, IDS, spec="dpo", ref_per_token_logps=REF, **k),
+    ),
+    "preference_loss_from_logps": (
+        OLD,
+        lambda x, **k: rw.preference_loss_from_logps(x, spec="dpo", ref_per_token_logps=REF, **k),
+    ),
+    "linear_preference_loss": (
+        HIDDEN,
+        lambda x, **k: rw.linear_preference_loss(
+            x, HEAD, IDS, spec="dpo", ref_per_token_logps=REF, **k
+        ),
+    ),
 }
 OUTSIDE = torch.tensor([0, 0, 0, 1, 1, 7, 1, 0, 0, 1])
 MALFORMED = {
@@ -52,7 +72,9 @@ FINE = {
     "offsets before the end": dict(cu_seqlens=torch.tensor([0, 4, 8])),
     "an empty sequence": dict(cu_seqlens=torch.tensor([0, 0, 10], dtype=torch.int32)),
     "ids": dict(sequence_ids=OUTSIDE.clamp(max=1), num_sequences=2),
-    "ids of an ignored row": dict(sequence_ids=OUTSIDE, num_sequences=2, completion_mask=OUTSIDE < 2),
+    "ids of an ignored row": dict(
+        sequence_ids=OUTSIDE, num_sequences=2, completion_mask=OUTSIDE < 2
+    ),
 }
 
 
@@ -81,7 +103,8 @@ def test_an_error_names_the_place(op, case):  # docs/semantics.md: S6
 
 @pytest.mark.parametrize("case", MALFORMED)
 @pytest.mark.parametrize("op", OPS)
-def test_unread_it_is_nan_and_with_validate_an_error(op, case, unread):  # docs/semantics.md: S6
+# docs/semantics.md: S6
+def test_unread_it_is_nan_and_with_validate_an_error(op, case, unread):
     keywords, message = MALFORMED[case]
     out, grad = result(op, **keywords)
     assert out.loss.isnan() and grad[grad != 0].isnan().all()
@@ -98,7 +121,11 @@ def test_what_can_be_meant_is_the_same_read_or_not(op, case, monkeypatch):
     for module in (structure, rows, grouped, hidden):
         monkeypatch.setattr(module, "is_readable", lambda t: False)
     unread, unread_grad = result(op, **keywords)
-    assert out.loss.isfinite() and torch.equal(out.loss, unread.loss) and torch.equal(grad, unread_grad)
+    assert (
+        out.loss.isfinite()
+        and torch.equal(out.loss, unread.loss)
+        and torch.equal(grad, unread_grad)
+    )
 
 
 def test_what_depends_on_sequences_is_nan_and_what_does_not_is_not(unread):
@@ -111,7 +138,9 @@ def test_what_depends_on_sequences_is_nan_and_what_does_not_is_not(unread):
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_every_plan_and_backend(plan, backend, unread):
-    out, grad = result("policy_loss", plan=plan, backend=backend, cu_seqlens=torch.tensor([0, 8, 5]))
+    out, grad = result(
+        "policy_loss", plan=plan, backend=backend, cu_seqlens=torch.tensor([0, 8, 5])
+    )
     assert out.loss.isnan() and grad[grad != 0].isnan().all() and grad.isnan().any()
 
 
@@ -123,7 +152,9 @@ def test_in_a_graph(plan):
     torch._dynamo.reset()
     compiled = torch.compile(step, backend="eager", fullgraph=True)
     x = LOGITS.clone().requires_grad_()
-    torch.testing.assert_close(compiled(x, torch.tensor([0, 4, 10])), step(x, torch.tensor([0, 4, 10])))
+    torch.testing.assert_close(
+        compiled(x, torch.tensor([0, 4, 10])), step(x, torch.tensor([0, 4, 10]))
+    )
     assert compiled(x, torch.tensor([0, 8, 5])).isnan()
 
 
@@ -132,7 +163,16 @@ def test_nothing_is_read_of_a_device(keywords):
     """Meta tensors have no values: code that reads one fails."""
     on_meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in keywords.items()}
     old = OLD.to("meta")
-    why = rw.explain(rw.policy_loss, LOGITS.to("meta"), IDS.to("meta"), 1.0, spec="gspo", old_per_token_logps=old, device="cuda", **on_meta)
+    why = rw.explain(
+        rw.policy_loss,
+        LOGITS.to("meta"),
+        IDS.to("meta"),
+        1.0,
+        spec="gspo",
+        old_per_token_logps=old,
+        device="cuda",
+        **on_meta,
+    )
     assert why.plan == "two_pass"
 
 
@@ -159,7 +199,10 @@ def test_what_is_no_index(op, name):
 
 def test_segments():
     spec = rw.methods.gspo().replace(ratio=rw.SegmentRatio())
-    for wrong, message in ((OUTSIDE.double(), "segment_ids must be int32 or int64, got torch.float64"), (3, "got a int")):
+    for wrong, message in (
+        (OUTSIDE.double(), "segment_ids must be int32 or int64, got torch.float64"),
+        (3, "got a int"),
+    ):
         with pytest.raises(rw.InvalidCall, match=message):
             policy(LOGITS, spec=spec, segment_ids=wrong, cu_seqlens=torch.tensor([0, 4, 10]))
 
@@ -169,7 +212,9 @@ REWARDS = torch.tensor([1.0, 0.0, 1.0, 0.0])[:, None]
 
 
 def contrast(x, ids, count=2, **keywords):
-    return rw.policy_loss(x, IDS, REWARDS, group_ids=ids, num_groups=count, **{**CONTRAST, **POLICY, **keywords})
+    return rw.policy_loss(
+        x, IDS, REWARDS, group_ids=ids, num_groups=count, **{**CONTRAST, **POLICY, **keywords}
+    )
 
 
 def test_groups_of_a_contrast(monkeypatch):
@@ -209,7 +254,16 @@ def test_row_index(name, plan, monkeypatch):
     def call(index, **k):
         x = HIDDEN.clone().requires_grad_()
         out = rw.linear_policy_loss(
-            x, HEAD, IDS, 1.0, spec="dapo", plan=plan, row_index=torch.tensor(index), compact_rows=False, **POLICY, **k
+            x,
+            HEAD,
+            IDS,
+            1.0,
+            spec="dapo",
+            plan=plan,
+            row_index=torch.tensor(index),
+            compact_rows=False,
+            **POLICY,
+            **k,
         )
         out.loss.backward()
         return out.loss, x.grad
@@ -227,7 +281,9 @@ def test_row_index(name, plan, monkeypatch):
 
 
 def test_row_index_of_log_probs(unread):
-    logps = rw.linear_token_logps(HIDDEN, HEAD, IDS, row_index=torch.tensor([0, 1, 99]), completion_mask=torch.arange(N) < 3)
+    logps = rw.linear_token_logps(
+        HIDDEN, HEAD, IDS, row_index=torch.tensor([0, 1, 99]), completion_mask=torch.arange(N) < 3
+    )
     assert logps[:3].isnan().all() and torch.equal(logps[3:], torch.zeros(N - 3))
 
 
@@ -245,7 +301,9 @@ def with_one(index, at, value):
 
 
 def gigpo(episodes=EPISODES, states=STATES, **keywords):
-    return adv.gigpo(R, R.flip(0), episodes, states, **{"num_anchors": 2, "group_size": 3, **keywords})
+    return adv.gigpo(
+        R, R.flip(0), episodes, states, **{"num_anchors": 2, "group_size": 3, **keywords}
+    )
 
 
 def chain(ids, cuts):
@@ -254,7 +312,8 @@ def chain(ids, cuts):
 
 SEGMENTS, CUTS = torch.tensor([[0, 1, 1, 2], [0, 0, 1, 1]]), torch.tensor([2, 1])
 IDS_OF = {"group_ids": torch.tensor([0, 0, 0, 1, 1, 1]), "num_groups": 2}
-#: A call, its message where values are read, and the rows that are NaN where they are not.
+#: A call, its message where values are read, and the rows that are NaN where they are
+#: not.
 INDICES = {
     "episode above": (lambda: gigpo(with_one(EPISODES, 2, 6)), r"gigpo: episode_ids\[2\] is 6, outside \[0, the number of episodes=6\)", [2]),
     "episode below": (lambda: gigpo(with_one(EPISODES, 2, -1)), r"gigpo: episode_ids\[2\] is -1", [2]),
@@ -302,9 +361,14 @@ def test_a_step_of_no_episode_is_in_no_state(monkeypatch):
         (lambda: chain(SEGMENTS.float(), CUTS), "segments.segment_ids must be an int32 or int64"),
         (lambda: chain(SEGMENTS, CUTS.bool()), "segments.cuts must be an int32 or int64"),
         (lambda: adv.grpo(R, group_size=True), "group_size is True"),
-        (lambda: rw.weights.gtpo(torch.rand(6, 2), R > 0, torch.ones(6, 2), group_size=2.0), "group_size is 2.0, expected a whole number"),
         (
-            lambda: rw.weights.gtpo(torch.rand(6, 2), R > 0, torch.ones(6, 2), group_ids=R, num_groups=5),
+            lambda: rw.weights.gtpo(torch.rand(6, 2), R > 0, torch.ones(6, 2), group_size=2.0),
+            "group_size is 2.0, expected a whole number",
+        ),
+        (
+            lambda: rw.weights.gtpo(
+                torch.rand(6, 2), R > 0, torch.ones(6, 2), group_ids=R, num_groups=5
+            ),
             "group_ids must be an int32 or int64",
         ),
     ],
@@ -315,5 +379,11 @@ def test_what_is_no_index_of_rewards(call, message):
 
 
 def test_no_row_at_all():
-    out = rw.policy_loss(torch.zeros(0, V), torch.zeros(0, dtype=torch.long), 1.0, spec="grpo", cu_seqlens=torch.tensor([0, 0]))
+    out = rw.policy_loss(
+        torch.zeros(0, V),
+        torch.zeros(0, dtype=torch.long),
+        1.0,
+        spec="grpo",
+        cu_seqlens=torch.tensor([0, 0]),
+    )
     assert out.loss == 0 and not math.isnan(out.loss)

@@ -1,4 +1,6 @@
-"""A hyper-parameter that requires grad has a gradient, or is refused: what is learnt and never moves looks like a schedule that is stuck."""
+"""A hyper-parameter that requires grad has a gradient, or is refused: what is learnt
+and never moves looks like a schedule that is stuck.
+"""
 
 import pytest
 import torch
@@ -14,18 +16,38 @@ GRPO, DISCO = rw.methods.grpo(), rw.methods.disco()
 
 #: What no gradient reaches, to the name in the error.
 REFUSED = {
-    "a detached weight": (lambda: rw.methods.advantage_reweighting(alpha=LEARNT), "weights.0.alpha"),
+    "a detached weight": (
+        lambda: rw.methods.advantage_reweighting(alpha=LEARNT),
+        "weights.0.alpha",
+    ),
     "one that is added": (lambda: GRPO.with_weight(WEIGHT), "weights.0.alpha"),
-    "a weight over the batch": (lambda: rw.methods.top_entropy(fraction=LEARNT), "weights.0.fraction"),
-    "a formula for a number": (lambda: rw.methods.grpo(epsilon_high=WEIGHT), "clip.epsilon_high.alpha"),
-    "a reduction's weight": (lambda: GRPO.replace(reduction=rw.TokenMean(weight=WEIGHT)), "weight.alpha"),
-    "a penalty's reduction": (lambda: GRPO.with_penalty(rw.Penalty(K3, 0.1, rw.TokenMean(weight=WEIGHT))), "weight.alpha"),
+    "a weight over the batch": (
+        lambda: rw.methods.top_entropy(fraction=LEARNT),
+        "weights.0.fraction",
+    ),
+    "a formula for a number": (
+        lambda: rw.methods.grpo(epsilon_high=WEIGHT),
+        "clip.epsilon_high.alpha",
+    ),
+    "a reduction's weight": (
+        lambda: GRPO.replace(reduction=rw.TokenMean(weight=WEIGHT)),
+        "weight.alpha",
+    ),
+    "a penalty's reduction": (
+        lambda: GRPO.with_penalty(rw.Penalty(K3, 0.1, rw.TokenMean(weight=WEIGHT))),
+        "weight.alpha",
+    ),
     "a bound beneath a stop": (lambda: rw.methods.cispo(ratio_max=LEARNT), "surrogate.ratio_max"),
-    "a bound in a condition": (lambda: rw.methods.glm5(epsilon_low=LEARNT), "surrogate.epsilon_low"),
+    "a bound in a condition": (
+        lambda: rw.methods.glm5(epsilon_low=LEARNT),
+        "surrogate.epsilon_low",
+    ),
     "a constraint": (lambda: DISCO.replace(**{"penalties.0.reduction.bound": LEARNT}), "bound"),
     "a weight of pairs": (
         lambda: rw.preference.dpo().with_weight(
-            rw.preference.MarginAdaptive(**dict.fromkeys(("c_min", "c_max", "lambda_", "tau"), LEARNT))
+            rw.preference.MarginAdaptive(
+                **dict.fromkeys(("c_min", "c_max", "lambda_", "tau"), LEARNT)
+            )
         ),
         "weights.0.c_min",
     ),
@@ -35,7 +57,10 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_no_gradient_reaches_is_refused(name):
     make, path = REFUSED[name]
-    with pytest.raises(rw.InvalidCall, match=rf"{path} requires grad, but no gradient reaches it: .+ Pass .+\.detach\(\)\."):
+    with pytest.raises(
+        rw.InvalidCall,
+        match=rf"{path} requires grad, but no gradient reaches it: .+ Pass .+\.detach\(\)\.",
+    ):
         make()
 
 
@@ -47,11 +72,15 @@ def test_refused_where_a_graph_builds_it():
             rw.weights.AdvantageReweighting(alpha=x))).loss  # fmt: skip
 
     with pytest.raises(Exception, match="alpha requires grad, but no gradient reaches it"):
-        torch.compile(step, fullgraph=True, backend="eager")(torch.zeros(4, 3, 7, requires_grad=True), LEARNT)
+        torch.compile(step, fullgraph=True, backend="eager")(
+            torch.zeros(4, 3, 7, requires_grad=True), LEARNT
+        )
 
 
 def gradient(make):
-    """By the hyper-parameter, of the spec that ``make`` makes of it; None where it is refused."""
+    """By the hyper-parameter, of the spec that ``make`` makes of it; None where it is
+    refused.
+    """
     x = torch.tensor(0.4, requires_grad=True)
     try:
         spec = make(x)
@@ -66,7 +95,12 @@ def gradient(make):
 
 
 def own(table):
-    return [(cls, name) for cls in table.values() if cls.__module__.startswith("reweight_ops.") for name in cls.parameter_names()]
+    return [
+        (cls, name)
+        for cls in table.values()
+        if cls.__module__.startswith("reweight_ops.")
+        for name in cls.parameter_names()
+    ]
 
 
 @pytest.mark.parametrize(("cls", "name"), own(RULES), ids=lambda x: getattr(x, "__name__", x))
@@ -76,7 +110,11 @@ def test_every_number_of_a_rule_moves_or_is_refused(cls, name):
 
     def make(x):
         rule = cls(**{name: x})
-        return rw.PolicyLossSpec(surrogate=rule) if cls.kind != "penalty" else GRPO.with_penalty(rw.Penalty(rule, 0.1))
+        return (
+            rw.PolicyLossSpec(surrogate=rule)
+            if cls.kind != "penalty"
+            else GRPO.with_penalty(rw.Penalty(rule, 0.1))
+        )
 
     gradient(make)
 

@@ -43,7 +43,9 @@ def define():
 def test_a_users_rule_and_weight_work_with_every_path():
     quadratic, gated, rarity = define()
     spec = rw.PolicyLossSpec(surrogate=quadratic(width=0.4), weights=(rarity(floor=0.2),))
-    assert spec.requires == {"log_ratio", "adv", "logp"} and spec.one_pass_unsupported_reason is None
+    assert (
+        spec.requires == {"log_ratio", "adv", "logp"} and spec.one_pass_unsupported_reason is None
+    )
     batch = make_batch(spec, (3, 8), 29, dtype=torch.float64)
     assert gradcheck(spec, batch)
     z, grads = batch["logits"].detach().requires_grad_(), {}
@@ -55,8 +57,11 @@ def test_a_users_rule_and_weight_work_with_every_path():
     x = ((by_hand - batch["old_per_token_logps"]).exp() - 1).clamp(-0.4, 0.4)
     terms = -(x - 0.5 * x * x) * batch["advantages"] * (1 - by_hand.detach().exp()).clamp(min=0.2)
     mask = batch["completion_mask"]
-    torch.testing.assert_close(grads["two_pass"], torch.autograd.grad((terms * mask).sum() / mask.sum(), z)[0])
-    # On the default backend of this machine, whatever plan it has for a rule that is not compiled in.
+    torch.testing.assert_close(
+        grads["two_pass"], torch.autograd.grad((terms * mask).sum() / mask.sum(), z)[0]
+    )
+    # On the default backend of this machine, whatever plan it has for a rule that is
+    # not compiled in.
     assert compare(spec, make_batch(spec)).passed
     batch_spec = spec.replace(weights=(gated(a=3.0),))
     assert (
@@ -77,7 +82,9 @@ def test_definitions_are_frozen_keyword_only_and_registered():
     again, _, _ = define()  # a notebook cell run twice
     assert RULES["quadratic_clip"] is again
     foreign = type("Clip", (Rule,), {"__module__": "elsewhere", "__annotations__": {}})
-    with pytest.raises(rw.InvalidCall, match="'clip' is taken by reweight_ops.rules.surrogates.Clip"):
+    with pytest.raises(
+        rw.InvalidCall, match="'clip' is taken by reweight_ops.rules.surrogates.Clip"
+    ):
         rw.rule("clip")(foreign)
     with pytest.raises(rw.InvalidCall, match="must derive from TokenWeight"):
         rw.weight(type("NoWeight", (), {}))
@@ -111,17 +118,39 @@ def test_requires_is_traced():
     assert rw.methods.grpo(beta=0.1).requires == {"adv", "log_ratio", "ref_logp", "logp"}
     assert rw.methods.advantage_reweighting().requires == {"adv", "log_ratio", "old_logp"}
     assert (
-        "entropy" in rw.methods.top_entropy().requires and "entropy" in rw.methods.trl(entropy_coef=0.1, top_entropy_quantile=0.5).requires
+        "entropy" in rw.methods.top_entropy().requires
+        and "entropy" in rw.methods.trl(entropy_coef=0.1, top_entropy_quantile=0.5).requires
     )
-    assert "sampling_logp" in rw.methods.grpo().with_weight(rw.weights.SequenceMaskedImportance()).requires
+    assert (
+        "sampling_logp"
+        in rw.methods.grpo().with_weight(rw.weights.SequenceMaskedImportance()).requires
+    )
 
 
 def test_specs_are_values():
     spec = rw.methods.grpo(beta=0.04)
-    assert spec == rw.method("grpo", beta=0.04) and hash(spec) == hash(rw.methods.grpo(beta=0.04)) and spec != rw.methods.grpo()
-    changed = spec.replace(**{"surrogate.epsilon_high": 0.28, "penalties.0.coef": 0.1, "ratio.clamp": 10.0, "name": "mine"})
-    assert (changed.surrogate.epsilon_high, changed.penalties[0].coef, changed.ratio.clamp, changed.name) == (0.28, 0.1, 10.0, "mine")
-    assert spec.surrogate.epsilon_high == 0.2 and spec.with_weight(rw.weights.TopEntropy()).weights == (rw.weights.TopEntropy(),)
+    assert (
+        spec == rw.method("grpo", beta=0.04)
+        and hash(spec) == hash(rw.methods.grpo(beta=0.04))
+        and spec != rw.methods.grpo()
+    )
+    changed = spec.replace(
+        **{
+            "surrogate.epsilon_high": 0.28,
+            "penalties.0.coef": 0.1,
+            "ratio.clamp": 10.0,
+            "name": "mine",
+        }
+    )
+    assert (
+        changed.surrogate.epsilon_high,
+        changed.penalties[0].coef,
+        changed.ratio.clamp,
+        changed.name,
+    ) == (0.28, 0.1, 10.0, "mine")
+    assert spec.surrogate.epsilon_high == 0.2 and spec.with_weight(
+        rw.weights.TopEntropy()
+    ).weights == (rw.weights.TopEntropy(),)
     assert len(spec.with_penalty(rw.Penalty(rw.rules.penalties.K2(), 0.1)).penalties) == 2
     with pytest.raises(TypeError):
         rw.PolicyLossSpec(rw.rules.surrogates.Clip())
@@ -135,7 +164,10 @@ def test_many_terms_take_one_pass():
 
 
 def test_dapo_of_the_paper_and_of_trl():
-    assert rw.methods.dapo().surrogate.epsilon_high == 0.28 and rw.methods.trl("dapo").surrogate.epsilon_high == 0.2
+    assert (
+        rw.methods.dapo().surrogate.epsilon_high == 0.28
+        and rw.methods.trl("dapo").surrogate.epsilon_high == 0.2
+    )
     assert rw.methods.trl("cispo", epsilon_high=5.0).surrogate.ratio_max == 5.0
     assert rw.methods.verl("cispo", clip_ratio_high=0.28).surrogate.ratio_max == 1.28
 
@@ -167,7 +199,9 @@ def test_batch_statistics():
         torch.testing.assert_close(found[name], want)
     totals = (adv * mask).sum(-1, keepdim=True)
     torch.testing.assert_close(found["seq_sum"].view(4, 9), totals.expand(4, 9))
-    torch.testing.assert_close(found["seq_mean"].view(4, 9), (totals / mask.sum(-1, keepdim=True)).expand(4, 9))
+    torch.testing.assert_close(
+        found["seq_mean"].view(4, 9), (totals / mask.sum(-1, keepdim=True)).expand(4, 9)
+    )
 
 
 def test_weight_scopes():
@@ -177,13 +211,15 @@ def test_weight_scopes():
     batch["advantages"] = batch["advantages"] * 0
     nothing = rw.weights.ProbabilityBand(lower=2.0)  # selects no token
     out = {
-        scope: rw.policy_loss(**batch, spec=spec.with_weight(dataclasses.replace(nothing, scope=scope))).loss
+        scope: rw.policy_loss(
+            **batch, spec=spec.with_weight(dataclasses.replace(nothing, scope=scope))
+        ).loss
         for scope in ("surrogate", "all")
     }
     assert out["all"] == 0 and out["surrogate"] < -0.1
 
 
-# --- metrics ---------------------------------------------------------------------------------------------------------------------------
+# --- metrics --------------------------------------------------------------------------
 def test_metrics_exist_only_where_they_apply():
     grpo = make_batch(rw.methods.grpo(beta=0.1), (3, 8), 29)
     names = set(rw.policy_loss(**grpo, spec=rw.methods.grpo(beta=0.1)).metrics)
@@ -201,7 +237,10 @@ def test_metrics_exist_only_where_they_apply():
     grpo.pop("ref_per_token_logps")
     reinforce = rw.policy_loss(**grpo, spec="reinforce", unused="ignore").metrics
     assert not {"kl", "clip_ratio/low_mean", "ratio/mean", "weight/mean"} & set(reinforce)
-    assert "weight/mean" in rw.policy_loss(**grpo, spec="reinforce", token_weights=0.5, unused="ignore").metrics
+    assert (
+        "weight/mean"
+        in rw.policy_loss(**grpo, spec="reinforce", token_weights=0.5, unused="ignore").metrics
+    )
     with pytest.raises(KeyError, match="this call has"):
         reinforce["kl"]
 
@@ -210,12 +249,16 @@ def test_metrics_combine_like_one_batch():
     spec = rw.methods.dapo()
     whole = make_batch(spec, (6, 8), 29)
     parts = [{k: v[i : i + 2] for k, v in whole.items()} for i in (0, 2, 4)]
-    combined = rw.Metrics.combine([rw.policy_loss(**part, spec=spec, num_items_in_batch=9.0).metrics for part in parts])
+    combined = rw.Metrics.combine(
+        [rw.policy_loss(**part, spec=spec, num_items_in_batch=9.0).metrics for part in parts]
+    )
     want = rw.policy_loss(**whole, spec=spec, num_items_in_batch=9.0).metrics
     assert combined.as_floats() == pytest.approx(want.as_floats(), rel=1e-5)
     assert want["ratio/max"] > want["ratio/mean"] and combined.sums.shape == (len(want), 2)
     with pytest.raises(rw.InvalidCall, match="one spec"):
-        rw.Metrics.combine([want, rw.policy_loss(**whole, spec="reinforce", unused="ignore").metrics])
+        rw.Metrics.combine(
+            [want, rw.policy_loss(**whole, spec="reinforce", unused="ignore").metrics]
+        )
 
 
 def test_metrics_names_and_prefix():
@@ -224,9 +267,13 @@ def test_metrics_names_and_prefix():
     assert m.as_floats("trl", "train/")["train/entropy"] == pytest.approx(float(m["entropy"]))
     verl = m.as_floats("verl")
     assert {"actor/pg_clipfrac", "actor/ppo_kl", "actor/entropy"} <= set(verl)
-    assert all(name.startswith("actor/") and name.count("actor/") == 1 for name in verl) and len(verl) == len(m)
+    assert all(name.startswith("actor/") and name.count("actor/") == 1 for name in verl) and len(
+        verl
+    ) == len(m)
     assert m.as_floats("verl", "actor/") == verl
-    assert m.as_floats("verl", "") == {name.removeprefix("actor/"): value for name, value in verl.items()}
+    assert m.as_floats("verl", "") == {
+        name.removeprefix("actor/"): value for name, value in verl.items()
+    }
     with pytest.raises(rw.InvalidCall, match="'trl' or 'verl'"):
         m.as_floats("liger")
 

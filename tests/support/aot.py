@@ -17,7 +17,9 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-assert os.environ.get("TRITON_INTERPRET") != "1", "this module compiles: start it without TRITON_INTERPRET"
+assert os.environ.get("TRITON_INTERPRET") != "1", (
+    "this module compiles: start it without TRITON_INTERPRET"
+)
 
 import torch  # noqa: E402
 import triton  # noqa: E402
@@ -26,7 +28,13 @@ from triton.runtime.driver import driver  # noqa: E402
 
 from reweight_ops._core.backends import triton_launch, triton_packed, triton_rows, triton_scale  # noqa: E402
 from reweight_ops._core.backends import triton_token as backend  # noqa: E402
-from reweight_ops._core.backends.base import DERIVATIVES, STATS, PackedRows, RowInputs, SoftmaxParams  # noqa: E402
+from reweight_ops._core.backends.base import (
+    DERIVATIVES,
+    STATS,
+    PackedRows,
+    RowInputs,
+    SoftmaxParams,
+)  # noqa: E402
 from reweight_ops._core.formula.base import RULES  # noqa: E402
 from reweight_ops._core.formula.loss_program import Program  # noqa: E402
 from reweight_ops._core.formula.monitor import Monitor  # noqa: E402
@@ -83,24 +91,42 @@ def inspect(target: str, name: str, dtype: str, kernel) -> Compiled:
 
         # A scalar register spills into a lane of a vector register, not to memory.
         spilled = number("private_segment_fixed_size") + 4 * number("vgpr_spill_count")
-        loads, stores = (len(re.findall(rf"(?:global|buffer)_{kind}_(?:dwordx4|b128)", text)) for kind in ("load", "store"))
-        return Compiled(target, name, dtype, number("vgpr_count"), spilled, loads, stores, kernel.metadata.shared)
+        loads, stores = (
+            len(re.findall(rf"(?:global|buffer)_{kind}_(?:dwordx4|b128)", text))
+            for kind in ("load", "store")
+        )
+        return Compiled(
+            target,
+            name,
+            dtype,
+            number("vgpr_count"),
+            spilled,
+            loads,
+            stores,
+            kernel.metadata.shared,
+        )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         out = subprocess.run(
-            [str(tool) if tool.exists() else "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+            [str(tool) if tool.exists() else "cuobjdump", "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
         )
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", out.stdout).groups()  # LOCAL stays 0 when registers spill, but STACK does not
+    # LOCAL stays 0 when registers spill, but STACK does not
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", out.stdout).groups()
     ptx = kernel.asm["ptx"]
     loads, stores = (len(re.findall(rf"{kind}\.global\S*\.v4\.b32", ptx)) for kind in ("ld", "st"))
-    return Compiled(target, name, dtype, int(registers), int(stack), loads, stores, kernel.metadata.shared)
+    return Compiled(
+        target, name, dtype, int(registers), int(stack), loads, stores, kernel.metadata.shared
+    )
 
 
 class Recorder:
-    """Replaces ``triton_launch.launch``: compiles for ``target`` and keeps the result of
-    each specialization.
+    """Replaces ``triton_launch.launch``: compiles for ``target`` and keeps the result
+    of each specialization.
     """
 
     def __init__(self, target: str) -> None:
@@ -110,14 +136,22 @@ class Recorder:
     def __enter__(self):
         driver.set_active(PretendedDriver(self.target))
         self._launch, self._wave = triton_launch.launch, triton_launch.wave
-        triton_launch.launch, triton_launch.wave = self.launch, lambda device: TARGETS[self.target].warp_size
+        triton_launch.launch, triton_launch.wave = (
+            self.launch,
+            lambda device: TARGETS[self.target].warp_size,
+        )
         return self
 
     def __exit__(self, *error):
         triton_launch.launch, triton_launch.wave = self._launch, self._wave
 
     def launch(self, kernel, grid, *args, shape, wave=32, **meta):
-        compiled = kernel.warmup(*args, grid=(grid,), **meta, **triton_launch.options(shape, wave, TARGETS[self.target].backend == "hip"))
+        compiled = kernel.warmup(
+            *args,
+            grid=(grid,),
+            **meta,
+            **triton_launch.options(shape, wave, TARGETS[self.target].backend == "hip"),
+        )
         self.kernels[id(compiled)] = (kernel.fn.__name__, compiled)
 
 
@@ -126,48 +160,73 @@ PARAMS = torch.zeros(16)
 MONITOR = Monitor.of([RULES["clip"], RULES["k3"]])
 
 
-def call_all(dtype: torch.dtype, vocab: int, rows: int = 4, softcap: float = float("inf"), program: Program = PROGRAM) -> None:
+def call_all(
+    dtype: torch.dtype,
+    vocab: int,
+    rows: int = 4,
+    softcap: float = float("inf"),
+    program: Program = PROGRAM,
+) -> None:
     """Call every primitive once, on tensors that are described and never read."""
     logits = torch.empty(rows, vocab, dtype=dtype)
-    ids, temperature, softmax = torch.zeros(rows, dtype=torch.int64), torch.ones(1), SoftmaxParams(vocab, softcap)
+    ids, temperature, softmax = (
+        torch.zeros(rows, dtype=torch.int64),
+        torch.ones(1),
+        SoftmaxParams(vocab, softcap),
+    )
     backend.token_stats(logits, ids, temperature, softmax, ("logp", "entropy", "lse", "lse_low"))
-    stats = {name: torch.zeros(rows) for name in ("logp", "lse", "lse_low", "entropy", "log_sum_p_sq")}
-    backend.token_grad(logits, ids, temperature, softmax, stats, dict.fromkeys(DERIVATIVES, stats["logp"]), logits)
+    stats = {
+        name: torch.zeros(rows) for name in ("logp", "lse", "lse_low", "entropy", "log_sum_p_sq")
+    }
+    backend.token_grad(
+        logits, ids, temperature, softmax, stats, dict.fromkeys(DERIVATIVES, stats["logp"]), logits
+    )
     inputs = RowInputs(torch.ones(len(program.terms), rows), *(stats["logp"] for _ in range(4)))
     backend.token_loss_grad(logits, ids, temperature, softmax, inputs, program, PARAMS, logits)
 
 
-def compile_all(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float32), vocab: int = 151936, **more) -> list[Compiled]:
+def compile_all(
+    target: str, dtypes=(torch.bfloat16, torch.float16, torch.float32), vocab: int = 151936, **more
+) -> list[Compiled]:
     result = []
     for dtype in dtypes:
         with Recorder(target) as recorder:
             call_all(dtype, vocab, **more)
-        result += [inspect(target, name, str(dtype)[6:], kernel) for name, kernel in recorder.kernels.values()]
+        result += [
+            inspect(target, name, str(dtype)[6:], kernel)
+            for name, kernel in recorder.kernels.values()
+        ]
     return result
 
 
 def split_and_capped(target: str) -> list[Compiled]:
-    """Compile variants that the plain call does not launch: a softcap, split rows with it,
-    and unaligned split rows.
+    """Compile variants that the plain call does not launch: a softcap, split rows with
+    it, and unaligned split rows.
     """
     whole = compile_all(target, (torch.bfloat16,), softcap=30.0)
     triton_launch.processors = lambda device: 10**6
     try:
-        return whole + compile_all(target, (torch.bfloat16,), softcap=30.0) + compile_all(target, (torch.float32,), vocab=50257)
+        return (
+            whole
+            + compile_all(target, (torch.bfloat16,), softcap=30.0)
+            + compile_all(target, (torch.float32,), vocab=50257)
+        )
     finally:
         triton_launch.processors = lambda device: 1
 
 
 def every_shape(target: str) -> list[Compiled]:
-    """Compile whole rows for every line of the tables of shapes, with a rule that has an
-    entropy gradient.
+    """Compile whole rows for every line of the tables of shapes, with a rule that has
+    an entropy gradient.
     """
     result = []
     for name, table in VARIANTS.items():
         os.environ["REWEIGHT_OPS_TRITON_SHAPES"] = name
         for limit, _ in table:
             for dtype in (torch.bfloat16, torch.float32):
-                result += compile_all(target, (dtype,), vocab=min(limit, 1 << 20) // dtype.itemsize // 8 * 8)
+                result += compile_all(
+                    target, (dtype,), vocab=min(limit, 1 << 20) // dtype.itemsize // 8 * 8
+                )
     return result
 
 
@@ -178,7 +237,10 @@ def loops(kernel) -> list[list[str]]:
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
         text = subprocess.run(
-            [str(tool) if tool.exists() else "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
+            [str(tool) if tool.exists() else "nvdisasm", "-c", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
     labels: dict[str, int] = {}
     lines: list[str] = []
@@ -187,9 +249,17 @@ def loops(kernel) -> list[list[str]]:
             labels[label.group(1)] = len(lines)
         elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
             lines.append(instruction.group(1))
-    ends = [(labels.get(m.group(1), len(lines)), i) for i, x in enumerate(lines) if (m := re.search(r"BRA\S*.*`\((\.L_\w+)\)", x))]
+    ends = [
+        (labels.get(m.group(1), len(lines)), i)
+        for i, x in enumerate(lines)
+        if (m := re.search(r"BRA\S*.*`\((\.L_\w+)\)", x))
+    ]
     back = [(a, b) for a, b in ends if a <= b]
-    return [lines[a : b + 1] for a, b in back if not any((a, b) != (c, d) and a <= c and d <= b for c, d in back)]
+    return [
+        lines[a : b + 1]
+        for a, b in back
+        if not any((a, b) != (c, d) and a <= c and d <= b for c, d in back)
+    ]
 
 
 def whole_tile_loops(target: str) -> list[dict]:
@@ -204,7 +274,11 @@ def whole_tile_loops(target: str) -> list[dict]:
         call_all(torch.bfloat16, 151936)
     for name, kernel in recorder.kernels.values():
         for loop in loops(kernel):
-            loads = [i for i, x in enumerate(loop) if "LDG" in x and ".128" in x and not x.startswith("@")]
+            loads = [
+                i
+                for i, x in enumerate(loop)
+                if "LDG" in x and ".128" in x and not x.startswith("@")
+            ]
             exponentials = [i for i, x in enumerate(loop) if "MUFU.EX2" in x]
             if loads and exponentials:
                 writes = any("STG" in x and ".128" in x for x in loop)
@@ -218,8 +292,8 @@ def whole_tile_loops(target: str) -> list[dict]:
 
 
 def count_compilations(target: str = "sm_90") -> dict[str, int]:
-    """Count compilations of each kernel over calls that differ in everything that must not
-    matter.
+    """Count compilations of each kernel over calls that differ in everything that must
+    not matter.
 
     Dtype, program and alignment are fixed.
     """
@@ -242,13 +316,32 @@ def count_compilations(target: str = "sm_90") -> dict[str, int]:
                         spare = torch.zeros(3 * n + 1)
                         # Rows of a tensor start anywhere: their alignment must not
                         # cause a compilation either.
-                        inputs = RowInputs(torch.ones(2, n), spare[1 : n + 1], spare[:n], spare[n : 2 * n], None)
+                        inputs = RowInputs(
+                            torch.ones(2, n), spare[1 : n + 1], spare[:n], spare[n : 2 * n], None
+                        )
                         params = torch.tensor([-20.0, 20.0, 1.0, 0.2, beta, 9.0, beta, 20.0, 10.0])
-                        backend.token_loss_grad(logits, ids, t, softmax, inputs, program, params, logits)
-                        backend.token_loss_grad(logits, ids, t, softmax, inputs._replace(old_logp=None), program, params, logits)
+                        backend.token_loss_grad(
+                            logits, ids, t, softmax, inputs, program, params, logits
+                        )
+                        backend.token_loss_grad(
+                            logits,
+                            ids,
+                            t,
+                            softmax,
+                            inputs._replace(old_logp=None),
+                            program,
+                            params,
+                            logits,
+                        )
                         backend.token_stats(logits, ids, t, softmax, ("logp", "entropy"))
-                        stats = {"logp": spare[1 : n + 1], "lse": spare[:n], "lse_low": spare[1 : n + 1]}
-                        backend.token_grad(logits, ids, t, softmax, stats, {"logp": spare[:n]}, logits)
+                        stats = {
+                            "logp": spare[1 : n + 1],
+                            "lse": spare[:n],
+                            "lse_low": spare[1 : n + 1],
+                        }
+                        backend.token_grad(
+                            logits, ids, t, softmax, stats, {"logp": spare[:n]}, logits
+                        )
     names = [name for name, _ in recorder.kernels.values()]
     return {name: names.count(name) for name in sorted(set(names))}
 
@@ -263,13 +356,22 @@ def scales(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float32)) -
         with Recorder(target) as recorder:
             for shape in ((4, 32000), (1, 3, 31991)):
                 memory = torch.empty((*shape[:-2], shape[-2] * 2, shape[-1] + 16), dtype=dtype)
-                for grad in (torch.empty(shape, dtype=dtype), memory[..., ::2, :-16], memory[..., 1::2, 3:-13]):
+                for grad in (
+                    torch.empty(shape, dtype=dtype),
+                    memory[..., ::2, :-16],
+                    memory[..., 1::2, 3:-13],
+                ):
                     triton_scale.scale(grad, torch.ones(()))
-        result += [inspect(target, name, str(dtype)[6:], kernel) for name, kernel in recorder.kernels.values()]
+        result += [
+            inspect(target, name, str(dtype)[6:], kernel)
+            for name, kernel in recorder.kernels.values()
+        ]
     return result
 
 
-def packed_rows(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float32)) -> list[Compiled]:
+def packed_rows(
+    target: str, dtypes=(torch.bfloat16, torch.float16, torch.float32)
+) -> list[Compiled]:
     """Compile packed rows with all statistics and derivatives, and with a few.
 
     Each is compiled once, whatever the number and lengths of rows, and once more with a
@@ -278,7 +380,12 @@ def packed_rows(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float3
     result = []
     for dtype in dtypes:
         with Recorder(target) as recorder:
-            for n, entries, softcap in ((4, 1000, float("inf")), (3, 77, float("inf")), (5, 100, 20.0), (2, 99, 30.0)):
+            for n, entries, softcap in (
+                (4, 1000, float("inf")),
+                (3, 77, float("inf")),
+                (5, 100, 20.0),
+                (2, 99, 30.0),
+            ):
                 bounds, ids, values = (
                     torch.zeros(2, n, dtype=torch.int64),
                     torch.zeros(n, dtype=torch.int64),
@@ -288,8 +395,13 @@ def packed_rows(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float3
                 known = dict.fromkeys(("logp", "lse", "lse_low", "entropy", "log_sum_p_sq"), row)
                 for names, by in ((("logp", "lse", "lse_low"), ("logp",)), (STATS, DERIVATIVES)):
                     triton_packed.packed_stats(rows, names)
-                    triton_packed.packed_grad(rows, known, dict.fromkeys(by, row), torch.zeros_like(values))
-        result += [inspect(target, name, str(dtype)[6:], kernel) for name, kernel in recorder.kernels.values()]
+                    triton_packed.packed_grad(
+                        rows, known, dict.fromkeys(by, row), torch.zeros_like(values)
+                    )
+        result += [
+            inspect(target, name, str(dtype)[6:], kernel)
+            for name, kernel in recorder.kernels.values()
+        ]
     return result
 
 
@@ -303,28 +415,63 @@ def row_kernels(target: str) -> list[Compiled]:
             n = sequences * length
             ids, rows = torch.zeros(sequences, length, dtype=torch.int64), torch.zeros(6, n)
             masked = triton_rows.mask(ids, ids, ids.bool(), length)
-            for weighing in (Weighing("rows"), Weighing("sequences", True), Weighing(3.0, False, 5.0), Weighing(torch.ones(()), True)):
+            for weighing in (
+                Weighing("rows"),
+                Weighing("sequences", True),
+                Weighing(3.0, False, 5.0),
+                Weighing(torch.ones(()), True),
+            ):
                 weights = triton_rows.weigh(masked, length, weighing, torch.ones(()), rows[0], 2)
             ratio, means = triton_rows.ratio(masked, length, rows[0], rows[1], PARAMS, True)
-            leaves = dict(zip(("logp", "old_logp", "adv", "entropy", "ref_logp", "sampling_logp"), rows, strict=True))
-            table = triton_rows.evaluate_rows(PROGRAM, PARAMS, leaves, torch.cat([weights, weights[:1]]), keep=masked.keep)
+            leaves = dict(
+                zip(
+                    ("logp", "old_logp", "adv", "entropy", "ref_logp", "sampling_logp"),
+                    rows,
+                    strict=True,
+                )
+            )
+            table = triton_rows.evaluate_rows(
+                PROGRAM, PARAMS, leaves, torch.cat([weights, weights[:1]]), keep=masked.keep
+            )
             triton_rows.evaluate_rows(
-                PROGRAM, PARAMS, leaves | {"log_ratio": ratio}, torch.cat([weights, weights[:1]]), ("loss", "d_log_ratio")
+                PROGRAM,
+                PARAMS,
+                leaves | {"log_ratio": ratio},
+                torch.cat([weights, weights[:1]]),
+                ("loss", "d_log_ratio"),
             )
             triton_rows.adjoint(masked, length, table[0], table[1], PARAMS, means, True, True)
             for known in (leaves, leaves | {"log_ratio": ratio}):
-                triton_rows.metrics(masked, length, MONITOR, PARAMS, known, ("entropy", "low", "largest ratio", "sequence region"))
+                triton_rows.metrics(
+                    masked,
+                    length,
+                    MONITOR,
+                    PARAMS,
+                    known,
+                    ("entropy", "low", "largest ratio", "sequence region"),
+                )
     return [inspect(target, name, "float32", kernel) for name, kernel in recorder.kernels.values()]
 
 
 def oversized(target: str) -> list[Compiled]:
     """The negative control: tiles far too large for the registers."""
-    threads, slots = 4 * TARGETS[target].warp_size, 1 << (12 if TARGETS[target].backend == "hip" else 10)
+    threads, slots = (
+        4 * TARGETS[target].warp_size,
+        1 << (12 if TARGETS[target].backend == "hip" else 10),
+    )
     launch = Launch(threads, 64)
-    backend.config_for = lambda columns, itemsize, capped: Config(slots, 2, 8, 1 << 16, launch, launch, launch, 2)
+    backend.config_for = lambda columns, itemsize, capped: Config(
+        slots, 2, 8, 1 << 16, launch, launch, launch, 2
+    )
     logits = torch.empty(4, 1 << 17, dtype=torch.bfloat16)
     with Recorder(target) as recorder:
-        backend.token_stats(logits, torch.zeros(4, dtype=torch.int64), torch.ones(1), SoftmaxParams(1 << 17), ("logp", "entropy"))
+        backend.token_stats(
+            logits,
+            torch.zeros(4, dtype=torch.int64),
+            torch.ones(1),
+            SoftmaxParams(1 << 17),
+            ("logp", "entropy"),
+        )
     return [inspect(target, name, "bfloat16", kernel) for name, kernel in recorder.kernels.values()]
 
 

@@ -18,13 +18,24 @@ from reweight_ops._core.backends.base import DivergenceInputs, SoftmaxParams
 
 
 def call_all(
-    dtype: torch.dtype, other: torch.dtype, vocab: int = 151936, softcap: float = float("inf"), rows: int = 4, temperatures: int = 1
+    dtype: torch.dtype,
+    other: torch.dtype,
+    vocab: int = 151936,
+    softcap: float = float("inf"),
+    rows: int = 4,
+    temperatures: int = 1,
 ) -> None:
     """Call every primitive once, on tensors that are described and never read."""
     x, y = torch.empty(rows, vocab, dtype=dtype), torch.empty(rows, vocab, dtype=other)
     t = torch.ones(temperatures)
     two = DivergenceInputs(
-        x, y, torch.zeros(rows, dtype=torch.int64), t, t.clone(), SoftmaxParams(vocab, softcap), SoftmaxParams(vocab, softcap)
+        x,
+        y,
+        torch.zeros(rows, dtype=torch.int64),
+        t,
+        t.clone(),
+        SoftmaxParams(vocab, softcap),
+        SoftmaxParams(vocab, softcap),
     )
     table = divergence.divergence_stats(two)
     divergence.divergence_grad(two, table, torch.zeros(3, rows), x)
@@ -42,9 +53,15 @@ def compile_all(target: str, pairs, **more) -> list[dict]:
 
 
 def count(target: str = "sm_90") -> int:
-    """Compilations over calls that differ in rows, vocabulary, soft cap and temperatures, for one pair of dtypes."""
+    """Compilations over calls that differ in rows, vocabulary, soft cap and
+    temperatures, for one pair of dtypes.
+    """
     with aot.Recorder(target) as recorder:
-        for rows, vocab, softcap, temperatures in ((4, 32000, 20.0, 1), (9, 32768, 30.0, 9), (1, 31992, 1.0, 1)):
+        for rows, vocab, softcap, temperatures in (
+            (4, 32000, 20.0, 1),
+            (9, 32768, 30.0, 9),
+            (1, 31992, 1.0, 1),
+        ):
             call_all(torch.bfloat16, torch.bfloat16, vocab, softcap, rows, temperatures)
     return len(recorder.kernels)
 

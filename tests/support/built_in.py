@@ -1,5 +1,5 @@
-"""The package's own rules and weights that a kernel can evaluate, sorted by name, without
-those of tests.
+"""The package's own rules and weights that a kernel can evaluate, sorted by name,
+without those of tests.
 """
 
 from __future__ import annotations
@@ -10,7 +10,11 @@ from reweight_ops.rules import RULES, WEIGHTS, Rule, TokenWeight
 
 
 def _own(registry: dict[str, type]) -> dict[str, type]:
-    return {name: cls for name, cls in sorted(registry.items()) if cls.__module__.split(".")[0] == "reweight_ops"}
+    return {
+        name: cls
+        for name, cls in sorted(registry.items())
+        if cls.__module__.split(".")[0] == "reweight_ops"
+    }
 
 
 def own_rules() -> dict[str, type[Rule]]:
@@ -19,4 +23,8 @@ def own_rules() -> dict[str, type[Rule]]:
 
 def own_weights() -> dict[str, type[TokenWeight]]:
     """Those that are pointwise and detached."""
-    return {n: cls for n, cls in _own(WEIGHTS).items() if not trace_weight(cls).uses_batch and getattr(cls, "detach", True)}
+    return {
+        n: cls
+        for n, cls in _own(WEIGHTS).items()
+        if not trace_weight(cls).uses_batch and getattr(cls, "detach", True)
+    }

@@ -1,13 +1,18 @@
-"""Every method that the catalogue must account for: its registry keys (``kind/name``), or the line of ``LEFT_OUT`` that says why it has none.
+"""Every method that the catalogue must account for: its registry keys (``kind/name``),
+or the line of ``LEFT_OUT`` that says why it has none.
 
-A row stands for a published method, not for our naming: rows are never removed, and a row whose method is renamed follows it.
+A row stands for a published method, not for our naming: rows are never removed, and a
+row whose method is renamed follows it.
 """
 
 from __future__ import annotations
 
 #: Methods of the summary table of the first survey.
 FIRST = {
-    "AR (advantage reweighting)": ("policy_loss/advantage_reweighting", "token_weight/advantage_reweighting"),
+    "AR (advantage reweighting)": (
+        "policy_loss/advantage_reweighting",
+        "token_weight/advantage_reweighting",
+    ),
     "Lopti (low-probability token isolation)": ("policy_loss/lopti", "schedule/lopti"),
     "GRPO-LEAD": ("advantage/grpo_lead", "reward/grpo_lead_length"),
     "LENS": ("advantage/lens",),
@@ -17,14 +22,24 @@ FIRST = {
     "RECAP": ("objective/recap",),
     "Difficulty-prior advantage differentiation": ("advantage/difficulty_prior",),
     "QAE": ("advantage/qae",),
-    "Dynamic reward weighting (hypervolume; gradient)": ("objective/hypervolume_reward_weighting", "objective/gradient_reward_weighting"),
+    "Dynamic reward weighting (hypervolume; gradient)": (
+        "objective/hypervolume_reward_weighting",
+        "objective/gradient_reward_weighting",
+    ),
     "CANON (entropy / length)": ("advantage/canon",),
     "CAPO (curriculum advantage)": ("schedule/capo",),
     "PVPO": ("advantage/pvpo",),
-    "Trajectory weighting AW / RW (offline RL)": ("sample_weight/trajectory_aw", "sample_weight/trajectory_rw"),
+    "Trajectory weighting AW / RW (offline RL)": (
+        "sample_weight/trajectory_aw",
+        "sample_weight/trajectory_rw",
+    ),
     "NGRPO": ("advantage/ngrpo", "policy_loss/ngrpo"),
     "STEER": ("token_weight/steer",),
-    "SPO (chain / tree)": ("advantage/spo_chain", "advantage/spo_tree", "token_weight/spo_probability_mask"),
+    "SPO (chain / tree)": (
+        "advantage/spo_chain",
+        "advantage/spo_tree",
+        "token_weight/spo_probability_mask",
+    ),
     "HAPO": ("advantage/hapo", "policy_loss/hapo", "token_weight/hapo_redistribution"),
     "GRPO-Guard (flow)": ("policy_loss/grpo_guard",),
     "Constrained RLHF (mu/xi/zeta-PPO)": ("objective/constrained_rlhf",),
@@ -65,7 +80,10 @@ SECOND = {
     "WCO / UWO reward ensembles": ("reward/wco", "reward/uwo"),
     "LSC reward transform": ("reward/lsc",),
     "SALSA (soup reference)": "SALSA (soup reference)",
-    "Weighted-sum / harmonic reward PPO (argument rewriting)": ("reward/weighted_mean", "reward/harmonic_mean"),
+    "Weighted-sum / harmonic reward PPO (argument rewriting)": (
+        "reward/weighted_mean",
+        "reward/harmonic_mean",
+    ),
     "RAFT": ("sample_weight/raft",),
     "SuperHF": ("sample_weight/raft", "divergence/token_divergence"),
     "Trajectory weighting AW / RW": ("sample_weight/trajectory_aw", "sample_weight/trajectory_rw"),
@@ -80,25 +98,40 @@ SECOND = {
     "CREAM": ("pair_loss/cream",),
     "SCIR": ("pair_loss/scir",),
     "OneRec IPA": "OneRec IPA",
-    "NPO / GradDiff / GA-KL (losses used by WAGLE)": ("policy_loss/npo", "policy_loss/gradient_ascent", "policy_loss/grad_diff"),
+    "NPO / GradDiff / GA-KL (losses used by WAGLE)": (
+        "policy_loss/npo",
+        "policy_loss/gradient_ascent",
+        "policy_loss/grad_diff",
+    ),
     "GLOW (Learning from Mistakes)": ("sample_weight/glow",),
     "Dynamic loss-based sample reweighting": ("sample_weight/dynamic_loss_reweighting",),
     "PLD": ("divergence/pld",),
     "Dual-head KD (DHKD)": ("divergence/dhkd",),
     "LDR-KL / ALDR-KL": ("divergence/ldr", "divergence/aldr", "policy_loss/ldam"),
-    "comp-sum family (incl. GCE, MAE)": ("policy_loss/comp_sum", "policy_loss/gce", "policy_loss/mae"),
+    "comp-sum family (incl. GCE, MAE)": (
+        "policy_loss/comp_sum",
+        "policy_loss/gce",
+        "policy_loss/mae",
+    ),
     "StableMax CE (Grokking)": ("divergence/stablemax",),
     "EnsLoss": ("pair_loss/ens_loss",),
     "Symmetric CE (Robust Mean Teacher)": ("divergence/symmetric_cross_entropy",),
-    "UDA: TSA mask + confidence-masked KL": ("token_weight/tsa", "schedule/tsa", "divergence/confidence_masked_kl"),
+    "UDA: TSA mask + confidence-masked KL": (
+        "token_weight/tsa",
+        "schedule/tsa",
+        "divergence/confidence_masked_kl",
+    ),
     "RankList": ("pair_loss/rank_list",),
     "TGeo-KD, KD-AIF, STORM": "TGeo-KD, KD-AIF, STORM",
-    "ScaleBiO, DreamPRM, Upsample/Upweight, Data Mixing Agent, Aioli": ("sample_weight/source_weights",),
+    "ScaleBiO, DreamPRM, Upsample/Upweight, Data Mixing Agent, Aioli": (
+        "sample_weight/source_weights",
+    ),
     "Generalised focal / dequity weight": ("sample_weight/focal",),
     "DrivingWorld": "DrivingWorld",
 }
 
-#: Methods that the trainers of the field offer, or that this package's plan names beyond the surveys.
+#: Methods that the trainers of the field offer, or that this package's plan names
+#: beyond the surveys.
 FIELD = {
     "GRPO": ("policy_loss/grpo", "advantage/grpo"),
     "Dr. GRPO": ("policy_loss/dr_grpo", "advantage/dr_grpo"),
@@ -165,9 +198,13 @@ FIELD = {
     "Filters (dynamic sampling, difficulty bands)": ("sample_weight/dynamic_sampling",),
 }
 
-#: What the survey papers name beside their own methods: baselines, second contributions, and what a loss cannot be.
+#: What the survey papers name beside their own methods: baselines, second
+#: contributions, and what a loss cannot be.
 NAMED = {
-    "LDAM's class-balanced weights and deferred re-weighting": ("sample_weight/class_balanced", "schedule/drw"),
+    "LDAM's class-balanced weights and deferred re-weighting": (
+        "sample_weight/class_balanced",
+        "schedule/drw",
+    ),
     "Distillation beside the labels": ("divergence/kd",),
     "Self-distillation's closed-form weight": "Even your Teacher Needs Guidance",
     "Upsample/Upweight": ("sample_weight/upweight",),

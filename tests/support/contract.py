@@ -20,7 +20,12 @@ from reweight_ops._core.rows.groups import IGNORE_INDEX
 ONE = torch.ones(1)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: (temperature, softcap). None as temperature means one per row.
-SOFTMAXES = {"plain": (1.0, math.inf), "cold": (0.7, math.inf), "per_row": (None, math.inf), "softcap": (1.3, 15.0)}
+SOFTMAXES = {
+    "plain": (1.0, math.inf),
+    "cold": (0.7, math.inf),
+    "per_row": (None, math.inf),
+    "softcap": (1.3, 15.0),
+}
 #: Kinds of rows of :func:`kernel_oracle.rows`, with heads.
 KINDS = (
     [("plain", softmax) for softmax in SOFTMAXES]
@@ -28,7 +33,10 @@ KINDS = (
     + [("low", "plain")]
 )
 CLIP = Program.of(("clip",)), torch.tensor([-20.0, 20.0, 1.0, 0.2, 0.2, math.inf])
-BONUS = Program.of(("clip", "entropy_bonus")), torch.tensor([-20.0, 20.0, 1.0, 0.2, 0.2, math.inf, 0.05])
+BONUS = (
+    Program.of(("clip", "entropy_bonus")),
+    torch.tensor([-20.0, 20.0, 1.0, 0.2, 0.2, math.inf, 0.05]),
+)
 
 
 def temperature_of(value, n):
@@ -36,24 +44,40 @@ def temperature_of(value, n):
 
 
 def stats_of(primitives, z, ids, names=(*STATS, "lse_low"), softmax=None, temperature=ONE):
-    return dict(zip(names, primitives.token_stats(z, ids, temperature, softmax or SoftmaxParams(z.size(-1)), names), strict=True))
+    return dict(
+        zip(
+            names,
+            primitives.token_stats(
+                z, ids, temperature, softmax or SoftmaxParams(z.size(-1)), names
+            ),
+            strict=True,
+        )
+    )
 
 
 def grad_of(primitives, z, ids, stats, derivatives, softmax=None, temperature=ONE, out=None):
     out = torch.full_like(z, math.nan) if out is None else out
-    primitives.token_grad(z, ids, temperature, softmax or SoftmaxParams(z.size(-1)), stats, dict(derivatives), out)
+    primitives.token_grad(
+        z, ids, temperature, softmax or SoftmaxParams(z.size(-1)), stats, dict(derivatives), out
+    )
     return out
 
 
 def loss_grad(primitives, z, ids, out=None, program=BONUS, softmax=None, temperature=ONE, seed=0):
     """(rows, gradient) of a clipped loss with an entropy bonus."""
     n = ids.numel()
-    inputs = RowInputs(torch.ones(len(program[0].terms), n), None, torch.randn(n, generator=torch.Generator().manual_seed(seed)))
+    inputs = RowInputs(
+        torch.ones(len(program[0].terms), n),
+        None,
+        torch.randn(n, generator=torch.Generator().manual_seed(seed)),
+    )
     out = torch.full_like(z, math.nan) if out is None else out
-    return primitives.token_loss_grad(z, ids, temperature, softmax or SoftmaxParams(z.size(-1)), inputs, *program, out), out
+    return primitives.token_loss_grad(
+        z, ids, temperature, softmax or SoftmaxParams(z.size(-1)), inputs, *program, out
+    ), out
 
 
-# --- accuracy, by the package's criterion ---------------------------------------------------------------------------------------
+# --- accuracy, by the package's criterion ---------------------------------------------
 
 
 def check_statistics_and_gradient(primitives, dtype, n, v, softmax, kind):
@@ -66,16 +90,25 @@ def check_statistics_and_gradient(primitives, dtype, n, v, softmax, kind):
     got = stats_of(primitives, z, ids, softmax=softmax, temperature=t)
     for name in STATS:
         assert_values(got[name], single[name], exact[name], f"{name} at V = {v}")
-    if softcap == math.inf:  # the two numbers of the log-sum-exp are as exact as its distance from the largest logit
+    # the two numbers of the log-sum-exp are as exact as its distance from the largest
+    # logit
+    if softcap == math.inf:
         largest = z.double().amax(-1) / each.double()
-        assert_values(largest - got["lse"].double() - got["lse_low"].double(), single["max_logp"], exact["max_logp"], f"lse_low at V = {v}")
+        assert_values(
+            largest - got["lse"].double() - got["lse_low"].double(),
+            single["max_logp"],
+            exact["max_logp"],
+            f"lse_low at V = {v}",
+        )
     g = torch.Generator().manual_seed(v)
     for names in (("logp",), ("logp", "entropy"), DERIVATIVES):
         derivatives = {name: torch.randn(n, generator=g) for name in names}
         out = grad_of(primitives, z, ids, got, derivatives, softmax, t)
         truth = gradient(z.double(), ids, each.double(), derivatives, softcap)
         base = gradient(z.float(), ids, each, derivatives, softcap)
-        assert_gradient(out, base, truth, sum(c.abs() for c in derivatives.values()) * 2 / each, ids)
+        assert_gradient(
+            out, base, truth, sum(c.abs() for c in derivatives.values()) * 2 / each, ids
+        )
 
 
 def check_token_loss_grad(primitives, dtype, n, v, softmax, bonus):
@@ -90,33 +123,57 @@ def check_token_loss_grad(primitives, dtype, n, v, softmax, bonus):
     params = torch.tensor([-20.0, 20.0, 1.0, 0.2, 0.2, math.inf] + ([bonus] if bonus else []))
     out = torch.full_like(z, math.nan)
     inputs = RowInputs(weight.expand(len(program.terms), n), old, adv)
-    got = primitives.token_loss_grad(z, ids, t, SoftmaxParams(v, softcap), inputs, program, params, out)
+    got = primitives.token_loss_grad(
+        z, ids, t, SoftmaxParams(v, softcap), inputs, program, params, out
+    )
 
     def run(dtype):
         stats = statistics(z.to(dtype), ids, t.expand(n).to(dtype), softcap)
         leaves = {k: s.detach().requires_grad_() for k, s in stats.items()}
         total = clip_loss(leaves, old.to(dtype), adv.to(dtype), weight.to(dtype), 0.2, bonus)
-        by = torch.autograd.grad(total.sum(), (leaves["logp"], leaves["entropy"]), allow_unused=True)
-        derivatives = {"logp": by[0], "entropy": torch.zeros_like(total) if by[1] is None else by[1]}
-        return stats, total.detach(), derivatives, gradient(z.to(dtype), ids, t.expand(n).to(dtype), derivatives, softcap)
+        by = torch.autograd.grad(
+            total.sum(), (leaves["logp"], leaves["entropy"]), allow_unused=True
+        )
+        derivatives = {
+            "logp": by[0],
+            "entropy": torch.zeros_like(total) if by[1] is None else by[1],
+        }
+        return (
+            stats,
+            total.detach(),
+            derivatives,
+            gradient(z.to(dtype), ids, t.expand(n).to(dtype), derivatives, softcap),
+        )
 
     stats, total, derivatives, truth = run(torch.float64)
     stats32, total32, derivatives32, grad32 = run(torch.float32)
     if v > 100:
-        assert (derivatives["logp"] == 0).any() and (derivatives["logp"] != 0).any(), "the clip is on one side only"
+        assert (derivatives["logp"] == 0).any() and (derivatives["logp"] != 0).any(), (
+            "the clip is on one side only"
+        )
     for k, name in enumerate(("logp", "entropy")):
         assert_values(got[k], stats32[name], stats[name], f"{name} at V = {v}")
-        assert_values(got[4 + k], derivatives32[name], derivatives[name], f"coefficient {name} at V = {v}")
+        assert_values(
+            got[4 + k], derivatives32[name], derivatives[name], f"coefficient {name} at V = {v}"
+        )
     assert_values(got[2], total32, total, "weighted loss")
     assert_values(got[3], total32 / weight, total / weight, "loss")
-    assert_gradient(out, grad32, truth, (derivatives["logp"].abs() + derivatives["entropy"].abs()) / t.expand(n), ids)
+    assert_gradient(
+        out,
+        grad32,
+        truth,
+        (derivatives["logp"].abs() + derivatives["entropy"].abs()) / t.expand(n),
+        ids,
+    )
 
 
-# --- infinities, NaN, and ignored rows -------------------------------------------------------------------------------
+# --- infinities, NaN, and ignored rows ------------------------------------------------
 
 
 def check_minus_infinity(primitives, dtype, softcap):
-    """No mass and no gradient: single columns, whole tiles, the first tiles, all but a few."""
+    """No mass and no gradient: single columns, whole tiles, the first tiles, all but a
+    few.
+    """
     v = 3 * 2048 + 70
     z, _ = rows(4, v, dtype, "plain")
     masked = torch.zeros(4, v, dtype=torch.bool)
@@ -130,7 +187,9 @@ def check_minus_infinity(primitives, dtype, softcap):
         column = unmasked.cumsum(0)[ids[i]] - 1
         truth = statistics(z[i : i + 1, unmasked].double(), column.view(1), ONE.double(), softcap)
         for name in STATS:
-            torch.testing.assert_close(got[name][i].double(), truth[name][0], rtol=2e-6, atol=2e-6, msg=f"{name}, row {i}")
+            torch.testing.assert_close(
+                got[name][i].double(), truth[name][0], rtol=2e-6, atol=2e-6, msg=f"{name}, row {i}"
+            )
     _, grad = loss_grad(primitives, z, ids, softmax=softmax)
     assert (grad[masked] == 0).all() and grad.isfinite().all() and (grad != 0).any(1).all()
     grad = grad_of(primitives, z, ids, got, {name: torch.ones(4) for name in DERIVATIVES}, softmax)
@@ -152,21 +211,27 @@ def check_masked_by_a_number(primitives, dtype, low):
     assert want_rows.isfinite().all() and want.isfinite().all() and (want != 0).any(1).all()
     z[:, masked] = low
     got_rows, got = loss_grad(primitives, z, ids)
-    assert all(torch.equal(value, want_stats[name]) for name, value in stats_of(primitives, z, ids).items())
+    assert all(
+        torch.equal(value, want_stats[name]) for name, value in stats_of(primitives, z, ids).items()
+    )
     assert torch.equal(got_rows, want_rows) and torch.equal(got, want)
     out = grad_of(primitives, z, ids, want_stats, {name: torch.ones(3) for name in DERIVATIVES})
     assert (out[:, masked] == 0).all() and out.isfinite().all()
 
 
 def check_a_masked_target(primitives):
-    """logp is -inf, the loss follows by formula, the other columns get their gradient, and
-    the target's is 0.
+    """logp is -inf, the loss follows by formula, the other columns get their gradient,
+    and the target's is 0.
     """
     z, ids = rows(1, 300, torch.float32, "plain")
     z[0, ids[0]] = -math.inf
-    got, grad = loss_grad(primitives, z, ids, program=(Program.of(("reinforce",)), torch.tensor([-20.0, 20.0, 1.0])))
+    got, grad = loss_grad(
+        primitives, z, ids, program=(Program.of(("reinforce",)), torch.tensor([-20.0, 20.0, 1.0]))
+    )
     assert got[0] == -math.inf and got[3].isinf() and grad[0, ids[0]] == 0 and grad.isfinite().all()
-    torch.testing.assert_close(grad.double(), -got[4, 0].double() * torch.softmax(z.double(), -1), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(
+        grad.double(), -got[4, 0].double() * torch.softmax(z.double(), -1), rtol=1e-5, atol=1e-9
+    )
 
 
 def check_a_sure_row(primitives):
@@ -187,7 +252,10 @@ def check_a_bad_row(primitives, dtype, softcap, at):
     """
     z, ids = rows(6, 5003, dtype, "plain")
     softmax = SoftmaxParams(5003, softcap)
-    clean_stats, clean = stats_of(primitives, z, ids, softmax=softmax), loss_grad(primitives, z, ids, softmax=softmax)
+    clean_stats, clean = (
+        stats_of(primitives, z, ids, softmax=softmax),
+        loss_grad(primitives, z, ids, softmax=softmax),
+    )
     z[1, at] = math.nan
     z[3, at] = math.inf
     z[4] = -math.inf
@@ -197,7 +265,9 @@ def check_a_bad_row(primitives, dtype, softcap, at):
     stats = stats_of(primitives, z, ids, softmax=softmax)
     for name, value in stats.items():
         assert torch.equal(value[good], clean_stats[name][good]), name
-        assert value[[1, 3, 5]].isnan().all() and (value[4] == -math.inf if name == "lse_low" else value[4].isnan()), name
+        assert value[[1, 3, 5]].isnan().all() and (
+            value[4] == -math.inf if name == "lse_low" else value[4].isnan()
+        ), name
     got, grad = loss_grad(primitives, z, ids, softmax=softmax)
     assert torch.equal(grad[good], clean[1][good]) and torch.equal(got[:, good], clean[0][:, good])
     assert grad[bad].isnan().all() and got[:, bad].isnan().all()
@@ -217,7 +287,9 @@ def check_ignored_rows_or_invalid(primitives, dtype):
         assert all(value[1] == 0 and value[3].isnan() for value in stats.values())
         got, grad = loss_grad(primitives, z, ids)
         assert (got[:, 1] == 0).all() and got[:, 3].isnan().all() and (grad[[1, 3]] == 0).all()
-        assert torch.equal(grad[[0, 2, 4]], clean[1][[0, 2, 4]]) and torch.equal(got[:, [0, 2, 4]], clean[0][:, [0, 2, 4]])
+        assert torch.equal(grad[[0, 2, 4]], clean[1][[0, 2, 4]]) and torch.equal(
+            got[:, [0, 2, 4]], clean[0][:, [0, 2, 4]]
+        )
         out = grad_of(primitives, z, ids, stats, {"logp": torch.ones(5)})
         assert (out[[1, 3]] == 0).all() and not out.isnan().any()
 
@@ -229,12 +301,19 @@ def check_zero_gradient_rows(primitives, dtype):
     z, ids = rows(4, 2500, dtype, "plain")
     stats = stats_of(primitives, z, ids)
     stats["lse"][2] = math.nan  # a sweep of row 2 would show
-    out = grad_of(primitives, z, ids, stats, {"logp": torch.tensor([1.0, 0.0, 0.0, 1.0]), "entropy": None})
+    out = grad_of(
+        primitives, z, ids, stats, {"logp": torch.tensor([1.0, 0.0, 0.0, 1.0]), "entropy": None}
+    )
     assert (out[1:3] == 0).all() and (out[[0, 3]] != 0).any(1).all()
-    inputs = RowInputs(torch.tensor([[1.0, 0.0, 1.0, 1.0]]), stats["logp"] - 1, torch.tensor([1.0, 1.0, 1.0, -1.0]))
+    inputs = RowInputs(
+        torch.tensor([[1.0, 0.0, 1.0, 1.0]]), stats["logp"] - 1, torch.tensor([1.0, 1.0, 1.0, -1.0])
+    )
     got = primitives.token_loss_grad(z, ids, ONE, SoftmaxParams(2500), inputs, *CLIP, out)
-    # rows 0 and 2: ratio e > 1.2 and a positive advantage, clipped; row 1: no weight; row 3: not clipped
-    assert (got[4, :3] == 0).all() and (out[:3] == 0).all() and got[4, 3] != 0 and (out[3] != 0).any()
+    # rows 0 and 2: ratio e > 1.2 and a positive advantage, clipped; row 1: no weight;
+    # row 3: not clipped
+    assert (
+        (got[4, :3] == 0).all() and (out[:3] == 0).all() and got[4, 3] != 0 and (out[3] != 0).any()
+    )
 
 
 def check_no_rows(primitives, shape):
@@ -243,7 +322,7 @@ def check_no_rows(primitives, shape):
     assert loss_grad(primitives, z, ids)[0].shape == (6, 0)
 
 
-# --- layouts --------------------------------------------------------------------------------------------------------------------
+# --- layouts --------------------------------------------------------------------------
 
 
 def check_padding_and_shards(primitives, dtype):
@@ -253,10 +332,14 @@ def check_padding_and_shards(primitives, dtype):
     ids = torch.tensor([500, 1199, 1200, 3])  # the first two are here
     softmax = SoftmaxParams(v, vocab_start=start, vocab_total=total)
     got = stats_of(primitives, z, ids, softmax=softmax)
-    truth = statistics(z[:, :v].double(), (ids - start).clamp(0, v - 1), torch.ones(4, dtype=torch.float64))
+    truth = statistics(
+        z[:, :v].double(), (ids - start).clamp(0, v - 1), torch.ones(4, dtype=torch.float64)
+    )
     for name in STATS:
         here = slice(0, 2) if name == "logp" else slice(0, 4)
-        torch.testing.assert_close(got[name][here].double(), truth[name][here], rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(
+            got[name][here].double(), truth[name][here], rtol=2e-6, atol=2e-6
+        )
     assert (got["logp"][2:] == -math.inf).all()
     out = grad_of(primitives, z, ids, got, {"logp": torch.ones(4)}, softmax)
     expected = -torch.softmax(z[:, :v].double(), -1)
@@ -267,12 +350,28 @@ def check_padding_and_shards(primitives, dtype):
 
 
 def _layouts(dtype, n, v):
-    """Views with different strides: padded, unaligned, batched and sliced, transposed."""
+    """Views with different strides: padded, unaligned, batched and
+    sliced, transposed."""
     flat, ids = rows(n, v, dtype, "plain")
-    yield "unaligned", torch.empty(n * (v + 3) + 1, dtype=dtype)[1:].view(n, v + 3)[:, :v], flat, ids
+    yield (
+        "unaligned",
+        torch.empty(n * (v + 3) + 1, dtype=dtype)[1:].view(n, v + 3)[:, :v],
+        flat,
+        ids,
+    )
     yield "every second row", torch.empty(2 * n, v, dtype=dtype)[::2], flat, ids
-    yield "last position dropped", torch.empty(2, n // 2 + 1, v, dtype=dtype)[:, :-1], flat.view(2, n // 2, v), ids
-    yield "transposed batch", torch.empty(n // 2, 2, v + 1, dtype=dtype)[..., 1:].transpose(0, 1), flat.view(2, n // 2, v), ids
+    yield (
+        "last position dropped",
+        torch.empty(2, n // 2 + 1, v, dtype=dtype)[:, :-1],
+        flat.view(2, n // 2, v),
+        ids,
+    )
+    yield (
+        "transposed batch",
+        torch.empty(n // 2, 2, v + 1, dtype=dtype)[..., 1:].transpose(0, 1),
+        flat.view(2, n // 2, v),
+        ids,
+    )
 
 
 def check_layouts(primitives, dtype, v):
@@ -284,7 +383,9 @@ def check_layouts(primitives, dtype, v):
         assert aligned.data_ptr() % 16 == 0
         want_rows, want = loss_grad(primitives, aligned, ids)
         want_stats = stats_of(primitives, aligned, ids)
-        assert all(torch.equal(a, want_stats[k]) for k, a in stats_of(primitives, view, ids).items()), name
+        assert all(
+            torch.equal(a, want_stats[k]) for k, a in stats_of(primitives, view, ids).items()
+        ), name
         got_rows, got = loss_grad(primitives, view, ids)
         assert torch.equal(got_rows, want_rows) and torch.equal(got, want), name
         rows_in_place, _ = loss_grad(primitives, view, ids, out=view)
@@ -310,18 +411,20 @@ def check_offsets_beyond_two_to_the_31(primitives):
     far = torch.empty(stride + v, dtype=torch.bfloat16).as_strided((2, v), (stride, 1))
     values, ids = rows(2, v, torch.bfloat16, "plain")
     far.copy_(values)
-    assert torch.equal(stats_of(primitives, far, ids)["logp"], stats_of(primitives, values, ids)["logp"])
+    assert torch.equal(
+        stats_of(primitives, far, ids)["logp"], stats_of(primitives, values, ids)["logp"]
+    )
     _, want = loss_grad(primitives, values, ids)
     loss_grad(primitives, far, ids, out=far)
     assert torch.equal(far, want)
 
 
-# --- numbers that a criterion of maxima would not see ---------------------------------------------------------------------------
+# --- numbers that a criterion of maxima would not see ---------------------------------
 
 
 def check_the_target_of_a_sure_row(primitives):
-    """1 - p of the given log-prob to the precision of fp32; the difference from a rounded
-    p would keep one or two digits.
+    """1 - p of the given log-prob to the precision of fp32; the difference from a
+    rounded p would keep one or two digits.
     """
     v, n = 100, 5
     z = torch.zeros(n, v)
@@ -335,7 +438,9 @@ def check_the_target_of_a_sure_row(primitives):
 
 
 def check_signs_and_order(primitives):
-    """Without an oracle: gradients of logp sum to 0 over a row, and only the target's is positive."""
+    """Without an oracle: gradients of logp sum to 0 over a row, and only the target's
+    is positive.
+    """
     z, ids = rows(9, 4000, torch.float32, "plain")
     out = grad_of(primitives, z, ids, stats_of(primitives, z, ids), {"logp": torch.ones(9)})
     assert out.sum(1).abs().max() < 1e-5

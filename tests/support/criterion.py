@@ -12,7 +12,9 @@ from torch import Tensor
 from reweight_ops.testing import ERROR_FLOOR, gradient_errors, value_error
 
 
-def assert_values(got: Tensor, fp32: Tensor, truth: Tensor, what: str, scale: Tensor | None = None) -> None:
+def assert_values(
+    got: Tensor, fp32: Tensor, truth: Tensor, what: str, scale: Tensor | None = None
+) -> None:
     """Assert at most 1.5 times the error of fp32 PyTorch, plus four fp32 roundings.
 
     The roundings are relative to ``scale``, by default 1 + |value|, and not to the
@@ -24,9 +26,11 @@ def assert_values(got: Tensor, fp32: Tensor, truth: Tensor, what: str, scale: Te
         assert error <= 1, f"{what}: {error:.2f} times the error that is allowed"
 
 
-def assert_gradient(got: Tensor, fp32: Tensor, truth: Tensor, size: Tensor, columns: Tensor) -> None:
-    """The same for gradients ``[N, V]``, by maximum and rms, for the target (``columns``)
-    and the other columns apart.
+def assert_gradient(
+    got: Tensor, fp32: Tensor, truth: Tensor, size: Tensor, columns: Tensor
+) -> None:
+    """The same for gradients ``[N, V]``, by maximum and rms, for the target
+    (``columns``) and the other columns apart.
 
     ``size`` is the sum of |coefficients| / T of each row. ``fp32`` is rounded once to
     the dtype.
@@ -35,4 +39,6 @@ def assert_gradient(got: Tensor, fp32: Tensor, truth: Tensor, size: Tensor, colu
     is_target = torch.arange(truth.size(1)) == columns[:, None]
     floor = (ERROR_FLOOR * size.double() + 1e-300)[:, None]
     parts, worst = gradient_errors(got, fp32, truth, floor, is_target)
-    assert max(max(part) for part in parts.values()) <= 1, f"gradient: times what is allowed, (maximum, rms): {parts}; worst {worst}"
+    assert max(max(part) for part in parts.values()) <= 1, (
+        f"gradient: times what is allowed, (maximum, rms): {parts}; worst {worst}"
+    )

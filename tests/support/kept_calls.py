@@ -1,4 +1,6 @@
-"""Kept calls, and the same calls with nothing kept, to test that keeping changes nothing."""
+"""Kept calls, and the same calls with nothing kept, to test that keeping changes
+nothing.
+"""
 
 import torch
 
@@ -15,17 +17,33 @@ def batch_of(spec, seed, shape=SHAPE, dtype=torch.float32):
 
 def result(batch, **options):
     """The results of a call, with its gradient and metrics."""
-    z = batch["logits"].detach().requires_grad_(batch["logits"].requires_grad or torch.is_grad_enabled())
+    z = (
+        batch["logits"]
+        .detach()
+        .requires_grad_(batch["logits"].requires_grad or torch.is_grad_enabled())
+    )
     out = rw.policy_loss(**{**batch, "logits": z, **options})
     grads = torch.autograd.grad(out.loss.sum(), z) if out.loss.requires_grad else ()
-    rows = (out.per_token_logps, out.entropies, out.per_token_loss, out.ratio, out.coef, out.is_clipped, out.metrics.sums)
+    rows = (
+        out.per_token_logps,
+        out.entropies,
+        out.per_token_loss,
+        out.ratio,
+        out.coef,
+        out.is_clipped,
+        out.metrics.sums,
+    )
     return [out.plan, out.backend, tuple(out.metrics), out.loss.detach(), *rows, *grads]
 
 
 def assert_equal(found, expected):
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
-        same = torch.equal(a.nan_to_num(7.5), b.nan_to_num(7.5)) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b
+        same = (
+            torch.equal(a.nan_to_num(7.5), b.nan_to_num(7.5)) and a.dtype == b.dtype
+            if isinstance(a, torch.Tensor)
+            else a == b
+        )
         assert same, (a, b)
 
 

@@ -19,7 +19,13 @@ def lse_low(lse: Tensor) -> Tensor:
     return (lse - lse.float()).float()
 
 
-def statistics(logits: Tensor, ids: Tensor, temperature: Tensor, softcap: float = math.inf, vocab_start: int = 0) -> dict[str, Tensor]:
+def statistics(
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    softcap: float = math.inf,
+    vocab_start: int = 0,
+) -> dict[str, Tensor]:
     """Differentiable statistics of every row ``[N]``. ``logp`` is -inf if no column has
     the id.
     """
@@ -42,10 +48,15 @@ def statistics(logits: Tensor, ids: Tensor, temperature: Tensor, softcap: float 
 
 
 def gradient(
-    logits: Tensor, ids: Tensor, temperature: Tensor, derivatives: dict[str, Tensor], softcap: float = math.inf, vocab_start: int = 0
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    derivatives: dict[str, Tensor],
+    softcap: float = math.inf,
+    vocab_start: int = 0,
 ) -> Tensor:
-    """Gradient by the logits from these derivatives of row statistics; a log-prob of -inf
-    has no slope.
+    """Gradient by the logits from these derivatives of row statistics; a log-prob of
+    -inf has no slope.
     """
     z = logits.detach().clone().requires_grad_()
     stats = statistics(z, ids, temperature, softcap, vocab_start)
@@ -54,7 +65,9 @@ def gradient(
     return grad
 
 
-def clip_loss(stats: dict[str, Tensor], old: Tensor, adv: Tensor, weight: Tensor, eps: float, bonus: float) -> Tensor:
+def clip_loss(
+    stats: dict[str, Tensor], old: Tensor, adv: Tensor, weight: Tensor, eps: float, bonus: float
+) -> Tensor:
     """[N]: each row's contribution to a clipped surrogate with an entropy bonus."""
     ratio = torch.exp(stats["logp"] - old)
     surrogate = -torch.minimum(ratio * adv, ratio.clamp(1 - eps, 1 + eps) * adv)

@@ -19,11 +19,25 @@ from reweight_ops._core.backends.triton import BACKEND
 from reweight_ops._core.engine.ops import BODIES
 
 #: Kernels whose work is of the size of the vocabulary.
-VOCABULARY = ("partial_kernel", "stats_kernel", "loss_grad_kernel", "target_kernel", "gradient_kernel", "divergence_kernel")
+VOCABULARY = (
+    "partial_kernel",
+    "stats_kernel",
+    "loss_grad_kernel",
+    "target_kernel",
+    "gradient_kernel",
+    "divergence_kernel",
+)
 
 #: Operations that allocate, or describe the same elements again, and are not views by
 #: their schema.
-_FREE = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::_unsafe_view", "aten::lift_fresh"}
+_FREE = {
+    "aten::empty",
+    "aten::empty_like",
+    "aten::new_empty",
+    "aten::empty_strided",
+    "aten::_unsafe_view",
+    "aten::lift_fresh",
+}
 
 
 def costs_nothing(op) -> bool:
@@ -31,8 +45,8 @@ def costs_nothing(op) -> bool:
 
 
 class Counted(TorchDispatchMode):
-    """``operations`` of PyTorch and ``kernels`` of the package, by name, with the number
-    of times that a device would run them.
+    """``operations`` of PyTorch and ``kernels`` of the package, by name, with the
+    number of times that a device would run them.
     """
 
     def __init__(self) -> None:
@@ -65,7 +79,9 @@ class Counted(TorchDispatchMode):
     @property
     def beside(self) -> int:
         """All counts without the vocabulary-sized kernels."""
-        return self.operations.total() + sum(n for name, n in self.kernels.items() if name not in VOCABULARY)
+        return self.operations.total() + sum(
+            n for name, n in self.kernels.items() if name not in VOCABULARY
+        )
 
     def __str__(self) -> str:
         return f"{self.beside}: {dict(self.operations)} {dict(self.kernels)}"
@@ -80,7 +96,13 @@ class HostCopy(Exception):
 class NoHostCopies(TorchFunctionMode):
     """Raises where elements would move between host and device."""
 
-    _CONSTRUCTORS = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.scalar_tensor)
+    _CONSTRUCTORS = (
+        torch.tensor,
+        torch.as_tensor,
+        torch.asarray,
+        torch.from_numpy,
+        torch.scalar_tensor,
+    )
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in self._CONSTRUCTORS and not isinstance(args[0], torch.Tensor):
@@ -89,7 +111,9 @@ class NoHostCopies(TorchFunctionMode):
         if isinstance(result, torch.Tensor):
             for t in args:
                 if isinstance(t, torch.Tensor) and t.device.type != result.device.type and t.dim():
-                    raise HostCopy(f"{getattr(func, '__name__', func)} from {t.device} to {result.device}")
+                    raise HostCopy(
+                        f"{getattr(func, '__name__', func)} from {t.device} to {result.device}"
+                    )
         return result
 
 
@@ -112,6 +136,10 @@ def moved(value):
     """The same call on meta tensors."""
 
     def move(t):
-        return torch.empty_like(t, device="meta").requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t
+        return (
+            torch.empty_like(t, device="meta").requires_grad_(t.requires_grad)
+            if isinstance(t, torch.Tensor)
+            else t
+        )
 
     return torch.utils._pytree.tree_map(move, value)

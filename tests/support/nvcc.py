@@ -1,4 +1,5 @@
-"""Compiles csrc/cuda as setup.py does, to test the compiler's output. It needs no GPU."""
+"""Compiles csrc/cuda as setup.py does, to test the compiler's output. It
+needs no GPU."""
 
 from __future__ import annotations
 
@@ -28,12 +29,24 @@ def archs() -> list[str]:
     return SETUP["cuda_archs"](nvcc())
 
 
-def compile_kernels(csrc: Path, kernel: str, dtype: str, archs: list[str], target: Path, flags: list[str] = FLAGS) -> str:
+def compile_kernels(
+    csrc: Path, kernel: str, dtype: str, archs: list[str], target: Path, flags: list[str] = FLAGS
+) -> str:
     """Write a fatbin of one file of kernels for one dtype; return the compiler's other
     output; raise if it fails.
     """
     defines = [f"-DRW_ELEMENT={DTYPES[dtype]}", f"-DRW_DTYPE={dtype}"]
-    words = [nvcc(), *flags, *SETUP["cuda_targets"](archs), f"-I{csrc}", *defines, "-fatbin", csrc / f"cuda/{kernel}.cu", "-o", target]
+    words = [
+        nvcc(),
+        *flags,
+        *SETUP["cuda_targets"](archs),
+        f"-I{csrc}",
+        *defines,
+        "-fatbin",
+        csrc / f"cuda/{kernel}.cu",
+        "-o",
+        target,
+    ]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{kernel}.cu for {dtype} and {archs} does not compile:\n{done.stderr}")

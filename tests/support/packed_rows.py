@@ -36,7 +36,9 @@ class AsLogits:
         at = start[:, None] + torch.arange(v)
         values[at] = z[:, :v]
         place = torch.where((ids >= 0) & (ids < v) | (ids == IGNORE_INDEX), ids, -1)
-        return PackedRows(values, torch.stack([start, start + v]), place, temperature, softmax.softcap), at
+        return PackedRows(
+            values, torch.stack([start, start + v]), place, temperature, softmax.softcap
+        ), at
 
     def token_stats(self, z, ids, temperature, softmax, stats):
         return self.backend.packed_stats(self._packed(z, ids, temperature, softmax)[0], stats)
@@ -56,9 +58,17 @@ class AsLogits:
         """Like the engine: statistics, the program on rows, the gradient."""
         names = ("logp", "entropy", "lse", "lse_low", "log_sum_p_sq")
         stats = dict(zip(names, self.token_stats(z, ids, temperature, softmax, names), strict=True))
-        leaves = {"old_logp": stats["logp"]} | {name: stats[name] for name in STATISTICS} | inputs.stored()
-        weighted, loss, *by = evaluate_rows(program, params, leaves, inputs.row_weights, keep=ids != IGNORE_INDEX)
-        self.token_grad(z, ids, temperature, softmax, stats, dict(zip(STATISTICS, by, strict=True)), out)
+        leaves = (
+            {"old_logp": stats["logp"]}
+            | {name: stats[name] for name in STATISTICS}
+            | inputs.stored()
+        )
+        weighted, loss, *by = evaluate_rows(
+            program, params, leaves, inputs.row_weights, keep=ids != IGNORE_INDEX
+        )
+        self.token_grad(
+            z, ids, temperature, softmax, stats, dict(zip(STATISTICS, by, strict=True)), out
+        )
         return torch.stack([stats["logp"], stats["entropy"], weighted, loss, *by[:2]])
 
 
@@ -89,7 +99,11 @@ def check_each_row_alone(backend, dtype, longest=1900, many=False):
     position NaN, and neither is read.
     """
     g = torch.Generator().manual_seed(longest)
-    lengths = [n for n in (1, 2, 3, 15, 16, 17, 64, 129, 511, 1025, longest) if n <= longest] + [longest] * (many and 9) + [5, 0, 4]
+    lengths = (
+        [n for n in (1, 2, 3, 15, 16, 17, 64, 129, 511, 1025, longest) if n <= longest]
+        + [longest] * (many and 9)
+        + [5, 0, 4]
+    )
     n, total = len(lengths), sum(lengths)
     values = (3 * torch.randn(total, generator=g)).to(dtype)
     stop = torch.tensor(lengths).cumsum(0)
@@ -106,15 +120,31 @@ def check_each_row_alone(backend, dtype, longest=1900, many=False):
         grad = torch.full_like(values, SENTINEL)
         backend.packed_grad(rows, found, derivatives, grad)
         for i in range(n - 3):
-            z, softmax = values[bounds[0, i] : bounds[1, i]][None].clone(), SoftmaxParams(lengths[i], softcap)
-            own, one = contract.stats_of(backend, z, ids[i : i + 1], names, softmax, temperature[i : i + 1]), slice(i, i + 1)
+            z, softmax = (
+                values[bounds[0, i] : bounds[1, i]][None].clone(),
+                SoftmaxParams(lengths[i], softcap),
+            )
+            own, one = (
+                contract.stats_of(
+                    backend, z, ids[i : i + 1], names, softmax, temperature[i : i + 1]
+                ),
+                slice(i, i + 1),
+            )
             for name in names:
-                assert own[name].equal(found[name][one]), (name, lengths[i], softcap, own[name], found[name][one])
+                assert own[name].equal(found[name][one]), (
+                    name,
+                    lengths[i],
+                    softcap,
+                    own[name],
+                    found[name][one],
+                )
             by = {name: c[one].contiguous() for name, c in derivatives.items()}
             alone = contract.grad_of(backend, z, ids[one], own, by, softmax, temperature[one])
             assert alone[0].equal(grad[bounds[0, i] : bounds[1, i]]), (lengths[i], softcap)
         assert (grad[stop[-4] :] == SENTINEL).all()
         for name in names:
             assert found[name][-3:-1].tolist() == [0, 0] and found[name][-1].isnan()
-    few = backend.packed_stats(PackedRows(values, bounds[:, :0].contiguous(), ids[:0], torch.ones(1), math.inf), names)
+    few = backend.packed_stats(
+        PackedRows(values, bounds[:, :0].contiguous(), ids[:0], torch.ones(1), math.inf), names
+    )
     assert few.shape == (len(names), 0)

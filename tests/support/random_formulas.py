@@ -1,5 +1,5 @@
-"""Rules and weights drawn from the grammar of formulas, and their reference: fp64 autograd
-with exact slopes.
+"""Rules and weights drawn from the grammar of formulas, and their reference: fp64
+autograd with exact slopes.
 """
 
 from __future__ import annotations
@@ -16,15 +16,21 @@ _UNARY = ("exp", "expm1", "log", "log1p", "sigmoid", "tanh", "abs", "stop_gradie
 
 
 def draw(r: random.Random, size: int) -> str:
-    """A formula of about ``size`` operations as Python source over ``xp``, ``t`` and ``s`` (its hyper-parameters)."""
+    """A formula of about ``size`` operations as Python source over ``xp``, ``t`` and
+    ``s`` (its hyper-parameters).
+    """
     if size <= 0:
-        return r.choice([*(f"t.{leaf}" for leaf in TOKEN_FIELDS), "s.a", "s.b", "0.75", "-0.5", "2.0"])
+        return r.choice(
+            [*(f"t.{leaf}" for leaf in TOKEN_FIELDS), "s.a", "s.b", "0.75", "-0.5", "2.0"]
+        )
     kind = r.choice(["binary", "binary", "unary", "neg", "extremum", "clip", "where"])
     if kind == "unary":
         function = r.choice(_UNARY)
         inner = draw(r, size - 1)
         # Mostly inside the function's domain, for the leaves of `leaves()`.
-        argument = {"log": f"xp.abs({inner}) + 0.5", "log1p": f"xp.abs({inner})"}.get(function, inner)
+        argument = {"log": f"xp.abs({inner}) + 0.5", "log1p": f"xp.abs({inner})"}.get(
+            function, inner
+        )
         return f"xp.{function}({argument} + 0 * t.adv)"
     if kind == "neg":
         return f"(-{draw(r, size - 1)})"
@@ -43,7 +49,13 @@ def draw(r: random.Random, size: int) -> str:
 
 def _class(base: type, name: str, source: str, method: str, arguments: str):
     formula = eval(f"lambda s, {arguments}: ({source}) + 0 * t.adv")
-    body = {"__annotations__": {"a": float, "b": float}, "a": 0.75, "b": 0.3, method: formula, "source": source}
+    body = {
+        "__annotations__": {"a": float, "b": float},
+        "a": 0.75,
+        "b": 0.3,
+        method: formula,
+        "source": source,
+    }
     return (rule if base is Rule else weight)(name)(type("Drawn", (base,), body))
 
 
@@ -109,7 +121,9 @@ def truth(terms, weights, params, leaves, row_weights) -> dict[str, torch.Tensor
         value = r.loss(xp, t)
         loss = loss + torch.where(w[k] * factor == 0, 0, factor * value)
         weighted = weighted + torch.where(factor == 0, 0, w[k] * factor * value)
-    grads = torch.autograd.grad(weighted.sum(), [*x.values(), w], allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(
+        weighted.sum(), [*x.values(), w], allow_unused=True, materialize_grads=True
+    )
     found = {"weighted_loss": weighted.detach(), "loss": loss.detach()}
     found |= {f"d_{name}": g for name, g in zip(x, grads, strict=False)}
     return found | {f"d_w{k}": grads[-1][k] for k in range(len(rules))}

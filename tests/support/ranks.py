@@ -24,7 +24,9 @@ TIMEOUT, HANG = 20, 90
 
 
 class Ranks:
-    """The place of a function: its rank, and the groups of any factorisation of all ranks."""
+    """The place of a function: its rank, and the groups of any factorisation of all
+    ranks.
+    """
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank, self.world = rank, world
@@ -40,7 +42,13 @@ class Ranks:
         groups = []
         for axis in range(len(sizes)):
             lines = grid.movedim(axis, -1).reshape(-1, sizes[axis]).tolist()
-            groups.append(next(group for line, group in [(line, self.group(line)) for line in lines] if self.rank in line))
+            groups.append(
+                next(
+                    group
+                    for line, group in [(line, self.group(line)) for line in lines]
+                    if self.rank in line
+                )
+            )
         at = (grid == self.rank).nonzero()[0].tolist()
         return at, groups
 
@@ -62,7 +70,13 @@ def _worker(rank, world, folder, paths, environment, pipe):
     os.environ.update(environment)
     sys.path[:0] = paths
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=TIMEOUT),
+    )
     ranks = Ranks(rank, world)
     while (task := pipe.recv()) is not None:
         module, name, arguments = task
@@ -82,8 +96,15 @@ class Pool:
     def __init__(self, world: int) -> None:
         self.folder = tempfile.TemporaryDirectory()
         context = mp.get_context("spawn")
-        paths = [str(Path(__file__).parent), *{str(path) for path in Path(__file__).parent.parent.glob("parallel")}]
-        environment = {name: value for name, value in os.environ.items() if name.startswith(("TRITON", "REWEIGHT"))}
+        paths = [
+            str(Path(__file__).parent),
+            *{str(path) for path in Path(__file__).parent.parent.glob("parallel")},
+        ]
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(("TRITON", "REWEIGHT"))
+        }
         self.pipes, self.processes = [], []
         for rank in range(world):
             here, there = context.Pipe()
@@ -98,11 +119,13 @@ class Pool:
             pipe.send((function.__module__, function.__name__, arguments))
 
     def results(self, alive=None):
-        """``(returned, value or exception)`` of every rank in ``alive`` (default: all); a
-        rank that hangs fails the test.
+        """``(returned, value or exception)`` of every rank in ``alive`` (default: all);
+        a rank that hangs fails the test.
         """
         found = []
-        for rank, pipe in itertools.compress(enumerate(self.pipes), alive or [True] * len(self.pipes)):
+        for rank, pipe in itertools.compress(
+            enumerate(self.pipes), alive or [True] * len(self.pipes)
+        ):
             if not pipe.poll(HANG):
                 raise AssertionError(f"rank {rank} hangs")
             found.append(pipe.recv())
@@ -117,7 +140,11 @@ class Pool:
 
     def check(self, function, *arguments):
         """Run a function that returns the errors of its rank as a list of strings."""
-        wrong = {f"rank {rank}: {what}" for rank, found in enumerate(self.run(function, *arguments)) for what in found}
+        wrong = {
+            f"rank {rank}: {what}"
+            for rank, found in enumerate(self.run(function, *arguments))
+            for what in found
+        }
         assert not wrong, "\n".join(sorted(wrong))
 
     def close(self):

@@ -12,7 +12,8 @@ B, T, V, GROUP = 8, 6, 11, 4
 
 
 class Policy(torch.nn.Module):
-    """Logits ``[B, T, V]`` of the completions' tokens, each from the token before it."""
+    """Logits ``[B, T, V]`` of the completions' tokens, each from the
+    token before it."""
 
     def __init__(self):
         super().__init__()
@@ -29,9 +30,16 @@ def make_rollout(policy, name, seed=0):
     """
     g = torch.Generator().manual_seed(seed)
     mask = (torch.arange(T) < torch.tensor([6, 3, 5, 4, 6, 2, 6, 1])[:, None]).float()
-    batch = SimpleNamespace(completion_ids=torch.randint(V, (B, T), generator=g), completion_mask=mask, group_size=GROUP, vocab_size=V)
+    batch = SimpleNamespace(
+        completion_ids=torch.randint(V, (B, T), generator=g),
+        completion_mask=mask,
+        group_size=GROUP,
+        vocab_size=V,
+    )
     with torch.no_grad():
-        stats = rw.token_stats(policy(batch), batch.completion_ids, stats=("logps", "entropies", "log_sum_p_sq"))
+        stats = rw.token_stats(
+            policy(batch), batch.completion_ids, stats=("logps", "entropies", "log_sum_p_sq")
+        )
         logps, entropies = stats.logps, stats.entropies
     correct = torch.tensor([1.0, 0, 0, 1, 0, 1, 0, 0])
     values = {"spo_chain": torch.rand(B, T, generator=g), "spo_tree": torch.rand(B, generator=g)}
@@ -53,7 +61,9 @@ def make_rollout(policy, name, seed=0):
         log_sum_p_sq=stats.log_sum_p_sq,
         entropies=entropies,
         mean_entropies=(entropies * mask).sum(-1) / mask.sum(-1),
-        reference_rewards=torch.rand((B // GROUP, 3) if name in ("pvpo", "a_star_po") else (B,), generator=g),
+        reference_rewards=torch.rand(
+            (B // GROUP, 3) if name in ("pvpo", "a_star_po") else (B,), generator=g
+        ),
         greedy_rewards=torch.rand(B, generator=g),
         values=values.get(name, torch.rand(B, T, generator=g)),
         parents=torch.tensor([-1, 0, 0, 1, 1, 2, 2, 0]),

@@ -1,5 +1,5 @@
-"""Evaluate an expression graph in fp64 and bound the error of the same graph in a shorter
-arithmetic.
+"""Evaluate an expression graph in fp64 and bound the error of the same graph in a
+shorter arithmetic.
 
 This is running error analysis (Higham, Accuracy and Stability of Numerical Algorithms,
 section 3.3). Every operation rounds once with unit ``u``. Every function of ``xp`` is
@@ -16,15 +16,20 @@ from torch import Tensor
 
 from reweight_ops._core.formula.trace import Expr, walk
 
-#: Bound on the relative error of exp, expm1, log, log1p, sigmoid and tanh of csrc/common/math.h and triton_kernels/math.py, in units of u.
+#: Bound on the relative error of exp, expm1, log, log1p, sigmoid and tanh of
+#: csrc/common/math.h and triton_kernels/math.py, in units of u.
 FUNCTION_ULPS = 8.0
 
 #: The smallest positive fp32, for results that underflow.
 TINY = 2.0**-126
 
 
-def evaluate(roots: list[Expr], values: dict[str, Tensor], u: float = 2.0**-24) -> list[tuple[Tensor, Tensor]]:
-    """(value, error bound) of each root. ``values``: leaves and parameters by name, fp64, exact in the shorter arithmetic."""
+def evaluate(
+    roots: list[Expr], values: dict[str, Tensor], u: float = 2.0**-24
+) -> list[tuple[Tensor, Tensor]]:
+    """(value, error bound) of each root. ``values``: leaves and parameters by name,
+    fp64, exact in the shorter arithmetic.
+    """
     shape = next(iter(values.values())).shape
     memo: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -44,7 +49,8 @@ def _extremum(op: str, a, b):
     return y, torch.where(apart, torch.where(y == a[0], a[1], b[1]), torch.maximum(a[1], b[1]))
 
 
-def _node(x: Expr, args, values, shape, u, lipschitz):  # one branch per operation: splitting it would only hide the table
+# one branch per operation: splitting it would only hide the table
+def _node(x: Expr, args, values, shape, u, lipschitz):
     zero = torch.zeros(shape, dtype=torch.float64)
     v = [a[0] for a in args]
     e = [a[1] for a in args]
@@ -75,7 +81,8 @@ def _node(x: Expr, args, values, shape, u, lipschitz):  # one branch per operati
             y = v[0] / v[1]
             room = v[1].abs() - e[1]
             propagated = torch.where(room > 0, (e[0] + y.abs() * e[1]) / room, torch.inf)
-            return y, propagated + round_off(y.abs() + propagated, 3.0)  # Triton's "/" is good to 2 ulp on a GPU
+            # Triton's "/" is good to 2 ulp on a GPU
+            return y, propagated + round_off(y.abs() + propagated, 3.0)
         case "exp" | "expm1" | "log" | "log1p" | "sigmoid" | "tanh":
             f = getattr(torch, x.op)
             y = f(v[0])
@@ -103,8 +110,8 @@ def _node(x: Expr, args, values, shape, u, lipschitz):  # one branch per operati
 
 
 def no_tie(traced, values) -> torch.Tensor:
-    """Rows in which no minimum, maximum or clip has a tie: there the conventions differ by
-    contract.
+    """Rows in which no minimum, maximum or clip has a tie: there the conventions differ
+    by contract.
     """
     ties = [x for x in walk(traced.result) if x.op in ("min", "max", "clip")]
     sides = evaluate([operand for x in ties for operand in x.args[-2:]], values)

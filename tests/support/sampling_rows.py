@@ -1,4 +1,5 @@
-"""Batches with sampling masks, and their results by a plain masked log-softmax in fp64."""
+"""Batches with sampling masks, and their results by a plain masked
+log-softmax in fp64."""
 
 import torch
 
@@ -8,8 +9,8 @@ SHAPE, VOCAB = (3, 4), 13
 
 
 def kept_batch(shape=SHAPE, vocab=VOCAB, dtype=torch.float64, share=0.4, seed=0):
-    """``(logits, ids, mask)``: every row keeps its id and some others; one row keeps only
-    its id, and one keeps everything.
+    """``(logits, ids, mask)``: every row keeps its id and some others; one row keeps
+    only its id, and one keeps everything.
     """
     g = torch.Generator().manual_seed(seed)
     z = (3 * torch.randn(*shape, vocab, generator=g, dtype=torch.float64)).to(dtype)
@@ -25,13 +26,19 @@ def shuffled(mask, seed=0):
     kept = rw.SamplingMask.from_mask(mask)
     g = torch.Generator().manual_seed(seed)
     rows = [kept.token_ids[a:b] for a, b in zip(kept.offsets[:-1], kept.offsets[1:], strict=True)]
-    return rw.SamplingMask(torch.cat([row[torch.randperm(len(row), generator=g)] for row in rows]).long(), kept.offsets)
+    return rw.SamplingMask(
+        torch.cat([row[torch.randperm(len(row), generator=g)] for row in rows]).long(), kept.offsets
+    )
 
 
 def scaled(z, temperature=1.0, softcap=None, vocab_size=None):
     x = z[..., :vocab_size].double()
     x = x if softcap is None else softcap * torch.tanh(x / softcap)
-    t = temperature.reshape(*x.shape[:-1], 1) if isinstance(temperature, torch.Tensor) and temperature.dim() else temperature
+    t = (
+        temperature.reshape(*x.shape[:-1], 1)
+        if isinstance(temperature, torch.Tensor) and temperature.dim()
+        else temperature
+    )
     return x / t
 
 

@@ -51,7 +51,9 @@ def gradient(
     return memory.as_strided(shape, strides, offset), memory
 
 
-def check_scaling(scale, dtype: torch.dtype, columns: int, device: str = "cpu", factors=FACTORS) -> None:
+def check_scaling(
+    scale, dtype: torch.dtype, columns: int, device: str = "cpu", factors=FACTORS
+) -> None:
     """Check that the result is bitwise the fp32 product rounded once, and that nothing
     between rows is touched.
 
@@ -66,7 +68,12 @@ def check_scaling(scale, dtype: torch.dtype, columns: int, device: str = "cpu", 
             want.as_strided(*layout).copy_((view.float() * f).to(dtype))
             scale(view, f)
             torch.testing.assert_close(
-                memory, want, rtol=0, atol=0, equal_nan=True, msg=lambda m, where=f"{name}, {factor}": f"{where}: {m}"
+                memory,
+                want,
+                rtol=0,
+                atol=0,
+                equal_nan=True,
+                msg=lambda m, where=f"{name}, {factor}": f"{where}: {m}",
             )
 
 
@@ -74,7 +81,10 @@ def check_untouched_at_one(scale, dtype: torch.dtype, device: str = "cpu") -> No
     """Check that a factor of 1 writes nothing, not even a NaN's payload."""
     bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
     pattern = torch.full(
-        (64,), {torch.bfloat16: 0x7F81, torch.float16: 0x7C01, torch.float32: 0x7F800001}[dtype], dtype=bits, device=device
+        (64,),
+        {torch.bfloat16: 0x7F81, torch.float16: 0x7C01, torch.float32: 0x7F800001}[dtype],
+        dtype=bits,
+        device=device,
     )
     grad = pattern.clone().view(dtype)
     scale(grad, torch.ones((), device=device))

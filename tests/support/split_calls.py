@@ -1,5 +1,5 @@
-"""One batch, divided among ranks by data, vocabulary and sequence, and the ranks' results
-put together again.
+"""One batch, divided among ranks by data, vocabulary and sequence, and the ranks'
+results put together again.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ def columns_of(v, vocab, padding=0):
     With padding, the last ranks have columns beyond the vocabulary.
     """
     even = -(-(vocab + padding) // v)
-    edges = [min(i * even + (7 * i) % 5 * (0 < i < v), vocab + padding) for i in range(v)] + [vocab + padding]
+    edges = [min(i * even + (7 * i) % 5 * (0 < i < v), vocab + padding) for i in range(v)] + [
+        vocab + padding
+    ]
     return list(itertools.pairwise(edges))
 
 
 def positions_of(s, length, layout):
-    """The positions of each rank's part of a sequence: one run, or the i-th run from the
-    start and from the end of 2·s runs.
+    """The positions of each rank's part of a sequence: one run, or the i-th run from
+    the start and from the end of 2·s runs.
     """
     runs = torch.arange(length).tensor_split(s if layout == "contiguous" else 2 * s)
     if layout == "contiguous":
@@ -72,8 +74,16 @@ class Split:
         out = None
         for _, rows, positions, part, value in found:
             if out is None:
-                out = torch.full((B, T, *((V + self.padding,) if columns else ())), float("nan"), dtype=value.dtype)
-            out[(rows[:, None], positions[None], part) if columns else (rows[:, None], positions[None])] = value
+                out = torch.full(
+                    (B, T, *((V + self.padding,) if columns else ())),
+                    float("nan"),
+                    dtype=value.dtype,
+                )
+            out[
+                (rows[:, None], positions[None], part)
+                if columns
+                else (rows[:, None], positions[None])
+            ] = value
         assert not out.isnan().any()
         return out
 
@@ -88,8 +98,8 @@ PER_SEQUENCE = ("group_ids", "num_groups")
 
 
 def split_loss(spec, batch, split, **options):
-    """``(gradient by the whole logits, results)`` of a policy loss that all ranks compute
-    together from their parts.
+    """``(gradient by the whole logits, results)`` of a policy loss that all ranks
+    compute together from their parts.
     """
     z = batch["logits"].detach()
     if split.padding:
@@ -97,7 +107,9 @@ def split_loss(spec, batch, split, **options):
         options["vocab_size"] = V
     local = split.of(z)[..., split.columns].clone().requires_grad_()
     rest = {
-        name: split.of(x) if isinstance(x, torch.Tensor) and x.dim() and name not in PER_SEQUENCE else x
+        name: split.of(x)
+        if isinstance(x, torch.Tensor) and x.dim() and name not in PER_SEQUENCE
+        else x
         for name, x in batch.items()
         if name != "logits"
     }
@@ -116,7 +128,13 @@ def split_loss(spec, batch, split, **options):
 def errors_of(spec, split, dtype=torch.float32, divisors=(), backend="auto", **options):
     """Violations of the criterion, as a list of strings."""
     batch = make_batch(spec, (B, T), V, dtype)
-    batch |= {name: {"num_items_in_batch": float(batch["completion_mask"].sum()), "num_sequences_in_batch": B}[name] for name in divisors}
+    batch |= {
+        name: {
+            "num_items_in_batch": float(batch["completion_mask"].sum()),
+            "num_sequences_in_batch": B,
+        }[name]
+        for name in divisors
+    }
     grad, results = split_loss(spec, batch, split, backend=backend, **options)
     found = judge(spec, batch, grad, results, **options)
     return [] if found.passed else [str(found)]
@@ -129,8 +147,14 @@ def outputs_and_gradients(function, leaves, **options):
     outputs = [x for x in function(leaves, **options) if x is not None]
     g = torch.Generator().manual_seed(7)
     weights = [torch.rand(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in outputs]
-    wanted = {name: x for name, x in leaves.items() if isinstance(x, torch.Tensor) and x.requires_grad}
-    total = sum((w * x)[x.isfinite()].sum() for w, x in zip(weights, outputs, strict=True) if x.requires_grad)
+    wanted = {
+        name: x for name, x in leaves.items() if isinstance(x, torch.Tensor) and x.requires_grad
+    }
+    total = sum(
+        (w * x)[x.isfinite()].sum()
+        for w, x in zip(weights, outputs, strict=True)
+        if x.requires_grad
+    )
     grads = torch.autograd.grad(total, list(wanted.values())) if wanted else ()
     return [x.detach() for x in outputs], dict(zip(wanted, grads, strict=True))
 
@@ -147,7 +171,9 @@ def leaf(x, dtype, part=None, dim=0):
 def padded(x, dim, columns):
     """Add columns to a vocabulary; none of them may be read."""
     dim %= x.dim()
-    return torch.cat([x.detach(), x.new_full((*x.shape[:dim], columns, *x.shape[dim + 1 :]), 3.0)], dim).requires_grad_(x.requires_grad)
+    return torch.cat(
+        [x.detach(), x.new_full((*x.shape[:dim], columns, *x.shape[dim + 1 :]), 3.0)], dim
+    ).requires_grad_(x.requires_grad)
 
 
 def differences(function, tensors, vocab, split, dtype=torch.float64, **options):
@@ -158,28 +184,40 @@ def differences(function, tensors, vocab, split, dtype=torch.float64, **options)
     In fp32 the package's criterion compares the errors of both against fp64.
     """
     group, rank, world, padding = split
-    truth, truth_grads = outputs_and_gradients(function, {name: leaf(x, torch.float64) for name, x in tensors.items()})
-    alone, alone_grads = outputs_and_gradients(function, {name: leaf(x, dtype) for name, x in tensors.items()}, **options)
+    truth, truth_grads = outputs_and_gradients(
+        function, {name: leaf(x, torch.float64) for name, x in tensors.items()}
+    )
+    alone, alone_grads = outputs_and_gradients(
+        function, {name: leaf(x, dtype) for name, x in tensors.items()}, **options
+    )
     size = next(tensors[name].size(dim) for name, dim in vocab.items())
     part = slice(*columns_of(world, size, padding)[rank])
     own = slice(min(part.start, size), min(part.stop, size))
     parts = {
-        name: leaf(padded(x, vocab[name], padding), dtype, part, vocab[name]) if name in vocab else leaf(x, dtype)
+        name: leaf(padded(x, vocab[name], padding), dtype, part, vocab[name])
+        if name in vocab
+        else leaf(x, dtype)
         for name, x in tensors.items()
     }
-    got, grads = outputs_and_gradients(function, parts, process_group=group, **options, **({"vocab_size": size} if padding else {}))
+    got, grads = outputs_and_gradients(
+        function, parts, process_group=group, **options, **({"vocab_size": size} if padding else {})
+    )
     wrong = []
 
     def compare(what, found, single, exact):
         odd = ~exact.isfinite()
-        if not torch.equal(found.double()[odd].nan_to_num(7.0), exact.double()[odd].nan_to_num(7.0)):
+        if not torch.equal(
+            found.double()[odd].nan_to_num(7.0), exact.double()[odd].nan_to_num(7.0)
+        ):
             wrong.append(f"{what}: {found[odd]} of {exact[odd]}")
         found, single, exact = (x[~odd].double() for x in (found, single, exact))
         if not exact.numel():
             return
         if dtype == torch.float64:
             if not torch.allclose(found, exact, rtol=1e-9, atol=1e-9):
-                wrong.append(f"{what}: {(found - exact).abs().max():.3g} of {exact.abs().max():.3g}")
+                wrong.append(
+                    f"{what}: {(found - exact).abs().max():.3g} of {exact.abs().max():.3g}"
+                )
         elif (error := value_error(found, single, exact)) > 1:
             wrong.append(f"{what}: {error:.3g} times what is allowed")
 
@@ -189,10 +227,18 @@ def differences(function, tensors, vocab, split, dtype=torch.float64, **options)
         found, single = grads[name], alone_grads[name]
         if name in vocab:
             dim = vocab[name]
-            if (found.narrow(dim, own.stop - own.start, part.stop - part.start - own.stop + own.start) != 0).any():
+            if (
+                found.narrow(
+                    dim, own.stop - own.start, part.stop - part.start - own.stop + own.start
+                )
+                != 0
+            ).any():
                 wrong.append(f"gradient of the padding of {name}")
-            others = exact.clone()  # the errors of one process are those of the whole tensor
-            others.narrow(dim, own.start, own.stop - own.start).copy_(found.narrow(dim, 0, own.stop - own.start))
+            # the errors of one process are those of the whole tensor
+            others = exact.clone()
+            others.narrow(dim, own.start, own.stop - own.start).copy_(
+                found.narrow(dim, 0, own.stop - own.start)
+            )
             found = others
         compare(f"gradient of {name}", found, single, exact)
     return wrong

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Largest relative error of the target's log-prob, and of ``1 - p``, which is the size of its gradient.
+#: Largest relative error of the target's log-prob, and of ``1 - p``, which is the size
+#: of its gradient.
 TOLERANCE = 0.01
 
 #: Nats between the likeliest token and the runner-up.
@@ -21,7 +22,9 @@ MARGINS = (0.5, 5.0, 12.0, 15.0, 16.0, 16.6, 17.0, 20.0, 30.0, 50.0, 79.0)
 
 
 class SureRows(NamedTuple):
-    """``logits [N, V]``, the likeliest token of each row as its id ``[N]``, and ``logp``, ``one_minus_p`` in fp64."""
+    """``logits [N, V]``, the likeliest token of each row as its id ``[N]``, and
+    ``logp``, ``one_minus_p`` in fp64.
+    """
 
     logits: Tensor
     ids: Tensor
@@ -29,21 +32,28 @@ class SureRows(NamedTuple):
     one_minus_p: Tensor
 
 
-def sure_rows(vocab: int, dtype: torch.dtype = torch.float32, offset: float = 0.0, seed: int = 0) -> SureRows:
-    """One row for each margin and place of the runner-up: next to the target, far from it, first, last, and as one of many equals."""
+def sure_rows(
+    vocab: int, dtype: torch.dtype = torch.float32, offset: float = 0.0, seed: int = 0
+) -> SureRows:
+    """One row for each margin and place of the runner-up: next to the target, far from
+    it, first, last, and as one of many equals.
+    """
     g = torch.Generator().manual_seed(seed)
     rows, ids = [], []
     for margin in MARGINS:
         for place in ("next", "before", "first", "last", "anywhere", "everywhere"):
             target = int(torch.randint(1, vocab - 1, (), generator=g))
             # All others are far below the runner-up, unless all of them are runners-up.
-            row = torch.full((vocab,), -margin if place == "everywhere" else -margin - 40.0, dtype=torch.float64)
+            row = torch.full(
+                (vocab,), -margin if place == "everywhere" else -margin - 40.0, dtype=torch.float64
+            )
             runner_up = {
                 "next": target + 1,
                 "before": target - 1,
                 "first": 0,
                 "last": vocab - 1,
-                "anywhere": (target + 1 + int(torch.randint(0, vocab - 1, (), generator=g))) % vocab,
+                "anywhere": (target + 1 + int(torch.randint(0, vocab - 1, (), generator=g)))
+                % vocab,
             }
             if place in runner_up:
                 row[runner_up[place]] = -margin
@@ -55,8 +65,8 @@ def sure_rows(vocab: int, dtype: torch.dtype = torch.float32, offset: float = 0.
 
 
 def exact(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """``log p`` and ``1 - p`` of ids that are the likeliest token of their row, in fp64;
-    neither is a difference.
+    """``log p`` and ``1 - p`` of ids that are the likeliest token of their row, in
+    fp64; neither is a difference.
     """
     x = logits.double()
     top = x.gather(-1, ids[:, None])

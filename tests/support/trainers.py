@@ -40,15 +40,19 @@ class _StandIn(types.ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the named packages, and everything below them, as stand-ins. It comes last, so
-    that an installed package is found first.
+    """Finds the named packages, and everything below them, as stand-ins. It comes last,
+    so that an installed package is found first.
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
 
     def find_spec(self, name, path, target=None):
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] in self.names else None
+        return (
+            importlib.machinery.ModuleSpec(name, self, is_package=True)
+            if name.split(".")[0] in self.names
+            else None
+        )
 
     def create_module(self, spec):
         return _StandIn(spec.name)
@@ -65,22 +69,31 @@ def stand_ins(*names: str) -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(finder)
-        for name in [n for n, module in sys.modules.items() if isinstance(module, _StandIn) and n.split(".")[0] in names]:
+        for name in [
+            n
+            for n, module in sys.modules.items()
+            if isinstance(module, _StandIn) and n.split(".")[0] in names
+        ]:
             del sys.modules[name]
 
 
 def on_path() -> None:
-    """Make the trainers of build/trainers importable, after everything that is installed."""
+    """Make the trainers of build/trainers importable, after everything that is
+    installed.
+    """
     if str(FOLDER) not in sys.path:
         sys.path.append(str(FOLDER))
 
 
 def trainer(package: str, *modules: str, missing: tuple[str, ...] = ()) -> list[types.ModuleType]:
-    """Import the named modules of a trainer; skip the test module, with the reason, if the
-    package is missing.
+    """Import the named modules of a trainer; skip the test module, with the reason, if
+    the package is missing.
     """
     on_path()
     if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed: make trainers puts it into build/trainers", allow_module_level=True)
+        pytest.skip(
+            f"{package} is not installed: make trainers puts it into build/trainers",
+            allow_module_level=True,
+        )
     with stand_ins(*missing):
         return [importlib.import_module(name) for name in modules]

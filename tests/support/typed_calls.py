@@ -1,4 +1,6 @@
-"""What a type checker makes of public calls: mypy reads this file with the package, and nothing runs it. An unused ``type: ignore`` is an error too."""
+"""What a type checker makes of public calls: mypy reads this file with the package, and
+nothing runs it. An unused ``type: ignore`` is an error too.
+"""
 
 from torch import Tensor
 from typing_extensions import assert_type
@@ -22,7 +24,9 @@ def results(logits: Tensor, hidden: Tensor, weight: Tensor, ids: Tensor) -> None
     assert_type(rw.token_logps(logits, ids), Tensor)
     assert_type(rw.token_logps(logits, ids, return_entropy=True), tuple[Tensor, Tensor])
     assert_type(rw.linear_token_logps(hidden, weight, ids, temperature=0.7), Tensor)
-    assert_type(rw.linear_token_logps(hidden, weight, ids, return_entropy=True), tuple[Tensor, Tensor])
+    assert_type(
+        rw.linear_token_logps(hidden, weight, ids, return_entropy=True), tuple[Tensor, Tensor]
+    )
     assert_type(rw.policy_loss(logits, ids, 1.0, spec="grpo").loss, Tensor)
 
 

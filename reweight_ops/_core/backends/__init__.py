@@ -1,1 +1,3 @@
-"""Backends: three primitives each, one contract (:mod:`.base`), one selector (:mod:`.select`)."""
+"""Backends: three primitives each, one contract (:mod:`.base`), one selector
+(:mod:`.select`).
+"""

@@ -1,11 +1,14 @@
-"""The contract of a backend: six primitives on rows of logits, and a reason for every request it cannot serve.
+"""The contract of a backend: six primitives on rows of logits, and a reason for every
+request it cannot serve.
 
 Everything vocabulary-sized happens in these primitives. Autograd, plans, ratios,
 reductions and metrics exist once, above them.
 
-**Rows.** ``logits`` has shape ``R + (V,)`` with R of one or two dimensions, the last one contiguous, any other stride (see
-:func:`rows_of`). ``ids`` is int64 ``[N]``, contiguous, ``N = numel(R)``. Per-row tensors are ``[N]``, contiguous, fp32 (fp64 when the
-logits are fp64: only the reference takes those). ``temperature`` has 1 or N elements.
+**Rows.** ``logits`` has shape ``R + (V,)`` with R of one or two dimensions, the last
+one contiguous, any other stride (see
+:func:`rows_of`). ``ids`` is int64 ``[N]``, contiguous, ``N = numel(R)``. Per-row
+tensors are ``[N]``, contiguous, fp32 (fp64 when the logits are fp64: only the reference
+takes those). ``temperature`` has 1 or N elements.
 
 * ``ids[i] == IGNORE_INDEX`` (-100): the row is never read. Its outputs are 0, and its
   gradient row is exactly 0.
@@ -57,7 +60,8 @@ from ..rows.primitives import RowPrimitives
 #: ``-inf``, as one shard of a row may have.
 STATS = ("logp", "entropy", "lse", "lse_low", "log_sum_p_sq", "max_logp")
 
-#: Before the name of a statistic of the whole vocabulary, where those without it are of the sets that a sampler kept.
+#: Before the name of a statistic of the whole vocabulary, where those without it are of
+#: the sets that a sampler kept.
 VOCABULARY = "vocabulary_"
 
 #: Per-row outputs of ``token_loss_grad``, in this order. ``weighted_loss`` is the row's
@@ -71,16 +75,33 @@ LOSS_ROWS = ("logp", "entropy", "weighted_loss", "loss", "d_logp", "d_entropy")
 #: Coefficients of ``token_grad``: derivatives of the loss by these row statistics.
 DERIVATIVES = ("logp", "entropy", "lse", "log_sum_p_sq")
 
-#: Row statistics of two logits tensors, in the order of ``divergence_stats``; ``_low`` as in :data:`STATS`.
-DIVERGENCE_STATS = ("forward_kl", "reverse_kl", "entropy", "other_entropy", "lse", "lse_low", "other_lse", "other_lse_low")
+#: Row statistics of two logits tensors, in the order of ``divergence_stats``; ``_low``
+#: as in :data:`STATS`.
+DIVERGENCE_STATS = (
+    "forward_kl",
+    "reverse_kl",
+    "entropy",
+    "other_entropy",
+    "lse",
+    "lse_low",
+    "other_lse",
+    "other_lse_low",
+)
 
 #: The statistics that have a gradient, in the order of coefficients: KL(q‖p), KL(p‖q),
 #: H(p).
 DIVERGENCE_DERIVATIVES = ("forward_kl", "reverse_kl", "entropy")
 
 Primitive = Literal[
-    "token_stats", "token_grad", "token_loss_grad", "divergence_stats", "divergence_grad", "divergence_loss_grad", "packed_stats", "packed_grad"
-]  # fmt: skip
+    "token_stats",
+    "token_grad",
+    "token_loss_grad",
+    "divergence_stats",
+    "divergence_grad",
+    "divergence_loss_grad",
+    "packed_stats",
+    "packed_grad",
+]
 
 
 class SoftmaxParams(NamedTuple):
@@ -124,7 +145,8 @@ class RowInputs(NamedTuple):
     ``old_logp=None`` means on-policy: ``old_logp = logp`` without gradient.
     """
 
-    row_weights: Tensor  # [K, N]: row weight of each term; dimension 0 may be expanded (stride 0)
+    # [K, N]: row weight of each term; dimension 0 may be expanded (stride 0)
+    row_weights: Tensor
     old_logp: Tensor | None = None
     adv: Tensor | None = None
     ref_logp: Tensor | None = None
@@ -134,7 +156,9 @@ class RowInputs(NamedTuple):
         """Return the inputs of the call without the weights, by the names of a
         formula's leaves.
         """
-        return {name: t for name, t in zip(self._fields[1:], self[1:], strict=True) if t is not None}
+        return {
+            name: t for name, t in zip(self._fields[1:], self[1:], strict=True) if t is not None
+        }
 
 
 RowInputs.__new__ = with_own_keywords(RowInputs.__new__)  # type: ignore[method-assign]
@@ -190,7 +214,11 @@ def gpu_unsupported_reason(device: torch.device) -> str | None:
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU (torch.cuda.is_available() is False)"
     count = torch.cuda.device_count()
-    return f"PyTorch sees {count} GPU{'s' * (count > 1)}, and no {device}" if 0 < count <= (device.index or 0) else None
+    return (
+        f"PyTorch sees {count} GPU{'s' * (count > 1)}, and no {device}"
+        if 0 < count <= (device.index or 0)
+        else None
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -230,11 +258,14 @@ class Backend:
       (bool ``[N]``, or None) is False are 0. None means that the backend does not have
       it.
 
-    The gradient of a row, with ``x`` the capped and scaled logit, ``p = exp(x - lse - lse_low)`` and ``c_*`` the coefficients::
+    The gradient of a row, with ``x`` the capped and scaled logit,
+    ``p = exp(x - lse - lse_low)`` and ``c_*`` the coefficients::
 
-        1/T * (1 - (capped/cap)^2) * [ c_logp*(1[v=y] - p) - c_ent*p*(log p + H) + c_lse*p + 2*c_p2*p*(p/exp(log_sum_p_sq) - 1) ]
+        1/T * (1 - (capped/cap)^2) * [ c_logp*(1[v=y] - p) - c_ent*p*(log p + H) +
+        c_lse*p + 2*c_p2*p*(p/exp(log_sum_p_sq) - 1) ]
 
-    * ``divergence_stats(inputs) -> Tensor [len(DIVERGENCE_STATS), N]``, 0 in ignored rows.
+    * ``divergence_stats(inputs) -> Tensor [len(DIVERGENCE_STATS), N]``, 0 in ignored
+      rows.
     * ``divergence_grad(inputs, table, derivatives [3, N], out) -> None`` writes, per
       row and column, ``1/T · slope · [c_0·(p - q) + p·(c_1·(log p - log q - KL(p‖q)) -
       c_2·(log p + H(p)))]``, where ``c`` are the coefficients in the order of
@@ -254,17 +285,42 @@ class Backend:
     name: str
     unsupported_reason: Callable[[Request], str | None]
     token_stats: Callable[[Tensor, Tensor, Tensor, SoftmaxParams, tuple[str, ...]], Tensor]
-    token_grad: Callable[[Tensor, Tensor, Tensor, SoftmaxParams, dict[str, Tensor], dict[str, Tensor | None], Tensor], None]
-    token_loss_grad: Callable[[Tensor, Tensor, Tensor, SoftmaxParams, RowInputs, Program, Tensor, Tensor], Tensor]
+    token_grad: Callable[
+        [
+            Tensor,
+            Tensor,
+            Tensor,
+            SoftmaxParams,
+            dict[str, Tensor],
+            dict[str, Tensor | None],
+            Tensor,
+        ],
+        None,
+    ]
+    token_loss_grad: Callable[
+        [Tensor, Tensor, Tensor, SoftmaxParams, RowInputs, Program, Tensor, Tensor], Tensor
+    ]
     divergence_stats: Callable[[DivergenceInputs], Tensor]
     divergence_grad: Callable[[DivergenceInputs, Tensor, Tensor, Tensor], None]
     divergence_loss_grad: Callable[[DivergenceInputs, Tensor, Tensor, Tensor], Tensor]
-    top_stats: Callable[[Tensor, Tensor, Tensor, SoftmaxParams, tuple[str, ...], int], tuple[Tensor, Tensor]] | None = None
+    top_stats: (
+        Callable[
+            [Tensor, Tensor, Tensor, SoftmaxParams, tuple[str, ...], int], tuple[Tensor, Tensor]
+        ]
+        | None
+    ) = None
     most_top: int = 0
     packed_stats: Callable[[PackedRows, tuple[str, ...]], Tensor] | None = None
-    packed_grad: Callable[[PackedRows, dict[str, Tensor], dict[str, Tensor | None], Tensor], None] | None = None
+    packed_grad: (
+        Callable[[PackedRows, dict[str, Tensor], dict[str, Tensor | None], Tensor], None] | None
+    ) = None
     scale: Callable[[Tensor, Tensor], None] | None = None
-    evaluate_rows: Callable[[Program, Tensor, dict[str, Tensor], Tensor, tuple[str, ...], Tensor | None], Tensor] | None = None
+    evaluate_rows: (
+        Callable[
+            [Program, Tensor, dict[str, Tensor], Tensor, tuple[str, ...], Tensor | None], Tensor
+        ]
+        | None
+    ) = None
     #: The operations on rows that take one launch each, if the backend has kernels for
     #: them.
     rows: RowPrimitives | None = None

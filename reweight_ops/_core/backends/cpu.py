@@ -1,7 +1,8 @@
 """The C++ backend: fp32, bf16 and fp16 logits on the CPU, and every program of
 pointwise rules.
 
-Threads follow ``torch.set_num_threads``. A row is swept twice for a loss, the second time from the cache.
+Threads follow ``torch.set_num_threads``. A row is swept twice for a loss, the second
+time from the cache.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def _load() -> ModuleType:
         return importlib.import_module("reweight_ops._C")
     except ImportError as error:
         raise BackendUnavailable(
-            f"the compiled extension reweight_ops._C is missing or does not load ({why_missing('_C', error)}); "
+            "the compiled extension reweight_ops._C is missing or does not load "
+            f"({why_missing('_C', error)}); "
             "reinstall with a C++ compiler and REWEIGHT_OPS_BUILD=cpu."
         ) from error
 

@@ -33,13 +33,22 @@ class _Found:
         kept = self._part(keep, n, torch.bool)
         rows = kept if loss.counts_kept else self._part(counted, n, torch.bool)
         sequences = -(-n // loss.run)
-        return Masked(self._part(ids, n, torch.int64), kept, rows, self._part(lengths, 2 * sequences, torch.int32).view(2, sequences))
+        return Masked(
+            self._part(ids, n, torch.int64),
+            kept,
+            rows,
+            self._part(lengths, 2 * sequences, torch.int32).view(2, sequences),
+        )
 
     def given(self, name: str) -> Tensor | None:
         at, n = INPUTS.index(name), self.table.size(1)
         if name == "token_weights" and self._loss.is_given[at - 1]:
             at -= 1  # that part has the product of both factors
-        return self._part(self._loss.layout[2] + 4 * n * at, n, torch.float32) if self._loss.is_given[at] else None
+        return (
+            self._part(self._loss.layout[2] + 4 * n * at, n, torch.float32)
+            if self._loss.is_given[at]
+            else None
+        )
 
 
 class _OnePass:
@@ -59,7 +68,9 @@ class _OnePass:
             torch.ones(1, dtype=torch.float32, device="cpu"),
             plan.softmax,
         )
-        compiled, length, reads_p_sq, entropy_gradient, self._words = native.compiled(plan.program, first.logits.device)
+        compiled, length, reads_p_sq, entropy_gradient, self._words = native.compiled(
+            plan.program, first.logits.device
+        )
         assert length == len(plan.params)
         factors = any(self.is_given[4:])
         masks = [number_layout(t, plan.run) for t in (first.ids, first.mask, first.denominator)]
@@ -67,9 +78,20 @@ class _OnePass:
         terms = plan.terms if factors else 1
         divide, _, horizon = weighing_numbers(plan.weighing)
         self._call = self.module.OnePass(
-            call, compiled, plan.params, reads_p_sq, entropy_gradient, plan.run, masks, inputs, divide, plan.weighing.per_length, horizon, terms,
+            call,
+            compiled,
+            plan.params,
+            reads_p_sq,
+            entropy_gradient,
+            plan.run,
+            masks,
+            inputs,
+            divide,
+            plan.weighing.per_length,
+            horizon,
+            terms,
             terms == 1,
-        )  # fmt: skip
+        )
         self.layout = self.module.one_pass_layout(self._call)
 
     def __call__(self, arguments: OnePassArguments, out: Tensor) -> _Found | None:
@@ -84,9 +106,13 @@ class _OnePass:
         ok = self.module.run_one_pass(
             self._call,
             (*given, *addresses, buffer.data_ptr(), table.data_ptr(), out.data_ptr()),
-            (*[value if number and value is not None else 0.0 for value, number in numbered], *numbers),
-            rows_of(out), threads(),
-        )  # fmt: skip
+            (
+                *[value if number and value is not None else 0.0 for value, number in numbered],
+                *numbers,
+            ),
+            rows_of(out),
+            threads(),
+        )
         return _Found(table, buffer, self) if ok else None
 
 
@@ -99,7 +125,11 @@ def _argument(value: Any, ids: Tensor, run: int) -> tuple[int, int, bool, bool]:
     if value.dim() == 0:
         return 0, 0, True, False
     if value.shape == ids.shape:
-        return (value.stride(0), value.stride(1), True, False) if ids.dim() == 2 else (value.stride(0) * run, value.stride(0), True, False)
+        return (
+            (value.stride(0), value.stride(1), True, False)
+            if ids.dim() == 2
+            else (value.stride(0) * run, value.stride(0), True, False)
+        )
     return value.stride(0), 0, True, False
 
 
@@ -112,7 +142,12 @@ def _is_regular(value: Any, ids: Tensor) -> bool:
     shapes = [ids.shape, torch.Size([])]
     if ids.dim() == 2:
         shapes += [ids.shape[:1], torch.Size([ids.size(0), 1])]
-    return value.dtype == torch.float32 and value.device.type == "cpu" and value.shape in shapes and not value.requires_grad
+    return (
+        value.dtype == torch.float32
+        and value.device.type == "cpu"
+        and value.shape in shapes
+        and not value.requires_grad
+    )
 
 
 class CpuPrepare:
@@ -123,8 +158,17 @@ class CpuPrepare:
 
     def __call__(self, plan: OnePassPlan, first: OnePassArguments) -> Prepared | None:
         ids, rows = first.ids, first.logits.shape[:-1]
-        if first.logits.dtype not in DTYPES or rows != ids.shape or ids.dim() not in (1, 2) or (ids.dim() == 2 and ids.size(1) != plan.run):
+        if (
+            first.logits.dtype not in DTYPES
+            or rows != ids.shape
+            or ids.dim() not in (1, 2)
+            or (ids.dim() == 2 and ids.size(1) != plan.run)
+        ):
             return None
         if any(number_layout(t, plan.run) is None for t in (ids, first.mask, first.denominator)):
             return None
-        return _OnePass(self._native, plan, first) if all(_is_regular(value, ids) for value in first.inputs) else None
+        return (
+            _OnePass(self._native, plan, first)
+            if all(_is_regular(value, ids) for value in first.inputs)
+            else None
+        )

@@ -16,15 +16,26 @@ from ..rows.primitives import Masked, RowPrimitives, Weighing
 #: Dtypes whose bits tell whether a number is 0. The sign bit of floating point does not
 #: count.
 _KNOWN = (
-    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64,
-)  # fmt: skip
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+)
 #: The code of the divisor for the module.
 _DIVIDE = {None: 0, "rows": 2, "sequences": 3}
 _BY_VALUE = 1
 
 
 class CpuPrimitives:
-    """``mask`` and ``weigh`` of :class:`~reweight_ops._core.rows.primitives.RowPrimitives`, by a module of kernels."""
+    """``mask`` and ``weigh`` of
+    :class:`~reweight_ops._core.rows.primitives.RowPrimitives`, by a module of kernels.
+    """
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -32,18 +43,32 @@ class CpuPrimitives:
     def primitives(self) -> RowPrimitives:
         return RowPrimitives(mask=self.mask, weigh=self.weigh)
 
-    def mask(self, ids: Tensor, mask: Tensor | None, denominator: Tensor | None, run: int) -> Masked:
+    def mask(
+        self, ids: Tensor, mask: Tensor | None, denominator: Tensor | None, run: int
+    ) -> Masked:
         n = ids.numel()
         if ids.dtype not in (torch.int32, torch.int64) or run <= 0:
-            raise InvalidCall(f"mask: ids are {ids.dtype} in runs of {run}, expected int32 or int64 in runs of at least 1.")
-        given = [_readable("ids", ids, ids, run), _readable("mask", mask, ids, run), _readable("denominator", denominator, ids, run)]
+            raise InvalidCall(
+                f"mask: ids are {ids.dtype} in runs of {run}, expected int32 or int64 in runs "
+                "of at least 1."
+            )
+        given = [
+            _readable("ids", ids, ids, run),
+            _readable("mask", mask, ids, run),
+            _readable("denominator", denominator, ids, run),
+        ]
         out, keep = result((n,), torch.int64), result((n,), torch.bool)
         counted = keep if denominator is None else result((n,), torch.bool)
         lengths = result((2, -(-n // run)), torch.int32)
         bounds = self.module.mask_rows(
-            *(self._where(t, run) for t in given), run, n, out.data_ptr(), keep.data_ptr(), 0 if denominator is None else counted.data_ptr(),
+            *(self._where(t, run) for t in given),
+            run,
+            n,
+            out.data_ptr(),
+            keep.data_ptr(),
+            0 if denominator is None else counted.data_ptr(),
             lengths.data_ptr(),
-        )  # fmt: skip
+        )
         return Masked(out, keep, counted, lengths, bounds)
 
     @staticmethod
@@ -52,16 +77,39 @@ class CpuPrimitives:
         assert layout is not None
         return layout if t is None else (t.data_ptr(), *layout[1:])
 
-    def weigh(self, masked: Masked, run: int, weighing: Weighing, scale: Any, factor: Tensor | None, terms: int) -> Tensor:
+    def weigh(
+        self,
+        masked: Masked,
+        run: int,
+        weighing: Weighing,
+        scale: Any,
+        factor: Tensor | None,
+        terms: int,
+    ) -> Tensor:
         n = masked.keep.numel()
-        if factor is not None and (factor.dtype != torch.float32 or factor.shape != (n,) or not factor.is_contiguous()):
-            raise InvalidCall(f"weigh: factor is {tuple(factor.shape)} {factor.dtype}, expected ({n},) float32, contiguous.")
+        if factor is not None and (
+            factor.dtype != torch.float32 or factor.shape != (n,) or not factor.is_contiguous()
+        ):
+            raise InvalidCall(
+                f"weigh: factor is {tuple(factor.shape)} {factor.dtype}, expected ({n},) "
+                "float32, contiguous."
+            )
         divide, number, horizon = weighing_numbers(weighing)
         w = result((terms, n), torch.float32)
         self.module.weigh_rows(
-            masked.keep.data_ptr(), masked.lengths.data_ptr(), run, n, divide, number, weighing.per_length, horizon,
-            float(scale), 0 if factor is None else factor.data_ptr(), terms, w.data_ptr(),
-        )  # fmt: skip
+            masked.keep.data_ptr(),
+            masked.lengths.data_ptr(),
+            run,
+            n,
+            divide,
+            number,
+            weighing.per_length,
+            horizon,
+            float(scale),
+            0 if factor is None else factor.data_ptr(),
+            terms,
+            w.data_ptr(),
+        )
         return w
 
 
@@ -78,7 +126,9 @@ def weighing_numbers(weighing: Weighing) -> tuple[int, float, float]:
     the horizon.
     """
     by, horizon = weighing.divisor, 1.0 if weighing.horizon is None else float(weighing.horizon)
-    divide, number = (_DIVIDE[by], 1.0) if by is None or isinstance(by, str) else (_BY_VALUE, float(by))
+    divide, number = (
+        (_DIVIDE[by], 1.0) if by is None or isinstance(by, str) else (_BY_VALUE, float(by))
+    )
     return divide, number, horizon
 
 
@@ -104,6 +154,14 @@ def _readable(name: str, t: Tensor | None, ids: Tensor, run: int) -> Tensor | No
     """
     if t is None:
         return None
-    if t.device.type != "cpu" or t.shape != ids.shape or t.dim() not in (1, 2) or (t.dim() == 2 and t.size(1) != run):
-        raise InvalidCall(f"mask: {name} is {tuple(t.shape)} {t.device}, expected [N] or [S, {run}] on the CPU, all of one shape.")
+    if (
+        t.device.type != "cpu"
+        or t.shape != ids.shape
+        or t.dim() not in (1, 2)
+        or (t.dim() == 2 and t.size(1) != run)
+    ):
+        raise InvalidCall(
+            f"mask: {name} is {tuple(t.shape)} {t.device}, expected [N] or [S, {run}] on the "
+            "CPU, all of one shape."
+        )
     return t if t.dtype in _KNOWN else t != 0

@@ -28,7 +28,9 @@ class _Loaded(NamedTuple):
 
 
 class RowsEvaluator:
-    """The primitive ``evaluate_rows`` of :class:`~reweight_ops._core.backends.base.Backend`, by a module of kernels."""
+    """The primitive ``evaluate_rows`` of
+    :class:`~reweight_ops._core.backends.base.Backend`, by a module of kernels.
+    """
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -40,10 +42,18 @@ class RowsEvaluator:
         table = build_table(graph, outputs)
         if table.registers > self.module.max_registers:
             raise InvalidCall(
-                f"evaluate_rows: the loss takes {table.registers} registers, at most {self.module.max_registers} are supported."
+                f"evaluate_rows: the loss takes {table.registers} registers, at most "
+                f"{self.module.max_registers} are supported."
             )
         words = torch.tensor(table.words(), dtype=torch.int64, device="cpu")
-        return _Loaded(self._programs.load(table, words), words, table.outputs, graph.reads(outputs), table.terms, table.parameters)
+        return _Loaded(
+            self._programs.load(table, words),
+            words,
+            table.outputs,
+            graph.reads(outputs),
+            table.terms,
+            table.parameters,
+        )
 
     def __call__(
         self,
@@ -58,28 +68,48 @@ class RowsEvaluator:
         terms, n = loaded.terms, row_weights.size(-1)
         missing = sorted(x for x in loaded.reads if x in TOKEN_FIELDS and x not in leaves)
         if missing:
-            raise InvalidCall(f"evaluate_rows: the loss reads {', '.join(missing)}, but the call did not give it.")
+            raise InvalidCall(
+                f"evaluate_rows: the loss reads {', '.join(missing)}, but the call did not give it."
+            )
         if params.dtype not in _DTYPES:
             raise InvalidCall(f"evaluate_rows: params are {params.dtype}, expected fp32 or fp64.")
         shared = terms == 1 or row_weights.stride(0) == 0
         if row_weights.shape != (terms, n):
-            raise InvalidCall(f"evaluate_rows: row weights are {tuple(row_weights.shape)}, expected {(terms, n)}.")
+            raise InvalidCall(
+                f"evaluate_rows: row weights are {tuple(row_weights.shape)}, expected {(terms, n)}."
+            )
         weights = row_weights[0] if shared else row_weights
 
-        def address(name: str, t: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype = params.dtype) -> int:
+        def address(
+            name: str, t: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype = params.dtype
+        ) -> int:
             if t is None:
                 return 0
-            if t.shape != shape or t.dtype != dtype or t.device.type != "cpu" or not t.is_contiguous():
+            if (
+                t.shape != shape
+                or t.dtype != dtype
+                or t.device.type != "cpu"
+                or not t.is_contiguous()
+            ):
                 raise InvalidCall(
-                    f"evaluate_rows: {name} is {tuple(t.shape)} {t.dtype} {t.device} with strides {t.stride()}, "
+                    f"evaluate_rows: {name} is {tuple(t.shape)} {t.dtype} {t.device} with "
+                    f"strides {t.stride()}, "
                     f"expected {shape} {dtype} on the CPU, contiguous."
                 )
             return t.data_ptr()
 
         out = torch.empty(len(outputs), n, dtype=params.dtype, device="cpu")
         self.module.evaluate_rows(
-            params.dtype == torch.float64, loaded.table, address("params", params, (loaded.parameters,)),
-            [address(name, leaves.get(name), (n,)) for name in TOKEN_FIELDS], address("row weights", weights, tuple(weights.shape)),
-            0 if shared else n, address("keep", keep, (n,), torch.bool), loaded.outputs, out.data_ptr(), n, threads(),
-        )  # fmt: skip
+            params.dtype == torch.float64,
+            loaded.table,
+            address("params", params, (loaded.parameters,)),
+            [address(name, leaves.get(name), (n,)) for name in TOKEN_FIELDS],
+            address("row weights", weights, tuple(weights.shape)),
+            0 if shared else n,
+            address("keep", keep, (n,), torch.bool),
+            loaded.outputs,
+            out.data_ptr(),
+            n,
+            threads(),
+        )
         return out

@@ -11,9 +11,10 @@ in the shared memory of a cluster of 1, 2, 4 or 8 blocks. It reads each logit on
 writes its gradient once. It serves a call if
 
 * the GPU is of compute capability 9.0 or later and can run such a cluster,
-* every row of the logits and of the gradient starts at a multiple of 16 bytes (a row stride of whole 16 bytes; any vocabulary size),
-* a row and the beginning of the next fit on chip: on sm_90 and sm_100 up to 786432 columns in 16 bits and 393216 in 32, on sm_120 32768 and
-  16384.
+* every row of the logits and of the gradient starts at a multiple of 16 bytes (a row
+  stride of whole 16 bytes; any vocabulary size),
+* a row and the beginning of the next fit on chip: on sm_90 and sm_100 up to 786432
+  columns in 16 bits and 393216 in 32, on sm_120 32768 and 16384.
 
 *Streaming* serves every other call. It reads the logits twice, the second time from the
 L2 cache where that holds them.
@@ -51,7 +52,10 @@ _INSUFFICIENT_DRIVER = 35
 
 def _load() -> ModuleType:
     if torch.version.hip is not None:
-        raise BackendUnavailable("this PyTorch is built for ROCm, the kernels are for NVIDIA GPUs; use the backend triton.")
+        raise BackendUnavailable(
+            "this PyTorch is built for ROCm, the kernels are for NVIDIA GPUs; use the backend "
+            "triton."
+        )
     try:
         return importlib.import_module("reweight_ops._cuda")
     except ImportError as error:
@@ -71,7 +75,8 @@ def _check(status: int) -> None:
     if status == _INSUFFICIENT_DRIVER and torch.cuda.is_available():
         version = _cuda.runtime_version()
         raise BackendUnavailable(
-            f"the GPU's driver is too old for this build, which was made with CUDA {version // 1000}.{version % 1000 // 10}: "
+            "the GPU's driver is too old for this build, which was made with CUDA "
+            f"{version // 1000}.{version % 1000 // 10}: "
             "update the driver, or rebuild reweight_ops with an older CUDA toolkit."
         )
     raise ReweightOpsError(f"CUDA status {status}, {_cuda.error_string(status)}.")
@@ -106,7 +111,19 @@ def _kernel_of(logits: Tensor, vocab_size: int, device: torch.device) -> str:
     rows, columns = logits.numel() // max(logits.size(-1), 1), logits.size(-1)
     strides = rows_of(logits)
     vocab = (vocab_size, 0, vocab_size)
-    call = _cuda.Call(DTYPES[logits.dtype], address, strides, rows, columns, vocab, math.inf, 0, 0, False, device=device.index or 0)
+    call = _cuda.Call(
+        DTYPES[logits.dtype],
+        address,
+        strides,
+        rows,
+        columns,
+        vocab,
+        math.inf,
+        0,
+        0,
+        False,
+        device=device.index or 0,
+    )
     why = _cuda.ring_unsupported_reason(call, address, strides)
     return f"streaming ({why})" if why else "ring (rows stay on chip)"
 

@@ -19,7 +19,9 @@ from .base import DivergenceInputs
 _BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
-def generalized_jsd(two: DivergenceInputs, beta: float, weights: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+def generalized_jsd(
+    two: DivergenceInputs, beta: float, weights: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """Return ``D = β·KL(q‖m) + (1-β)·KL(p‖m)`` ``[N]`` of every row of logits
     ``[N, V]``. It is 0 in ignored rows.
 
@@ -35,20 +37,33 @@ def generalized_jsd(two: DivergenceInputs, beta: float, weights: Tensor | None =
 
 
 def to_the_mixture(
-    two: DivergenceInputs, beta: float, weights: Tensor | None = None, out: Tensor | None = None, known: Tensor | None = None
+    two: DivergenceInputs,
+    beta: float,
+    weights: Tensor | None = None,
+    out: Tensor | None = None,
+    known: Tensor | None = None,
 ) -> Tensor:
-    """``(KL(p‖m), KL(q‖m))`` ``[2, N]`` and the same gradient. Of a shard they are its parts of the sums, with ``known``: the log-sum-exp of p and what
+    """``(KL(p‖m), KL(q‖m))`` ``[2, N]`` and the same gradient. Of a shard they are its
+    parts of the sums, with ``known``: the log-sum-exp of p and what
     rounding lost of it, those of q, and for a gradient KL(p‖m), of whole rows."""
     n, columns = two.ids.numel(), two.softmax.vocab_size
-    keep, t, t_other = two.ids != IGNORE_INDEX, two.temperature.expand(n), two.other_temperature.expand(n)
+    keep, t, t_other = (
+        two.ids != IGNORE_INDEX,
+        two.temperature.expand(n),
+        two.other_temperature.expand(n),
+    )
     found = torch.zeros(2, n, dtype=t.dtype, device=two.logits.device)
     most = max(_BLOCK.get(two.logits.device.type, _BLOCK["cuda"]) // max(columns, 1), 1)
     for first in range(0, n, most):
         rows = slice(first, min(first + most, n))
         inside = keep[rows, None]
         of_p, of_q = (None, None) if known is None else (known[:2, rows], known[2:4, rows])
-        log_p, slope = _log_probs(two.logits[rows, :columns], inside, t[rows], two.softmax.softcap, of_p)
-        log_q, _ = _log_probs(two.other[rows, :columns], inside, t_other[rows], two.other_softmax.softcap, of_q)
+        log_p, slope = _log_probs(
+            two.logits[rows, :columns], inside, t[rows], two.softmax.softcap, of_p
+        )
+        log_q, _ = _log_probs(
+            two.other[rows, :columns], inside, t_other[rows], two.other_softmax.softcap, of_q
+        )
         p, gap, kl_p, kl_q = _mixture(log_p, log_q, beta)
         found[:, rows] = torch.where(keep[rows], torch.stack([kl_p, kl_q]), 0)
         if out is not None:
@@ -61,7 +76,9 @@ def to_the_mixture(
     return found
 
 
-def _log_probs(z: Tensor, inside: Tensor, temperature: Tensor, softcap: float, known: Tensor | None) -> tuple[Tensor, Tensor | float]:
+def _log_probs(
+    z: Tensor, inside: Tensor, temperature: Tensor, softcap: float, known: Tensor | None
+) -> tuple[Tensor, Tensor | float]:
     """Return log-probs in the dtype of the temperature, and the slope of the soft cap.
 
     In an ignored row they are those of zeros.
@@ -70,10 +87,13 @@ def _log_probs(z: Tensor, inside: Tensor, temperature: Tensor, softcap: float, k
     slope: Tensor | float = 1.0
     if math.isfinite(softcap):
         tanh = torch.tanh(x / softcap)
-        x = torch.where(x.isinf(), x, softcap * tanh)  # +inf makes the row NaN, as without a cap
+        # +inf makes the row NaN, as without a cap
+        x = torch.where(x.isinf(), x, softcap * tanh)
         slope = 1 - tanh * tanh
     x = x / temperature[:, None]
-    return torch.log_softmax(x, -1) if known is None else (x - known[0, :, None]) - known[1, :, None], slope
+    return torch.log_softmax(x, -1) if known is None else (x - known[0, :, None]) - known[
+        1, :, None
+    ], slope
 
 
 def _mixture(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

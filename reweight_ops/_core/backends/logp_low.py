@@ -18,7 +18,13 @@ LOGP_LOW = "logp_low"
 _FINE = -1.0
 
 
-def logp_low(logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, rows: dict[str, Tensor]) -> Tensor:
+def logp_low(
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    softmax: SoftmaxParams,
+    rows: dict[str, Tensor],
+) -> Tensor:
     """Return ``x[id] - lse - lse_low - logp`` in the precision of ``rows``, which hold
     these statistics.
 
@@ -30,8 +36,11 @@ def logp_low(logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxP
     return lost_of(logits.gather(-1, where).reshape(-1), inside, temperature, softmax.softcap, rows)
 
 
-def lost_of(z: Tensor, inside: Tensor, temperature: Tensor, softcap: float, rows: dict[str, Tensor]) -> Tensor:
-    """The same of the ids' own logits ``[N]``, where they are ``inside`` of the shard."""
+def lost_of(
+    z: Tensor, inside: Tensor, temperature: Tensor, softcap: float, rows: dict[str, Tensor]
+) -> Tensor:
+    """The same of the ids' own logits ``[N]``, where they are ``inside``
+    of the shard."""
     x = capped(z.double(), softcap) / temperature.double()
     logp = rows["logp"].double()
     lost = ((x - rows["lse"].double()) - rows["lse_low"].double()) - logp

@@ -48,7 +48,11 @@ def blocks(z: Tensor) -> Iterator[Tensor]:
 
 def capped(x: Tensor, softcap: float) -> Tensor:
     """Return ``cap·tanh(x/cap)``. ``-inf`` stays ``-inf``."""
-    return x if math.isinf(softcap) else torch.where(x == -math.inf, x, softcap * torch.tanh(x / softcap))
+    return (
+        x
+        if math.isinf(softcap)
+        else torch.where(x == -math.inf, x, softcap * torch.tanh(x / softcap))
+    )
 
 
 def _sum(x: Tensor) -> Tensor:

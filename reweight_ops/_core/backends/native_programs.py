@@ -27,13 +27,19 @@ class Programs:
 
     def __init__(self, module: Any) -> None:
         if tuple(module.operations) != OPERATIONS:
-            raise BackendUnavailable(f"{module.__name__} has other operations; rebuild it with pip install -e .")
+            raise BackendUnavailable(
+                f"{module.__name__} has other operations; rebuild it with pip install -e ."
+            )
         self.module = module
 
     def program_unsupported_reason(self, program: Program) -> str | None:
         """Return why the module cannot run a program."""
         registers, most = build_table(loss_graph(program)).registers, self.module.max_registers
-        return f"the loss takes {registers} registers, one pass holds {most}" if registers > most else None
+        return (
+            f"the loss takes {registers} registers, one pass holds {most}"
+            if registers > most
+            else None
+        )
 
     def compile(self, program: Program, device: torch.device) -> Compiled:
         """Return the program where kernels on ``device`` read it.
@@ -44,12 +50,23 @@ class Programs:
         table = build_table(graph)
         words = torch.tensor(table.words(), dtype=torch.int64, device="cpu").to(device)
         reads_p_sq = "log_sum_p_sq" in graph.reads() or graph.moves("log_sum_p_sq")
-        return Compiled(self.load(table, words), graph.parameters, reads_p_sq, graph.moves("entropy"), words)
+        return Compiled(
+            self.load(table, words), graph.parameters, reads_p_sq, graph.moves("entropy"), words
+        )
 
     def load(self, table: Table, words: Tensor) -> Any:
         """Return the module's own view of a table."""
         counts = (
-            table.parameters, len(table.constants), table.uniform_levels, len(table.levels), table.uniform, len(table.instructions),
-            table.inputs, table.terms, table.registers,
-        )  # fmt: skip
-        return self.module.Table(words.data_ptr(), counts, (*table.outputs, *[0] * len(ONE_PASS))[: len(ONE_PASS)])
+            table.parameters,
+            len(table.constants),
+            table.uniform_levels,
+            len(table.levels),
+            table.uniform,
+            len(table.instructions),
+            table.inputs,
+            table.terms,
+            table.registers,
+        )
+        return self.module.Table(
+            words.data_ptr(), counts, (*table.outputs, *[0] * len(ONE_PASS))[: len(ONE_PASS)]
+        )

@@ -34,7 +34,13 @@ class Picked:
     """
 
     def __init__(
-        self, logits: Tensor, ids: Tensor, picked: Tensor, temperature: Tensor, softmax: SoftmaxParams, known: Tensor | None = None
+        self,
+        logits: Tensor,
+        ids: Tensor,
+        picked: Tensor,
+        temperature: Tensor,
+        softmax: SoftmaxParams,
+        known: Tensor | None = None,
     ) -> None:
         total = softmax.total()
         self.known = (ids >= 0) & (ids < total)
@@ -47,7 +53,9 @@ class Picked:
         self.shape = (*logits.shape[:-1], picked.size(-1))
         if known is None:
             known = (
-                logits.gather(-1, self.index.view(self.shape)).view(picked.shape) if softmax.vocab_size else logits.new_zeros(picked.shape)
+                logits.gather(-1, self.index.view(self.shape)).view(picked.shape)
+                if softmax.vocab_size
+                else logits.new_zeros(picked.shape)
             )
         self.logits = known
         # fp64 costs nothing for so few numbers, and a log-sum-exp of two fp32 numbers
@@ -56,17 +64,28 @@ class Picked:
         self.is_masked, self.temperature = z == -math.inf, temperature.double().view(-1, 1)
         tanh = torch.tanh(z / softmax.softcap) if math.isfinite(softmax.softcap) else None
         self.slope = 1.0 if tanh is None else 1 - tanh * tanh
-        self.x = (z if tanh is None else torch.where(z.isinf(), z, softmax.softcap * tanh)) / self.temperature
+        self.x = (
+            z if tanh is None else torch.where(z.isinf(), z, softmax.softcap * tanh)
+        ) / self.temperature
 
     def logps(self, lse: Tensor, lse_low: Tensor) -> Tensor:
         """Return ``[N, K]`` log-probs, NaN for an id that does not exist."""
-        return torch.where(self.bad, math.nan, torch.where(self.inside, self._below(lse, lse_low), 0))
+        return torch.where(
+            self.bad, math.nan, torch.where(self.inside, self._below(lse, lse_low), 0)
+        )
 
     def masked(self, by: Tensor) -> Tensor:
         """Return ``[N, K]`` without the elements that have no gradient."""
         return torch.where(self.inside, by, 0)
 
-    def write_gradient(self, out: Tensor, ids: Tensor, by: Tensor, stats: dict[str, Tensor], derivatives: dict[str, Tensor | None]) -> None:
+    def write_gradient(
+        self,
+        out: Tensor,
+        ids: Tensor,
+        by: Tensor,
+        stats: dict[str, Tensor],
+        derivatives: dict[str, Tensor | None],
+    ) -> None:
         """Write the elements of chosen ids over those of a gradient by the other
         statistics, ``out``, with one rounding.
 
@@ -78,7 +97,9 @@ class Picked:
         def column(t: Tensor | None) -> Tensor:
             return torch.zeros_like(by[:, :1]) if t is None else t[:, None]
 
-        c, e, z, q = (column(derivatives.get(name)) for name in ("logp", "entropy", "lse", "log_sum_p_sq"))
+        c, e, z, q = (
+            column(derivatives.get(name)) for name in ("logp", "entropy", "lse", "log_sum_p_sq")
+        )
         moved = (by != 0).any(-1, keepdim=True)
         by = torch.where(self.here, by, 0)
         # A list may name an id twice, or the row's own id. An element without an id
@@ -86,7 +107,8 @@ class Picked:
         own = self._sums(by) + torch.where(self.index + self.start == ids[:, None], c, 0)
         logp = self._below(stats["lse"], stats["lse_low"])
         p = logp.exp()
-        total = p * (own - c + z) - own * torch.expm1(logp)  # own - (c - z)·p, for a sure token too
+        # own - (c - z)·p, for a sure token too
+        total = p * (own - c + z) - own * torch.expm1(logp)
         if derivatives.get("entropy") is not None:
             total = total - e * p * (logp + column(stats["entropy"]))
         if derivatives.get("log_sum_p_sq") is not None:

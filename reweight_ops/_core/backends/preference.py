@@ -35,6 +35,12 @@ def kind_of(device: torch.device) -> str:
     It asks the driver once per device. A GPU that PyTorch does not see has no special
     entry.
     """
-    if device.type != "cuda" or torch.version.hip is not None or gpu_unsupported_reason(device) is not None:
+    if (
+        device.type != "cuda"
+        or torch.version.hip is not None
+        or gpu_unsupported_reason(device) is not None
+    ):
         return device.type
-    return "rows on chip" if torch.cuda.get_device_capability(device)[0] in _ROWS_ON_CHIP else "cuda"
+    return (
+        "rows on chip" if torch.cuda.get_device_capability(device)[0] in _ROWS_ON_CHIP else "cuda"
+    )

@@ -17,8 +17,13 @@ from .base import SoftmaxParams
 #: The inputs of a row of a loss, by the names of a call's arguments. The last two are
 #: factors of its weight.
 INPUTS = (
-    "advantages", "old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps", "importance_sampling_ratio", "token_weights",
-)  # fmt: skip
+    "advantages",
+    "old_per_token_logps",
+    "ref_per_token_logps",
+    "sampling_per_token_logps",
+    "importance_sampling_ratio",
+    "token_weights",
+)
 
 
 class OnePassPlan(NamedTuple):

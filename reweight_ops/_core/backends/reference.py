@@ -14,7 +14,11 @@ from .base import Backend, Request
 
 
 def unsupported_reason(request: Request) -> str | None:
-    return None if request.dtype.is_floating_point else f"logits are {request.dtype}, expected a floating dtype"
+    return (
+        None
+        if request.dtype.is_floating_point
+        else f"logits are {request.dtype}, expected a floating dtype"
+    )
 
 
 BACKEND = Backend(

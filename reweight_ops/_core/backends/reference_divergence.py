@@ -26,14 +26,25 @@ class _Logs(NamedTuple):
     lse_low: Tensor
 
 
-def _logs(logits: Tensor, two: DivergenceInputs, temperature: Tensor, softmax: object, known: Tensor | None = None) -> _Logs:
+def _logs(
+    logits: Tensor,
+    two: DivergenceInputs,
+    temperature: Tensor,
+    softmax: object,
+    known: Tensor | None = None,
+) -> _Logs:
     """Return the logs of one tensor.
 
     ``known`` is the log-sum-exp ``[2, N]`` of the whole row, if the logits are a shard
     of it. None takes that of the logits.
     """
     dtype = torch.float64 if two.logits.dtype == torch.float64 else torch.float32
-    at = Distribution(logits.to(dtype) if logits.dtype.itemsize < dtype.itemsize else logits, two.ids, temperature, softmax)  # type: ignore[arg-type]
+    at = Distribution(
+        logits.to(dtype) if logits.dtype.itemsize < dtype.itemsize else logits,
+        two.ids,
+        temperature,
+        softmax,
+    )  # type: ignore[arg-type]
     total = at.log_total() if known is None else ((known[0] - at.top) + known[1]).to(dtype)
     lse = (at.top + total).to(dtype)
     lse_low = ((at.top - lse) + total).to(dtype)
@@ -41,18 +52,25 @@ def _logs(logits: Tensor, two: DivergenceInputs, temperature: Tensor, softmax: o
     log = at.below - total
     # A row without any finite logit is NaN everywhere. Nothing is masked there.
     masked = ((at.below == -math.inf) | at.masked) & ~total.isnan()
-    return _Logs(at, torch.where(masked, 0, log), torch.where(masked, 0, log.exp()), masked, lse, lse_low)
+    return _Logs(
+        at, torch.where(masked, 0, log), torch.where(masked, 0, log.exp()), masked, lse, lse_low
+    )
 
 
 def divergence_stats(two: DivergenceInputs) -> Tensor:
-    a, b = _logs(two.logits, two, two.temperature, two.softmax), _logs(two.other, two, two.other_temperature, two.other_softmax)
+    a, b = (
+        _logs(two.logits, two, two.temperature, two.softmax),
+        _logs(two.other, two, two.other_temperature, two.other_softmax),
+    )
     d = torch.where(a.masked | b.masked, 0, a.log - b.log)
     is_nan = a.lse.isnan() | b.lse.isnan()
     forward, reverse = -(b.p * d).sum(-1), (a.p * d).sum(-1)
     forward = torch.where((a.masked & ~b.masked).any(-1) & ~is_nan, math.inf, forward)
     reverse = torch.where((b.masked & ~a.masked).any(-1) & ~is_nan, math.inf, reverse)
     entropies = [-(t.p * t.log).sum(-1) for t in (a, b)]
-    rows = torch.stack([forward.clamp(min=0), reverse.clamp(min=0), *entropies, a.lse, a.lse_low, b.lse, b.lse_low])
+    rows = torch.stack(
+        [forward.clamp(min=0), reverse.clamp(min=0), *entropies, a.lse, a.lse_low, b.lse, b.lse_low]
+    )
     rows[:4] = torch.where(is_nan, math.nan, rows[:4])
     return torch.where(two.ids != IGNORE_INDEX, rows, 0)
 
@@ -63,7 +81,9 @@ def divergence_grad(two: DivergenceInputs, table: Tensor, derivatives: Tensor, o
     forward, reverse, entropy = derivatives[:, :, None]
     g = forward * (a.p - b.p)
     kl, h = table[1][:, None], table[2][:, None]
-    g = g + torch.where(reverse == 0, 0, reverse * a.p * (torch.where(a.masked | b.masked, 0, a.log - b.log) - kl))
+    g = g + torch.where(
+        reverse == 0, 0, reverse * a.p * (torch.where(a.masked | b.masked, 0, a.log - b.log) - kl)
+    )
     g = g - torch.where(entropy == 0, 0, entropy * a.p * (a.log + h))
     g = g * a.at.slope / a.at.temperature
     g = torch.where(a.masked, 0, g)
@@ -77,7 +97,9 @@ def divergence_grad(two: DivergenceInputs, table: Tensor, derivatives: Tensor, o
     out[..., columns:].zero_()
 
 
-def divergence_loss_grad(two: DivergenceInputs, constants: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+def divergence_loss_grad(
+    two: DivergenceInputs, constants: Tensor, weights: Tensor, out: Tensor
+) -> Tensor:
     table = divergence_stats(two)
     divergence_grad(two, table, constants[:, None] * weights, out)
     return table

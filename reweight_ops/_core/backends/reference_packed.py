@@ -33,7 +33,9 @@ def filled(rows: PackedRows) -> tuple[Tensor, Tensor]:
     """
     at, there = _entries(rows)
     values = rows.values if rows.values.numel() else rows.values.new_zeros(1)
-    return torch.where(there, values[at], -math.inf), torch.where((rows.ids < 0) & (rows.ids != IGNORE_INDEX), -1, rows.ids)
+    return torch.where(there, values[at], -math.inf), torch.where(
+        (rows.ids < 0) & (rows.ids != IGNORE_INDEX), -1, rows.ids
+    )
 
 
 def packed_stats(rows: PackedRows, stats: tuple[str, ...]) -> Tensor:
@@ -41,9 +43,13 @@ def packed_stats(rows: PackedRows, stats: tuple[str, ...]) -> Tensor:
     return token_stats(z, ids, rows.temperature, SoftmaxParams(z.size(1), rows.softcap), stats)
 
 
-def packed_grad(rows: PackedRows, stats: dict[str, Tensor], derivatives: dict[str, Tensor | None], out: Tensor) -> None:
+def packed_grad(
+    rows: PackedRows, stats: dict[str, Tensor], derivatives: dict[str, Tensor | None], out: Tensor
+) -> None:
     z, ids = filled(rows)
     at, there = _entries(rows)
     grad = torch.empty_like(z)
-    token_grad(z, ids, rows.temperature, SoftmaxParams(z.size(1), rows.softcap), stats, derivatives, grad)
+    token_grad(
+        z, ids, rows.temperature, SoftmaxParams(z.size(1), rows.softcap), stats, derivatives, grad
+    )
     out[at[there]] = grad[there]

@@ -27,9 +27,15 @@ class Distribution:
     accumulation dtype.
     """
 
-    def __init__(self, logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams) -> None:
+    def __init__(
+        self, logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams
+    ) -> None:
         n = ids.numel()
-        z = logits[..., : softmax.vocab_size].reshape(n, softmax.vocab_size).to(accumulation_dtype(logits.dtype))
+        z = (
+            logits[..., : softmax.vocab_size]
+            .reshape(n, softmax.vocab_size)
+            .to(accumulation_dtype(logits.dtype))
+        )
         self.inside = ids != IGNORE_INDEX
         z = torch.where(self.inside[:, None], z, 0)  # an ignored row may hold anything
         self.temperature = temperature.to(z.dtype).view(-1, 1)
@@ -60,10 +66,14 @@ class Distribution:
 
     def log_total(self) -> Tensor:
         """Return the log-sum-exp relative to the largest logit."""
-        return torch.where(self.top.isfinite(), torch.log1p(self.sum_of_others(self.below.exp())), math.nan)
+        return torch.where(
+            self.top.isfinite(), torch.log1p(self.sum_of_others(self.below.exp())), math.nan
+        )
 
 
-def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, stats: tuple[str, ...]) -> Tensor:
+def token_stats(
+    logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, stats: tuple[str, ...]
+) -> Tensor:
     d = Distribution(logits, ids, temperature, softmax)
     log_total, rest = d.log_total(), d.sum_of_others(d.below.exp())
     lse = (d.top + log_total).to(log_total.dtype)
@@ -71,7 +81,9 @@ def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, softmax: Softm
     out = {"lse": lse, "lse_low": lse_low, "max_logp": 0 - log_total}
     target = d.below.gather(-1, d.target)[:, 0] - log_total
     out["logp"] = torch.where(d.has_target | target.isnan(), target, -math.inf)
-    out["entropy"] = log_total - torch.where(d.masked, 0, d.below.exp() * d.below).sum(-1) / (1 + rest)
+    out["entropy"] = log_total - torch.where(d.masked, 0, d.below.exp() * d.below).sum(-1) / (
+        1 + rest
+    )
     out["log_sum_p_sq"] = torch.log1p(d.sum_of_others((2 * d.below).exp())) - 2 * log_total
     rows = torch.stack([out[name].to(lse.dtype) for name in stats])
     rows = torch.where(d.bad, math.nan, rows)
@@ -89,7 +101,9 @@ def token_grad(
 ) -> None:
     d = Distribution(logits, ids, temperature, softmax)
     zero = torch.zeros_like(stats["logp"])
-    c, e, z, q = (zero if derivatives.get(name) is None else derivatives[name] for name in DERIVATIVES)
+    c, e, z, q = (
+        zero if derivatives.get(name) is None else derivatives[name] for name in DERIVATIVES
+    )
     assert c is not None and e is not None and z is not None and q is not None
     has_gradient = d.inside & ~d.bad & ((c != 0) | (e != 0) | (z != 0) | (q != 0))
     entropy, p_sq = stats.get("entropy", zero), stats.get("log_sum_p_sq", zero).exp()
@@ -103,7 +117,9 @@ def token_grad(
     # There the quotient top/T has no fraction. The target tells more about the other
     # columns than the log-sum-exp does.
     by_target = d.has_target & (stats["lse"].abs() > LARGEST_LSE) & (stats["logp"] > LEAST_LOGP)
-    log_total = torch.where(by_target, d.below.gather(-1, d.target)[:, 0] - stats["logp"], log_total)
+    log_total = torch.where(
+        by_target, d.below.gather(-1, d.target)[:, 0] - stats["logp"], log_total
+    )
     logp = d.below - log_total[:, None].to(d.below.dtype)
     p = logp.exp()
     grad = terms(p, torch.where(d.masked, 0, logp), every) - c[:, None] * p
@@ -133,9 +149,15 @@ def token_loss_grad(
 ) -> Tensor:
     names = ("logp", "entropy", "lse", "lse_low", "log_sum_p_sq")
     stats = dict(zip(names, token_stats(logits, ids, temperature, softmax, names), strict=True))
-    leaves = {"old_logp": stats["logp"]} | {name: stats[name] for name in STATISTICS} | inputs.stored()
-    weighted, loss, *by = evaluate_rows(program, params, leaves, inputs.row_weights, keep=ids != IGNORE_INDEX)
-    token_grad(logits, ids, temperature, softmax, stats, dict(zip(STATISTICS, by, strict=True)), out)
+    leaves = (
+        {"old_logp": stats["logp"]} | {name: stats[name] for name in STATISTICS} | inputs.stored()
+    )
+    weighted, loss, *by = evaluate_rows(
+        program, params, leaves, inputs.row_weights, keep=ids != IGNORE_INDEX
+    )
+    token_grad(
+        logits, ids, temperature, softmax, stats, dict(zip(STATISTICS, by, strict=True)), out
+    )
     bad = (ids != IGNORE_INDEX) & ((ids < 0) | (ids >= softmax.total()))
     rows = torch.stack([stats["logp"], stats["entropy"], weighted, loss, *by[:2]])
     return torch.where(bad, math.nan, rows)

@@ -13,7 +13,8 @@ from .base import RowAddresses, rows_of
 
 
 class Spans(NamedTuple):
-    """``rows`` runs of ``columns`` elements each. A gradient without gaps is one run."""
+    """``rows`` runs of ``columns`` elements each. A gradient without gaps
+    is one run."""
 
     addresses: RowAddresses
     rows: int
@@ -30,7 +31,10 @@ def spans_of(grad: Tensor) -> Spans | None:
         return Spans(RowAddresses(1, 0, 0), 1, grad.numel())
     if grad.dim() not in (2, 3) or grad.stride(-1) != 1:
         return None
-    if any(size > 1 and abs(stride) < grad.size(-1) for size, stride in zip(grad.shape[:-1], grad.stride()[:-1], strict=True)):
+    if any(
+        size > 1 and abs(stride) < grad.size(-1)
+        for size, stride in zip(grad.shape[:-1], grad.stride()[:-1], strict=True)
+    ):
         return None
     return Spans(rows_of(grad), grad.numel() // grad.size(-1), grad.size(-1))
 
@@ -44,6 +48,7 @@ def scale_in_torch(grad: Tensor, factor: Tensor) -> None:
         if factor.item() != 1:
             grad.mul_(factor)
     elif grad.dtype.itemsize < 4:
-        grad.copy_(grad.float() * factor)  # mul_ would round the factor to the gradient's dtype first
+        # mul_ would round the factor to the gradient's dtype first
+        grad.copy_(grad.float() * factor)
     else:
         grad.mul_(factor)

@@ -33,7 +33,9 @@ def load(name: str) -> Backend:
     Raises :class:`BackendUnavailable`, which says what would fix it.
     """
     if name not in NAMES:
-        raise InvalidCall(f"unknown backend {name!r}; the backends are {', '.join(NAMES)} and auto.")
+        raise InvalidCall(
+            f"unknown backend {name!r}; the backends are {', '.join(NAMES)} and auto."
+        )
     if name not in _loaded:
         try:
             _loaded[name] = importlib.import_module(f"{__package__}.{name}").BACKEND
@@ -42,7 +44,9 @@ def load(name: str) -> Backend:
         except ModuleNotFoundError as error:
             if error.name != f"{__package__}.{name}":
                 raise
-            _loaded[name] = BackendUnavailable(f"backend {name!r} is not part of this installation.")
+            _loaded[name] = BackendUnavailable(
+                f"backend {name!r} is not part of this installation."
+            )
     found = _loaded[name]
     if isinstance(found, BackendUnavailable):
         raise found
@@ -88,7 +92,9 @@ def candidates(device: torch.device, name: str = "auto") -> tuple[str, ...]:
     if name == "auto":
         return ORDER.get(kind_of(device), ("reference",))
     if name not in NAMES:
-        raise InvalidCall(f"unknown backend {name!r}; the backends are {', '.join(NAMES)} and auto.")
+        raise InvalidCall(
+            f"unknown backend {name!r}; the backends are {', '.join(NAMES)} and auto."
+        )
     return (name,)
 
 
@@ -116,8 +122,13 @@ def choose(request: Request, name: str = "auto") -> str:
             load(only)
         except BackendUnavailable as error:
             raise BackendUnavailable(f"backend {only!r} was asked for: {error}") from error
-        raise UnsupportedRequest(f"backend {only!r} was asked for and cannot run {request.primitive}: {reason}.")
-    raise UnsupportedRequest(f"no backend can run {request.primitive}: " + "; ".join(f"{k}: {v}" for k, v in found.items()))
+        raise UnsupportedRequest(
+            f"backend {only!r} was asked for and cannot run {request.primitive}: {reason}."
+        )
+    raise UnsupportedRequest(
+        f"no backend can run {request.primitive}: "
+        + "; ".join(f"{k}: {v}" for k, v in found.items())
+    )
 
 
 def row_primitives(logits: Tensor, name: str) -> RowPrimitives | None:
@@ -136,7 +147,9 @@ def row_primitives(logits: Tensor, name: str) -> RowPrimitives | None:
 
 
 @torch.compiler.assume_constant_result
-def choose_divergence(device: torch.device, dtype: torch.dtype, other_dtype: torch.dtype, name: str) -> str:
+def choose_divergence(
+    device: torch.device, dtype: torch.dtype, other_dtype: torch.dtype, name: str
+) -> str:
     """Return :func:`choose` for two logits tensors, from plain arguments.
 
     torch.compile does not take a record as a constant.

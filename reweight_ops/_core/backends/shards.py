@@ -4,7 +4,8 @@ Each rank of a group has its own columns of every row. The shard statistics of e
 backend can be merged. With l_w the log-sum-exp of shard w and L that of the row, the
 shard's probability is ``m_w = exp(l_w - L)``, and ::
 
-    logp = logp_w + log m_w  of the shard with the target        H = Σ_w m_w·(H_w - log m_w)        Σp² = Σ_w m_w²·(Σp²)_w
+    logp = logp_w + log m_w  of the shard with the target        H = Σ_w m_w·(H_w - log
+    m_w)        Σp² = Σ_w m_w²·(Σp²)_w
 
 L is relative to the largest shard, by ``log1p`` of the other shards, so that the
 log-prob of a sure token keeps its digits. All of it is in fp64, on ``[W, N]`` numbers,
@@ -55,9 +56,13 @@ class VocabShards:
         return SoftmaxParams(self.columns[rank], softcap, sum(self.columns[:rank]), self.total)
 
     def gathered(self, table: Tensor) -> Tensor:
-        """``[W, S, N]``: the states of all shards, of this one's ``[S, N]``. One collective of ``4·S·N`` bytes a rank (8 in fp64)."""
+        """``[W, S, N]``: the states of all shards, of this one's ``[S, N]``. One
+        collective of ``4·S·N`` bytes a rank (8 in fp64).
+        """
         if torch.compiler.is_compiling():
-            whole: Tensor = gathered_over(table.detach(), self.op, self.group.group_name, len(self.columns))
+            whole: Tensor = gathered_over(
+                table.detach(), self.op, self.group.group_name, len(self.columns)
+            )
             return whole
         return gathered(self.op, self.group, table)
 
@@ -69,8 +74,11 @@ class VocabShards:
         return summed_(self.op, self.group, x)
 
     def merged(self, states: Tensor, names: tuple[str, ...], ids: Tensor) -> Tensor:
-        """The statistics of whole rows from the ``states`` ``[W, S, N]`` of all shards, of which ``names`` are the rows; of a row's kept set and of its
-        whole vocabulary each by their own. All but :data:`LOGP_LOW`, which is one of a log-prob's parts."""
+        """The statistics of whole rows from the ``states`` ``[W, S, N]`` of all shards,
+        of which ``names`` are the rows; of a row's kept set and of its
+        whole vocabulary each by their own. All but :data:`LOGP_LOW`, which is one of a
+        log-prob's parts.
+        """
         dtype = states.dtype
         found: dict[str, Tensor] = {}
         for prefix in ("", VOCABULARY):
@@ -81,11 +89,17 @@ class VocabShards:
             }
             if own:
                 share = _Shares(own["lse"], own["lse_low"])
-                found |= {prefix + name: self._statistic(name, own, share, dtype) for name in own if name != LOGP_LOW}
+                found |= {
+                    prefix + name: self._statistic(name, own, share, dtype)
+                    for name in own
+                    if name != LOGP_LOW
+                }
         rows = torch.stack([found[name] for name in names if name != LOGP_LOW]).to(dtype)
         return torch.where(ids == IGNORE_INDEX, 0, rows)
 
-    def _statistic(self, name: str, s: dict[str, Tensor], share: _Shares, dtype: torch.dtype) -> Tensor:
+    def _statistic(
+        self, name: str, s: dict[str, Tensor], share: _Shares, dtype: torch.dtype
+    ) -> Tensor:
         if name in MERGED_BY:
             lse = share.lse.to(dtype)
             return lse if name == "lse" else share.lse_beyond(lse)
@@ -112,22 +126,31 @@ class VocabShards:
         return torch.where(weights == 0, 0, weights * own).sum(0) + 0 * share.lse
 
     def merged_divergences(self, states: Tensor, ids: Tensor) -> Tensor:
-        """Merge the statistics of two logits tensors, ``[len(DIVERGENCE_STATS), N]``."""
+        """Merge the statistics of two logits tensors,
+        ``[len(DIVERGENCE_STATS), N]``."""
         dtype, s = states.dtype, dict(zip(DIVERGENCE_STATS, states.double().unbind(1), strict=True))
         p, q = _Shares(s["lse"], s["lse_low"]), _Shares(s["other_lse"], s["other_lse_low"])
         found = {
-            "forward_kl": q.mean(s["forward_kl"] + q.log - p.log, infinite=~q.empty & s["forward_kl"].isposinf()).clamp(min=0),
-            "reverse_kl": p.mean(s["reverse_kl"] + p.log - q.log, infinite=~p.empty & s["reverse_kl"].isposinf()).clamp(min=0),
+            "forward_kl": q.mean(
+                s["forward_kl"] + q.log - p.log, infinite=~q.empty & s["forward_kl"].isposinf()
+            ).clamp(min=0),
+            "reverse_kl": p.mean(
+                s["reverse_kl"] + p.log - q.log, infinite=~p.empty & s["reverse_kl"].isposinf()
+            ).clamp(min=0),
             "entropy": p.mean(s["entropy"] - p.log),
             "other_entropy": q.mean(s["other_entropy"] - q.log),
         }
         for prefix, share in (("", p), ("other_", q)):
             lse = share.lse.to(dtype)
             found |= {f"{prefix}lse": lse.double(), f"{prefix}lse_low": share.lse_beyond(lse)}
-        is_nan = p.lse.isnan() | q.lse.isnan()  # unknown where one of them is not a distribution
-        if dtype != torch.float64:  # beyond it a kernel measures from the values in its own shard
+        # unknown where one of them is not a distribution
+        is_nan = p.lse.isnan() | q.lse.isnan()
+        # beyond it a kernel measures from the values in its own shard
+        if dtype != torch.float64:
             is_nan |= (p.lse.abs() > LARGEST_LSE) | (q.lse.abs() > LARGEST_LSE)
-        rows = torch.stack([torch.where(is_nan, math.nan, found[name]) for name in DIVERGENCE_STATS]).to(dtype)
+        rows = torch.stack(
+            [torch.where(is_nan, math.nan, found[name]) for name in DIVERGENCE_STATS]
+        ).to(dtype)
         return torch.where(ids == IGNORE_INDEX, 0, rows)
 
 
@@ -137,9 +160,18 @@ def with_empty_shards(table: Tensor, p: Tensor, q: Tensor) -> Tensor:
     """
     no_p, no_q = p[1] == -math.inf, q[1] == -math.inf
     zero = torch.zeros_like(p[0])
-    alone = torch.stack([
-        torch.where(no_p & ~no_q, math.inf, zero), torch.where(no_q & ~no_p, math.inf, zero), p[2], q[2], p[0], p[1], q[0], q[1],
-    ])  # fmt: skip
+    alone = torch.stack(
+        [
+            torch.where(no_p & ~no_q, math.inf, zero),
+            torch.where(no_q & ~no_p, math.inf, zero),
+            p[2],
+            q[2],
+            p[0],
+            p[1],
+            q[0],
+            q[1],
+        ]
+    )
     return torch.where(no_p | no_q, alone, table)
 
 
@@ -161,7 +193,8 @@ class _Shares:
         self._largest, self._rest = largest[0], beyond[0] + log_total
         self.log = above - log_total
         self.share = self.log.exp()
-        self.lse = self._largest + self._rest + 0 * above.gather(0, top)[0]  # NaN where no shard has a distribution
+        # NaN where no shard has a distribution
+        self.lse = self._largest + self._rest + 0 * above.gather(0, top)[0]
 
     def lse_beyond(self, lse: Tensor) -> Tensor:
         """Return the rounding error of ``lse``."""
@@ -173,7 +206,11 @@ class _Shares:
         A shard without probability does not contribute, whatever its ``x`` is.
         """
         total = torch.where(self.share == 0, 0, self.share * x).sum(0)
-        return total if infinite is None else torch.where(infinite.any(0) & ~total.isnan(), math.inf, total)
+        return (
+            total
+            if infinite is None
+            else torch.where(infinite.any(0) & ~total.isnan(), math.inf, total)
+        )
 
 
 def _log_sum_exp(x: Tensor) -> Tensor:
@@ -193,7 +230,10 @@ def columns_of(sizes: tuple[int, ...], vocab_size: int | None) -> tuple[int, ...
     """
     if vocab_size is None:
         return sizes
-    return tuple(min(max(vocab_size - start, 0), size) for start, size in zip(accumulate((0, *sizes)), sizes, strict=False))
+    return tuple(
+        min(max(vocab_size - start, 0), size)
+        for start, size in zip(accumulate((0, *sizes)), sizes, strict=False)
+    )
 
 
 def empty_shard(stats: tuple[str, ...], n: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -20,6 +20,8 @@ def source_hash(part: str, csrc: Path = CSRC) -> str | None:
     if not (csrc / part).is_dir():
         return None
     digest = hashlib.sha256()
-    for path in sorted([*csrc.glob("bindings.*"), *(csrc / "common").iterdir(), *(csrc / part).iterdir()]):
+    for path in sorted(
+        [*csrc.glob("bindings.*"), *(csrc / "common").iterdir(), *(csrc / part).iterdir()]
+    ):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

@@ -42,9 +42,16 @@ def unsupported_reason(request: Request) -> str | None:
         if dtype is not None and dtype not in _DTYPES:
             return f"logits are {dtype}; the kernels take float16, bfloat16 and float32"
     if triton_launch.interpreted():
-        return None if request.device.type == "cpu" else "TRITON_INTERPRET=1 is set: the kernels run on CPU tensors only"
+        return (
+            None
+            if request.device.type == "cpu"
+            else "TRITON_INTERPRET=1 is set: the kernels run on CPU tensors only"
+        )
     if request.device.type != "cuda":
-        return f"logits are on {request.device.type}; Triton's kernels run on GPUs (set TRITON_INTERPRET=1 to run them on the CPU, slowly)"
+        return (
+            f"logits are on {request.device.type}; Triton's kernels run on GPUs (set "
+            "TRITON_INTERPRET=1 to run them on the CPU, slowly)"
+        )
     if (reason := gpu_unsupported_reason(request.device)) is not None:
         return reason
     if torch.version.hip is None and torch.cuda.get_device_capability(request.device) < (8, 0):

@@ -46,7 +46,8 @@ def load_source(text: str, folder: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    exec(compile(text, str(path), "exec"), module.__dict__)  # the loader would trust bytecode that a crash left short
+    # the loader would trust bytecode that a crash left short
+    exec(compile(text, str(path), "exec"), module.__dict__)
     sys.modules[name] = module
     return module
 
@@ -54,7 +55,9 @@ def load_source(text: str, folder: Path) -> ModuleType:
 _functions: dict[Any, Any] = {}
 
 
-def program_function(program: Program, given_ratio: bool = False, outputs: tuple[str, ...] = ONE_PASS) -> Any:
+def program_function(
+    program: Program, given_ratio: bool = False, outputs: tuple[str, ...] = ONE_PASS
+) -> Any:
     """Return the ``@triton.jit`` function of a program."""
     what = (program, given_ratio, outputs)
     if what not in _functions:

@@ -30,34 +30,97 @@ class _Call:
         others, tensors = rows_of(y), (x, y) if out is None else (x, y, out)
         self.where = *rows_of(x), others.batch_stride, others.row_stride
         self.strides = int(two.temperature.numel() > 1), int(two.other_temperature.numel() > 1)
-        self.caps = [1.0 if h.softcap == float("inf") else h.softcap for h in (two.softmax, two.other_softmax)]
+        self.caps = [
+            1.0 if h.softcap == float("inf") else h.softcap
+            for h in (two.softmax, two.other_softmax)
+        ]
         self.meta: dict[str, Any] = {
-            "SEGMENT": self.config.segment, "SLOTS": self.config.slots, "VECTORS": self.config.vectors, "E": self.config.vector,
-            "P_CAP": two.softmax.softcap != float("inf"), "Q_CAP": two.other_softmax.softcap != float("inf"),
-            "ALIGN": min(triton_launch.alignment(t) for t in tensors), "shape": self.config.stats, "wave": wave,
-        }  # fmt: skip
+            "SEGMENT": self.config.segment,
+            "SLOTS": self.config.slots,
+            "VECTORS": self.config.vectors,
+            "E": self.config.vector,
+            "P_CAP": two.softmax.softcap != float("inf"),
+            "Q_CAP": two.other_softmax.softcap != float("inf"),
+            "ALIGN": min(triton_launch.alignment(t) for t in tensors),
+            "shape": self.config.stats,
+            "wave": wave,
+        }
 
     def partial(self) -> Tensor:
         """The slots of every segment."""
         two = self.two
-        slots = torch.empty((self.rows, self.segments, SLOT.value, self.config.slots), dtype=torch.float32, device=two.logits.device)
+        slots = torch.empty(
+            (self.rows, self.segments, SLOT.value, self.config.slots),
+            dtype=torch.float32,
+            device=two.logits.device,
+        )
         triton_launch.launch(
-            partial_divergence_kernel, self.rows * self.segments, two.logits, two.other, two.ids, two.temperature, two.other_temperature,
-            slots, *self.strides, *self.where, two.softmax.vocab_size, *self.caps, **self.meta,
-        )  # fmt: skip
+            partial_divergence_kernel,
+            self.rows * self.segments,
+            two.logits,
+            two.other,
+            two.ids,
+            two.temperature,
+            two.other_temperature,
+            slots,
+            *self.strides,
+            *self.where,
+            two.softmax.vocab_size,
+            *self.caps,
+            **self.meta,
+        )
         return slots
 
-    def launch(self, grid: int, table: Tensor, derivatives: Tensor, partial: Tensor, *, stats: bool, grad: bool, logs: bool) -> None:
+    def launch(
+        self,
+        grid: int,
+        table: Tensor,
+        derivatives: Tensor,
+        partial: Tensor,
+        *,
+        stats: bool,
+        grad: bool,
+        logs: bool,
+    ) -> None:
         two, to = self.two, rows_of(self.out)
         triton_launch.launch(
-            divergence_kernel, grid, two.logits, two.other, self.out, two.ids, two.temperature, two.other_temperature, table, derivatives,
-            partial, self.rows, *self.strides, *self.where, to.batch_stride, to.row_stride, two.softmax.vocab_size, two.logits.size(-1),
-            *self.caps, STATS=stats, GRAD=grad, LOGS=logs, SPLIT=self.split,
-            EMULATE=triton_launch.interpreted() and two.logits.dtype == torch.bfloat16, **self.meta,
-        )  # fmt: skip
+            divergence_kernel,
+            grid,
+            two.logits,
+            two.other,
+            self.out,
+            two.ids,
+            two.temperature,
+            two.other_temperature,
+            table,
+            derivatives,
+            partial,
+            self.rows,
+            *self.strides,
+            *self.where,
+            to.batch_stride,
+            to.row_stride,
+            two.softmax.vocab_size,
+            two.logits.size(-1),
+            *self.caps,
+            STATS=stats,
+            GRAD=grad,
+            LOGS=logs,
+            SPLIT=self.split,
+            EMULATE=triton_launch.interpreted() and two.logits.dtype == torch.bfloat16,
+            **self.meta,
+        )
 
 
-def _launch(two: DivergenceInputs, table: Tensor, out: Tensor | None, derivatives: Tensor, *, stats: bool, logs: bool) -> None:
+def _launch(
+    two: DivergenceInputs,
+    table: Tensor,
+    out: Tensor | None,
+    derivatives: Tensor,
+    *,
+    stats: bool,
+    logs: bool,
+) -> None:
     if not two.ids.numel():
         return
     call = _Call(two, out)
@@ -66,14 +129,20 @@ def _launch(two: DivergenceInputs, table: Tensor, out: Tensor | None, derivative
         call.launch(call.rows, table, derivatives, table, stats=stats, grad=grad, logs=logs)
         return
     if stats:
-        call.launch(call.rows, table, derivatives, call.partial(), stats=True, grad=False, logs=False)
+        call.launch(
+            call.rows, table, derivatives, call.partial(), stats=True, grad=False, logs=False
+        )
     if grad:
         chunks = -(-two.logits.size(-1) // call.config.segment)
-        call.launch(call.rows * chunks, table, derivatives, table, stats=False, grad=True, logs=logs)
+        call.launch(
+            call.rows * chunks, table, derivatives, table, stats=False, grad=True, logs=logs
+        )
 
 
 def divergence_stats(two: DivergenceInputs) -> Tensor:
-    table = torch.empty((len(DIVERGENCE_STATS), two.ids.numel()), dtype=torch.float32, device=two.logits.device)
+    table = torch.empty(
+        (len(DIVERGENCE_STATS), two.ids.numel()), dtype=torch.float32, device=two.logits.device
+    )
     _launch(two, table, None, table, stats=True, logs=False)
     return table
 
@@ -82,7 +151,11 @@ def divergence_grad(two: DivergenceInputs, table: Tensor, derivatives: Tensor, o
     _launch(two, table, out, derivatives.contiguous(), stats=False, logs=True)
 
 
-def divergence_loss_grad(two: DivergenceInputs, constants: Tensor, weights: Tensor, out: Tensor) -> Tensor:
-    table = torch.empty((len(DIVERGENCE_STATS), two.ids.numel()), dtype=torch.float32, device=two.logits.device)
+def divergence_loss_grad(
+    two: DivergenceInputs, constants: Tensor, weights: Tensor, out: Tensor
+) -> Tensor:
+    table = torch.empty(
+        (len(DIVERGENCE_STATS), two.ids.numel()), dtype=torch.float32, device=two.logits.device
+    )
     _launch(two, table, out, constants[:, None] * weights, stats=True, logs=True)
     return table

@@ -29,7 +29,8 @@ def warn_if_untested(version: str) -> None:
     if numbers < TESTED[0]:
         oldest, newest = (".".join(map(str, v)) for v in TESTED)
         warnings.warn(
-            f"reweight_ops: Triton {version} is older than the versions that its kernels were tested with ({oldest} to {newest}); "
+            f"reweight_ops: Triton {version} is older than the versions that its kernels were "
+            f"tested with ({oldest} to {newest}); "
             "`reweight-ops check --backend triton` tells whether it computes right here.",
             RuntimeWarning,
             stacklevel=2,
@@ -57,7 +58,11 @@ def properties(device: torch.device) -> Any:
 
 
 def wave(device: torch.device) -> int:
-    return 32 if device.type != "cuda" or torch.version.hip is None else int(properties(device).warp_size)
+    return (
+        32
+        if device.type != "cuda" or torch.version.hip is None
+        else int(properties(device).warp_size)
+    )
 
 
 def processors(device: torch.device) -> int:
@@ -74,7 +79,8 @@ def launch(kernel: Any, grid: int, *args: Any, shape: Launch, wave: int = 32, **
     if interpreted():
         import numpy
 
-        with numpy.errstate(all="ignore"):  # it warns about every 0 * inf in a branch that a select drops
+        # it warns about every 0 * inf in a branch that a select drops
+        with numpy.errstate(all="ignore"):
             kernel[(grid,)](*args, **meta)
     else:
         kernel[(grid,)](*args, **meta, **options(shape, wave, torch.version.hip is not None))
@@ -84,12 +90,20 @@ def options(shape: Launch, wave: int, hip: bool) -> dict[str, Any]:
     # Contraction is off, because kernels that share a sweep must round alike. Registers
     # are bounded, because ptxas would otherwise spill for an occupancy that is not
     # needed.
-    return {"num_warps": shape.threads // wave, "enable_fp_fusion": False} | ({} if hip else {"maxnreg": shape.registers})
+    return {"num_warps": shape.threads // wave, "enable_fp_fusion": False} | (
+        {} if hip else {"maxnreg": shape.registers}
+    )
 
 
 def alignment(*tensors: Tensor) -> int:
     """Return the bytes to which every row of every tensor is aligned: 16, 4, or the
     size of an element.
     """
-    addresses = [a for t in tensors for a in (t.data_ptr(), *(s * t.element_size() for s in t.stride()[:-1]))]
-    return next(n for n in (16, 4, 2) if n <= tensors[0].element_size() or all(a % n == 0 for a in addresses))
+    addresses = [
+        a for t in tensors for a in (t.data_ptr(), *(s * t.element_size() for s in t.stride()[:-1]))
+    ]
+    return next(
+        n
+        for n in (16, 4, 2)
+        if n <= tensors[0].element_size() or all(a % n == 0 for a in addresses)
+    )

@@ -37,14 +37,31 @@ def packed_stats(rows: PackedRows, stats: tuple[str, ...]) -> Tensor:
         return out
     call = _Call(rows)
     triton_launch.launch(
-        packed.packed_stats_kernel, n, rows.values, rows.bounds, rows.ids, rows.temperature, out, n, call.t_stride, call.softcap,
-        STATS=tuple(stats.index(name) if name in stats else -1 for name in STATS), SEGMENT=call.config.segment, SLOTS=call.config.slots,
-        VECTORS=call.config.vectors, **call.tile, AHEAD=_LAUNCH.ahead, shape=_LAUNCH, wave=call.wave,
-    )  # fmt: skip
+        packed.packed_stats_kernel,
+        n,
+        rows.values,
+        rows.bounds,
+        rows.ids,
+        rows.temperature,
+        out,
+        n,
+        call.t_stride,
+        call.softcap,
+        STATS=tuple(stats.index(name) if name in stats else -1 for name in STATS),
+        SEGMENT=call.config.segment,
+        SLOTS=call.config.slots,
+        VECTORS=call.config.vectors,
+        **call.tile,
+        AHEAD=_LAUNCH.ahead,
+        shape=_LAUNCH,
+        wave=call.wave,
+    )
     return out
 
 
-def packed_grad(rows: PackedRows, stats: dict[str, Tensor], derivatives: dict[str, Tensor | None], out: Tensor) -> None:
+def packed_grad(
+    rows: PackedRows, stats: dict[str, Tensor], derivatives: dict[str, Tensor | None], out: Tensor
+) -> None:
     n = rows.ids.numel()
     if not n:
         return
@@ -54,9 +71,28 @@ def packed_grad(rows: PackedRows, stats: dict[str, Tensor], derivatives: dict[st
         stats["logp"],
     )  # placeholders for arguments that no program reads
     triton_launch.launch(
-        packed.packed_gradient_kernel, n, rows.values, out, rows.bounds, rows.ids, rows.temperature, stats["logp"], stats["lse"],
-        stats.get("lse_low", nothing), stats.get("entropy", nothing), stats.get("log_sum_p_sq", nothing),
-        *(nothing if c is None else c for c in by), n, call.t_stride, call.softcap,
-        GIVEN=tuple(c is not None for c in by), LOW="lse_low" in stats, SLOTS=_LAUNCH.threads, VECTORS=call.config.vectors, **call.tile,
-        EMULATE=triton_launch.interpreted() and rows.values.dtype == torch.bfloat16, shape=_LAUNCH, wave=call.wave,
-    )  # fmt: skip
+        packed.packed_gradient_kernel,
+        n,
+        rows.values,
+        out,
+        rows.bounds,
+        rows.ids,
+        rows.temperature,
+        stats["logp"],
+        stats["lse"],
+        stats.get("lse_low", nothing),
+        stats.get("entropy", nothing),
+        stats.get("log_sum_p_sq", nothing),
+        *(nothing if c is None else c for c in by),
+        n,
+        call.t_stride,
+        call.softcap,
+        GIVEN=tuple(c is not None for c in by),
+        LOW="lse_low" in stats,
+        SLOTS=_LAUNCH.threads,
+        VECTORS=call.config.vectors,
+        **call.tile,
+        EMULATE=triton_launch.interpreted() and rows.values.dtype == torch.bfloat16,
+        shape=_LAUNCH,
+        wave=call.wave,
+    )

@@ -1,4 +1,6 @@
-"""Rows in Triton: masks, weights, sequence ratios, and a loss program on stored rows, one launch each."""
+"""Rows in Triton: masks, weights, sequence ratios, and a loss program on stored rows,
+one launch each.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,13 @@ def _block(run: int) -> int:
     return min(_LARGEST, max(64, 1 << (run - 1).bit_length()))
 
 
-def _launch(kernel: Any, grid: int, device: torch.device, *args: Any, BLOCK: int, **meta: Any) -> None:
+def _launch(
+    kernel: Any, grid: int, device: torch.device, *args: Any, BLOCK: int, **meta: Any
+) -> None:
     shape = Launch(min(256, max(64, BLOCK // 8)), _REGISTERS)
-    triton_launch.launch(kernel, grid, *args, BLOCK=BLOCK, **meta, shape=shape, wave=triton_launch.wave(device))
+    triton_launch.launch(
+        kernel, grid, *args, BLOCK=BLOCK, **meta, shape=shape, wave=triton_launch.wave(device)
+    )
 
 
 def _strides(t: Tensor | None, run: int) -> tuple[int, int]:
@@ -46,14 +52,31 @@ def _strides(t: Tensor | None, run: int) -> tuple[int, int]:
 def mask(ids: Tensor, mask: Tensor | None, denominator: Tensor | None, run: int) -> Masked:
     n, device = ids.numel(), ids.device
     sequences = -(-n // run)
-    out, keep = torch.empty(n, dtype=torch.int64, device=device), torch.empty(n, dtype=torch.bool, device=device)
+    out, keep = (
+        torch.empty(n, dtype=torch.int64, device=device),
+        torch.empty(n, dtype=torch.bool, device=device),
+    )
     counted = keep if denominator is None else torch.empty(n, dtype=torch.bool, device=device)
     lengths = torch.empty((2, sequences), dtype=torch.int32, device=device)
     given = [ids if t is None else t for t in (ids, mask, denominator)]
     _launch(
-        kernels.mask_kernel, sequences, device, *given, out, keep, counted, lengths, run, n, *_strides(ids, run), *_strides(mask, run),
-        *_strides(denominator, run), HAS_MASK=mask is not None, HAS_DENOMINATOR=denominator is not None, BLOCK=_block(run),
-    )  # fmt: skip
+        kernels.mask_kernel,
+        sequences,
+        device,
+        *given,
+        out,
+        keep,
+        counted,
+        lengths,
+        run,
+        n,
+        *_strides(ids, run),
+        *_strides(mask, run),
+        *_strides(denominator, run),
+        HAS_MASK=mask is not None,
+        HAS_DENOMINATOR=denominator is not None,
+        BLOCK=_block(run),
+    )
     return Masked(out, keep, counted, lengths)
 
 
@@ -62,7 +85,9 @@ def _number(value: Any) -> tuple[float, bool]:
     return (1.0, True) if isinstance(value, Tensor) else (float(value), False)
 
 
-def weigh(masked: Masked, run: int, weighing: Weighing, scale: Any, factor: Tensor | None, terms: int) -> Tensor:
+def weigh(
+    masked: Masked, run: int, weighing: Weighing, scale: Any, factor: Tensor | None, terms: int
+) -> Tensor:
     n, sequences = masked.keep.numel(), masked.lengths.size(1)
     w = torch.empty((terms, n), dtype=torch.float32, device=masked.keep.device)
     divisor, horizon = weighing.divisor, weighing.horizon
@@ -76,34 +101,95 @@ def weigh(masked: Masked, run: int, weighing: Weighing, scale: Any, factor: Tens
     scaled = kernels.BY_TENSOR if stored else kernels.UNDIVIDED if times == 1 else kernels.BY_VALUE
     pointers = [t if isinstance(t, Tensor) else w for t in (divisor, scale, factor)]
     _launch(
-        kernels.weigh_kernel, sequences, w.device, masked.keep, masked.lengths, *pointers, w, run, n, sequences, by,
-        1.0 if horizon is None else float(horizon), times, DIVIDE=divide.value, PER_LENGTH=weighing.per_length, HORIZON=horizon is not None,
-        SCALE_BY=scaled.value, HAS_FACTOR=factor is not None, TERMS=terms, BLOCK=_block(run),
-    )  # fmt: skip
+        kernels.weigh_kernel,
+        sequences,
+        w.device,
+        masked.keep,
+        masked.lengths,
+        *pointers,
+        w,
+        run,
+        n,
+        sequences,
+        by,
+        1.0 if horizon is None else float(horizon),
+        times,
+        DIVIDE=divide.value,
+        PER_LENGTH=weighing.per_length,
+        HORIZON=horizon is not None,
+        SCALE_BY=scaled.value,
+        HAS_FACTOR=factor is not None,
+        TERMS=terms,
+        BLOCK=_block(run),
+    )
     return w
 
 
-def ratio(masked: Masked, run: int, logp: Tensor, old: Tensor | None, params: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+def ratio(
+    masked: Masked, run: int, logp: Tensor, old: Tensor | None, params: Tensor, normalize: bool
+) -> tuple[Tensor, Tensor]:
     sequences = masked.lengths.size(1)
-    found, means = torch.empty_like(logp), torch.empty(sequences, dtype=torch.float32, device=logp.device)
+    found, means = (
+        torch.empty_like(logp),
+        torch.empty(sequences, dtype=torch.float32, device=logp.device),
+    )
     _launch(
-        kernels.ratio_kernel, sequences, logp.device, logp, logp if old is None else old, masked.keep, masked.lengths, params, found, means, run,
-        HAS_OLD=old is not None, NORMALIZE=normalize, BLOCK=_block(run),
-    )  # fmt: skip
+        kernels.ratio_kernel,
+        sequences,
+        logp.device,
+        logp,
+        logp if old is None else old,
+        masked.keep,
+        masked.lengths,
+        params,
+        found,
+        means,
+        run,
+        HAS_OLD=old is not None,
+        NORMALIZE=normalize,
+        BLOCK=_block(run),
+    )
     return found, means
 
 
 def adjoint(
-    masked: Masked, run: int, d_ratio: Tensor, d_logp: Tensor, params: Tensor, means: Tensor, normalize: bool, shared: bool
+    masked: Masked,
+    run: int,
+    d_ratio: Tensor,
+    d_logp: Tensor,
+    params: Tensor,
+    means: Tensor,
+    normalize: bool,
+    shared: bool,
 ) -> None:
     _launch(
-        kernels.adjoint_kernel, masked.lengths.size(1), d_logp.device, d_ratio, d_logp, masked.keep, masked.lengths, params, means, run,
-        NORMALIZE=normalize, SHARED=shared, BLOCK=_block(run),
-    )  # fmt: skip
+        kernels.adjoint_kernel,
+        masked.lengths.size(1),
+        d_logp.device,
+        d_ratio,
+        d_logp,
+        masked.keep,
+        masked.lengths,
+        params,
+        means,
+        run,
+        NORMALIZE=normalize,
+        SHARED=shared,
+        BLOCK=_block(run),
+    )
 
 
 #: The leaves of a formula in the order in which the kernels take them.
-_ORDER = ("logp", "old_logp", "ref_logp", "sampling_logp", "adv", "entropy", "log_sum_p_sq", "log_ratio")
+_ORDER = (
+    "logp",
+    "old_logp",
+    "ref_logp",
+    "sampling_logp",
+    "adv",
+    "entropy",
+    "log_sum_p_sq",
+    "log_ratio",
+)
 
 
 def evaluate_rows(
@@ -122,28 +208,67 @@ def evaluate_rows(
     weights = row_weights[0].contiguous() if shared else row_weights.contiguous()
     stored = [leaves[name].contiguous() if name in leaves else weights for name in _ORDER]
     _launch(
-        kernels.evaluate_kernel, -(-n // _EVALUATED), out.device, *stored, weights, 0 if shared else n, params, weights if keep is None else keep, out, n,
-        PROGRAM=program_function(program, given, outputs), GIVEN=given, HAS_KEEP=keep is not None, OUTPUTS=len(outputs), BLOCK=_EVALUATED,
-    )  # fmt: skip
+        kernels.evaluate_kernel,
+        -(-n // _EVALUATED),
+        out.device,
+        *stored,
+        weights,
+        0 if shared else n,
+        params,
+        weights if keep is None else keep,
+        out,
+        n,
+        PROGRAM=program_function(program, given, outputs),
+        GIVEN=given,
+        HAS_KEEP=keep is not None,
+        OUTPUTS=len(outputs),
+        BLOCK=_EVALUATED,
+    )
     return out
 
 
 def metrics(
-    masked: Masked, run: int, monitor: Monitor, params: Tensor, leaves: dict[str, Tensor], names: tuple[str, ...]
+    masked: Masked,
+    run: int,
+    monitor: Monitor,
+    params: Tensor,
+    leaves: dict[str, Tensor],
+    names: tuple[str, ...],
 ) -> tuple[Tensor, Tensor]:
     n, sequences, like = masked.keep.numel(), masked.lengths.size(1), leaves["logp"]
-    parts = torch.empty((metric_kernels.SUMS.value, sequences), dtype=torch.float32, device=like.device)
+    parts = torch.empty(
+        (metric_kernels.SUMS.value, sequences), dtype=torch.float32, device=like.device
+    )
     stored = [leaves.get(name, like) for name in (*_ORDER, "d_logp", "d_entropy", "factor")]
     _launch(
-        metric_kernels.sums_kernel, sequences, like.device, *stored, masked.keep, params, parts, run, n, PROGRAM=monitor_function(monitor),
-        GIVEN="log_ratio" in leaves, BLOCK=min(_EVALUATED, _block(run)),
-    )  # fmt: skip
+        metric_kernels.sums_kernel,
+        sequences,
+        like.device,
+        *stored,
+        masked.keep,
+        params,
+        parts,
+        run,
+        n,
+        PROGRAM=monitor_function(monitor),
+        GIVEN="log_ratio" in leaves,
+        BLOCK=min(_EVALUATED, _block(run)),
+    )
     sums = torch.empty((len(names), 2), dtype=torch.float32, device=like.device)
     values = torch.empty(len(names), dtype=torch.float32, device=like.device)
     _launch(
-        metric_kernels.metrics_kernel, 1, like.device, parts, masked.lengths, sums, values, sequences, len(names),
-        AT=tuple(names.index(name) if name in names else -1 for name in METRICS), BLOCK=_EVALUATED,
-    )  # fmt: skip
+        metric_kernels.metrics_kernel,
+        1,
+        like.device,
+        parts,
+        masked.lengths,
+        sums,
+        values,
+        sequences,
+        len(names),
+        AT=tuple(names.index(name) if name in names else -1 for name in METRICS),
+        BLOCK=_EVALUATED,
+    )
     return sums, values
 
 

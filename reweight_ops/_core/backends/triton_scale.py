@@ -27,12 +27,24 @@ def scale(grad: Tensor, factor: Tensor) -> None:
         return
     size = grad.element_size()
     block = _THREADS * _VECTORS * 16 // size
-    tiles = (spans.columns + 16 // size - 2) // block + 1  # a row begins less than one vector into its first tile
+    # a row begins less than one vector into its first tile
+    tiles = (spans.columns + 16 // size - 2) // block + 1
     if not spans.rows * spans.columns:
         return
     grid = min(spans.rows * tiles, _PROGRAMS * triton_launch.processors(grad.device))
     triton_launch.launch(
-        scale_kernel, grid, grad, factor.detach().float(), spans.rows, spans.columns, tiles, *spans.addresses, FLAT=spans.rows == 1, BLOCK=block,
-        SIZE=size, EMULATE=triton_launch.interpreted() and grad.dtype == torch.bfloat16,
-        shape=Launch(_THREADS, _REGISTERS), wave=triton_launch.wave(grad.device),
-    )  # fmt: skip
+        scale_kernel,
+        grid,
+        grad,
+        factor.detach().float(),
+        spans.rows,
+        spans.columns,
+        tiles,
+        *spans.addresses,
+        FLAT=spans.rows == 1,
+        BLOCK=block,
+        SIZE=size,
+        EMULATE=triton_launch.interpreted() and grad.dtype == torch.bfloat16,
+        shape=Launch(_THREADS, _REGISTERS),
+        wave=triton_launch.wave(grad.device),
+    )

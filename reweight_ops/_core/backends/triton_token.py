@@ -16,23 +16,36 @@ from .triton_cache import program_function
 class _Call:
     """The common arguments of the launches of one call."""
 
-    def __init__(self, logits: Tensor, temperature: Tensor, softmax: SoftmaxParams, out: Tensor | None = None) -> None:
+    def __init__(
+        self, logits: Tensor, temperature: Tensor, softmax: SoftmaxParams, out: Tensor | None = None
+    ) -> None:
         self.where = rows_of(logits)
         self.rows = logits.numel() // logits.size(-1)
         self.wave = triton_launch.wave(logits.device)
-        self.config: Config = config_for(softmax.vocab_size, logits.element_size(), softmax.softcap != float("inf"))
+        self.config: Config = config_for(
+            softmax.vocab_size, logits.element_size(), softmax.softcap != float("inf")
+        )
         self.segments = -(-softmax.vocab_size // self.config.segment)
         self.split = triton_launch.is_split(self.rows, self.segments, logits.device)
         self.softcap = 1.0 if softmax.softcap == float("inf") else softmax.softcap
         self.tile = {
-            "CAP": softmax.softcap != float("inf"), "SLOTS": self.config.slots, "VECTORS": self.config.vectors, "E": self.config.vector
-        }  # fmt: skip
+            "CAP": softmax.softcap != float("inf"),
+            "SLOTS": self.config.slots,
+            "VECTORS": self.config.vectors,
+            "E": self.config.vector,
+        }
         self.align = triton_launch.alignment(logits, *([] if out is None else [out]))
         self.t_stride = 0 if temperature.numel() == 1 else 1
         self.emulate = triton_launch.interpreted() and logits.dtype == torch.bfloat16
-        self.device = torch.device("cuda", logits.device.index or 0) if logits.device.type == "cuda" else logits.device
+        self.device = (
+            torch.device("cuda", logits.device.index or 0)
+            if logits.device.type == "cuda"
+            else logits.device
+        )
 
-    def partial(self, logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, merge: bool) -> Tensor | None:
+    def partial(
+        self, logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, merge: bool
+    ) -> Tensor | None:
         """Return the slots of the segments and the logits of the targets if the rows
         are split.
 
@@ -43,11 +56,33 @@ class _Call:
         size = 4 * self.config.slots * self.segments + 5
         partial = torch.empty((self.rows, size), dtype=torch.float32, device=logits.device)
         args = (
-            logits, ids, temperature, partial, self.t_stride, *self.where, softmax.vocab_size, self.softcap, softmax.vocab_start, softmax.total()
-        )  # fmt: skip
-        meta = {"SEGMENT": self.config.segment, **self.tile, "ALIGN": self.align, "shape": self.config.stats.alone(), "wave": self.wave}
+            logits,
+            ids,
+            temperature,
+            partial,
+            self.t_stride,
+            *self.where,
+            softmax.vocab_size,
+            self.softcap,
+            softmax.vocab_start,
+            softmax.total(),
+        )
+        meta = {
+            "SEGMENT": self.config.segment,
+            **self.tile,
+            "ALIGN": self.align,
+            "shape": self.config.stats.alone(),
+            "wave": self.wave,
+        }
         policy = "evict_last" if merge else "evict_first"
-        triton_launch.launch(kernels.partial_kernel, self.rows * self.segments, *args, **meta, AHEAD=self.config.stats.ahead, POLICY=policy)
+        triton_launch.launch(
+            kernels.partial_kernel,
+            self.rows * self.segments,
+            *args,
+            **meta,
+            AHEAD=self.config.stats.ahead,
+            POLICY=policy,
+        )
         if merge:
             triton_launch.launch(kernels.merge_kernel, self.rows, *args, **meta)
         return partial
@@ -57,7 +92,9 @@ class _Call:
         return self.rows * (-(-out.size(-1) // self.config.segment) if self.split else 1)
 
 
-def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, stats: tuple[str, ...]) -> Tensor:
+def token_stats(
+    logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, stats: tuple[str, ...]
+) -> Tensor:
     out = torch.empty((len(stats), ids.numel()), dtype=torch.float32, device=logits.device)
     if not ids.numel():
         return out
@@ -65,11 +102,29 @@ def token_stats(logits: Tensor, ids: Tensor, temperature: Tensor, softmax: Softm
     call = _Call(logits, temperature, softmax)
     partial = call.partial(logits, ids, temperature, softmax, merge=False)
     triton_launch.launch(
-        kernels.stats_kernel, call.rows, logits, ids, temperature, out if partial is None else partial, out, call.rows,
-        call.t_stride, *call.where, softmax.vocab_size, call.softcap, softmax.vocab_start, softmax.total(),
-        STATS=tuple(stats.index(name) if name in stats else -1 for name in STATS), SPLIT=call.split, SEGMENT=call.config.segment,
-        **call.tile, ALIGN=call.align, AHEAD=call.config.stats.ahead, shape=call.config.stats, wave=call.wave,
-    )  # fmt: skip
+        kernels.stats_kernel,
+        call.rows,
+        logits,
+        ids,
+        temperature,
+        out if partial is None else partial,
+        out,
+        call.rows,
+        call.t_stride,
+        *call.where,
+        softmax.vocab_size,
+        call.softcap,
+        softmax.vocab_start,
+        softmax.total(),
+        STATS=tuple(stats.index(name) if name in stats else -1 for name in STATS),
+        SPLIT=call.split,
+        SEGMENT=call.config.segment,
+        **call.tile,
+        ALIGN=call.align,
+        AHEAD=call.config.stats.ahead,
+        shape=call.config.stats,
+        wave=call.wave,
+    )
     return out
 
 
@@ -90,14 +145,37 @@ def token_grad(
     nothing = stats["logp"]  # a placeholder for what no program reads
     to = rows_of(out)
     triton_launch.launch(
-        kernels.gradient_kernel, call.grid(out), logits, out, ids, temperature, stats["logp"], stats["lse"],
-        stats.get("lse_low", nothing), stats.get("entropy", nothing), stats.get("log_sum_p_sq", nothing),
-        *(nothing if c is None else c for c in by), call.t_stride,
-        *call.where, to.batch_stride, to.row_stride, softmax.vocab_size, out.size(-1), call.softcap, softmax.vocab_start, softmax.total(),
-        GIVEN=tuple(c is not None for c in by), LOW="lse_low" in stats, SPLIT=call.split, CHUNK=call.config.segment,
-        **call.tile | {"SLOTS": call.config.grad.threads, "VECTORS": call.config.grad_vectors}, ALIGN=call.align, EMULATE=call.emulate,
-        shape=call.config.grad, wave=call.wave,
-    )  # fmt: skip
+        kernels.gradient_kernel,
+        call.grid(out),
+        logits,
+        out,
+        ids,
+        temperature,
+        stats["logp"],
+        stats["lse"],
+        stats.get("lse_low", nothing),
+        stats.get("entropy", nothing),
+        stats.get("log_sum_p_sq", nothing),
+        *(nothing if c is None else c for c in by),
+        call.t_stride,
+        *call.where,
+        to.batch_stride,
+        to.row_stride,
+        softmax.vocab_size,
+        out.size(-1),
+        call.softcap,
+        softmax.vocab_start,
+        softmax.total(),
+        GIVEN=tuple(c is not None for c in by),
+        LOW="lse_low" in stats,
+        SPLIT=call.split,
+        CHUNK=call.config.segment,
+        **call.tile | {"SLOTS": call.config.grad.threads, "VECTORS": call.config.grad_vectors},
+        ALIGN=call.align,
+        EMULATE=call.emulate,
+        shape=call.config.grad,
+        wave=call.wave,
+    )
 
 
 def token_loss_grad(
@@ -118,14 +196,46 @@ def token_loss_grad(
     graph = loss_graph(program)
     partial = call.partial(logits, ids, temperature, softmax, merge=True)
     to, entropy, p_sq = rows_of(out), graph.moves("entropy"), graph.moves("log_sum_p_sq")
-    given = [rows if x is None else x for x in (inputs.old_logp, inputs.adv, inputs.ref_logp, inputs.sampling_logp)]
+    given = [
+        rows if x is None else x
+        for x in (inputs.old_logp, inputs.adv, inputs.ref_logp, inputs.sampling_logp)
+    ]
     triton_launch.launch(
-        kernels.loss_grad_kernel, call.grid(out), logits, out, ids, temperature, inputs.row_weights, *given, params,
-        rows if partial is None else partial, rows, n, call.t_stride, inputs.row_weights.stride(0), int(inputs.old_logp is not None),
-        *call.where, to.batch_stride, to.row_stride, softmax.vocab_size, out.size(-1), call.softcap, softmax.vocab_start, softmax.total(),
-        PROGRAM=program_function(program), ENTROPY=entropy, P_SQ=p_sq, READS_P_SQ=p_sq or "log_sum_p_sq" in graph.reads(),
-        SPLIT=call.split, CHUNK=call.config.segment, SEGMENT=call.config.segment, **call.tile, ALIGN=call.align,
-        AHEAD=call.config.one_pass.ahead, EMULATE=call.emulate,
-        shape=call.config.one_pass.alone() if call.split else call.config.one_pass, wave=call.wave,
-    )  # fmt: skip
+        kernels.loss_grad_kernel,
+        call.grid(out),
+        logits,
+        out,
+        ids,
+        temperature,
+        inputs.row_weights,
+        *given,
+        params,
+        rows if partial is None else partial,
+        rows,
+        n,
+        call.t_stride,
+        inputs.row_weights.stride(0),
+        int(inputs.old_logp is not None),
+        *call.where,
+        to.batch_stride,
+        to.row_stride,
+        softmax.vocab_size,
+        out.size(-1),
+        call.softcap,
+        softmax.vocab_start,
+        softmax.total(),
+        PROGRAM=program_function(program),
+        ENTROPY=entropy,
+        P_SQ=p_sq,
+        READS_P_SQ=p_sq or "log_sum_p_sq" in graph.reads(),
+        SPLIT=call.split,
+        CHUNK=call.config.segment,
+        SEGMENT=call.config.segment,
+        **call.tile,
+        ALIGN=call.align,
+        AHEAD=call.config.one_pass.ahead,
+        EMULATE=call.emulate,
+        shape=call.config.one_pass.alone() if call.split else call.config.one_pass,
+        wave=call.wave,
+    )
     return rows

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-#: Bytes of logits by device, and the fewest rows that still make an efficient GEMM (every chunk reads the weight again).
+#: Bytes of logits by device, and the fewest rows that still make an efficient GEMM
+#: (every chunk reads the weight again).
 _BUDGET = {"cpu": 96 << 20, "cuda": 1 << 30}
 _FEWEST_ROWS = 256
 
@@ -20,7 +21,13 @@ class Chunking(NamedTuple):
     keep_rows: int
 
 
-def chunking(rows: int, row_bytes: int, device: torch.device, chunk_rows: int | None = None, memory_budget: int | None = None) -> Chunking:
+def chunking(
+    rows: int,
+    row_bytes: int,
+    device: torch.device,
+    chunk_rows: int | None = None,
+    memory_budget: int | None = None,
+) -> Chunking:
     """The chunks of ``rows`` rows with ``row_bytes`` bytes of logits each.
 
     The working chunk gets the device's budget (or the caller's, if smaller), but at
@@ -31,7 +38,13 @@ def chunking(rows: int, row_bytes: int, device: torch.device, chunk_rows: int | 
     row_bytes = max(row_bytes, 1)
     if chunk_rows is None:
         usual = _BUDGET.get(device.type, _BUDGET["cuda"])
-        chunk_rows = balanced(rows, max((usual if memory_budget is None else min(usual, memory_budget)) // row_bytes, _FEWEST_ROWS))
+        chunk_rows = balanced(
+            rows,
+            max(
+                (usual if memory_budget is None else min(usual, memory_budget)) // row_bytes,
+                _FEWEST_ROWS,
+            ),
+        )
     if rows <= chunk_rows:
         return Chunking(chunk_rows, rows)
     budget = memory_budget if memory_budget is not None else 0

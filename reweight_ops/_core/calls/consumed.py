@@ -22,7 +22,11 @@ class _Region(NamedTuple):
     strides: tuple[int, ...]
 
     def end(self) -> int:
-        return self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)) + 1
+        return (
+            self.offset
+            + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
+            + 1
+        )
 
     def box(self) -> list[tuple[int, int]]:
         """Return the first and last index of every dimension, largest stride first, in
@@ -39,7 +43,10 @@ class _Region(NamedTuple):
         elsewhere, and boxes say nothing.
         """
         strides = sorted(self.strides, reverse=True)
-        return any((last + 1) * inner > outer for (_, last), outer, inner in zip(self.box()[1:], strides, strides[1:], strict=False))
+        return any(
+            (last + 1) * inner > outer
+            for (_, last), outer, inner in zip(self.box()[1:], strides, strides[1:], strict=False)
+        )
 
     def overlaps(self, other: _Region) -> bool:
         """Return whether two regions overlap.
@@ -47,16 +54,28 @@ class _Region(NamedTuple):
         This is exact for two slices of one tensor. Otherwise it tells whether their
         spans meet.
         """
-        if not all(self.shape) or not all(other.shape) or self.offset >= other.end() or other.offset >= self.end():
+        if (
+            not all(self.shape)
+            or not all(other.shape)
+            or self.offset >= other.end()
+            or other.offset >= self.end()
+        ):
             return False
         if self.strides != other.strides or self.wraps() or other.wraps():
             return True
-        return all(a0 <= b1 and b0 <= a1 for (a0, a1), (b0, b1) in zip(self.box(), other.box(), strict=True))
+        return all(
+            a0 <= b1 and b0 <= a1
+            for (a0, a1), (b0, b1) in zip(self.box(), other.box(), strict=True)
+        )
 
 
 def _region(logits: Tensor) -> _Region:
     size = logits.element_size()  # in bytes: a view may have another dtype
-    return _Region(int(logits.storage_offset()) * size, (*logits.shape, size), (*(s * size for s in logits.stride()), 1))
+    return _Region(
+        int(logits.storage_offset()) * size,
+        (*logits.shape, size),
+        (*(s * size for s in logits.stride()), 1),
+    )
 
 
 def mark(logits: Tensor) -> None:

@@ -18,14 +18,26 @@ from torch import Tensor, dtype
 
 from ...errors import InvalidCall
 from ..catalogue.signatures import DEFAULTS
-from ..ranges import Count, FixedPositiveOrInf, Flag, NonNegative, Positive, Range, Scalar, described, is_constant, ranges_of
+from ..ranges import (
+    Count,
+    FixedPositiveOrInf,
+    Flag,
+    NonNegative,
+    Positive,
+    Range,
+    Scalar,
+    described,
+    is_constant,
+    ranges_of,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
 class Options:
-    """The base of the records: frozen dataclasses of keywords, each with its default."""
+    """The base of the records: frozen dataclasses of keywords, each with
+    its default."""
 
     NAMES: ClassVar[tuple[str, ...]] = ()
     RANGES: ClassVar[dict[str, Range]] = {}
@@ -79,7 +91,8 @@ class PolicyOptions(Options):
 
 
 class Lora(NamedTuple):
-    """A low-rank term of the head: ``logits += scale · (hidden @ aᵀ) @ bᵀ``, ``a [r, D]``, ``b [V, r]``. ``W + scale·b·a`` is never built.
+    """A low-rank term of the head: ``logits += scale · (hidden @ aᵀ) @ bᵀ``,
+    ``a [r, D]``, ``b [V, r]``. ``W + scale·b·a`` is never built.
 
     The factors have the dtype of hidden, or both have a wider one (PEFT's fp32 beside a
     bf16 head). The term and its gradients are then computed in that dtype, and only the
@@ -368,13 +381,23 @@ ALIASES = {
 
 for _record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions):
     _record.NAMES = tuple(f.name for f in dataclasses.fields(_record))
-    _record.RANGES = {name: allowed for name, allowed in ranges_of(_record).items() if not isinstance(allowed, Flag)}
-    _record.FLAGS = {f.name: "None" in str(f.type) for f in dataclasses.fields(_record) if str(f.type).startswith("bool")}
+    _record.RANGES = {
+        name: allowed
+        for name, allowed in ranges_of(_record).items()
+        if not isinstance(allowed, Flag)
+    }
+    _record.FLAGS = {
+        f.name: "None" in str(f.type)
+        for f in dataclasses.fields(_record)
+        if str(f.type).startswith("bool")
+    }
     _record.__doc__ = described(_record.__doc__, _record.RANGES)
     DEFAULTS.update({f.name: f.default for f in dataclasses.fields(_record)})
 
 
-def parse(op: str, keywords: dict[str, Any], *records: type[Options], own: tuple[str, ...] = ()) -> list[Any]:
+def parse(
+    op: str, keywords: dict[str, Any], *records: type[Options], own: tuple[str, ...] = ()
+) -> list[Any]:
     """Return one of each record from the keywords.
 
     A keyword of no record is a TypeError. ``own`` has the op's other keywords, for the
@@ -389,11 +412,18 @@ def parse(op: str, keywords: dict[str, Any], *records: type[Options], own: tuple
         for name, optional in record.FLAGS.items():
             if name in keywords:
                 check_flag(op, name, keywords[name], optional)
-    return [record(**{name: keywords[name] for name in record.NAMES if name in keywords}) for record in records]
+    return [
+        record(**{name: keywords[name] for name in record.NAMES if name in keywords})
+        for record in records
+    ]
 
 
 def _check(
-    op: str, names: Iterable[str], given: Iterable[tuple[str, Any]], records: tuple[type[Options], ...], own: tuple[str, ...]
+    op: str,
+    names: Iterable[str],
+    given: Iterable[tuple[str, Any]],
+    records: tuple[type[Options], ...],
+    own: tuple[str, ...],
 ) -> None:
     known = [name for record in records for name in record.NAMES]
     for name in names:
@@ -407,16 +437,24 @@ def _check(
 
 @torch.compiler.assume_constant_result
 def _check_constants(
-    op: str, names: tuple[str, ...], given: tuple[tuple[str, Any], ...], records: tuple[type[Options], ...], own: tuple[str, ...]
+    op: str,
+    names: tuple[str, ...],
+    given: tuple[tuple[str, Any], ...],
+    records: tuple[type[Options], ...],
+    own: tuple[str, ...],
 ) -> None:
-    # torch.compile runs this and follows none of it: what it raises is the reason that compilation ends with.
+    # torch.compile runs this and follows none of it: what it raises is the reason that
+    # compilation ends with.
     _check(op, names, given, records, own)
 
 
 def check_flag(op: str, name: str, value: Any, optional: bool = False) -> None:
-    """Raise for a value that is neither True nor False. Any text would count as true."""
+    """Raise for a value that is neither True nor False. Any text would
+    count as true."""
     if type(value) is not bool and not (optional and value is None):
-        raise InvalidCall(f"{op}: {name} is {value!r}, expected True or False{' or None' if optional else ''}.")
+        raise InvalidCall(
+            f"{op}: {name} is {value!r}, expected True or False{' or None' if optional else ''}."
+        )
 
 
 def _reject(op: str, name: str, known: tuple[str, ...]) -> NoReturn:
@@ -434,15 +472,23 @@ def _target(alias: str) -> str:
     return alias.split("=")[0].split(",")[0]
 
 
-def misnamed(op: str, signature: inspect.Signature, given: int, keywords: Iterable[str]) -> TypeError | None:
+def misnamed(
+    op: str, signature: inspect.Signature, given: int, keywords: Iterable[str]
+) -> TypeError | None:
     """Return the error for an argument that is missing because the caller used another
     library's name.
 
     ``given`` is the number of positional arguments.
     """
     known = signature.parameters
-    missing = {name for at, (name, p) in enumerate(known.items()) if p.default is p.empty and (at >= given or p.kind is p.KEYWORD_ONLY)}
+    missing = {
+        name
+        for at, (name, p) in enumerate(known.items())
+        if p.default is p.empty and (at >= given or p.kind is p.KEYWORD_ONLY)
+    }
     for name in keywords:
         if name not in known and _target(ALIASES.get(name, "")) in missing.difference(keywords):
-            return TypeError(f"{op}() got an unexpected keyword argument {name!r}. Here it is {ALIASES[name]}.")
+            return TypeError(
+                f"{op}() got an unexpected keyword argument {name!r}. Here it is {ALIASES[name]}."
+            )
     return None

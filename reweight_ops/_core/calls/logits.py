@@ -42,11 +42,14 @@ class Logits:
     backend: str
     original: Tensor
     kept: KeptSets | None = None
-    shard: VocabGroup | None = None  # a vocabulary over several ranks, each with its columns
+    # a vocabulary over several ranks, each with its columns
+    shard: VocabGroup | None = None
 
     @property
     def needs_grad(self) -> bool:
-        return torch.is_grad_enabled() and (self.values.requires_grad or self.temperature.requires_grad)
+        return torch.is_grad_enabled() and (
+            self.values.requires_grad or self.temperature.requires_grad
+        )
 
     def mark_consumed(self) -> None:
         if self.consume:
@@ -54,13 +57,23 @@ class Logits:
 
 
 def resolve_logits(
-    op: str, logits: Any, completion_ids: Any, options: SoftmaxOptions, data: dict[str, Any], validate: bool = False
+    op: str,
+    logits: Any,
+    completion_ids: Any,
+    options: SoftmaxOptions,
+    data: dict[str, Any],
+    validate: bool = False,
 ) -> Logits:
     """Check logits against ids and resolve the rows.
 
     ``data`` holds the other tensors of the call by their public names.
     """
-    tensors = {"logits": logits, "completion_ids": completion_ids, "temperature": options.temperature, **data}
+    tensors = {
+        "logits": logits,
+        "completion_ids": completion_ids,
+        "temperature": options.temperature,
+        **data,
+    }
     if options.sampling_mask is not None:
         tensors |= mask_tensors(options.sampling_mask)
 
@@ -77,11 +90,17 @@ def resolve_logits(
     if completion_ids.device != logits.device:
         raise fail(f"completion_ids are on {completion_ids.device}, logits on {logits.device}.")
     if consumed.is_consumed(logits):
-        raise fail("these logits were consumed by an earlier call with consume_logits=True: they hold a gradient now.")
+        raise fail(
+            "these logits were consumed by an earlier call with consume_logits=True: they hold "
+            "a gradient now."
+        )
 
     shape = tuple(completion_ids.shape)
     if logits.dim() != len(shape) + 1 or logits.shape[: max(len(shape) - 1, 0)] != shape[:-1]:
-        raise fail(f"logits has shape {tuple(logits.shape)}; completion_ids is {shape}, so expected {shape} + (V,).")
+        raise fail(
+            f"logits has shape {tuple(logits.shape)}; completion_ids is {shape}, so expected "
+            f"{shape} + (V,)."
+        )
     if not shape:
         raise fail("completion_ids has no dimension; expected [N] or [B, T].")
     positions, expected = logits.shape[-2], shape[-1] + int(options.drop_last)
@@ -91,24 +110,44 @@ def resolve_logits(
             hint = "pass drop_last=True (no copy in backward), or logits[:, :-1]"
         elif options.drop_last and positions == shape[-1]:
             hint = "they match already, so drop drop_last=True"
-        raise fail(f"logits has {positions} positions, completion_ids {shape[-1]}: {hint or f'expected {expected}'}.")
+        raise fail(
+            f"logits has {positions} positions, completion_ids {shape[-1]}: "
+            f"{hint or f'expected {expected}'}."
+        )
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        raise fail("the last dimension of logits is not contiguous (any other stride is fine): pass logits.contiguous().")
+        raise fail(
+            "the last dimension of logits is not contiguous (any other stride is fine): pass "
+            "logits.contiguous()."
+        )
 
     softmax = resolve_softmax(op, options, logits.shape[-1], fail)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     primitives = row_primitives(logits, options.backend)
-    rows = resolve_rows(op, shape, logits.device, dtype, tensors, softmax.total(), validate, primitives)
+    rows = resolve_rows(
+        op, shape, logits.device, dtype, tensors, softmax.total(), validate, primitives
+    )
     assert rows.ids is not None
     sampled = resolve_sampling_mask(rows, options, softmax.total(), validate, fail)
     consume = options.consume_logits and torch.is_grad_enabled() and logits.requires_grad
     if consume and logits.is_leaf:
-        raise fail("consume_logits=True would overwrite a leaf that requires grad; use it only for logits that a model computed.")
+        raise fail(
+            "consume_logits=True would overwrite a leaf that requires grad; use it only for "
+            "logits that a model computed."
+        )
     ids, kept = (rows.ids, None) if sampled is None else (sampled.position, sampled.sets)
     return Logits(
-        collapsed("logits", logits, fail), rows, ids, resolve_temperature(rows, options.temperature, fail), softmax, options.drop_last,
-        consume, options.backend, logits, kept, vocab_group(options, logits.shape[-1]),
-    )  # fmt: skip
+        collapsed("logits", logits, fail),
+        rows,
+        ids,
+        resolve_temperature(rows, options.temperature, fail),
+        softmax,
+        options.drop_last,
+        consume,
+        options.backend,
+        logits,
+        kept,
+        vocab_group(options, logits.shape[-1]),
+    )
 
 
 def collapsed(name: str, logits: Tensor, fail: Fail) -> Tensor:
@@ -119,5 +158,6 @@ def collapsed(name: str, logits: Tensor, fail: Fail) -> Tensor:
         return logits.view(-1, *logits.shape[-2:])
     except RuntimeError:
         raise fail(
-            f"the leading dimensions of {name}, with strides {logits.stride()}, do not form a single batch dimension: pass {name}.contiguous() or [B, T, V]."
+            f"the leading dimensions of {name}, with strides {logits.stride()}, do not form a "
+            f"single batch dimension: pass {name}.contiguous() or [B, T, V]."
         ) from None

@@ -40,7 +40,10 @@ def check_inputs(rows: Rows, spec: PairSpec, options: PairOptions) -> None:
     """Check that everything the spec needs is given once, and nothing else."""
     name = f"the spec {spec.name!r}" if spec.name else "the spec"
     if options.pairs not in LAYOUTS:
-        raise rows.error(f"pairs is {options.pairs!r}, expected 'halves' (all chosen, then all rejected) or 'interleaved'.")
+        raise rows.error(
+            f"pairs is {options.pairs!r}, expected 'halves' (all chosen, then all rejected) or "
+            "'interleaved'."
+        )
     sequences = rows.need_sequences("a pair loss")
     if sequences.count % spec.group_size:
         what = "pairs" if spec.group_size == 2 else f"lists of {spec.group_size}"
@@ -49,13 +52,18 @@ def check_inputs(rows: Rows, spec: PairSpec, options: PairOptions) -> None:
         given = [k for k in NEEDS.get(need, ()) if getattr(options, k) is not None]
         if need in NEEDS and len(given) != 1:
             keywords = " or ".join(NEEDS[need])
-            raise rows.error(f"{name} needs {keywords}." if not given else f"pass {keywords}, not both.")
+            raise rows.error(
+                f"{name} needs {keywords}." if not given else f"pass {keywords}, not both."
+            )
     read = {k for need in spec.requires for k in NEEDS.get(need, ())}
     for keyword in sorted({k for ks in NEEDS.values() for k in ks} - read):
         if getattr(options, keyword) is not None:
             raise rows.error(f"{name} does not read {keyword}; it would have no effect.")
     if "order" in spec.requires and options.sequence_ids is not None:
-        raise rows.error("ld_alpha counts positions, so sequences must be consecutive: pass [B, T] tensors or cu_seqlens.")
+        raise rows.error(
+            "ld_alpha counts positions, so sequences must be consecutive: pass [B, T] tensors "
+            "or cu_seqlens."
+        )
 
 
 def token_inputs(rows: Rows, options: PairOptions) -> dict[str, Tensor]:
@@ -72,7 +80,9 @@ def token_inputs(rows: Rows, options: PairOptions) -> dict[str, Tensor]:
         if value is not None:
             if not isinstance(value, Tensor) or value.numel() != rows.count:
                 raise rows.error(f"{keyword} must be a tensor {rows.shape}, one number a token.")
-            found[key] = torch.where(rows.keep, rows.flatten_per_token(keyword, value, logps=stored), 0)
+            found[key] = torch.where(
+                rows.keep, rows.flatten_per_token(keyword, value, logps=stored), 0
+            )
     return found
 
 
@@ -87,21 +97,35 @@ def sequence_inputs(rows: Rows, options: PairOptions) -> dict[str, Tensor]:
 
 
 def pair_inputs(rows: Rows, options: PairOptions, pairs: int) -> dict[str, Tensor]:
-    """Return the caller's inputs per pair ``[P]`` (``noise``: ``[P + 1]``), detached."""
-    found = {k: _vector(rows, k, getattr(options, k), pairs, "pair") for k in _PER_PAIR if getattr(options, k) is not None}
+    """Return the caller's inputs per pair ``[P]`` (``noise``:
+    ``[P + 1]``), detached."""
+    found = {
+        k: _vector(rows, k, getattr(options, k), pairs, "pair")
+        for k in _PER_PAIR
+        if getattr(options, k) is not None
+    }
     if options.noise is not None:
         found["noise"] = _vector(rows, "noise", options.noise, pairs + 1, "pair, and one more")
     return {name: value.detach() for name, value in found.items()}
 
 
-def _vector(rows: Rows, name: str, value: Any, count: int, what: str, stored: bool = False) -> Tensor:
+def _vector(
+    rows: Rows, name: str, value: Any, count: int, what: str, stored: bool = False
+) -> Tensor:
     if not isinstance(value, Tensor) or tuple(value.shape) not in ((count,), (count, 1)):
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise rows.error(f"{name} has shape {got}, expected ({count},): one number a {what}.")
     if value.device != rows.device:
-        raise rows.error(f"{name} is on {value.device}, the logits or log-probs are on {rows.device}.")
+        raise rows.error(
+            f"{name} is on {value.device}, the logits or log-probs are on {rows.device}."
+        )
     if stored and value.dtype not in (torch.float32, torch.float64):
-        raise rows.error(f"{name} is {value.dtype}: log-probs in 16 bits lose the ratio; compute them with .float().")
+        raise rows.error(
+            f"{name} is {value.dtype}: log-probs in 16 bits lose the ratio; compute them with "
+            ".float()."
+        )
     if stored and value.requires_grad:
-        raise rows.error(f"{name} requires grad, but no gradient flows to stored log-probs: pass it detached.")
+        raise rows.error(
+            f"{name} requires grad, but no gradient flows to stored log-probs: pass it detached."
+        )
     return value.reshape(-1).to(rows.dtype)

@@ -28,7 +28,11 @@ from .softmax import refuse_learnt
 from .unused import without_unused
 
 #: Maps stored log-probs to the leaf of a formula.
-_FIELDS = {"old_per_token_logps": "old_logp", "ref_per_token_logps": "ref_logp", "sampling_per_token_logps": "sampling_logp"}
+_FIELDS = {
+    "old_per_token_logps": "old_logp",
+    "ref_per_token_logps": "ref_logp",
+    "sampling_per_token_logps": "sampling_logp",
+}
 
 #: The statistics of the current policy through which the loss is differentiated.
 STATISTICS = ("logp", "entropy", "log_sum_p_sq")
@@ -56,14 +60,24 @@ class LossCall:
     def by_argument(self) -> dict[str, Tensor | None]:
         """Return the arguments of the call that formulas read, by name."""
         return {
-            "advantages": self.adv, "old_per_token_logps": self.old_logp, "ref_per_token_logps": self.ref_logp,
+            "advantages": self.adv,
+            "old_per_token_logps": self.old_logp,
+            "ref_per_token_logps": self.ref_logp,
             "sampling_per_token_logps": self.sampling_logp,
-        }  # fmt: skip
+        }
 
     def differentiated(self) -> dict[str, Tensor]:
         """Return the stored log-probs that require grad, by leaf."""
-        stored = {"old_logp": self.old_logp, "ref_logp": self.ref_logp, "sampling_logp": self.sampling_logp}
-        return {name: t for name, t in stored.items() if t is not None and t.requires_grad} if torch.is_grad_enabled() else {}
+        stored = {
+            "old_logp": self.old_logp,
+            "ref_logp": self.ref_logp,
+            "sampling_logp": self.sampling_logp,
+        }
+        return (
+            {name: t for name, t in stored.items() if t is not None and t.requires_grad}
+            if torch.is_grad_enabled()
+            else {}
+        )
 
     @property
     def inputs_require_grad(self) -> bool:
@@ -87,9 +101,17 @@ class LossCall:
         # dataclasses.replace.
         rows = self.rows.without_inputs()
         return LossCall(
-            self.spec, rows, self.divisors, self.loss_scale, self.adv, self.old_logp, self.ref_logp, self.sampling_logp, self.factor,
+            self.spec,
+            rows,
+            self.divisors,
+            self.loss_scale,
+            self.adv,
+            self.old_logp,
+            self.ref_logp,
+            self.sampling_logp,
+            self.factor,
             self.adv_per_sequence,
-        )  # fmt: skip
+        )
 
     def row_weights(self, statistics: dict[str, Tensor] | None = None) -> Tensor:
         """Return ``[K, N]``: the row weight of every term, ``loss_scale`` included.
@@ -101,7 +123,11 @@ class LossCall:
         found: dict[int, Tensor] = {}
         for k in set(self.spec.reduction_of_term):
             reduction = self.spec.reductions[k]
-            u = None if reduction.weight is None else self._evaluate_weight(reduction.weight, statistics)
+            u = (
+                None
+                if reduction.weight is None
+                else self._evaluate_weight(reduction.weight, statistics)
+            )
             w = reduction.row_weights(self.rows, self.divisors, u).to(self.rows.dtype)
             # A coupled reduction is scaled afterwards, because it is not linear.
             found[k] = w * self._scale if self._is_scaled and not reduction.coupled else w
@@ -121,7 +147,8 @@ class LossCall:
         reduction = self.spec.reduction
         if reduction.coupled or reduction.weight is not None or not reduction.scalar:
             raise self.rows.error(
-                f"a term beside the spec's has no row weights by {type(reduction).__name__}, which is not a fixed sum over rows."
+                f"a term beside the spec's has no row weights by {type(reduction).__name__}, "
+                "which is not a fixed sum over rows."
             )
         found = reduction.row_weights(self.rows, self.divisors).to(self.rows.dtype)
         return found * self._scale if self._is_scaled else found
@@ -133,9 +160,18 @@ class LossCall:
         rows, terms = self.rows, self.spec.reductions
         assert rows.primitives is not None and rows.masked is not None
         own = self.spec.reduction_of_term
-        plans = {k: None if terms[k].coupled else terms[k].weighing(rows, self.divisors) for k in set(own)}
-        numbers = (self.loss_scale, self.factor, *(plan.divisor for plan in plans.values() if plan is not None))
-        if any(plan is None for plan in plans.values()) or any(isinstance(x, Tensor) and x.requires_grad for x in numbers):
+        plans = {
+            k: None if terms[k].coupled else terms[k].weighing(rows, self.divisors)
+            for k in set(own)
+        }
+        numbers = (
+            self.loss_scale,
+            self.factor,
+            *(plan.divisor for plan in plans.values() if plan is not None),
+        )
+        if any(plan is None for plan in plans.values()) or any(
+            isinstance(x, Tensor) and x.requires_grad for x in numbers
+        ):
             return None
         share = len(plans) == 1
         found = []
@@ -144,12 +180,16 @@ class LossCall:
             assert plan is not None
             factor = self.factor if k == 0 else None
             count = len(terms) if share and factor is not None else 1
-            found.append(rows.primitives.weigh(rows.masked, rows.run, plan, self._scale, factor, count))
+            found.append(
+                rows.primitives.weigh(rows.masked, rows.run, plan, self._scale, factor, count)
+            )
         return found[0].expand(len(terms), -1) if share else torch.cat(found)
 
     @property
     def _is_scaled(self) -> bool:
-        return self.rows.trust is not None or not (isinstance(self.loss_scale, (int, float)) and self.loss_scale == 1)
+        return self.rows.trust is not None or not (
+            isinstance(self.loss_scale, (int, float)) and self.loss_scale == 1
+        )
 
     @property
     def _scale(self) -> Any:
@@ -157,7 +197,9 @@ class LossCall:
 
     def inputs(self) -> RowInputs:
         """Return the per-row inputs of a one-pass kernel."""
-        return RowInputs(self.row_weights(), self.old_logp, self.adv, self.ref_logp, self.sampling_logp)
+        return RowInputs(
+            self.row_weights(), self.old_logp, self.adv, self.ref_logp, self.sampling_logp
+        )
 
     def bound(self, formula: Any, statistics: dict[str, Tensor] | None) -> Any:
         """Return a rule or weight with its per-row hyper-parameters as ``[N]``.
@@ -166,7 +208,11 @@ class LossCall:
         """
 
         def resolve(name: str, value: Any) -> Tensor:
-            return self.rows.flatten_per_token(name, value) if isinstance(value, Tensor) else self._evaluate_weight(value, statistics)
+            return (
+                self.rows.flatten_per_token(name, value)
+                if isinstance(value, Tensor)
+                else self._evaluate_weight(value, statistics)
+            )
 
         return resolved(formula, resolve)
 
@@ -176,8 +222,16 @@ class LossCall:
         terms = []
         coefficients = [1.0, *(p.coef for p in spec.penalties)]
         for rule, coef, reduction in zip(spec.rules, coefficients, spec.reductions, strict=True):
-            terms.append(Term(self.bound(rule, statistics), coef, self._contributions(reduction) if reduction.coupled else None))
-        return Terms(terms, [self.bound(weight, statistics) for weight in spec.weights], spec.unbounded)
+            terms.append(
+                Term(
+                    self.bound(rule, statistics),
+                    coef,
+                    self._contributions(reduction) if reduction.coupled else None,
+                )
+            )
+        return Terms(
+            terms, [self.bound(weight, statistics) for weight in spec.weights], spec.unbounded
+        )
 
     def _contributions(self, reduction: Reduction) -> Callable[[Tensor], Tensor]:
         def contributions(weighted: Tensor) -> Tensor:
@@ -189,13 +243,23 @@ class LossCall:
     def log_ratio(self, logp: Tensor) -> Tensor:
         """Return the clamped log-ratio at the spec's level."""
         denominator = self.ref_logp if self.spec.ratio.against == "ref" else self.old_logp
-        found = self.spec.ratio.log_ratio(self.rows, logp, logp.detach() if denominator is None else denominator, self.adv)
-        return found if self.rows.trust is None or self.spec.ratio.level == "token" else found * self.rows.trust
+        found = self.spec.ratio.log_ratio(
+            self.rows, logp, logp.detach() if denominator is None else denominator, self.adv
+        )
+        return (
+            found
+            if self.rows.trust is None or self.spec.ratio.level == "token"
+            else found * self.rows.trust
+        )
 
     def leaves(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return every leaf that this call can give to a formula."""
         logp = statistics["logp"]
-        found = {**statistics, "old_logp": logp.detach() if self.old_logp is None else self.old_logp, "log_ratio": self.log_ratio(logp)}
+        found = {
+            **statistics,
+            "old_logp": logp.detach() if self.old_logp is None else self.old_logp,
+            "log_ratio": self.log_ratio(logp),
+        }
         return {**found, **self.stored()}
 
     def safe_leaves(self, statistics: dict[str, Tensor]) -> Leaves:
@@ -207,7 +271,13 @@ class LossCall:
         autograd.
         """
         leaves = self.leaves(statistics)
-        return combine_terms(self.terms(statistics), leaves, self.row_weights(statistics), self.rows.keep, BatchStatistics(self.rows))
+        return combine_terms(
+            self.terms(statistics),
+            leaves,
+            self.row_weights(statistics),
+            self.rows.keep,
+            BatchStatistics(self.rows),
+        )
 
     def _evaluate_weight(self, weight: Any, statistics: dict[str, Tensor] | None) -> Tensor:
         """Evaluate a weight outside of the terms: that of a reduction or of a
@@ -215,14 +285,25 @@ class LossCall:
 
         Without statistics it may read stored leaves only.
         """
-        leaves = self.safe_leaves(statistics) if statistics is not None else Leaves(safe_where(self.rows.keep, self.stored()))
+        leaves = (
+            self.safe_leaves(statistics)
+            if statistics is not None
+            else Leaves(safe_where(self.rows.keep, self.stored()))
+        )
         with torch.no_grad():
-            u: Tensor = self.bound(weight, statistics).weight(TorchNamespace(self.rows.dtype), leaves, BatchStatistics(self.rows))
+            u: Tensor = self.bound(weight, statistics).weight(
+                TorchNamespace(self.rows.dtype), leaves, BatchStatistics(self.rows)
+            )
         return u.detach()
 
     def stored(self) -> dict[str, Tensor]:
         """Return the leaves that the call was given."""
-        found = {"old_logp": self.old_logp, "adv": self.adv, "ref_logp": self.ref_logp, "sampling_logp": self.sampling_logp}
+        found = {
+            "old_logp": self.old_logp,
+            "adv": self.adv,
+            "ref_logp": self.ref_logp,
+            "sampling_logp": self.sampling_logp,
+        }
         return {name: value for name, value in found.items() if value is not None}
 
     @property
@@ -233,8 +314,11 @@ class LossCall:
         return parameter_vector(self.spec.parameter_values, self.rows.dtype, self.rows.device)
 
 
-def resolve_loss(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: PolicyOptions) -> LossCall:
-    """Check a call's per-row arguments against what its spec reads, and flatten them."""
+def resolve_loss(
+    rows: Rows, advantages: Any, spec: PolicyLossSpec, data: PolicyOptions
+) -> LossCall:
+    """Check a call's per-row arguments against what its spec reads, and
+    flatten them."""
     spec = with_tensors(spec, rows.dtype, rows.device)
     requires = spec.requires
     advantages, data = without_unused(rows, advantages, spec, data)
@@ -242,7 +326,11 @@ def resolve_loss(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: Policy
     reader = estimators[0] if estimators else spec.surrogate.name
     for name, leaf, why in (
         ("ref_per_token_logps", "ref_logp", f"the penalty {reader!r}"),
-        ("sampling_per_token_logps", "sampling_logp", f"a weight of the spec ({', '.join(w.name for w in spec.weights)})"),
+        (
+            "sampling_per_token_logps",
+            "sampling_logp",
+            f"a weight of the spec ({', '.join(w.name for w in spec.weights)})",
+        ),
     ):
         if leaf in requires and getattr(data, name) is None:
             raise rows.error(f"{why} needs {name}.")
@@ -251,14 +339,17 @@ def resolve_loss(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: Policy
     divisors = Divisors(data.num_items_in_batch, data.num_sequences_in_batch)
     _check_divisors(rows, spec, divisors)
     if data.group_ids is not None and not spec.reads_groups:
-        raise rows.error("no reduction or weight of the spec reads prompts; group_ids would have no effect.")
+        raise rows.error(
+            "no reduction or weight of the spec reads prompts; group_ids would have no effect."
+        )
     for reduction in spec.reductions:
         reduction.check(rows)
     spec.ratio.check(rows, advantages)
     scale = data.loss_scale
     if isinstance(scale, Tensor) and scale.dim() != 0:
         raise rows.error(
-            f"loss_scale has shape {tuple(scale.shape)}, expected a number or a 0-d tensor; per-row factors are token_weights."
+            f"loss_scale has shape {tuple(scale.shape)}, expected a number or a 0-d tensor; "
+            "per-row factors are token_weights."
         )
     for name in ("loss_scale", "num_items_in_batch", "num_sequences_in_batch"):
         refuse_learnt(getattr(data, name), rows.error, name)
@@ -277,14 +368,24 @@ def bind_loss(rows: Rows, data: Mapping[str, Any], spec: PolicyLossSpec) -> Loss
         value, logps = data.get(name), name != "advantages"
         if logps and isinstance(value, Tensor) and value.requires_grad:
             _check_differentiable(rows, spec, name, differentiable)
-        return None if value is None else rows.flatten_per_token(name, value, logps=logps, differentiable=differentiable)
+        return (
+            None
+            if value is None
+            else rows.flatten_per_token(name, value, logps=logps, differentiable=differentiable)
+        )
 
-    old, ref, sampling = flat("old_per_token_logps"), flat("ref_per_token_logps"), flat("sampling_per_token_logps")
+    old, ref, sampling = (
+        flat("old_per_token_logps"),
+        flat("ref_per_token_logps"),
+        flat("sampling_per_token_logps"),
+    )
     advantages, adv = data.get("advantages"), flat("advantages")
     per_sequence = isinstance(advantages, Tensor) and tuple(advantages.shape) != rows.shape
     divisors = Divisors(data.get("num_items_in_batch"), data.get("num_sequences_in_batch"))
     scale = data.get("loss_scale", 1.0)
-    return LossCall(spec, rows, divisors, scale, adv, old, ref, sampling, _factor(rows, data), per_sequence)
+    return LossCall(
+        spec, rows, divisors, scale, adv, old, ref, sampling, _factor(rows, data), per_sequence
+    )
 
 
 def _check_differentiable(rows: Rows, spec: PolicyLossSpec, name: str, allowed: bool) -> None:
@@ -293,12 +394,14 @@ def _check_differentiable(rows: Rows, spec: PolicyLossSpec, name: str, allowed: 
     """
     if not allowed:
         raise rows.error(
-            f"{name} requires grad, but no gradient flows to stored log-probs: pass it detached, or differentiable_inputs=True for its gradient."
+            f"{name} requires grad, but no gradient flows to stored log-probs: pass it "
+            "detached, or differentiable_inputs=True for its gradient."
         )
     leaf = _FIELDS[name]
     if leaf not in spec.moving and torch.is_grad_enabled():
         raise rows.error(
-            f"{name} requires grad, but the spec detaches everything it reads of it, so it would get no gradient: pass it detached."
+            f"{name} requires grad, but the spec detaches everything it reads of it, so it "
+            "would get no gradient: pass it detached."
         )
 
 
@@ -307,9 +410,14 @@ def _factor(rows: Rows, data: Mapping[str, Any]) -> Tensor | None:
     for name in ("importance_sampling_ratio", "token_weights"):
         value = data.get(name)
         if value is not None:
-            if name == "importance_sampling_ratio" and isinstance(value, Tensor) and value.requires_grad:
+            if (
+                name == "importance_sampling_ratio"
+                and isinstance(value, Tensor)
+                and value.requires_grad
+            ):
                 raise rows.error(
-                    "importance_sampling_ratio requires grad; it is a detached factor. Factors with a gradient are token_weights."
+                    "importance_sampling_ratio requires grad; it is a detached factor. Factors "
+                    "with a gradient are token_weights."
                 )
             row = rows.flatten_per_token(name, value)
             factor = row if factor is None else factor * row
@@ -323,7 +431,9 @@ def _check_divisors(rows: Rows, spec: PolicyLossSpec, divisors: Divisors) -> Non
             continue
         rows.check_divisor(name, value)
         if isinstance(value, Tensor) and value.dim() != 0:
-            raise rows.error(f"{name} has shape {tuple(value.shape)}, expected a number or a 0-d tensor.")
+            raise rows.error(
+                f"{name} has shape {tuple(value.shape)}, expected a number or a 0-d tensor."
+            )
         if not any(name in r.reads and not getattr(r, "per_call", False) for r in spec.reductions):
             reduction, other = (
                 type(spec.reduction).__name__,

@@ -30,7 +30,10 @@ def kept_by_sampler(logits: Tensor, settings: dict[str, Any]) -> Iterator[Tensor
     per_row = {name: _per_row(name, value, shape, rows) for name, value in settings.items()}
     step = max(_BLOCK.get(logits.device.type, _BLOCK["cuda"]) // columns, 1)
     for first in range(0, rows.size(0), step):
-        part = {name: value if not isinstance(value, Tensor) else value[first : first + step, None] for name, value in per_row.items()}
+        part = {
+            name: value if not isinstance(value, Tensor) else value[first : first + step, None]
+            for name, value in per_row.items()
+        }
         yield _kept(rows[first : first + step].float(), **part)
 
 
@@ -43,7 +46,9 @@ def _kept(z: Tensor, top_k: Any, top_p: Any, min_p: Any, temperature: Any) -> Te
         return z > -math.inf
     ascending, ids = z.sort(stable=True, dim=-1)
     if top_k is not None:
-        ascending = ascending.masked_fill(ascending < ascending.gather(-1, z.size(-1) - top_k), -math.inf)
+        ascending = ascending.masked_fill(
+            ascending < ascending.gather(-1, z.size(-1) - top_k), -math.inf
+        )
     if top_p is not None:
         gone = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
         gone[:, -1] = False  # at least one
@@ -69,7 +74,11 @@ def _per_row(name: str, value: Any, shape: tuple[int, ...], rows: Tensor) -> Any
         return None
     _check(name, value, shape, rows.device)
     dtype = torch.int64 if name == "top_k" else torch.float32
-    found = value.to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=rows.device)
+    found = (
+        value.to(dtype)
+        if isinstance(value, Tensor)
+        else torch.full((), value, dtype=dtype, device=rows.device)
+    )
     if name == "top_k":
         found = torch.where(found <= 0, rows.size(1), found).clamp(max=rows.size(1))
     return found.expand(shape).reshape(-1)
@@ -79,13 +88,26 @@ def _check(name: str, value: Any, shape: tuple[int, ...], device: torch.device) 
     least, most, closed, words = _RANGES[name]
     op = "SamplingMask.from_logits"
     if isinstance(value, Tensor):
-        if tuple(value.shape) not in ((), shape) or value.device != device or (name == "top_k" and value.is_floating_point()):
+        if (
+            tuple(value.shape) not in ((), shape)
+            or value.device != device
+            or (name == "top_k" and value.is_floating_point())
+        ):
             got = f"{tuple(value.shape)} {value.dtype} on {value.device}"
-            raise InvalidCall(f"{op}: {name} is {got}, expected {words}: one number, or one per row, {shape} on {device}.")
-        if is_readable(value) and not bool(((value >= least if closed else value > least) & (value <= most)).all()):
+            raise InvalidCall(
+                f"{op}: {name} is {got}, expected {words}: one number, or one per row, {shape} "
+                f"on {device}."
+            )
+        if is_readable(value) and not bool(
+            ((value >= least if closed else value > least) & (value <= most)).all()
+        ):
             raise InvalidCall(f"{op}: {name} has a value that is not {words}.")
         return
     numbers = int if name == "top_k" else (int, float)
-    ok = isinstance(value, numbers) and not isinstance(value, bool) and (least < value <= most or (closed and value == least))
+    ok = (
+        isinstance(value, numbers)
+        and not isinstance(value, bool)
+        and (least < value <= most or (closed and value == least))
+    )
     if not ok:
         raise InvalidCall(f"{op}: {name} is {value!r}, expected {words}.")

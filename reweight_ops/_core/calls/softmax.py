@@ -39,7 +39,9 @@ def resolve_softmax(op: str, options: SoftmaxOptions, columns: int, fail: Fail) 
     """
     if options.process_group is not None:
         check_group(op, "process_group", options.process_group)
-        return SoftmaxParams(columns, resolve_softcap(options.softcap), 0, options.vocab_size or ANY_ID)
+        return SoftmaxParams(
+            columns, resolve_softcap(options.softcap), 0, options.vocab_size or ANY_ID
+        )
     vocab_size = columns if options.vocab_size is None else options.vocab_size
     if not 0 < vocab_size <= columns:
         raise fail(f"vocab_size is {vocab_size}, logits have {columns} columns.")
@@ -54,7 +56,9 @@ def resolve_softcap(value: float | None) -> float:
 def refuse_learnt(value: Any, fail: Fail, name: str = "temperature") -> None:
     """Raise if an op would drop the gradient by a number."""
     if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
-        raise fail(f"{name} requires grad, but no gradient of this op flows to it: pass it detached.")
+        raise fail(
+            f"{name} requires grad, but no gradient of this op flows to it: pass it detached."
+        )
 
 
 def resolve_temperature(rows: Rows, value: Any, fail: Fail) -> Tensor:
@@ -62,11 +66,16 @@ def resolve_temperature(rows: Rows, value: Any, fail: Fail) -> Tensor:
     graph.
     """
     if isinstance(value, Tensor):
-        found = value.to(rows.dtype).view(1) if value.dim() == 0 else rows.flatten_per_token("temperature", value)
+        found = (
+            value.to(rows.dtype).view(1)
+            if value.dim() == 0
+            else rows.flatten_per_token("temperature", value)
+        )
         if is_readable(found):
             _check_temperature(found, rows, fail)
             return found
-        return threshold(found, 0.0, math.nan)  # NaN in its rows: one operation, and no wait for a GPU
+        # NaN in its rows: one operation, and no wait for a GPU
+        return threshold(found, 0.0, math.nan)
     if varies(value):
         return resolve_temperature(rows, as_tensor(value, rows.dtype, rows.device), fail)
     return parameter_vector((value,), rows.dtype, rows.device)
@@ -80,9 +89,14 @@ def resolve_logit_scale(value: Any, softmax: SoftmaxParams, fail: Fail) -> Any:
     if not isinstance(value, Tensor):
         return value
     if value.dim() != 0:
-        raise fail(f"logit_scale has shape {tuple(value.shape)}, expected a number or a 0-d tensor.")
+        raise fail(
+            f"logit_scale has shape {tuple(value.shape)}, expected a number or a 0-d tensor."
+        )
     if math.isfinite(softmax.softcap):
-        raise fail("logit_scale is a tensor, but softcap is a number and is divided by it: pass logit_scale as a number.")
+        raise fail(
+            "logit_scale is a tensor, but softcap is a number and is divided by it: pass "
+            "logit_scale as a number."
+        )
     if is_readable(value):
         if not 0 < float(value.detach()) < math.inf:
             raise fail(f"logit_scale is {float(value.detach())}, expected a positive number.")

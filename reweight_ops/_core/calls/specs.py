@@ -45,10 +45,14 @@ def _is_own(function: Any) -> bool:
 
 def _need_defaults(op: str, entry: Entry, namespace: str) -> None:
     """Raise for a name whose method needs more arguments."""
-    missing = [name for name, default in entry.defaults.items() if default is inspect.Parameter.empty]
+    missing = [
+        name for name, default in entry.defaults.items() if default is inspect.Parameter.empty
+    ]
     if missing:
         call = f"rw.{namespace}.{entry.name}({', '.join(f'{name}=...' for name in missing)})"
-        raise InvalidCall(f"{op}: {entry.name!r} has no default for {', '.join(missing)}: pass spec={call}.")
+        raise InvalidCall(
+            f"{op}: {entry.name!r} has no default for {', '.join(missing)}: pass spec={call}."
+        )
 
 
 @torch.compiler.assume_constant_result
@@ -67,14 +71,21 @@ def named_spec(op: str, spec: Any) -> PolicyLossSpec:
     """A spec, by itself or by its method's name."""
     if isinstance(spec, str):
         if spec not in METHODS and spec in CATALOGUE["pair_loss"]:
-            raise InvalidCall(f"{op}: {spec!r} is a loss of pairs: rw.preference_loss(..., spec={spec!r}).")
+            raise InvalidCall(
+                f"{op}: {spec!r} is a loss of pairs: rw.preference_loss(..., spec={spec!r})."
+            )
         _build(op, spec)
         return _named[spec]
     if not isinstance(spec, PolicyLossSpec):
         if isinstance(spec, PairSpec):
             raise InvalidCall(f"{op}: spec is a PairSpec, which rw.preference_loss takes.")
-        rule = " Of a rule it is rw.PolicyLossSpec(surrogate=...)." if isinstance(spec, Rule) else ""
-        raise InvalidCall(f"{op}: spec is {spec!r}, expected a PolicyLossSpec or the name of a method.{called(spec)}{rule}")
+        rule = (
+            " Of a rule it is rw.PolicyLossSpec(surrogate=...)." if isinstance(spec, Rule) else ""
+        )
+        raise InvalidCall(
+            f"{op}: spec is {spec!r}, expected a PolicyLossSpec or the name of a "
+            f"method.{called(spec)}{rule}"
+        )
     return spec
 
 
@@ -94,7 +105,9 @@ def named_pair_spec(op: str, spec: Any) -> PairSpec:
     """A spec, by itself or by its method's name."""
     if isinstance(spec, str):
         if spec not in CATALOGUE["pair_loss"] and spec in METHODS:
-            raise InvalidCall(f"{op}: {spec!r} is a loss of tokens: rw.policy_loss(..., spec={spec!r}).")
+            raise InvalidCall(
+                f"{op}: {spec!r} is a loss of tokens: rw.policy_loss(..., spec={spec!r})."
+            )
         entry = entry_of(spec, "pair_loss")
         _need_defaults(op, entry, "preference")
         built: PairSpec = entry.function()
@@ -103,6 +116,7 @@ def named_pair_spec(op: str, spec: Any) -> PairSpec:
         if isinstance(spec, PolicyLossSpec):
             raise InvalidCall(f"{op}: spec is a PolicyLossSpec, which rw.policy_loss takes.")
         raise InvalidCall(
-            f"{op}: spec is {spec!r}, expected a PairSpec or one of {', '.join(sorted(CATALOGUE['pair_loss']))}.{called(spec)}"
+            f"{op}: spec is {spec!r}, expected a PairSpec or one of "
+            f"{', '.join(sorted(CATALOGUE['pair_loss']))}.{called(spec)}"
         )
     return spec

@@ -72,21 +72,43 @@ def no_ids(op: str, hidden: Any) -> Tensor:
 
 
 def resolve_two_hidden(
-    op: str, hidden: Any, weight: Any, other: Any, mask: Any, head: LMHeadOptions, softmax: SoftmaxOptions, of_other: OtherOptions, named: dict[str, Any]
-) -> TwoHidden:  # fmt: skip
+    op: str,
+    hidden: Any,
+    weight: Any,
+    other: Any,
+    mask: Any,
+    head: LMHeadOptions,
+    softmax: SoftmaxOptions,
+    of_other: OtherOptions,
+    named: dict[str, Any],
+) -> TwoHidden:
     """Check the two models against each other.
 
     ``mask`` alone tells which rows are valid. ``named`` holds the other tensors of the
     call.
     """
     refuse_sampling_mask(op, softmax, NO_TWO)
-    p = resolve_hidden(op, hidden, weight, no_ids(op, hidden), head, softmax, {"completion_mask": mask, **named})
-    tensors = {"hidden": hidden, "lm_head_weight": weight, of_other.name: other, "completion_mask": mask, **named}
+    p = resolve_hidden(
+        op, hidden, weight, no_ids(op, hidden), head, softmax, {"completion_mask": mask, **named}
+    )
+    tensors = {
+        "hidden": hidden,
+        "lm_head_weight": weight,
+        of_other.name: other,
+        "completion_mask": mask,
+        **named,
+    }
     return beside(p, tensors, other, mask, head, softmax, of_other)
 
 
 def beside(
-    p: Hidden, tensors: dict[str, Any], other: Any, mask: Any, head: LMHeadOptions, softmax: SoftmaxOptions, of_other: OtherOptions
+    p: Hidden,
+    tensors: dict[str, Any],
+    other: Any,
+    mask: Any,
+    head: LMHeadOptions,
+    softmax: SoftmaxOptions,
+    of_other: OtherOptions,
 ) -> TwoHidden:
     """Return resolved hidden states, and the second model for the same rows, those of
     ``mask``.
@@ -103,40 +125,86 @@ def beside(
     elif isinstance(other, Tensor):
         q = _other_logits(p, weight, other, softmax, of_other, fail)
     else:
-        raise fail(f"{of_other.name} is a {type(other).__name__}, expected a HiddenLogits, a TopKLogps, or logits R + (V,).")
+        raise fail(
+            f"{of_other.name} is a {type(other).__name__}, expected a HiddenLogits, a "
+            "TopKLogps, or logits R + (V,)."
+        )
     refuse_learnt(p.temperature, fail)
     refuse_learnt(q.temperature, fail, f"{of_other.name}_temperature")
     return TwoHidden(*_chunked(p, q, head))
 
 
 def _other_head(
-    op: str, p: Hidden, other: HiddenLogits, mask: Any, head: LMHeadOptions, softmax: SoftmaxOptions, of_other: OtherOptions, fail: Fail
+    op: str,
+    p: Hidden,
+    other: HiddenLogits,
+    mask: Any,
+    head: LMHeadOptions,
+    softmax: SoftmaxOptions,
+    of_other: OtherOptions,
+    fail: Fail,
 ) -> OtherRows:
-    parts = {"hidden": other.hidden, "lm_head_weight": other.lm_head_weight, "lm_head_bias": other.lm_head_bias}
+    parts = {
+        "hidden": other.hidden,
+        "lm_head_weight": other.lm_head_weight,
+        "lm_head_bias": other.lm_head_bias,
+    }
     parts |= {} if other.lora is None else {"lora.a": other.lora[0], "lora.b": other.lora[1]}
     for name, x in parts.items():
         if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
-            raise fail(f"{of_other.name}.{name} requires grad, but no gradient flows to it: pass it detached.")
+            raise fail(
+                f"{of_other.name}.{name} requires grad, but no gradient flows to it: pass it "
+                "detached."
+            )
     LMHeadOptions.RANGES["logit_scale"].check(op, f"{of_other.name}.logit_scale", other.logit_scale)
     ids = torch.zeros(p.rows.shape, dtype=torch.int64, device=p.states.device)
     theirs = LMHeadOptions(
-        lm_head_bias=other.lm_head_bias, logit_scale=other.logit_scale, logits_dtype=other.logits_dtype, lora=other.lora,
-        row_index=head.row_index, compact_rows=head.compact_rows,
-    )  # fmt: skip
+        lm_head_bias=other.lm_head_bias,
+        logit_scale=other.logit_scale,
+        logits_dtype=other.logits_dtype,
+        lora=other.lora,
+        row_index=head.row_index,
+        compact_rows=head.compact_rows,
+    )
     temperature = softmax.temperature if of_other.temperature is None else of_other.temperature
-    options = SoftmaxOptions(temperature=temperature, softcap=of_other.softcap, vocab_size=softmax.vocab_size, backend=softmax.backend)
+    options = SoftmaxOptions(
+        temperature=temperature,
+        softcap=of_other.softcap,
+        vocab_size=softmax.vocab_size,
+        backend=softmax.backend,
+    )
     options = dataclasses.replace(options, process_group=softmax.process_group)
-    q = resolve_hidden(f"{op}, {of_other.name}", other.hidden, other.lm_head_weight, ids, theirs, options, {"completion_mask": mask})
+    q = resolve_hidden(
+        f"{op}, {of_other.name}",
+        other.hidden,
+        other.lm_head_weight,
+        ids,
+        theirs,
+        options,
+        {"completion_mask": mask},
+    )
     dtypes = (p.settings.logits_dtype, q.settings.logits_dtype)
-    if q.states.device != p.states.device or (dtypes[0] == torch.float64) != (dtypes[1] == torch.float64):
+    if q.states.device != p.states.device or (dtypes[0] == torch.float64) != (
+        dtypes[1] == torch.float64
+    ):
         raise fail(
-            f"{of_other.name} has logits in {dtypes[1]} on {q.states.device}, expected {p.states.device}, and fp64 for both or for none."
+            f"{of_other.name} has logits in {dtypes[1]} on {q.states.device}, expected "
+            f"{p.states.device}, and fp64 for both or for none."
         )
-    check_columns(p.head.weight.size(0), q.head.weight.size(0), softmax.vocab_size, fail, p.shard is not None)
+    check_columns(
+        p.head.weight.size(0), q.head.weight.size(0), softmax.vocab_size, fail, p.shard is not None
+    )
     return OtherRows(q.states, q.head, q.temperature, q.settings.softmax, q.settings)
 
 
-def _other_logits(p: Hidden, weight: Tensor, other: Tensor, softmax: SoftmaxOptions, of_other: OtherOptions, fail: Fail) -> OtherRows:
+def _other_logits(
+    p: Hidden,
+    weight: Tensor,
+    other: Tensor,
+    softmax: SoftmaxOptions,
+    of_other: OtherOptions,
+    fail: Fail,
+) -> OtherRows:
     like = torch.empty(0, weight.size(0), dtype=p.settings.logits_dtype, device=p.states.device)
     check_other_logits(like, other, p.rows.shape, softmax.vocab_size, fail, p.shard is not None)
     given = softmax.temperature if of_other.temperature is None else of_other.temperature
@@ -144,15 +212,23 @@ def _other_logits(p: Hidden, weight: Tensor, other: Tensor, softmax: SoftmaxOpti
     if p.index is not None and temperature.size(-1) != 1:
         temperature = temperature[p.index]
     params = p.settings.softmax._replace(softcap=resolve_softcap(of_other.softcap))
-    return OtherRows(collapsed(f"{of_other.name}_logits", other, fail), None, temperature, params, p.settings)
+    return OtherRows(
+        collapsed(f"{of_other.name}_logits", other, fail), None, temperature, params, p.settings
+    )
 
 
 def _chunked(p: Hidden, q: OtherRows, head: LMHeadOptions) -> tuple[Hidden, OtherRows]:
-    """Return both with the same chunks. Their budget is for the logits of both models."""
+    """Return both with the same chunks. Their budget is for the logits of
+    both models."""
     row_bytes = p.head.weight.size(0) * p.settings.logits_dtype.itemsize
     if q.head is not None:
         row_bytes += q.head.weight.size(0) * q.settings.logits_dtype.itemsize
-    size, keep = chunking(p.states.size(0), row_bytes, p.states.device, head.chunk_rows, head.memory_budget)
-    keep = keep if p.settings.keep_rows else 0  # nothing is kept without a gradient or in a graph
+    size, keep = chunking(
+        p.states.size(0), row_bytes, p.states.device, head.chunk_rows, head.memory_budget
+    )
+    # nothing is kept without a gradient or in a graph
+    keep = keep if p.settings.keep_rows else 0
     own = p.settings._replace(chunk_rows=size, keep_rows=keep)
-    return dataclasses.replace(p, settings=own), dataclasses.replace(q, settings=q.settings._replace(chunk_rows=size, keep_rows=keep))
+    return dataclasses.replace(p, settings=own), dataclasses.replace(
+        q, settings=q.settings._replace(chunk_rows=size, keep_rows=keep)
+    )

@@ -20,7 +20,10 @@ from .sampling_mask import refuse_sampling_mask
 from .softmax import Fail, refuse_learnt, resolve_softcap, resolve_temperature
 
 #: The reason why kept sets have no divergence.
-NO_TWO = "a divergence compares two distributions over the whole vocabulary, and a mask belongs to one of them"
+NO_TWO = (
+    "a divergence compares two distributions over the whole vocabulary, and a mask belongs "
+    "to one of them"
+)
 
 
 @dataclass(frozen=True)
@@ -34,50 +37,88 @@ class TwoLogits:
 
 
 def check_other_logits(
-    logits: Tensor, other: Tensor, shape: tuple[int, ...], vocab_size: int | None, fail: Fail, sharded: bool = False
+    logits: Tensor,
+    other: Tensor,
+    shape: tuple[int, ...],
+    vocab_size: int | None,
+    fail: Fail,
+    sharded: bool = False,
 ) -> None:
     """Check the device, dtype and columns of ``other_logits``, ``shape + (V,)``,
     against logits of any rows.
     """
     if other.device != logits.device:
         raise fail(f"other_logits are on {other.device}, logits on {logits.device}.")
-    if not other.is_floating_point() or other.dtype.itemsize < 2 or (other.dtype == torch.float64) != (logits.dtype == torch.float64):
-        raise fail(f"other_logits are {other.dtype}, logits {logits.dtype}; expected fp16, bf16 or fp32, or fp64 for both.")
+    if (
+        not other.is_floating_point()
+        or other.dtype.itemsize < 2
+        or (other.dtype == torch.float64) != (logits.dtype == torch.float64)
+    ):
+        raise fail(
+            f"other_logits are {other.dtype}, logits {logits.dtype}; expected fp16, bf16 or "
+            "fp32, or fp64 for both."
+        )
     if other.requires_grad and torch.is_grad_enabled():
         raise fail("other_logits require grad, but no gradient flows to them: pass them detached.")
     if tuple(other.shape[:-1]) != shape:
         raise fail(f"other_logits has shape {tuple(other.shape)}, expected {shape} + (V,).")
     check_columns(logits.shape[-1], other.shape[-1], vocab_size, fail, sharded)
     if other.stride(-1) != 1 and other.shape[-1] > 1:
-        raise fail("the last dimension of other_logits is not contiguous: pass other_logits.contiguous().")
+        raise fail(
+            "the last dimension of other_logits is not contiguous: pass other_logits.contiguous()."
+        )
     if consumed.is_consumed(other):
-        raise fail("other_logits were consumed by an earlier call with consume_logits=True: they hold a gradient now.")
+        raise fail(
+            "other_logits were consumed by an earlier call with consume_logits=True: they hold "
+            "a gradient now."
+        )
 
 
-def check_columns(columns: int, other_columns: int, vocab_size: int | None, fail: Fail, sharded: bool = False) -> None:
+def check_columns(
+    columns: int, other_columns: int, vocab_size: int | None, fail: Fail, sharded: bool = False
+) -> None:
     """Check that both softmaxes are over the same columns.
 
     If they are ``sharded``, this rank has the same columns of both.
     """
     if sharded:
         if columns != other_columns:
-            raise fail(f"logits have {columns} columns on this rank, other_logits {other_columns}: shard both vocabularies alike.")
+            raise fail(
+                f"logits have {columns} columns on this rank, other_logits {other_columns}: "
+                "shard both vocabularies alike."
+            )
         return
     if vocab_size is None and other_columns != columns:
-        raise fail(f"logits have {columns} columns, other_logits {other_columns}: pass vocab_size, the columns of both softmaxes.")
+        raise fail(
+            f"logits have {columns} columns, other_logits {other_columns}: pass vocab_size, the "
+            "columns of both softmaxes."
+        )
     if vocab_size is not None and other_columns < vocab_size:
         raise fail(f"vocab_size is {vocab_size}, other_logits have {other_columns} columns.")
 
 
 def resolve_two_logits(
-    op: str, logits: Any, other: Any, mask: Any, options: SoftmaxOptions, other_temperature: Any, other_softcap: Any, more: dict[str, Any]
+    op: str,
+    logits: Any,
+    other: Any,
+    mask: Any,
+    options: SoftmaxOptions,
+    other_temperature: Any,
+    other_softcap: Any,
+    more: dict[str, Any],
 ) -> TwoLogits:
     """Check the two tensors against each other.
 
     Without ``completion_ids`` in ``more``, ``mask`` alone tells which rows are valid.
     """
     refuse_sampling_mask(op, options, NO_TWO)
-    tensors = {"logits": logits, "other_logits": other, "completion_mask": mask, "temperature": options.temperature, **more}
+    tensors = {
+        "logits": logits,
+        "other_logits": other,
+        "completion_mask": mask,
+        "temperature": options.temperature,
+        **more,
+    }
 
     def fail(message: str) -> InvalidCall:
         return InvalidCall(f"{op}: {message} {describe(tensors)}")
@@ -91,10 +132,16 @@ def resolve_two_logits(
     call = resolve_logits(op, logits, ids, options, tensors)
     if options.drop_last and isinstance(other, Tensor) and other.shape[:-1] == logits.shape[:-1]:
         other = other[..., :-1, :]
-    check_other_logits(logits, other, tuple(shape), options.vocab_size, fail, call.shard is not None)
+    check_other_logits(
+        logits, other, tuple(shape), options.vocab_size, fail, call.shard is not None
+    )
     softmax = SoftmaxParams(call.softmax.vocab_size, resolve_softcap(other_softcap))
     # This is a view, because torch.compile does not take a tensor twice.
-    temperature = call.temperature.view(-1) if other_temperature is None else resolve_temperature(call.rows, other_temperature, fail)
+    temperature = (
+        call.temperature.view(-1)
+        if other_temperature is None
+        else resolve_temperature(call.rows, other_temperature, fail)
+    )
     refuse_learnt(call.temperature, fail)
     refuse_learnt(temperature, fail, "other_temperature")
     return TwoLogits(call, collapsed("other_logits", other, fail), temperature, softmax)

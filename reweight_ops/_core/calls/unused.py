@@ -18,7 +18,9 @@ from .keywords import PolicyOptions
 MODES = ("error", "ignore")
 
 
-def without_unused(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: PolicyOptions) -> tuple[Any, PolicyOptions]:
+def without_unused(
+    rows: Rows, advantages: Any, spec: PolicyLossSpec, data: PolicyOptions
+) -> tuple[Any, PolicyOptions]:
     """Return advantages and the other arguments, with None for those without effect if
     ``unused="ignore"``.
 
@@ -27,7 +29,9 @@ def without_unused(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: Poli
     if data.unused not in MODES:
         raise rows.error(f"unused is {data.unused!r}, expected one of {', '.join(MODES)}.")
     given = {"advantages": advantages, **data.named()}
-    found = {name: why for name, why in _without_effect(spec, data).items() if given[name] is not None}
+    found = {
+        name: why for name, why in _without_effect(spec, data).items() if given[name] is not None
+    }
     if found and data.unused == "error":
         raise _error(rows, next(iter(found.items())))
     if not found:
@@ -38,7 +42,10 @@ def without_unused(rows: Rows, advantages: Any, spec: PolicyLossSpec, data: Poli
 
 def _error(rows: Rows, found: tuple[str, str]) -> InvalidCall:
     name, why = found
-    return rows.error(f'{name} would have no effect: {why}. Leave it out, or pass unused="ignore" if a trainer passes everything.')
+    return rows.error(
+        f'{name} would have no effect: {why}. Leave it out, or pass unused="ignore" if a '
+        "trainer passes everything."
+    )
 
 
 def _without_effect(spec: PolicyLossSpec, data: PolicyOptions) -> dict[str, str]:
@@ -71,4 +78,6 @@ def _counts(reduction: Reduction, data: PolicyOptions) -> bool:
 
 
 def _counts_sequences(reduction: SequenceMean, data: PolicyOptions) -> bool:
-    return reduction.per == "token_mean" or (reduction.count == "nonempty" and data.num_sequences_in_batch is None)
+    return reduction.per == "token_mean" or (
+        reduction.count == "nonempty" and data.num_sequences_in_batch is None
+    )

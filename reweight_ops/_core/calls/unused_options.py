@@ -13,8 +13,15 @@ from torch import Tensor
 from ...errors import InvalidCall
 
 
-def forbid_unused(op: str, function: Callable[..., Any], given: dict[str, Any], chosen: str, reads: dict[str, bool]) -> None:
-    """Raise for an option in ``given`` that ``chosen`` does not read and that differs from ``function``'s default.
+def forbid_unused(
+    op: str,
+    function: Callable[..., Any],
+    given: dict[str, Any],
+    chosen: str,
+    reads: dict[str, bool],
+) -> None:
+    """Raise for an option in ``given`` that ``chosen`` does not read and that differs
+    from ``function``'s default.
 
     Callers list what is given: PyTorch 2.10 and 2.11 compile no ``locals()``.
     """

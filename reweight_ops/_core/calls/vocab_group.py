@@ -25,7 +25,9 @@ from .keywords import SoftmaxOptions
 #: exchanged their columns.
 ANY_ID = 2**62
 
-WHY_TWO_PASSES = "process_group shards the vocabulary, and a row's statistics need those of all ranks"
+WHY_TWO_PASSES = (
+    "process_group shards the vocabulary, and a row's statistics need those of all ranks"
+)
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,19 @@ class VocabGroup:
     vocab_size: int | None
 
     def agreed(
-        self, rows: Rows, ids: Tensor, asked: tuple[Any, ...], needs_grad: bool, lists: Sequence[Tensor] = ()
+        self,
+        rows: Rows,
+        ids: Tensor,
+        asked: tuple[Any, ...],
+        needs_grad: bool,
+        lists: Sequence[Tensor] = (),
     ) -> tuple[VocabShards, Tensor]:
-        """Return the columns of every rank, from one exchange of a few integers, and ``ids``.
+        """Return the columns of every rank, from one exchange of a few integers, and
+        ``ids``.
 
-        A graph of torch.compile reads these ids, so that the exchange comes first. Raises
-        on every rank if their calls do not fit together. ``lists`` holds ids other than the
-        rows' own.
+        A graph of torch.compile reads these ids, so that the exchange comes first.
+        Raises on every rank if their calls do not fit together. ``lists`` holds ids
+        other than the rows' own.
         """
         same = {
             "rows": rows.count,
@@ -58,15 +66,32 @@ class VocabGroup:
         }
         every = [x for x in (rows.ids, *lists) if x is not None]
         if torch.compiler.is_compiling():
-            of, names, own = (rows.op, self.group.group_name), ",".join(same), operator.index(self.columns)
+            of, names, own = (
+                (rows.op, self.group.group_name),
+                ",".join(same),
+                operator.index(self.columns),
+            )
             sizes = columns_of_ranks(*of, rows.device.type, names, own)
-            ids = met(ids, every if rows.device.type == "cpu" else [], *of, names, list(same.values()), own, list(sizes))
+            ids = met(
+                ids,
+                every if rows.device.type == "cpu" else [],
+                *of,
+                names,
+                list(same.values()),
+                own,
+                list(sizes),
+            )
         else:
             same["completion_ids and masks"] = digest([x for x in every if is_readable(x)])
-            sizes = agreed(rows.op, self.group, rows.device, same, {"columns": self.columns})["columns"]
+            sizes = agreed(rows.op, self.group, rows.device, same, {"columns": self.columns})[
+                "columns"
+            ]
         shards = VocabShards(rows.op, self.group, columns_of(sizes, self.vocab_size))
         if self.vocab_size is not None and shards.total < self.vocab_size:
-            raise rows.error(f"vocab_size is {self.vocab_size}, and all ranks of process_group together have {sum(sizes)} columns.")
+            raise rows.error(
+                f"vocab_size is {self.vocab_size}, and all ranks of process_group together have "
+                f"{sum(sizes)} columns."
+            )
         if not shards.total:
             raise rows.error("no rank of process_group has a column of the vocabulary.")
         rows.check_ids(shards.total)
@@ -80,4 +105,8 @@ def _number(text: str) -> int:
 
 def vocab_group(options: SoftmaxOptions, columns: int) -> VocabGroup | None:
     """Return the group of a call with this rank's columns, or None without a group."""
-    return None if options.process_group is None else VocabGroup(options.process_group, columns, options.vocab_size)
+    return (
+        None
+        if options.process_group is None
+        else VocabGroup(options.process_group, columns, options.vocab_size)
+    )

@@ -18,7 +18,8 @@ SHARED = {
     "drop_last": "Logits have one more position than rows.",
     "kind": "One of the kinds above.",
     "kl_estimator": "``k1`` or ``k3``.",
-    "process_group": "The ranks that share the columns of one vocabulary. If it is refused, the message says why.",
+    "process_group": "The ranks that share the columns of one vocabulary. If it is refused, the "
+    "message says why.",
     "singleton": "The advantage of a group of one: ``zero`` or ``reward``.",
     "other_softcap": "The soft cap of the second logits; default: none.",
     "other_temperature": "The temperature of the second distribution; default: the first one's.",
@@ -29,7 +30,8 @@ SHARED = {
     "answers": "``[B, K]``, nonzero where an option was chosen.",
     "class_counts": "``[K]``, the number of samples of each class.",
     "importance_sampling_ratio": "``[B, T]``, each token's ratio to the sampler; None means 1.",
-    "log_sum_p_sq": "``[B, T]``, the logarithm of the sum of squared probabilities (``token_stats``).",
+    "log_sum_p_sq": "``[B, T]``, the logarithm of the sum of squared probabilities "
+    "(``token_stats``).",
     "scale_rewards": "Whether, or by which spread, differences of rewards are divided.",
     "source_counts": "``[K]``, the number of samples of each source.",
     "zero_tail": "Whether the baseline is 0 where only the longest response of a group remains.",
@@ -44,7 +46,8 @@ SHARED = {
     "episode_rewards": "``[E]``, one per episode.",
     "format_rewards": "``[B]``, for the format of a completion.",
     "greedy_rewards": "``[B]``, the reward of the greedy completion of the same prompt.",
-    "group_ids": "``[B]``, each completion's group, in ``[0, num_groups)``; instead of ``group_size``.",
+    "group_ids": "``[B]``, each completion's group, in ``[0, num_groups)``; instead of "
+    "``group_size``.",
     "group_size": "The number of completions in a group; they are consecutive.",
     "lengths": "``[B]``, the number of tokens of each completion.",
     "logits": "``R + (V,)``.",
@@ -60,7 +63,8 @@ SHARED = {
     "previous_rewards": "``[B]``, the rewards of the step before.",
     "ref_per_token_logps": "``[B, T]``, log-probs of the reference model.",
     "reference_rewards": "``[B]``, rewards of the reference model's completions.",
-    "rewards": "``[B]``, one per completion, or ``[B, T]``, one per token, as the formula says; NaN means no score.",
+    "rewards": "``[B]``, one per completion, or ``[B, T]``, one per token, as the formula says; "
+    "NaN means no score.",
     "scope": "The terms of the loss that it multiplies: ``surrogate`` or ``all``.",
     "source_ids": "``[B]``, the source of each sample.",
     "step_returns": "``[B]``, the return of each step.",
@@ -74,7 +78,11 @@ def missing_arguments(function: Callable[..., Any]) -> list[str]:
     """Return the parameters that neither the docstring nor :data:`SHARED` describes."""
     doc, ranges = inspect.getdoc(function) or "", getattr(function, "__ranges__", {})
     prose = doc.partition("\nArgs:\n")[0]
-    return [name for name in inspect.signature(function).parameters if name not in SHARED and name not in ranges and name not in prose]
+    return [
+        name
+        for name in inspect.signature(function).parameters
+        if name not in SHARED and name not in ranges and name not in prose
+    ]
 
 
 def with_arguments(function: Callable[..., Any]) -> str:

@@ -1,4 +1,6 @@
-"""What an entry's docstring says before its arguments, as Markdown: formulas and names are code, which the site draws as formulas."""
+"""What an entry's docstring says before its arguments, as Markdown: formulas and names
+are code, which the site draws as formulas.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,15 @@ _AFTER = ("Ranges:", "Args:", "Returns:", "Raises:", "References:", "Example", "
 
 
 def entry_text(entry: Entry) -> str:
-    """One item of a list; a loss that has no formula of its own says that of its parts."""
+    """One item of a list; a loss that has no formula of its own says that
+    of its parts."""
     text = prose(entry.formula)
     if entry.kind == "policy_loss" and not _has_formula(text[0]):
         text[0] += " " + " ".join(_part(part) for part in _parts(entry.build()))
-    return f'- <a id="{anchor(entry)}"></a>**`{entry.call}`** (*{entry.paper}*): ' + "\n\n    ".join(text)
+    return (
+        f'- <a id="{anchor(entry)}"></a>**`{entry.call}`** (*{entry.paper}*): '
+        + "\n\n    ".join(text)
+    )
 
 
 def anchor(entry: Entry) -> str:
@@ -46,4 +52,6 @@ def _parts(spec: Any) -> list[tuple[str, Any]]:
 
 def _part(part: tuple[str, Any]) -> str:
     role, value = part
-    return f"{role} `{type(value).__name__}`: {prose(type(value).__doc__ or '')[0].removesuffix('.')}."
+    return (
+        f"{role} `{type(value).__name__}`: {prose(type(value).__doc__ or '')[0].removesuffix('.')}."
+    )

@@ -9,7 +9,16 @@ import re
 from collections.abc import Iterator
 from typing import Protocol
 
-_SPELT = {"α": "alpha", "β": "beta", "γ": "gamma", "λ": "lambda", "μ": "mu", "ξ": "xi", "τ": "tau", "*": "star"}
+_SPELT = {
+    "α": "alpha",
+    "β": "beta",
+    "γ": "gamma",
+    "λ": "lambda",
+    "μ": "mu",
+    "ξ": "xi",
+    "τ": "tau",
+    "*": "star",
+}
 #: A beginning of a title (up to its colon) with more words than this is not an acronym.
 _MOST_WORDS = 3
 
@@ -58,7 +67,11 @@ def _acronyms(entry: Named) -> Iterator[str]:
     """Yield acronyms as papers print them, in brackets or before a colon."""
     for bracket in re.findall(r"\(([^)]*)\)", entry.full_name):
         yield from re.split(r"[,;]", bracket)
-    yield from (head for head in (_head(entry.full_name), _head(entry.paper)) if len(words(head)) <= _MOST_WORDS)
+    yield from (
+        head
+        for head in (_head(entry.full_name), _head(entry.paper))
+        if len(words(head)) <= _MOST_WORDS
+    )
 
 
 def _initials(entry: Named) -> Iterator[str]:
@@ -68,7 +81,9 @@ def _initials(entry: Named) -> Iterator[str]:
     for text in (entry.full_name, entry.paper):
         parts = re.findall(r"\w+", _head(text))
         capitals = list(itertools.takewhile(lambda part: part[0].isupper(), parts))
-        yield from ("".join(part[0] for part in some) for some in (parts, capitals) if len(some) > 1)
+        yield from (
+            "".join(part[0] for part in some) for some in (parts, capitals) if len(some) > 1
+        )
 
 
 def names(entry: Named) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,6 @@
-"""One line of a recipe: an expression that is printed, searched for the names that it reads, and run."""
+"""One line of a recipe: an expression that is printed, searched for the names that it
+reads, and run.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def functions(text: str) -> tuple[str, ...]:
     """Return the functions of the package that an expression calls, as written:
     ``rw.advantages.hapo``.
     """
-    called = (ast.unparse(node.func) for node in ast.walk(_parsed(text)) if isinstance(node, ast.Call))
+    called = (
+        ast.unparse(node.func) for node in ast.walk(_parsed(text)) if isinstance(node, ast.Call)
+    )
     return tuple(name for name in called if name.startswith("rw."))
 
 
@@ -52,7 +56,9 @@ def run(text: str, values: Mapping[str, Any]) -> Any:
     missing = [name for name in reads(text) if name not in values]
     if missing:
         raise InvalidCall(f"{text} reads {', '.join(missing)}: pass it.")
-    return eval(_compiled(text), {"rw": importlib.import_module(_PACKAGE), "__builtins__": {}}, dict(values))
+    return eval(
+        _compiled(text), {"rw": importlib.import_module(_PACKAGE), "__builtins__": {}}, dict(values)
+    )
 
 
 class _Renamed(ast.NodeTransformer):

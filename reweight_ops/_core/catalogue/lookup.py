@@ -14,7 +14,8 @@ def recipe(name: str) -> Recipe:
     It is found by the recipe's name, or by anything that leads to its paper.
 
     Args:
-        name: ``"hapo"``, or an acronym, a title or an arXiv id as :func:`reweight_ops.find` takes them, in any case.
+        name: ``"hapo"``, or an acronym, a title or an arXiv id as
+            :func:`reweight_ops.find` takes them, in any case.
 
     Returns:
         The recipe. Its :meth:`~Recipe.to_own_loop` is a training loop.
@@ -26,12 +27,15 @@ def recipe(name: str) -> Recipe:
     Example:
         >>> import reweight_ops as rw
         >>> rw.recipe("ar_lopti").spec
-        'rw.schedules.lopti(eta=0.5, alpha=0.3, epsilon_high=0.24, clip_ratio_c=10.0, beta=0.001)'
+        'rw.schedules.lopti(eta=0.5, alpha=0.3, epsilon_high=0.24, clip_ratio_c=10.0,
+        beta=0.001)'
     """
     named = [each for each in RECIPES.values() if key(each.name) == key(name)]
     found = named or recipes_of([entry for entry, _ in exact(name)])
     if len(found) == 1:
         return found[0]
     if found:
-        raise InvalidCall(f"{found[0].paper!r} has several recipes: {', '.join(each.name for each in found)}.")
+        raise InvalidCall(
+            f"{found[0].paper!r} has several recipes: {', '.join(each.name for each in found)}."
+        )
     raise InvalidCall(f"no recipe {name!r}. The names are: {', '.join(sorted(RECIPES))}.")

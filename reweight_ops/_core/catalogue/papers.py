@@ -56,11 +56,13 @@ REPOSITORIES = {
 
 #: The years of publications that are not on arXiv, by title.
 _YEARS = {
-    "Simple statistical gradient-following algorithms for connectionist reinforcement learning": 1992,
+    "Simple statistical gradient-following algorithms for connectionist reinforcement "
+    "learning": 1992,
     "FlashREINFORCE, as named in OpenRLHF 0.11.2": 2026,
     "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training": 2025,
     "Every Step Evolves: Scaling Reinforcement Learning for Trillion-Scale Thinking Model": 2025,
-    "When Speed Kills Stability: Demystifying RL Collapse from the Training-Inference Mismatch": 2025,
+    "When Speed Kills Stability: Demystifying RL Collapse from the Training-Inference "
+    "Mismatch": 2025,
     "Doubly Robust Instance-Reweighted Adversarial Training": 2023,
     "On-Policy Distillation": 2025,
     "A note on DPO with noisy preferences & relationship to IPO": 2023,
@@ -82,8 +84,14 @@ class Paper:
 
     @property
     def source(self) -> str:
-        """Return title, year, arXiv id and code in one line, as far as they are known."""
-        known = (self.title, str(self.year or ""), f"arXiv:{self.arxiv}" if self.arxiv != "unknown" else "", self.url)
+        """Return title, year, arXiv id and code in one line, as far as
+        they are known."""
+        known = (
+            self.title,
+            str(self.year or ""),
+            f"arXiv:{self.arxiv}" if self.arxiv != "unknown" else "",
+            self.url,
+        )
         return ", ".join(part for part in known if part)
 
     @property

@@ -37,16 +37,32 @@ def _section(each: Recipe) -> str:
     uses = ", ".join(f"`{entry.call}`" for entry in each.entries)
     of = each.publication
     code = f" Code: [{of.repository}]({of.url})." if of.repository else ""
-    parts = [f"## `{each.name}`", "", f"{each.paper} ({of.year}), {_link(each.arxiv)}.{code} Uses {uses}.", ""]
+    parts = [
+        f"## `{each.name}`",
+        "",
+        f"{each.paper} ({of.year}), {_link(each.arxiv)}.{code} Uses {uses}.",
+        "",
+    ]
     parts += [f"- {note}" for note in each.rollout] + [""] * bool(each.rollout)
     if each.settings:
         parts += ["| hyper-parameter | value | source |", "| --- | --- | --- |"]
-        parts += [f"| `{name}` | {value} | {source} |" for name, value, source in each.settings] + [""]
+        parts += [f"| `{name}` | {value} | {source} |" for name, value, source in each.settings] + [
+            ""
+        ]
     return "\n".join([*parts, "```python", each.to_own_loop(), "```", ""])
 
 
 def recipes_markdown() -> str:
     """The whole page."""
-    quantities = "\n".join(f"| `{name}` | {meaning} |" for name, meaning in QUANTITIES.items() if name not in ("step", "total_steps"))
-    rows = "\n".join(f"| [`{r.name}`](#{r.name}) | {r.paper} | {_link(r.arxiv)} | {r.certainty} |" for r in RECIPES.values())
-    return "\n".join([_HEAD.format(quantities=quantities, recipes=rows), *map(_section, RECIPES.values())])
+    quantities = "\n".join(
+        f"| `{name}` | {meaning} |"
+        for name, meaning in QUANTITIES.items()
+        if name not in ("step", "total_steps")
+    )
+    rows = "\n".join(
+        f"| [`{r.name}`](#{r.name}) | {r.paper} | {_link(r.arxiv)} | {r.certainty} |"
+        for r in RECIPES.values()
+    )
+    return "\n".join(
+        [_HEAD.format(quantities=quantities, recipes=rows), *map(_section, RECIPES.values())]
+    )

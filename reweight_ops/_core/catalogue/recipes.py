@@ -24,11 +24,13 @@ QUANTITIES = {
     "group_size": "a number: the consecutive completions that answer one prompt",
     "lengths": "`[B]`, valid tokens of each completion",
     "correct": "`[B]`, 1 where the answer is right, else 0",
-    "chosen_options": "`[B, K]`, nonzero where a completion chose that option of a question with K options",
+    "chosen_options": "`[B, K]`, nonzero where a completion chose that option of a question "
+    "with K options",
     "right_options": "`[B, K]`, nonzero where that option is right",
     "completion_ids": "`[B, T]`, the sampled tokens",
     "completion_mask": "`[B, T]`, 1 where a token is valid, else 0",
-    "old_per_token_logps": "`[B, T]`, log-probs under the policy that sampled, kept while the batch is trained on",
+    "old_per_token_logps": "`[B, T]`, log-probs under the policy that sampled, kept while the "
+    "batch is trained on",
     "ref_per_token_logps": "`[B, T]`, log-probs under the reference policy",
     "sampling_per_token_logps": "`[B, T]`, log-probs that the sampler reported",
     "log_sum_p_sq": "`[B, T]`, from `rw.token_stats`, under the policy of `old_per_token_logps`",
@@ -36,7 +38,8 @@ QUANTITIES = {
     "mean_entropies": "`[B]`, their mean over a completion's valid tokens",
     "reference_rewards": "rewards of the reference policy's completions",
     "greedy_rewards": "`[B]`, the reward of the prompt's greedy completion",
-    "values": "`[B, T]`, the critic's values; for SPO, the values at the cuts, `[B, S]`, or of the tree's nodes, `[B]`",
+    "values": "`[B, T]`, the critic's values; for SPO, the values at the cuts, `[B, S]`, or of "
+    "the tree's nodes, `[B]`",
     "segments": "`rw.advantages.spo_segments(old_per_token_logps, completion_mask)`",
     "parents": "`[B]`, the row of each node's parent, -1 for a root",
     "episode_rewards": "`[E]`, one per episode",
@@ -49,7 +52,8 @@ QUANTITIES = {
     "start_values": "`[B]`, the value of the first state of a trajectory",
     "teacher_logits": "`[B, T, V]`, logits of the teacher, or of the policy on the original text",
     "vocab_size": "a number",
-    "class_counts": "`[V]`, how often each token is a target in the data set; 1 for a token that never is",
+    "class_counts": "`[V]`, how often each token is a target in the data set; 1 for a token "
+    "that never is",
     "source_ids": "`[B]`, which source a sample is from",
     "source_counts": "`[K]`, how many samples each source has",
     "augmented": "another batch: augmented texts without labels",
@@ -117,9 +121,11 @@ class Recipe:
         <BLANKLINE>
         spec = rw.methods.dr_grpo()
         for batch in rollouts:
-            advantages = rw.advantages.dr_grpo(batch.rewards, group_size=batch.group_size)
-            loss = rw.policy_loss(policy(batch), batch.completion_ids, advantages, spec=spec,
-                completion_mask=batch.completion_mask, old_per_token_logps=batch.old_per_token_logps).loss
+            advantages = rw.advantages.dr_grpo(batch.rewards,
+            group_size=batch.group_size) loss = rw.policy_loss(policy(batch),
+            batch.completion_ids, advantages, spec=spec,
+                completion_mask=batch.completion_mask,
+                old_per_token_logps=batch.old_per_token_logps).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -151,13 +157,22 @@ class Recipe:
         """Return all lines in the order in which they run. Those of :attr:`after` are
         last.
         """
-        first = (*self.setup.values(), *self.stages.values(), self.spec, self.loss, *self.keywords.values(), *self.after.values())
+        first = (
+            *self.setup.values(),
+            *self.stages.values(),
+            self.spec,
+            self.loss,
+            *self.keywords.values(),
+            *self.after.values(),
+        )
         return tuple(line for line in first if line)
 
     @property
     def entries(self) -> tuple[Entry, ...]:
         """Return the entries of the catalogue that it uses."""
-        by_call = {entry.call: entry for of_kind in CATALOGUE.values() for entry in of_kind.values()}
+        by_call = {
+            entry.call: entry for of_kind in CATALOGUE.values() for entry in of_kind.values()
+        }
         found = dict.fromkeys(name for line in self.lines for name in functions(line))
         return tuple(by_call[name] for name in found if name in by_call)
 
@@ -188,7 +203,9 @@ class Recipe:
     def _entry(self) -> Entry:
         found = [entry for entry in self.entries if entry.call == self.entry]
         if not found:
-            raise InvalidCall(f"recipe {self.name!r}: no line of it calls its entry, {self.entry!r}.")
+            raise InvalidCall(
+                f"recipe {self.name!r}: no line of it calls its entry, {self.entry!r}."
+            )
         return found[0]
 
     @property
@@ -200,11 +217,15 @@ class Recipe:
 
     def _given(self, *lines: str) -> tuple[str, ...]:
         """Return the names that these lines read and no earlier line makes."""
-        targets = {name.strip() for target in (*self.setup, *self.after) for name in target.split(",")}
+        targets = {
+            name.strip() for target in (*self.setup, *self.after) for name in target.split(",")
+        }
         made = {*self.stages, *targets, "spec", "policy", "batch"}
         # A reward transform reads the rewards that it replaces.
         made -= {"rewards"} & set(reads(self.rewards or "0"))
-        return tuple(dict.fromkeys(name for line in lines for name in reads(line) if name not in made))
+        return tuple(
+            dict.fromkeys(name for line in lines for name in reads(line) if name not in made)
+        )
 
     def prepare(self, **values: Any) -> dict[str, Any]:
         """Return the values that the lines before the updates make of a whole batch of
@@ -238,7 +259,12 @@ class Recipe:
         ``ref_logp``.
         """
         specs = self.stand_ins() if self.spec and not self.loss else ()
-        return frozenset().union(*(spec.requires - ({"log_ratio"} if spec.ratio.against == "ref" else set()) for spec in specs))
+        return frozenset().union(
+            *(
+                spec.requires - ({"log_ratio"} if spec.ratio.against == "ref" else set())
+                for spec in specs
+            )
+        )
 
     def stand_ins(self) -> tuple[Any, ...]:
         """Return the specs with zeros in place of a batch. They tell what the specs
@@ -265,7 +291,10 @@ class Recipe:
             return self.loss
         advantages = "advantages" if "adv" in self.requires else "None"
         keywords = ", ".join(f"{name}={line}" for name, line in self.loss_keywords().items())
-        return f"rw.policy_loss(policy(batch), completion_ids, {advantages}, spec=spec, {keywords}).loss"
+        return (
+            f"rw.policy_loss(policy(batch), completion_ids, {advantages}, spec=spec, "
+            f"{keywords}).loss"
+        )
 
     def to_own_loop(self) -> str:
         """Return a training loop in Python.
@@ -275,12 +304,17 @@ class Recipe:
         the attributes in :attr:`reads`.
         """
         read = self.reads
-        in_loop = {name: name if name in ("step", "total_steps") else f"batch.{name}" for name in read}
+        in_loop = {
+            name: name if name in ("step", "total_steps") else f"batch.{name}" for name in read
+        }
         by_name = {**in_loop, **{name: name for name in self.stages}}
 
         def line(text: str, own: str = "") -> str:
             # The line that makes the rewards reads the rewards of the batch.
-            return renamed(text, lambda name: in_loop.get(name, name) if name == own else by_name.get(name, name))
+            return renamed(
+                text,
+                lambda name: in_loop.get(name, name) if name == own else by_name.get(name, name),
+            )
 
         fixed = bool(self.spec) and not reads(self.spec)
         passes = len(self.stand_ins()) if self.spec else 1
@@ -288,13 +322,39 @@ class Recipe:
         before = [f"{target} = {text}" for target, text in self.setup.items()]
         before += [f"{'specs' if passes > 1 else 'spec'} = {line(self.spec)}"] if fixed else []
         before += ["total_steps = len(rollouts)"] if "total_steps" in read else []
-        before += ["for step, batch in enumerate(rollouts):" if "step" in read else "for batch in rollouts:"]
+        before += [
+            "for step, batch in enumerate(rollouts):"
+            if "step" in read
+            else "for batch in rollouts:"
+        ]
         batch = [f"{name} = {line(text, name)}" for name, text in self.stages.items()]
-        batch += [f"for spec in {several}:"] if passes > 1 else [] if fixed or not self.spec else [f"spec = {line(self.spec)}"]
-        update = [f"loss = {line(self._loss())}", "loss.backward()", "optimizer.step()", "optimizer.zero_grad()"]
+        batch += (
+            [f"for spec in {several}:"]
+            if passes > 1
+            else []
+            if fixed or not self.spec
+            else [f"spec = {line(self.spec)}"]
+        )
+        update = [
+            f"loss = {line(self._loss())}",
+            "loss.backward()",
+            "optimizer.step()",
+            "optimizer.zero_grad()",
+        ]
         after = [f"{target} = {line(text)}" for target, text in self.after.items()]
-        indented = ((before, ""), (batch, "    "), (update, "        " if passes > 1 else "    "), (after, "    "))
-        return "\n".join(["import reweight_ops as rw", "", *(wrapped(row, indent) for rows, indent in indented for row in rows)])
+        indented = (
+            (before, ""),
+            (batch, "    "),
+            (update, "        " if passes > 1 else "    "),
+            (after, "    "),
+        )
+        return "\n".join(
+            [
+                "import reweight_ops as rw",
+                "",
+                *(wrapped(row, indent) for rows, indent in indented for row in rows),
+            ]
+        )
 
 
 #: The recipes by name. Importing the package fills it.
@@ -310,7 +370,10 @@ def register(*recipes: Recipe) -> None:
     for each in recipes:
         unknown = [name for name in each._given(*each.lines) if name not in QUANTITIES]
         if unknown:
-            raise InvalidCall(f"recipe {each.name!r} reads {', '.join(unknown)}, which no batch has and no line before makes.")
+            raise InvalidCall(
+                f"recipe {each.name!r} reads {', '.join(unknown)}, which no batch has and no "
+                "line before makes."
+            )
         if each.name in RECIPES:
             raise InvalidCall(f"there is a recipe {each.name!r} already.")
         RECIPES[each.name] = each

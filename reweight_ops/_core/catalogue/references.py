@@ -13,7 +13,11 @@ def with_reference(doc: str | None, paper: str, arxiv: str) -> str:
     A function of several entries has several papers, each once.
     """
     text = inspect.cleandoc(doc or "")
-    line = f"    {paper}." if arxiv == "unknown" else f"    {paper}. arXiv:{arxiv}, https://arxiv.org/abs/{arxiv}"
+    line = (
+        f"    {paper}."
+        if arxiv == "unknown"
+        else f"    {paper}. arXiv:{arxiv}, https://arxiv.org/abs/{arxiv}"
+    )
     if line in text.splitlines():
         return text
     return f"{text}\n{line}" if _HEADING in text.splitlines() else f"{text}\n\n{_HEADING}\n{line}"

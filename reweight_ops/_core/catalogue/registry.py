@@ -80,7 +80,11 @@ class Entry:
         collects (group arguments) are not included.
         """
         collected = collected_by(self.function)
-        return {name: p.default for name, p in inspect.signature(self.function).parameters.items() if name not in collected}
+        return {
+            name: p.default
+            for name, p in inspect.signature(self.function).parameters.items()
+            if name not in collected
+        }
 
     @property
     def call(self) -> str:
@@ -118,7 +122,9 @@ def _kind_of_module(module: str) -> str:
     for kind, (where, _) in KINDS.items():
         if f"{module}.".startswith(f"{where.replace('rw', package, 1)}."):
             return kind
-    raise InvalidCall(f"published: {module} has no kind of its own; the kinds are: {', '.join(KINDS)}.")
+    raise InvalidCall(
+        f"published: {module} has no kind of its own; the kinds are: {', '.join(KINDS)}."
+    )
 
 
 def published(
@@ -137,7 +143,8 @@ def published(
     annotations (:mod:`reweight_ops._core.ranges`).
 
     ``arxiv`` is the id, or ``unknown``, and never invented. ``paper`` is its title,
-    unless :mod:`.titles` has it. ``level`` is token, segment, sequence, group, pair, ...
+    unless :mod:`.titles` has it. ``level`` is token, segment, sequence, group, pair,
+    ...
 
     ``kind`` is one of :data:`KINDS`. In the package's own modules it follows from the
     module.
@@ -145,24 +152,37 @@ def published(
     if kind is not None and kind not in KINDS:
         raise InvalidCall(f"published: kind is {kind!r}; the kinds are: {', '.join(KINDS)}.")
     if certainty not in CERTAINTIES:
-        raise InvalidCall(f"published: certainty is {certainty!r}; expected one of {', '.join(CERTAINTIES)}.")
+        raise InvalidCall(
+            f"published: certainty is {certainty!r}; expected one of {', '.join(CERTAINTIES)}."
+        )
     if arxiv != "unknown" and not re.fullmatch(r"\d{4}\.\d{4,5}", arxiv):
-        raise InvalidCall(f"published: arxiv is {arxiv!r}, expected an id like 2505.12929, or 'unknown'.")
+        raise InvalidCall(
+            f"published: arxiv is {arxiv!r}, expected an id like 2505.12929, or 'unknown'."
+        )
 
     if (paper is None) == (arxiv not in TITLES):
-        raise InvalidCall(f"published: the title of {arxiv} is written once: as paper=, or in _core/catalogue/titles.py.")
+        raise InvalidCall(
+            f"published: the title of {arxiv} is written once: as paper=, or in "
+            "_core/catalogue/titles.py."
+        )
     title = TITLES[arxiv] if paper is None else paper
 
     def register(function: _Published) -> _Published:
         of = kind or _kind_of_module(function.__module__)
         known = CATALOGUE[of].get(name)
         if known is not None and known.function.__module__ != function.__module__:
-            raise InvalidCall(f"the {of.replace('_', ' ')} {name!r} is taken by {known.function.__module__}.")
+            raise InvalidCall(
+                f"the {of.replace('_', ' ')} {name!r} is taken by {known.function.__module__}."
+            )
         checked = ranged(function)
         if inspect.isfunction(checked):
             checked.__signature__ = written_out(checked)  # type: ignore[attr-defined]
-        checked.__doc__ = with_reference(with_sections(checked, with_arguments(checked), of, name), title, arxiv)
-        CATALOGUE[of][name] = Entry(name, full_name, of, title, arxiv, certainty, checked, level, plan, example or {})
+        checked.__doc__ = with_reference(
+            with_sections(checked, with_arguments(checked), of, name), title, arxiv
+        )
+        CATALOGUE[of][name] = Entry(
+            name, full_name, of, title, arxiv, certainty, checked, level, plan, example or {}
+        )
         return checked
 
     return register

@@ -1,4 +1,6 @@
-"""Search the catalogue: by name, by an acronym as its paper prints it, by title, by arXiv id, or by words."""
+"""Search the catalogue: by name, by an acronym as its paper prints it, by title, by
+arXiv id, or by words.
+"""
 
 from __future__ import annotations
 
@@ -52,11 +54,17 @@ def exact(text: str, kind: str | None = None) -> list[tuple[Entry, str]]:
     title or acronym, then those with these initials, then those with that class name.
     """
     wanted = key(text)
-    matches = [(entry, why) for entry in entries(kind) for name, why in names(entry) if name == wanted]
+    matches = [
+        (entry, why) for entry in entries(kind) for name, why in names(entry) if name == wanted
+    ]
     if not matches:
-        return [(entry, "class") for entry in entries(kind) if key(entry.function.__name__) == wanted]
+        return [
+            (entry, "class") for entry in entries(kind) if key(entry.function.__name__) == wanted
+        ]
     surest = next((rank for rank in _RANKS if any(why in rank for _, why in matches)), ())
-    return list({entry.call: (entry, why) for entry, why in reversed(matches) if why in surest}.values())[::-1]
+    return list(
+        {entry.call: (entry, why) for entry, why in reversed(matches) if why in surest}.values()
+    )[::-1]
 
 
 def find(text: str, kind: str | None = None) -> list[Hit]:
@@ -65,8 +73,10 @@ def find(text: str, kind: str | None = None) -> list[Hit]:
     Names, acronyms, titles and arXiv ids come first, then words, then spelling.
 
     Args:
-        text: ``"AR"``, ``"GRPO-λ"``, ``"2505.12929"``, the title of a paper, or a few words of it, in any case.
-        kind: only entries of this kind, one of ``rw.find``'s ``"policy_loss"``, ``"token_weight"``, ``"advantage"``, ``"reward"``, ``"objective"``,
+        text: ``"AR"``, ``"GRPO-λ"``, ``"2505.12929"``, the title of a paper, or a few
+            words of it, in any case.
+        kind: only entries of this kind, one of ``rw.find``'s ``"policy_loss"``,
+            ``"token_weight"``, ``"advantage"``, ``"reward"``, ``"objective"``,
             ``"sample_weight"``, ``"pair_loss"``, ``"divergence"``, ``"schedule"``.
 
     Returns:
@@ -88,7 +98,10 @@ def find(text: str, kind: str | None = None) -> list[Hit]:
         'arXiv id'
     """
     if not key(text):
-        raise InvalidCall(f"find: {text!r} has nothing to search for; give a name, an acronym, a title, an arXiv id or words.")
+        raise InvalidCall(
+            f"find: {text!r} has nothing to search for; give a name, an acronym, a title, an "
+            "arXiv id or words."
+        )
     found = exact(text, kind)
     papers = {entry.paper for entry, _ in found}
     found += [(entry, "the same paper") for entry in entries(kind) if entry.paper in papers]
@@ -97,7 +110,13 @@ def find(text: str, kind: str | None = None) -> list[Hit]:
     hits = _hits(found)
     if kind is None:
         hits += [
-            Hit(f"rw.recipe({r.name!r})", "everything that the paper trains with", r.paper, r.arxiv, "a recipe")
+            Hit(
+                f"rw.recipe({r.name!r})",
+                "everything that the paper trains with",
+                r.paper,
+                r.arxiv,
+                "a recipe",
+            )
             for r in recipes_of(of_papers)
         ]
         hits += _left_out(text)
@@ -112,16 +131,26 @@ def entry_of(name: str, kind: str) -> Entry:
         return CATALOGUE[kind][name]
     what = kind.replace("_", " ")
     elsewhere = [entry for entry, _ in exact(name)]
-    near = [entry for entry, _ in exact(name, kind) or ([] if elsewhere else _by_spelling(name, kind))]
+    near = [
+        entry for entry, _ in exact(name, kind) or ([] if elsewhere else _by_spelling(name, kind))
+    ]
     if near:
         hint = f"Did you mean {near[0].name!r}?"
     elif elsewhere and elsewhere[0].kind == "token_weight":
-        hint = f"{elsewhere[0].call} is a weight: add it to a loss, spec=rw.methods.grpo().with_weight({elsewhere[0].call}(...))."
+        hint = (
+            f"{elsewhere[0].call} is a weight: add it to a loss, "
+            f"spec=rw.methods.grpo().with_weight({elsewhere[0].call}(...))."
+        )
     elif elsewhere:
-        hint = f"{elsewhere[0].call} is {_a(elsewhere[0].kind.replace('_', ' '))}: {KINDS[elsewhere[0].kind][1]}."
+        hint = (
+            f"{elsewhere[0].call} is {_a(elsewhere[0].kind.replace('_', ' '))}: "
+            f"{KINDS[elsewhere[0].kind][1]}."
+        )
     else:
         hint = f"rw.find({name!r}) searches papers and docstrings."
-    raise InvalidCall(f"no {what} {name!r}. {hint} The names are: {', '.join(sorted(CATALOGUE[kind]))}.")
+    raise InvalidCall(
+        f"no {what} {name!r}. {hint} The names are: {', '.join(sorted(CATALOGUE[kind]))}."
+    )
 
 
 def _a(noun: str) -> str:
@@ -131,29 +160,49 @@ def _a(noun: str) -> str:
 def _hits(found: Iterable[tuple[Entry, str]]) -> list[Hit]:
     first: dict[str, Hit] = {}
     for entry, why in found:
-        first.setdefault(entry.call, Hit(entry.call, entry.full_name, entry.paper, entry.arxiv, why))
+        first.setdefault(
+            entry.call, Hit(entry.call, entry.full_name, entry.paper, entry.arxiv, why)
+        )
     return list(first.values())
 
 
 def _has(wanted: Iterable[str], text: str) -> bool:
     there = set(words(text))
-    return all(word in there or (len(word) >= _LEAST_PREFIX and any(w.startswith(word) for w in there)) for word in wanted)
+    return all(
+        word in there or (len(word) >= _LEAST_PREFIX and any(w.startswith(word) for w in there))
+        for word in wanted
+    )
 
 
 def _by_words(text: str, kind: str | None) -> list[tuple[Entry, str]]:
     wanted = words(text)
-    titles = [(e, "words") for e in entries(kind) if _has(wanted, f"{e.name} {e.full_name} {e.paper}")]
-    return titles + [(e, "mentioned in its docstring") for e in entries(kind) if _has(wanted, e.formula)]
+    titles = [
+        (e, "words") for e in entries(kind) if _has(wanted, f"{e.name} {e.full_name} {e.paper}")
+    ]
+    return titles + [
+        (e, "mentioned in its docstring") for e in entries(kind) if _has(wanted, e.formula)
+    ]
 
 
 def _by_spelling(text: str, kind: str | None) -> list[tuple[Entry, str]]:
     # An entry with that name comes before entries whose paper's title has it.
     called = {
-        name: entry for which in ("acronym", "name") for entry in reversed(entries(kind)) for name, why in names(entry) if why == which
+        name: entry
+        for which in ("acronym", "name")
+        for entry in reversed(entries(kind))
+        for name, why in names(entry)
+        if why == which
     }
-    return [(called[name], "the nearest spelling") for name in difflib.get_close_matches(key(text), called, n=3, cutoff=0.75)]
+    return [
+        (called[name], "the nearest spelling")
+        for name in difflib.get_close_matches(key(text), called, n=3, cutoff=0.75)
+    ]
 
 
 def _left_out(text: str) -> list[Hit]:
     wanted = words(text)
-    return [Hit("", reason, title, "unknown", "words") for title, reason in LEFT_OUT.items() if _has(wanted, title)]
+    return [
+        Hit("", reason, title, "unknown", "words")
+        for title, reason in LEFT_OUT.items()
+        if _has(wanted, title)
+    ]

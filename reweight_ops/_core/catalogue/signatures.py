@@ -23,14 +23,22 @@ def written_out(function: Callable[..., Any]) -> inspect.Signature:
     signature = inspect.signature(function)
     found: list[inspect.Parameter] = []
     for parameter in signature.parameters.values():
-        match = re.search(r"Unpack\[(\w+)\]", str(parameter.annotation)) if parameter.kind is parameter.VAR_KEYWORD else None
+        match = (
+            re.search(r"Unpack\[(\w+)\]", str(parameter.annotation))
+            if parameter.kind is parameter.VAR_KEYWORD
+            else None
+        )
         if match is None:
             found.append(parameter)
             continue
         keywords = vars(sys.modules[function.__module__])[match[1]]
         for name, kind in keywords.__annotations__.items():
             annotation = getattr(kind, "__forward_arg__", kind)
-            found.append(inspect.Parameter(name, parameter.KEYWORD_ONLY, default=DEFAULTS.get(name), annotation=annotation))
+            found.append(
+                inspect.Parameter(
+                    name, parameter.KEYWORD_ONLY, default=DEFAULTS.get(name), annotation=annotation
+                )
+            )
     return signature.replace(parameters=found)
 
 

@@ -32,7 +32,11 @@ def plan(entry: Entry) -> str:
         return "one pass" if entry.build().one_pass_unsupported_reason is None else "two passes"
     if entry.kind == "token_weight":
         weight = entry.build()
-        return "two passes" if trace_weight(type(weight)).uses_batch or not weight.detach else "one pass"
+        return (
+            "two passes"
+            if trace_weight(type(weight)).uses_batch or not weight.detach
+            else "one pass"
+        )
     return ""
 
 
@@ -46,19 +50,37 @@ def level(entry: Entry) -> str:
 
 
 def _line(entry: Entry) -> str:
-    link = f"[{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv != "unknown" else "unknown"
-    return f"| [`{entry.name}`](#{anchor(entry)}) | {entry.full_name} | {link} | {level(entry)} | {plan(entry)} | {entry.certainty} |"
+    link = (
+        f"[{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv})"
+        if entry.arxiv != "unknown"
+        else "unknown"
+    )
+    return (
+        f"| [`{entry.name}`](#{anchor(entry)}) | {entry.full_name} | {link} | {level(entry)} "
+        f"| {plan(entry)} | {entry.certainty} |"
+    )
 
 
 def markdown() -> str:
     """The whole page."""
-    parts = [_HEAD.format(certainties="\n".join(f"- *{name}*: {meaning}" for name, meaning in CERTAINTIES.items()))]
+    parts = [
+        _HEAD.format(
+            certainties="\n".join(f"- *{name}*: {meaning}" for name, meaning in CERTAINTIES.items())
+        )
+    ]
     for kind, (module, meaning) in KINDS.items():
         if not CATALOGUE[kind]:
             continue
         rows = [_line(CATALOGUE[kind][name]) for name in sorted(CATALOGUE[kind])]
-        head = "| name | full name | arXiv | level | plan | certainty |\n| --- | --- | --- | --- | --- | --- |"
+        head = (
+            "| name | full name | arXiv | level | plan | certainty |\n| --- | --- | --- | "
+            "--- | --- | --- |"
+        )
         parts.append(f"## `{module}`: {meaning}\n\n{head}\n" + "\n".join(rows) + "\n")
         parts += [entry_text(CATALOGUE[kind][name]) + "\n" for name in sorted(CATALOGUE[kind])]
-    parts.append("## Left out, and why\n\n" + "\n".join(f"- **{title}**: {reason}" for title, reason in LEFT_OUT.items()) + "\n")
+    parts.append(
+        "## Left out, and why\n\n"
+        + "\n".join(f"- **{title}**: {reason}" for title, reason in LEFT_OUT.items())
+        + "\n"
+    )
     return "\n".join(parts)

@@ -39,15 +39,25 @@ def wants_graph() -> bool:
 
 
 def gradient(
-    formula: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor | None], upstream: Sequence[Tensor | None]
+    formula: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    upstream: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """Return the gradients of ``formula(*inputs)`` by its inputs, with a graph of their
     own, and None for an input that needs none.
     """
-    pairs = [(out, g) for out, g in zip(formula(*inputs), upstream, strict=True) if g is not None and out.requires_grad]
+    pairs = [
+        (out, g)
+        for out, g in zip(formula(*inputs), upstream, strict=True)
+        if g is not None and out.requires_grad
+    ]
     wanted = [x for x in inputs if x is not None and x.requires_grad]
     outputs, grads = [out for out, _ in pairs], [g for _, g in pairs]
-    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True) if pairs and wanted else ())
+    found = iter(
+        torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True)
+        if pairs and wanted
+        else ()
+    )
     return [next(found, None) if x is not None and x.requires_grad else None for x in inputs]
 
 
@@ -57,7 +67,9 @@ def rows(logits: Tensor, drop_last: bool) -> Tensor:
     return z.reshape(-1, z.size(-1))
 
 
-def log_probs(logits: Tensor, temperature: Tensor, softmax: SoftmaxParams) -> tuple[Tensor, Tensor, Tensor]:
+def log_probs(
+    logits: Tensor, temperature: Tensor, softmax: SoftmaxParams
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(x, log_softmax(x), masked)`` of ``[N, V]`` logits.
 
     x is formed as in the kernels. ``masked`` marks the columns without mass, which have
@@ -71,15 +83,21 @@ def log_probs(logits: Tensor, temperature: Tensor, softmax: SoftmaxParams) -> tu
     x = torch.where(masked, 0, z)
     if math.isfinite(softmax.softcap):
         x = torch.where(x == math.inf, math.nan, softmax.softcap * torch.tanh(x / softmax.softcap))
-    masked = masked | ((x / t == -math.inf) & served)  # a mask of finfo.min and a temperature below 1
+    # a mask of finfo.min and a temperature below 1
+    masked = masked | ((x / t == -math.inf) & served)
     x = torch.where(masked, -math.inf, torch.where(masked, 0, x) / t)
     return x, torch.log_softmax(x, -1), masked
 
 
 def token_stats(
-    logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, names: Sequence[str], picked: Tensor | None = None,
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    softmax: SoftmaxParams,
+    names: Sequence[str],
+    picked: Tensor | None = None,
     sets: KeptSets | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, ...]:
     """Return the named statistics of ``[N, V]`` logits, ``[N]`` each, as
     :class:`~reweight_ops._core.backends.base.Backend` defines them.
 
@@ -92,39 +110,64 @@ def token_stats(
     x, log_p, _ = log_probs(torch.where(inside[:, None], logits, 0), temperature, softmax)
     bad = inside & ((ids < 0) | (ids >= softmax.total()))
     known = torch.where(inside & ~bad, ids, 0)[:, None]
-    finite = torch.where(log_p.exp() == 0, 0, log_p)  # a log-prob of -inf, or -1e38, would make the slope NaN
+    # a log-prob of -inf, or -1e38, would make the slope NaN
+    finite = torch.where(log_p.exp() == 0, 0, log_p)
     formulas: dict[str, Callable[[], Tensor]] = {
         "logp": lambda: log_p.gather(-1, known)[:, 0],
         "entropy": lambda: -(log_p.exp() * finite).sum(-1),
-        "lse": lambda: x.logsumexp(-1) + 0 * log_p.detach().amax(-1),  # NaN where no column is finite
+        # NaN where no column is finite
+        "lse": lambda: x.logsumexp(-1) + 0 * log_p.detach().amax(-1),
         "log_sum_p_sq": lambda: (2 * log_p).logsumexp(-1),
         "max_logp": lambda: log_p.detach().amax(-1),
         MEAN_LOGIT: lambda: x.detach().mean(-1) + 0 * log_p.detach().amax(-1),
     }
-    found = {name: torch.where(inside, torch.where(bad, math.nan, formulas[name]()), 0) for name in names if name in formulas}
+    found = {
+        name: torch.where(inside, torch.where(bad, math.nan, formulas[name]()), 0)
+        for name in names
+        if name in formulas
+    }
     if picked is not None:
         there = inside[:, None] & (picked != IGNORE_INDEX)
         unknown = there & ((picked < 0) | (picked >= softmax.vocab_size))
         logps = log_p.gather(-1, torch.where(there & ~unknown, picked, 0))
-        found |= {PICKED: torch.where(unknown, math.nan, torch.where(there, logps, 0)), PICKED_IDS: picked}
+        found |= {
+            PICKED: torch.where(unknown, math.nan, torch.where(there, logps, 0)),
+            PICKED_IDS: picked,
+        }
     return tuple(found[name] for name in names)
 
 
 def _kept_stats(
-    logits: Tensor, position: Tensor, temperature: Tensor, softmax: SoftmaxParams, names: Sequence[str], sets: KeptSets
+    logits: Tensor,
+    position: Tensor,
+    temperature: Tensor,
+    softmax: SoftmaxParams,
+    names: Sequence[str],
+    sets: KeptSets,
 ) -> tuple[Tensor, ...]:
     n, entries = position.numel(), sets.token_ids.numel()
     inside = (sets.row >= 0) & (sets.row < n)
     mask = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)
     if n and entries:
-        mask = mask.index_put((sets.row.clamp(0, n - 1), sets.token_ids), inside.int(), accumulate=True)
+        mask = mask.index_put(
+            (sets.row.clamp(0, n - 1), sets.token_ids), inside.int(), accumulate=True
+        )
         at = (sets.bounds[0] + position).clamp(0, entries - 1)
         position = torch.where(position < 0, position, sets.token_ids[at])
-    kept, whole = torch.where(mask > 0, logits, -math.inf), [name for name in names if name.startswith(VOCABULARY)]
+    kept, whole = (
+        torch.where(mask > 0, logits, -math.inf),
+        [name for name in names if name.startswith(VOCABULARY)],
+    )
     own = [name for name in names if name not in whole]
     found = dict(zip(own, token_stats(kept, position, temperature, softmax, own), strict=True))
     if whole:
-        values = token_stats(logits, position, temperature, softmax, [name.removeprefix(VOCABULARY) for name in whole])
+        values = token_stats(
+            logits,
+            position,
+            temperature,
+            softmax,
+            [name.removeprefix(VOCABULARY) for name in whole],
+        )
         found |= dict(zip(whole, values, strict=True))
     return tuple(found[name] for name in names)
 
@@ -134,15 +177,24 @@ def head_logits(hidden: Tensor, head: LMHead, keep: Tensor, settings: ChunkSetti
     An ignored row is never read.
     """
     weight, bias, a, b, scale = head.cast(settings)
-    h, dtype = torch.where(keep[:, None], hidden, 0).to(settings.compute_dtype), settings.logits_dtype
+    h, dtype = (
+        torch.where(keep[:, None], hidden, 0).to(settings.compute_dtype),
+        settings.logits_dtype,
+    )
     wide = torch.promote_types(dtype, settings.lora_dtype)
     z = h.to(wide) @ weight.to(wide).t()
     z = z if bias is None else z + bias.to(wide)
-    z = z if a is None or b is None else z + scale * ((h.to(a.dtype) @ a.t()).to(wide) @ b.t().to(wide))
+    z = (
+        z
+        if a is None or b is None
+        else z + scale * ((h.to(a.dtype) @ a.t()).to(wide) @ b.t().to(wide))
+    )
     return z.to(dtype)
 
 
-def other_logits(hidden: Tensor, head: LMHead | None, index: Tensor | None, keep: Tensor, settings: ChunkSettings) -> Tensor:
+def other_logits(
+    hidden: Tensor, head: LMHead | None, index: Tensor | None, keep: Tensor, settings: ChunkSettings
+) -> Tensor:
     """Return the ``[M, V]`` logits of a frozen second model, from its hidden states and
     head, or as rows of the given logits.
     """
@@ -158,34 +210,59 @@ def generalized_jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     # multiplied by p and q, which are 0 there.
     masked = (log_p == -math.inf) & (log_q == -math.inf)
     share: Any = number_like(beta, log_p) if varies(beta) else beta
-    log_share, log_rest = (share.log(), torch.log1p(-share)) if varies(beta) else (math.log(beta), math.log1p(-beta))
-    mix = torch.logaddexp(torch.where(masked, 0, log_p) + log_rest, torch.where(masked, 0, log_q) + log_share)
-    to_q, to_p = (torch.where(t == -math.inf, 0, t.exp() * (torch.where(t == -math.inf, 0, t) - mix)).sum(-1) for t in (log_q, log_p))
+    log_share, log_rest = (
+        (share.log(), torch.log1p(-share)) if varies(beta) else (math.log(beta), math.log1p(-beta))
+    )
+    mix = torch.logaddexp(
+        torch.where(masked, 0, log_p) + log_rest, torch.where(masked, 0, log_q) + log_share
+    )
+    to_q, to_p = (
+        torch.where(t == -math.inf, 0, t.exp() * (torch.where(t == -math.inf, 0, t) - mix)).sum(-1)
+        for t in (log_q, log_p)
+    )
     jsd: Tensor = share * to_q + (1 - share) * to_p
     return jsd
 
 
 def divergence_stats(
-    tensors: Sequence[Tensor], softmaxes: tuple[int, float, float], drop_last: bool, beta: float | None = None
+    tensors: Sequence[Tensor],
+    softmaxes: tuple[int, float, float],
+    drop_last: bool,
+    beta: float | None = None,
 ) -> tuple[Tensor, ...]:
-    """``(KL(q‖p), KL(p‖q), H(p), H(q))`` of every row, from logits, other logits, ids and both temperatures; with ``beta`` also the generalised JSD."""
+    """``(KL(q‖p), KL(p‖q), H(p), H(q))`` of every row, from logits, other logits, ids
+    and both temperatures; with ``beta`` also the generalised JSD.
+    """
     logits, other, ids, temperature, other_temperature = tensors
     vocab_size, softcap, other_softcap = softmaxes
     inside = (ids != IGNORE_INDEX)[:, None]
     first = (rows(logits, drop_last), temperature, softcap)
     second = (rows(other, False), other_temperature, other_softcap)
     (_, log_p, masked_p), (_, log_q, masked_q) = (
-        log_probs(torch.where(inside, z, 0), t, SoftmaxParams(vocab_size, cap)) for z, t, cap in (first, second)
+        log_probs(torch.where(inside, z, 0), t, SoftmaxParams(vocab_size, cap))
+        for z, t, cap in (first, second)
     )
     found = row_divergences(log_p, log_q, masked_p, masked_q, beta)
     return tuple(torch.where(inside[:, 0], row, 0) for row in found)
 
 
 def row_divergences(
-    log_p: Tensor, log_q: Tensor, masked_p: Tensor, masked_q: Tensor, beta: float | None = None, whole: bool = True
+    log_p: Tensor,
+    log_q: Tensor,
+    masked_p: Tensor,
+    masked_q: Tensor,
+    beta: float | None = None,
+    whole: bool = True,
 ) -> tuple[Tensor, ...]:
-    """``(KL(q‖p), KL(p‖q), H(p), H(q)[, JSD])`` of rows of log-probs, ``masked`` where they are ``-inf``; ``whole``: both sum to 1, so none is negative."""
-    p, q, a, b = log_p.exp(), log_q.exp(), torch.where(masked_p, 0, log_p), torch.where(masked_q, 0, log_q)
+    """``(KL(q‖p), KL(p‖q), H(p), H(q)[, JSD])`` of rows of log-probs, ``masked`` where
+    they are ``-inf``; ``whole``: both sum to 1, so none is negative.
+    """
+    p, q, a, b = (
+        log_p.exp(),
+        log_q.exp(),
+        torch.where(masked_p, 0, log_p),
+        torch.where(masked_q, 0, log_q),
+    )
     d = torch.where(masked_p | masked_q, 0, a - b)
     forward, reverse = -(q * d).sum(-1), (p * d).sum(-1)
     if whole:
@@ -198,5 +275,6 @@ def row_divergences(
 
 
 def _at_least_zero(x: Tensor) -> Tensor:
-    """Clamp the value of a divergence at 0 against rounding. Its gradient stays whole."""
+    """Clamp the value of a divergence at 0 against rounding. Its gradient
+    stays whole."""
     return x - x.detach().clamp(max=0)

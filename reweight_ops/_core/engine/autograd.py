@@ -1,4 +1,5 @@
-"""The autograd Functions on logits: statistics (two_pass) and the one-pass loss, of one tensor and of two.
+"""The autograd Functions on logits: statistics (two_pass) and the one-pass loss, of one
+tensor and of two.
 
 They call only registered custom ops, so torch.compile traces through them. They save
 tensors by ``save_for_backward``. The version counters then catch a tensor that was
@@ -49,11 +50,13 @@ def forbid_second_backward(ctx: Any, op: str) -> None:
         return
     if again.wants_graph():
         raise UnsupportedRequest(
-            f'{op}: create_graph=True asks a one-pass loss for second derivatives, but its gradient was computed in forward. plan="two_pass" has them.'
+            f"{op}: create_graph=True asks a one-pass loss for second derivatives, but its "
+            'gradient was computed in forward. plan="two_pass" has them.'
         )
     if getattr(ctx, "gradient_released", False):
         raise ReweightOpsError(
-            f"{op}: a second backward through a one-pass loss. Its gradient was handed out by the first; "
+            f"{op}: a second backward through a one-pass loss. Its gradient was handed out by "
+            "the first; "
             'plan="two_pass" computes it in backward and supports retain_graph=True.'
         )
     ctx.gradient_released = True
@@ -80,22 +83,39 @@ def asked_for(stats: str, needs_grad: bool, shards: VocabShards | None = None) -
 
 
 def stats_table(
-    logits: Tensor, ids: Tensor, temperature: Tensor, sets: KeptSets | None, softmax: SoftmaxParams, options: OpOptions, wanted: str,
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    sets: KeptSets | None,
+    softmax: SoftmaxParams,
+    options: OpOptions,
+    wanted: str,
     picks: Picks | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """``[S, N]``: the statistics named in ``wanted``, over the vocabulary or over kept sets. Beside it the likeliest ids of ``picks``, of these columns."""
+) -> tuple[Tensor, Tensor | None]:
+    """``[S, N]``: the statistics named in ``wanted``, over the vocabulary or over kept
+    sets. Beside it the likeliest ids of ``picks``, of these columns.
+    """
     rest, likeliest = (options.drop_last, wanted, options.backend), None
     if sets is not None:
-        table = library.called(kept_ops.kept_stats, logits, ids, *sets[:3], temperature, *softmax, *rest)
+        table = library.called(
+            kept_ops.kept_stats, logits, ids, *sets[:3], temperature, *softmax, *rest
+        )
     elif picks is not None and picks.top:
-        table, likeliest = library.called(picked_ops.top_stats, logits, ids, temperature, *softmax, *rest, picks.top)
+        table, likeliest = library.called(
+            picked_ops.top_stats, logits, ids, temperature, *softmax, *rest, picks.top
+        )
     else:
         table = library.called(library.token_stats, logits, ids, temperature, *softmax, *rest)
     return table, likeliest
 
 
 def whole_rows(
-    table: Tensor, names: str, ids: Tensor, shards: VocabShards | None, picks: Picks | None = None, picked: Tensor | None = None
+    table: Tensor,
+    names: str,
+    ids: Tensor,
+    shards: VocabShards | None,
+    picks: Picks | None = None,
+    picked: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Return a table of the named statistics.
 
@@ -114,7 +134,9 @@ def merged_rows(
     """The same from the states ``[W, S, N]`` of all shards."""
     known = tuple(names.split(","))
     table = shards.merged(states[:, : len(known)], known, ids)
-    return table, None if picks is None else picks.merged(states[:, len(known) :].transpose(1, 2), ids, shards.columns)
+    return table, None if picks is None else picks.merged(
+        states[:, len(known) :].transpose(1, 2), ids, shards.columns
+    )
 
 
 def forbid_graph(shards: VocabShards | None) -> None:
@@ -122,13 +144,23 @@ def forbid_graph(shards: VocabShards | None) -> None:
     form.
     """
     if shards is not None and again.wants_graph():
-        raise UnsupportedRequest(f"{shards.op}: create_graph=True needs the whole vocabulary on one rank, and process_group shards it.")
+        raise UnsupportedRequest(
+            f"{shards.op}: create_graph=True needs the whole vocabulary on one rank, and "
+            "process_group shards it."
+        )
 
 
 def written_gradient(
-    logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, known: dict[str, Tensor], by: dict[str, Tensor | None],
-    options: OpOptions, over: bool, sets: KeptSets | None = None,
-) -> Tensor | None:  # fmt: skip
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    softmax: SoftmaxParams,
+    known: dict[str, Tensor],
+    by: dict[str, Tensor | None],
+    options: OpOptions,
+    over: bool,
+    sets: KeptSets | None = None,
+) -> Tensor | None:
     """Return the gradient by logits from derivatives ``by`` statistics ``known``, or
     None if it was written ``over`` them.
 
@@ -136,8 +168,17 @@ def written_gradient(
     those ids are written over.
     """
     if sets is not None:
-        table = (*sets[:3], temperature, *kept_ops.stacked(known, by), *softmax, options.drop_last, options.backend)
-        found = library.called(kept_ops.kept_grad_ if over else kept_ops.kept_grad, logits, ids, *table)
+        table = (
+            *sets[:3],
+            temperature,
+            *kept_ops.stacked(known, by),
+            *softmax,
+            options.drop_last,
+            options.backend,
+        )
+        found = library.called(
+            kept_ops.kept_grad_ if over else kept_ops.kept_grad, logits, ids, *table
+        )
         return None if over else found
     d_picked, picked = by.get(PICKED), None
     if d_picked is not None and softmax.vocab_size:
@@ -147,12 +188,31 @@ def written_gradient(
         d_lse = by.get("lse")
         by = {**by, "lse": -d_picked.sum(-1) if d_lse is None else d_lse - d_picked.sum(-1)}
     arguments = (
-        logits, ids, temperature, known["logp"], known["lse"], known[LSE_LOW], known.get("entropy"), known.get("log_sum_p_sq"),
-        by.get("logp"), by.get("entropy"), by.get("lse"), by.get("log_sum_p_sq"), *softmax, options.drop_last, options.backend,
-    )  # fmt: skip
+        logits,
+        ids,
+        temperature,
+        known["logp"],
+        known["lse"],
+        known[LSE_LOW],
+        known.get("entropy"),
+        known.get("log_sum_p_sq"),
+        by.get("logp"),
+        by.get("entropy"),
+        by.get("lse"),
+        by.get("log_sum_p_sq"),
+        *softmax,
+        options.drop_last,
+        options.backend,
+    )
     found = library.called(library.token_grad_ if over else library.token_grad, *arguments)
     if picked is not None and d_picked is not None:
-        picked.write_gradient(library.without_last_position(logits if over else found, options.drop_last), ids, d_picked, known, by)
+        picked.write_gradient(
+            library.without_last_position(logits if over else found, options.drop_last),
+            ids,
+            d_picked,
+            known,
+            by,
+        )
     return None if over else found
 
 
@@ -165,25 +225,46 @@ class RowStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, ids: Tensor, temperature: Tensor, sets: KeptSets | None, softmax: SoftmaxParams, options: OpOptions, stats: str,
+        ctx: Any,
+        logits: Tensor,
+        ids: Tensor,
+        temperature: Tensor,
+        sets: KeptSets | None,
+        softmax: SoftmaxParams,
+        options: OpOptions,
+        stats: str,
         picks: Picks | None = None,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+    ) -> tuple[Tensor, ...]:
         wanted = asked_for(stats, ctx.needs_input_grad[0] or picks is not None, options.shards)
         z, shards = library.without_last_position(logits, options.drop_last), options.shards
-        table, likeliest = stats_table(logits, ids, temperature, sets, softmax, options, wanted, picks)
-        own = None if picks is None or shards is None else picks.states(z, ids, temperature, softmax, table.dtype, likeliest)
+        table, likeliest = stats_table(
+            logits, ids, temperature, sets, softmax, options, wanted, picks
+        )
+        own = (
+            None
+            if picks is None or shards is None
+            else picks.states(z, ids, temperature, softmax, table.dtype, likeliest)
+        )
         rows, picked = whole_rows(table, wanted, ids, shards, picks, own)
         if shards is not None:
             wanted = wanted.removesuffix(f",{LOGP_LOW}")
         ctx.set_materialize_grads(False)
-        ctx.sets, ctx.softmax, ctx.options, ctx.names, ctx.wanted = sets, softmax, options, stats.split(","), wanted.split(",")
+        ctx.sets, ctx.softmax, ctx.options, ctx.names, ctx.wanted = (
+            sets,
+            softmax,
+            options,
+            stats.split(","),
+            wanted.split(","),
+        )
         known = rows.unbind()
         outputs = known[: len(ctx.names)]
         fixed = [t for name, t in zip(ctx.names, outputs, strict=True) if name in FIXED]
         if picks is not None:
             values, chosen = (None, picks.joined(likeliest)) if picked is None else picked
             by_name = dict(zip(ctx.wanted, known, strict=True))
-            logps = Picked(z, ids, chosen, temperature, softmax, values).logps(by_name["lse"], by_name[LSE_LOW])
+            logps = Picked(z, ids, chosen, temperature, softmax, values).logps(
+                by_name["lse"], by_name[LSE_LOW]
+            )
             outputs, known = (*outputs, logps, chosen), (*known, chosen)
             ctx.names, fixed = [*ctx.names, PICKED, PICKED_IDS], [*fixed, chosen]
         if fixed:
@@ -198,17 +279,41 @@ class RowStatistics(torch.autograd.Function):
         forbid_graph(options.shards)
         known = dict(zip((*ctx.wanted, PICKED_IDS), stats, strict=False))
         if again.wants_graph():
-            softmax, all_names, sets, chosen = ctx.softmax, ctx.names, ctx.sets, known.get(PICKED_IDS)
+            softmax, all_names, sets, chosen = (
+                ctx.softmax,
+                ctx.names,
+                ctx.sets,
+                known.get(PICKED_IDS),
+            )
 
             def formula(z: Tensor) -> tuple[Tensor, ...]:
-                return again.token_stats(again.rows(z, options.drop_last), ids, temperature, softmax, all_names, chosen, sets)
+                return again.token_stats(
+                    again.rows(z, options.drop_last),
+                    ids,
+                    temperature,
+                    softmax,
+                    all_names,
+                    chosen,
+                    sets,
+                )
 
             return again.gradient(formula, (logits,), grads)[0], *(None,) * 7
-        by = {name: None if g is None else g.contiguous() for name, g in zip(ctx.names, grads, strict=True)}
+        by = {
+            name: None if g is None else g.contiguous()
+            for name, g in zip(ctx.names, grads, strict=True)
+        }
         if all(by.get(name) is None for name in (*DERIVATIVES, PICKED, f"{VOCABULARY}entropy")):
             return (None,) * 8
         found = written_gradient(
-            logits, ids, temperature, ctx.softmax, known, by, options, library.may_overwrite(options.consume), ctx.sets
+            logits,
+            ids,
+            temperature,
+            ctx.softmax,
+            known,
+            by,
+            options,
+            library.may_overwrite(options.consume),
+            ctx.sets,
         )
         return logits if found is None else found, *(None,) * 7
 
@@ -238,7 +343,17 @@ class OnePassLoss(torch.autograd.Function):
             arguments: tuple[Any, ...] = (logits, ids, temperature, *inputs, params, program, *rest)
         else:
             primitive, in_place = kept_ops.kept_loss_grad, kept_ops.kept_loss_grad_
-            arguments = (logits, ids, *sets[:3], temperature, *inputs, params, program, sets.over_vocabulary, *rest)
+            arguments = (
+                logits,
+                ids,
+                *sets[:3],
+                temperature,
+                *inputs,
+                params,
+                program,
+                sets.over_vocabulary,
+                *rest,
+            )
         if options.consume:
             rows, grad = library.called(in_place, *arguments), logits
         else:
@@ -250,7 +365,9 @@ class OnePassLoss(torch.autograd.Function):
         return rows[2].sum(), rows
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, _rows: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, upstream: Tensor | None, _rows: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 9
         forbid_second_backward(ctx, "policy_loss")
@@ -282,12 +399,14 @@ class FinishedLoss(torch.autograd.Function):
 Softmaxes = tuple[int, float, float]
 
 
-def with_empty(table: Tensor, two: tuple[Tensor, ...], softmaxes: Softmaxes, backend: str) -> Tensor:
+def with_empty(
+    table: Tensor, two: tuple[Tensor, ...], softmaxes: Softmaxes, backend: str
+) -> Tensor:
     """Return the divergences of a shard whose logits of one tensor may all be -inf.
 
     The kernel has no divergences of such rows. Where they are possible, the statistics
-    of each tensor are read too. On a GPU and in a graph this is always so, because nothing
-    waits to see whether it is necessary.
+    of each tensor are read too. On a GPU and in a graph this is always so, because
+    nothing waits to see whether it is necessary.
     """
     logits, other, ids, t, t_other = two
     vocab_size, cap, other_cap = softmaxes
@@ -296,26 +415,59 @@ def with_empty(table: Tensor, two: tuple[Tensor, ...], softmaxes: Softmaxes, bac
         return table
     inside, names = torch.where(ids == IGNORE_INDEX, IGNORE_INDEX, 0), "lse,lse_low,entropy"
     of = ((logits, t, cap), (other, t_other, other_cap))
-    p, q = (library.called(library.token_stats, z, inside, heat, vocab_size, c, 0, vocab_size, False, names, backend) for z, heat, c in of)
+    p, q = (
+        library.called(
+            library.token_stats,
+            z,
+            inside,
+            heat,
+            vocab_size,
+            c,
+            0,
+            vocab_size,
+            False,
+            names,
+            backend,
+        )
+        for z, heat, c in of
+    )
     return with_empty_shards(table, p, q)
 
 
-def divergence_table(tensors: tuple[Tensor, ...], softmaxes: Softmaxes, options: OpOptions) -> Tensor:
+def divergence_table(
+    tensors: tuple[Tensor, ...], softmaxes: Softmaxes, options: OpOptions
+) -> Tensor:
     """``[len(DIVERGENCE_STATS), N]``; of a shard's logits those of whole rows."""
-    table: Tensor = library.called(library.divergence_stats, *tensors, *softmaxes, options.drop_last, options.backend)
+    table: Tensor = library.called(
+        library.divergence_stats, *tensors, *softmaxes, options.drop_last, options.backend
+    )
     if options.shards is None:
         return table
     z, *rest = tensors
-    table = with_empty(table, (library.without_last_position(z, options.drop_last), *rest), softmaxes, options.backend)
+    table = with_empty(
+        table,
+        (library.without_last_position(z, options.drop_last), *rest),
+        softmaxes,
+        options.backend,
+    )
     return options.shards.merged_divergences(options.shards.gathered(table), rest[1])
 
 
 class DivergenceStatistics(torch.autograd.Function):
-    """``(KL(q‖p), KL(p‖q), H(p), H(q))`` of every row, ``[N]`` each; the first three are differentiable with respect to the logits of p."""
+    """``(KL(q‖p), KL(p‖q), H(p), H(q))`` of every row, ``[N]`` each; the first three
+    are differentiable with respect to the logits of p.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, softmaxes: Softmaxes, options: OpOptions
+        ctx: Any,
+        logits: Tensor,
+        other: Tensor,
+        ids: Tensor,
+        t: Tensor,
+        t_other: Tensor,
+        softmaxes: Softmaxes,
+        options: OpOptions,
     ) -> tuple[Tensor, ...]:
         table = divergence_table((logits, other, ids, t, t_other), softmaxes, options)
         ctx.set_materialize_grads(False)
@@ -339,12 +491,24 @@ class DivergenceStatistics(torch.autograd.Function):
                 return again.divergence_stats((z, *rest), ctx.softmaxes, options.drop_last)
 
             (grad,) = again.gradient(formula, (logits,), (*grads[:3], None))
-            if grad is not None and grads[1] is not None:  # an infinite KL(p‖q) has a gradient of NaN
+            # an infinite KL(p‖q) has a gradient of NaN
+            if grad is not None and grads[1] is not None:
                 is_nan = (table[1].isinf() & (grads[1] != 0)).view(*tensors[1].shape[:-1], 1)
-                grad = torch.where(F.pad(is_nan, (0, 0, 0, 1)) if options.drop_last else is_nan, math.nan, grad)
+                grad = torch.where(
+                    F.pad(is_nan, (0, 0, 0, 1)) if options.drop_last else is_nan, math.nan, grad
+                )
             return grad, *(None,) * 6
-        derivatives = torch.stack([torch.zeros_like(table[0]) if g is None else g for g in grads[:3]])
-        arguments = (*tensors, table, derivatives, *ctx.softmaxes, options.drop_last, options.backend)
+        derivatives = torch.stack(
+            [torch.zeros_like(table[0]) if g is None else g for g in grads[:3]]
+        )
+        arguments = (
+            *tensors,
+            table,
+            derivatives,
+            *ctx.softmaxes,
+            options.drop_last,
+            options.backend,
+        )
         if library.may_overwrite(options.consume):
             library.called(library.divergence_grad_, *arguments)
             return tensors[0], *(None,) * 6
@@ -358,10 +522,29 @@ class OnePassDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, constants: Tensor, weights: Tensor, softmaxes: Softmaxes,
+        ctx: Any,
+        logits: Tensor,
+        other: Tensor,
+        ids: Tensor,
+        t: Tensor,
+        t_other: Tensor,
+        constants: Tensor,
+        weights: Tensor,
+        softmaxes: Softmaxes,
         options: OpOptions,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        arguments = (logits, other, ids, t, t_other, constants, weights, *softmaxes, options.drop_last, options.backend)
+    ) -> tuple[Tensor, Tensor]:
+        arguments = (
+            logits,
+            other,
+            ids,
+            t,
+            t_other,
+            constants,
+            weights,
+            *softmaxes,
+            options.drop_last,
+            options.backend,
+        )
         if options.consume:
             table, grad = library.called(library.divergence_loss_grad_, *arguments), logits
         else:

@@ -44,20 +44,30 @@ class ChunkedRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, keep: Tensor, formula: Formula, prepare: Callable[..., Tensor], *rest: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        keep: Tensor,
+        formula: Formula,
+        prepare: Callable[..., Tensor],
+        *rest: Tensor,
+    ) -> Tensor:
         ctx.formula, ctx.prepare = formula, prepare
         ctx.save_for_backward(z, keep, *rest)
         step = max(CHUNK_ELEMENTS // max(z.size(-1), 1), 1)
-        parts = [formula(prepare(z[i : i + step], i), *(r[i : i + step] for r in rest)) for i in range(0, z.size(0), step)]
+        parts = [
+            formula(prepare(z[i : i + step], i), *(r[i : i + step] for r in rest))
+            for i in range(0, z.size(0), step)
+        ]
         return torch.where(keep, torch.cat(parts) if parts else z.new_zeros(0), 0)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         z, keep, *rest = ctx.saved_tensors
         if again.wants_graph():
-            return again.gradient(lambda x: (_whole(x, keep, ctx.formula, ctx.prepare, *rest),), (z,), (upstream,))[0], *(None,) * (
-                3 + len(rest)
-            )
+            return again.gradient(
+                lambda x: (_whole(x, keep, ctx.formula, ctx.prepare, *rest),), (z,), (upstream,)
+            )[0], *(None,) * (3 + len(rest))
         out = torch.empty_like(z)
         step = max(CHUNK_ELEMENTS // max(z.size(-1), 1), 1)
         for i in range(0, z.size(0), step):
@@ -66,19 +76,29 @@ class ChunkedRows(torch.autograd.Function):
                 x = ctx.prepare(part, i)
                 value = ctx.formula(x, *(r[i : i + step] for r in rest))
             selected = keep[i : i + step] & (upstream[i : i + step] != 0)
-            (grad,) = torch.autograd.grad(value, part, torch.where(selected, upstream[i : i + step], 0))
-            # As the kernels': NaN in every column of a row that is selected and has no value, 0 in one that is not selected.
+            (grad,) = torch.autograd.grad(
+                value, part, torch.where(selected, upstream[i : i + step], 0)
+            )
+            # As the kernels': NaN in every column of a row that is selected and has no
+            # value, 0 in one that is not selected.
             columns = grad[:, : x.size(-1)]
-            columns[:] = torch.where(value.isnan()[:, None], torch.nan, torch.where(part[:, : x.size(-1)] > -torch.inf, columns, 0))
+            columns[:] = torch.where(
+                value.isnan()[:, None],
+                torch.nan,
+                torch.where(part[:, : x.size(-1)] > -torch.inf, columns, 0),
+            )
             out[i : i + step] = torch.where(selected[:, None], grad, 0)
         return out, None, None, None, *(None for _ in rest)
 
 
-def _whole(z: Tensor, keep: Tensor, formula: Formula, prepare: Callable[..., Tensor], *rest: Tensor) -> Tensor:
+def _whole(
+    z: Tensor, keep: Tensor, formula: Formula, prepare: Callable[..., Tensor], *rest: Tensor
+) -> Tensor:
     """Evaluate the formula on all rows, so that autograd can differentiate it any
     number of times.
     """
-    x = torch.where(z == -torch.inf, -torch.inf, z)  # no gradient to columns without mass
+    # no gradient to columns without mass
+    x = torch.where(z == -torch.inf, -torch.inf, z)
     return torch.where(keep, formula(prepare(x, 0), *rest), 0)
 
 
@@ -125,23 +145,40 @@ class FormulaSource(PlainSource):
         formula, more = self.formula, self.more
         if isinstance(self.logits, TwoLogits):
             two = self.logits
-            more = (two.other.reshape(rows.count, two.other.size(-1)), two.other_temperature.expand(rows.count), rows.keep, *more)
+            more = (
+                two.other.reshape(rows.count, two.other.size(-1)),
+                two.other_temperature.expand(rows.count),
+                rows.keep,
+                *more,
+            )
 
             def formula(x: Tensor, y: Tensor, t: Tensor, inside: Tensor, *rest: Tensor) -> Tensor:
-                return self.formula(x, _x(torch.where(inside[:, None], y, 0), rows.dtype, two.other_softmax, t), *rest)
+                return self.formula(
+                    x,
+                    _x(torch.where(inside[:, None], y, 0), rows.dtype, two.other_softmax, t),
+                    *rest,
+                )
 
-        if in_transform() or torch.compiler.is_compiling():  # the compiler chooses its own chunks
+        # the compiler chooses its own chunks
+        if in_transform() or torch.compiler.is_compiling():
             return {"value": _whole(z, rows.keep, formula, prepare, *more)}
         return {"value": ChunkedRows.apply(z, rows.keep, formula, prepare, *more)}  # type: ignore[no-untyped-call]
 
 
 def refuse_consumed(p: Logits) -> None:
     if p.consume:
-        raise p.rows.error("consume_logits=True has no effect: this loss does not write over its logits.")
+        raise p.rows.error(
+            "consume_logits=True has no effect: this loss does not write over its logits."
+        )
 
 
 def formula_call(source: FormulaSource) -> Call[Tensor]:
-    """Return the call of an op that returns the formula's value per token, of shape R."""
+    """Return the call of an op that returns the formula's value per
+    token, of shape R."""
     if source.p.shard is not None:
-        raise source.rows.unsupported("process_group: this loss is a formula of whole rows in PyTorch, and no rank has one.")
-    return Call(source, StatisticsObjective(("value",), lambda found: source.rows.unflatten(found["value"])))
+        raise source.rows.unsupported(
+            "process_group: this loss is a formula of whole rows in PyTorch, and no rank has one."
+        )
+    return Call(
+        source, StatisticsObjective(("value",), lambda found: source.rows.unflatten(found["value"]))
+    )

@@ -17,7 +17,9 @@ from .metrics import Metrics, _extremum
 
 
 @torch.no_grad()
-def policy_diagnostics(call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, Tensor]) -> Metrics:
+def policy_diagnostics(
+    call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, Tensor]
+) -> Metrics:
     """Compute the diagnostics from the row statistics and the loss's derivatives by
     logp and entropy.
 
@@ -39,19 +41,26 @@ def policy_diagnostics(call: LossCall, leaves: dict[str, Tensor], by: tuple[Tens
     if "log_ratio" in call.spec.requires:
         found["ratio/eff_sample_size"] = _effective(t.log_ratio.exp(), keep)
     if call.sampling_logp is not None:
-        found |= _against_sampler(rows.keep & ~t.sampling_logp.isnan(), t.old_logp - t.sampling_logp)
+        found |= _against_sampler(
+            rows.keep & ~t.sampling_logp.isnan(), t.old_logp - t.sampling_logp
+        )
     flat = [number_like(x, keep) for pair in found.values() for x in pair]
     return Metrics(tuple(found), torch.stack(flat).view(-1, 2))
 
 
-def _gradient_share(call: LossCall, size: Tensor, p: Tensor) -> dict[str, tuple[Tensor, Tensor | int]]:
+def _gradient_share(
+    call: LossCall, size: Tensor, p: Tensor
+) -> dict[str, tuple[Tensor, Tensor | int]]:
     """Return how much of ``Σ |∂loss/∂logp|·(1 - p)`` comes from each quarter of the
     tokens, the unlikeliest first.
     """
     rank = BatchStatistics(call.rows).rank(p)
     quarter = (4 * rank / call.rows.keep.sum().clamp(min=1)).floor()
     size = torch.where(call.rows.keep, size, 0)
-    return {f"grad_share/q{k + 1}": (torch.where(quarter == k, size, 0).sum(), size.sum()) for k in range(4)}
+    return {
+        f"grad_share/q{k + 1}": (torch.where(quarter == k, size, 0).sum(), size.sum())
+        for k in range(4)
+    }
 
 
 def _against_sampler(known: Tensor, drift: Tensor) -> dict[str, tuple[Tensor, Tensor | int]]:

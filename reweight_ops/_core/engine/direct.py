@@ -48,15 +48,22 @@ class _Reader:
     def arguments(self, logits: Tensor, data: Mapping[str, Any]) -> OnePassArguments:
         get = data.get
         return OnePassArguments(
-            without_last_position(logits, self.drop_last), data["completion_ids"], get("completion_mask"), get("denominator_mask"),
-            tuple([None if name is None else get(name) for name in self.reads]), get("temperature", 1.0),
-            self.divisor if isinstance(self.divisor, float) else float(data[self.divisor]), float(get("loss_scale", 1.0)),
-        )  # fmt: skip
+            without_last_position(logits, self.drop_last),
+            data["completion_ids"],
+            get("completion_mask"),
+            get("denominator_mask"),
+            tuple([None if name is None else get(name) for name in self.reads]),
+            get("temperature", 1.0),
+            self.divisor if isinstance(self.divisor, float) else float(data[self.divisor]),
+            float(get("loss_scale", 1.0)),
+        )
 
 
 @dataclass(frozen=True)
 class DirectLoss:
-    """A loss that a backend has prepared; see :mod:`~reweight_ops._core.backends.prepared`."""
+    """A loss that a backend has prepared; see
+    :mod:`~reweight_ops._core.backends.prepared`.
+    """
 
     run: Prepared
     reader: _Reader
@@ -65,7 +72,9 @@ class DirectLoss:
     per_sequence: bool
     consume: bool
 
-    def __call__(self, spec: PolicyLossSpec, logits: Tensor, data: Mapping[str, Any]) -> PolicyLossOutput | None:
+    def __call__(
+        self, spec: PolicyLossSpec, logits: Tensor, data: Mapping[str, Any]
+    ) -> PolicyLossOutput | None:
         """Return the result, or None if the values are invalid for a loss. Then nothing
         has changed.
         """
@@ -73,7 +82,9 @@ class DirectLoss:
         if not 0 < arguments.temperature < math.inf:
             return None
         grad = logits if self.consume else empty(logits.shape, logits.dtype, logits.device)
-        if self.consume:  # mark first: an interrupt is raised when the kernel returns, after it has written the gradient
+        # mark first: an interrupt is raised when the kernel returns, after it has
+        # written the gradient
+        if self.consume:
             consumed.mark(logits)
         found = self.run(arguments, without_last_position(grad, drop_last))
         if found is None:
@@ -85,20 +96,35 @@ class DirectLoss:
             increment_version(logits)
         loss = FinishedLoss.apply(logits, grad, found.table, self.choice.backend)  # type: ignore[no-untyped-call]
         return PolicyLossOutput.later(
-            loss, self.choice.plan, self.choice.backend, partial(self._output, spec, found, loss, tuple(map(data.get, _SCALES)))
+            loss,
+            self.choice.plan,
+            self.choice.backend,
+            partial(self._output, spec, found, loss, tuple(map(data.get, _SCALES))),
         )
 
-    def _output(self, spec: PolicyLossSpec, found: OnePassRows, loss: Tensor, scales: tuple[Any, ...]) -> PolicyLossOutput:
+    def _output(
+        self, spec: PolicyLossSpec, found: OnePassRows, loss: Tensor, scales: tuple[Any, ...]
+    ) -> PolicyLossOutput:
         *divisors, scale = scales
         adv, old, ref, sampling = map(found.given, INPUTS[:4])
         call = LossCall(
-            spec, self.layout.rows(found.masked(), {}), Divisors(*divisors), 1.0 if scale is None else scale, adv, old, ref, sampling,
-            found.given("token_weights"), self.per_sequence,
-        )  # fmt: skip
+            spec,
+            self.layout.rows(found.masked(), {}),
+            Divisors(*divisors),
+            1.0 if scale is None else scale,
+            adv,
+            old,
+            ref,
+            sampling,
+            found.given("token_weights"),
+            self.per_sequence,
+        )
         return PolicyObjective(call).from_one_pass(loss, found.table, self.choice, None)
 
 
-def direct_loss(logits: Logits, call: LossCall, layout: RowLayout, choice: Choice) -> DirectLoss | None:
+def direct_loss(
+    logits: Logits, call: LossCall, layout: RowLayout, choice: Choice
+) -> DirectLoss | None:
     """Return the loss of a call that has succeeded, for similar calls.
 
     It is None if the call is not so simple, or if its backend prepares no loss.
@@ -114,7 +140,11 @@ def direct_loss(logits: Logits, call: LossCall, layout: RowLayout, choice: Choic
         return None
     numbers = (*spec.parameter_values, data["temperature"])
     weighing = spec.reduction.weighing(call.rows, call.divisors)
-    if not all(isinstance(x, (int, float)) for x in numbers) or weighing is None or any(r is not spec.reduction for r in spec.reductions):
+    if (
+        not all(isinstance(x, (int, float)) for x in numbers)
+        or weighing is None
+        or any(r is not spec.reduction for r in spec.reductions)
+    ):
         return None
     if any(isinstance(data.get(name), Tensor) and data[name].requires_grad for name in _SCALES):
         return None
@@ -126,6 +156,17 @@ def direct_loss(logits: Logits, call: LossCall, layout: RowLayout, choice: Choic
         named or (float(by) if isinstance(by, (int, float)) else 1.0),
         logits.drop_last,
     )
-    plan = OnePassPlan(logits.softmax, spec.program, tuple(map(float, spec.parameter_values)), weighing, len(spec.reductions), layout.run)
+    plan = OnePassPlan(
+        logits.softmax,
+        spec.program,
+        tuple(map(float, spec.parameter_values)),
+        weighing,
+        len(spec.reductions),
+        layout.run,
+    )
     run = prepare(plan, reader.arguments(logits.values, data))
-    return None if run is None else DirectLoss(run, reader, layout, choice, call.adv_per_sequence, logits.consume)
+    return (
+        None
+        if run is None
+        else DirectLoss(run, reader, layout, choice, call.adv_per_sequence, logits.consume)
+    )

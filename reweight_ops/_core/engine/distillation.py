@@ -41,14 +41,21 @@ def check_kind(op: str, kind: str, beta: float | None) -> float | None:
     Raises for an unknown kind, and for a beta without effect.
     """
     if kind not in (*KINDS, GENERALIZED_JSD):
-        raise InvalidCall(f"{op}: kind is {kind!r}, expected one of {', '.join(KINDS)}, {GENERALIZED_JSD}.")
+        raise InvalidCall(
+            f"{op}: kind is {kind!r}, expected one of {', '.join(KINDS)}, {GENERALIZED_JSD}."
+        )
     if kind != GENERALIZED_JSD:
         if beta is not None:
-            raise InvalidCall(f"{op}: beta belongs to kind='generalized_jsd'; with {kind!r} it would have no effect.")
+            raise InvalidCall(
+                f"{op}: beta belongs to kind='generalized_jsd'; with {kind!r} it would have no "
+                "effect."
+            )
         return None
     beta = 0.5 if beta is None else beta
     if not 0 < beta < 1:
-        raise InvalidCall(f"{op}: beta is {beta}, expected a number in (0, 1); 0 is forward_kl and 1 reverse_kl.")
+        raise InvalidCall(
+            f"{op}: beta is {beta}, expected a number in (0, 1); 0 is forward_kl and 1 reverse_kl."
+        )
     return beta
 
 
@@ -102,12 +109,22 @@ class DistillationObjective:
 
     def work(self) -> DivergenceWork:
         constants = KINDS.get(self.kind, (0.0,) * 4)[:3]
-        return DivergenceWork(parameter_vector(constants, self.rows.dtype, self.rows.device), self.weights)
+        return DivergenceWork(
+            parameter_vector(constants, self.rows.dtype, self.rows.device), self.weights
+        )
 
-    def from_one_pass(self, loss: Tensor, table: Tensor, choice: Choice, more: MoreMetrics | None) -> DistillationLossOutput:
-        return self._output(loss, (*table[:4].unbind(), *((table[-1],) if self.kind == GENERALIZED_JSD else ())), choice)
+    def from_one_pass(
+        self, loss: Tensor, table: Tensor, choice: Choice, more: MoreMetrics | None
+    ) -> DistillationLossOutput:
+        return self._output(
+            loss,
+            (*table[:4].unbind(), *((table[-1],) if self.kind == GENERALIZED_JSD else ())),
+            choice,
+        )
 
-    def from_statistics(self, statistics: dict[str, Tensor], choice: Choice, more: MoreMetrics | None) -> DistillationLossOutput:
+    def from_statistics(
+        self, statistics: dict[str, Tensor], choice: Choice, more: MoreMetrics | None
+    ) -> DistillationLossOutput:
         values = tuple(statistics[name] for name in self.reads)
         if self.kind == GENERALIZED_JSD:
             loss = torch.where(self.weights == 0, 0, self.weights * values[-1]).sum()
@@ -115,26 +132,47 @@ class DistillationObjective:
             loss = weighted_sum(torch.stack(values[:3]), *self.work())
         return self._output(loss, values, choice)
 
-    def _output(self, loss: Tensor, values: tuple[Tensor, ...], choice: Choice) -> DistillationLossOutput:
+    def _output(
+        self, loss: Tensor, values: tuple[Tensor, ...], choice: Choice
+    ) -> DistillationLossOutput:
         teacher_share = KINDS[self.kind][3] if self.kind in KINDS else 0.0
         if teacher_share:  # the teacher's entropy: no gradient
-            loss = loss + teacher_share * torch.where(self.weights == 0, 0, self.weights * values[3]).sum()
+            loss = (
+                loss
+                + teacher_share * torch.where(self.weights == 0, 0, self.weights * values[3]).sum()
+            )
         shown = tuple(self.rows.unflatten(x.detach()) for x in values)
         forward, reverse, entropies, teacher = shown[:4]
         return DistillationLossOutput(
-            loss, divergence_of(self.kind, shown), forward, reverse, marked(entropies, loss), teacher, choice.plan, choice.backend
+            loss,
+            divergence_of(self.kind, shown),
+            forward,
+            reverse,
+            marked(entropies, loss),
+            teacher,
+            choice.plan,
+            choice.backend,
         )
 
 
-def distillation_weights(rows: Rows, token_weights: Any, num_items_in_batch: Any, loss_scale: Any) -> Tensor:
+def distillation_weights(
+    rows: Rows, token_weights: Any, num_items_in_batch: Any, loss_scale: Any
+) -> Tensor:
     """Return the weights of a :class:`DistillationObjective`."""
     for name, value in (("num_items_in_batch", num_items_in_batch), ("loss_scale", loss_scale)):
         if isinstance(value, Tensor) and value.dim() != 0:
-            raise rows.error(f"{name} has shape {tuple(value.shape)}, expected a number or a 0-d tensor.")
+            raise rows.error(
+                f"{name} has shape {tuple(value.shape)}, expected a number or a 0-d tensor."
+            )
         refuse_learnt(value, rows.error, name)
     rows.check_divisor("num_items_in_batch", num_items_in_batch)
     divisor = rows.keep.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    factor = rows.flatten_per_token("token_weights", 1.0 if token_weights is None else token_weights)
+    factor = rows.flatten_per_token(
+        "token_weights", 1.0 if token_weights is None else token_weights
+    )
     if factor.requires_grad:
-        raise rows.error("token_weights require grad; here they are detached. For a gradient: (w * token_divergence(...)).sum().")
+        raise rows.error(
+            "token_weights require grad; here they are detached. For a gradient: (w * "
+            "token_divergence(...)).sum()."
+        )
     return torch.where(rows.keep, factor * loss_scale / divisor, 0)

@@ -19,21 +19,44 @@ def _fake_values(logits: Tensor, other: Tensor, ids: Tensor, *args: Any) -> Tens
 
 @op(_fake_values)
 def generalized_jsd(
-    logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, beta: float, vocab: int, cap: float, other_cap: float
+    logits: Tensor,
+    other: Tensor,
+    ids: Tensor,
+    t: Tensor,
+    t_other: Tensor,
+    beta: float,
+    vocab: int,
+    cap: float,
+    other_cap: float,
 ) -> Tensor:
-    two = DivergenceInputs(logits, other, ids, t, t_other, SoftmaxParams(vocab, cap), SoftmaxParams(vocab, other_cap))
+    two = DivergenceInputs(
+        logits, other, ids, t, t_other, SoftmaxParams(vocab, cap), SoftmaxParams(vocab, other_cap)
+    )
     return jsd.generalized_jsd(two, beta)
 
 
 def _write_gradient(
-    out: Tensor, logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, weights: Tensor, beta: float, vocab: int, cap: float,
+    out: Tensor,
+    logits: Tensor,
+    other: Tensor,
+    ids: Tensor,
+    t: Tensor,
+    t_other: Tensor,
+    weights: Tensor,
+    beta: float,
+    vocab: int,
+    cap: float,
     other_cap: float,
-) -> Tensor:  # fmt: skip
-    two = DivergenceInputs(logits, other, ids, t, t_other, SoftmaxParams(vocab, cap), SoftmaxParams(vocab, other_cap))
+) -> Tensor:
+    two = DivergenceInputs(
+        logits, other, ids, t, t_other, SoftmaxParams(vocab, cap), SoftmaxParams(vocab, other_cap)
+    )
     return jsd.generalized_jsd(two, beta, weights, out)
 
 
-generalized_jsd_grad, generalized_jsd_grad_ = gradient_ops("generalized_jsd_grad", _write_gradient, _fake_values)
+generalized_jsd_grad, generalized_jsd_grad_ = gradient_ops(
+    "generalized_jsd_grad", _write_gradient, _fake_values
+)
 
 
 def _fake_parts(logits: Tensor, other: Tensor, ids: Tensor, *args: Any) -> Tensor:
@@ -42,19 +65,52 @@ def _fake_parts(logits: Tensor, other: Tensor, ids: Tensor, *args: Any) -> Tenso
 
 @op(_fake_parts)
 def jsd_parts(
-    logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, known: Tensor, beta: float, vocab: int, cap: float, other_cap: float,
+    logits: Tensor,
+    other: Tensor,
+    ids: Tensor,
+    t: Tensor,
+    t_other: Tensor,
+    known: Tensor,
+    beta: float,
+    vocab: int,
+    cap: float,
+    other_cap: float,
     drop: bool,
-) -> Tensor:  # fmt: skip
-    """Of a shard of the vocabulary; ``known`` as in :func:`~reweight_ops._core.backends.generalized_jsd.to_the_mixture`."""
-    return jsd.to_the_mixture(_flat(logits, other, ids, t, t_other, vocab, cap, other_cap, drop), beta, known=known)
+) -> Tensor:
+    """Of a shard of the vocabulary; ``known`` as in
+    :func:`~reweight_ops._core.backends.generalized_jsd.to_the_mixture`.
+    """
+    return jsd.to_the_mixture(
+        _flat(logits, other, ids, t, t_other, vocab, cap, other_cap, drop), beta, known=known
+    )
 
 
 def _write_part_gradient(
-    out: Tensor, logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, known: Tensor, weights: Tensor, beta: float, vocab: int,
-    cap: float, other_cap: float, drop: bool,
-) -> None:  # fmt: skip
-    two, grad = _flat(logits, other, ids, t, t_other, vocab, cap, other_cap, drop), without_last_position(out, drop)
-    rows = grad if grad.dim() == 2 else grad.flatten(0, 1) if grad.is_contiguous() else grad.new_empty(two.logits.shape)
+    out: Tensor,
+    logits: Tensor,
+    other: Tensor,
+    ids: Tensor,
+    t: Tensor,
+    t_other: Tensor,
+    known: Tensor,
+    weights: Tensor,
+    beta: float,
+    vocab: int,
+    cap: float,
+    other_cap: float,
+    drop: bool,
+) -> None:
+    two, grad = (
+        _flat(logits, other, ids, t, t_other, vocab, cap, other_cap, drop),
+        without_last_position(out, drop),
+    )
+    rows = (
+        grad
+        if grad.dim() == 2
+        else grad.flatten(0, 1)
+        if grad.is_contiguous()
+        else grad.new_empty(two.logits.shape)
+    )
     jsd.to_the_mixture(two, beta, weights, rows, known)
     if rows.data_ptr() != grad.data_ptr():
         grad.copy_(rows.view(grad.shape))
@@ -62,10 +118,23 @@ def _write_part_gradient(
 
 
 def _flat(
-    logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, vocab: int, cap: float, other_cap: float, drop: bool
+    logits: Tensor,
+    other: Tensor,
+    ids: Tensor,
+    t: Tensor,
+    t_other: Tensor,
+    vocab: int,
+    cap: float,
+    other_cap: float,
+    drop: bool,
 ) -> DivergenceInputs:
-    z, y = (x if x.dim() == 2 else x.reshape(-1, x.size(-1)) for x in (without_last_position(logits, drop), other))
-    return DivergenceInputs(z, y, ids, t, t_other, SoftmaxParams(vocab, cap), SoftmaxParams(vocab, other_cap))
+    z, y = (
+        x if x.dim() == 2 else x.reshape(-1, x.size(-1))
+        for x in (without_last_position(logits, drop), other)
+    )
+    return DivergenceInputs(
+        z, y, ids, t, t_other, SoftmaxParams(vocab, cap), SoftmaxParams(vocab, other_cap)
+    )
 
 
 jsd_parts_grad, jsd_parts_grad_ = gradient_ops("jsd_parts_grad", _write_part_gradient)

@@ -23,7 +23,10 @@ from .sources import TwoLogitsSource
 
 def jsd_rows(source: TwoLogitsSource, beta: float) -> FormulaSource:
     """Return the JSD of every row, in chunks, because it has no kernel."""
-    return FormulaSource(source.both, lambda x, y: generalized_jsd(torch.log_softmax(x, -1), torch.log_softmax(y, -1), beta))
+    return FormulaSource(
+        source.both,
+        lambda x, y: generalized_jsd(torch.log_softmax(x, -1), torch.log_softmax(y, -1), beta),
+    )
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,10 @@ class JsdSource(PlainSource):
 
     @property
     def info(self) -> SourceInfo:
-        return self.divergences.info._replace(one_pass=None, one_pass_unsupported_reason="the generalised JSD is a composite in chunks")
+        return self.divergences.info._replace(
+            one_pass=None,
+            one_pass_unsupported_reason="the generalised JSD is a composite in chunks",
+        )
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         if self.divergences.both.p.shard is not None:
@@ -47,18 +53,28 @@ class JsdSource(PlainSource):
             return whole
         with torch.no_grad():
             values = self.divergences.statistics(names, backend)
-        return {**values, GENERALIZED_JSD: jsd_rows(self.divergences, self.beta).statistics(("value",), backend)["value"]}
+        return {
+            **values,
+            GENERALIZED_JSD: jsd_rows(self.divergences, self.beta).statistics(("value",), backend)[
+                "value"
+            ],
+        }
 
     def _of_shards(self, backend: str) -> dict[str, Tensor]:
         refuse_consumed(self.divergences.both.p)
-        *tensors, softmaxes, options = self.divergences.of_shards((*STATISTICS, GENERALIZED_JSD, self.beta), backend)
+        *tensors, softmaxes, options = self.divergences.of_shards(
+            (*STATISTICS, GENERALIZED_JSD, self.beta), backend
+        )
         values = JsdOfShards.apply(*tensors, self.beta, softmaxes, options)  # type: ignore[no-untyped-call]
         return dict(zip((*STATISTICS, GENERALIZED_JSD), values, strict=True))
 
 
 class JsdOfShards(torch.autograd.Function):
-    """``(KL(q‖p), KL(p‖q), H(p), H(q), JSD)`` of a vocabulary in shards, the last differentiable with respect to the logits of p: a second sweep of each
-    shard when both log-sum-exps are known, and a second exchange of ``8·N`` bytes a rank."""
+    """``(KL(q‖p), KL(p‖q), H(p), H(q), JSD)`` of a vocabulary in shards, the last
+    differentiable with respect to the logits of p: a second sweep of each
+    shard when both log-sum-exps are known, and a second exchange of ``8·N`` bytes a
+    rank.
+    """
 
     @staticmethod
     def forward(
@@ -75,7 +91,9 @@ class JsdOfShards(torch.autograd.Function):
         tensors, shards = (logits, other, ids, t, t_other), options.shards
         assert shards is not None
         table = divergence_table(tensors, softmaxes, options)
-        parts = library.called(jsd_ops.jsd_parts, *tensors, table[4:], beta, *softmaxes, options.drop_last)
+        parts = library.called(
+            jsd_ops.jsd_parts, *tensors, table[4:], beta, *softmaxes, options.drop_last
+        )
         to_p, to_q = shards.gathered(parts).sum(0)
         ctx.set_materialize_grads(False)
         ctx.beta, ctx.softmaxes, ctx.options = beta, softmaxes, options

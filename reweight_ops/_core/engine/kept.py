@@ -95,7 +95,9 @@ def _in_range(data: Mapping[str, Any]) -> bool:
     no divisor is 0.
     """
     for name, value in data.items():
-        if (not isinstance(value, Tensor) and _is_odd(value)) or (name in _DIVISORS and type(value) is not Tensor and value == 0):
+        if (not isinstance(value, Tensor) and _is_odd(value)) or (
+            name in _DIVISORS and type(value) is not Tensor and value == 0
+        ):
             return False
         allowed = _RANGES.get(name)
         if allowed is not None and not allowed.has(value):
@@ -115,10 +117,20 @@ def _kind(value: Any) -> Any:
         return kind
     if value.layout is not torch.strided or is_wrapped(value) or value.is_neg():
         raise LookupError
-    return kind, value.shape, value.stride(), value.dtype, value.device, value.requires_grad, value.is_leaf
+    return (
+        kind,
+        value.shape,
+        value.stride(),
+        value.dtype,
+        value.device,
+        value.requires_grad,
+        value.is_leaf,
+    )
 
 
-def signature(spec: Any, settings: Iterable[Hashable], arguments: Mapping[str, Any]) -> Hashable | None:
+def signature(
+    spec: Any, settings: Iterable[Hashable], arguments: Mapping[str, Any]
+) -> Hashable | None:
     """Return the key of a call, or None if the call is traced or transformed, or cannot
     be kept.
     """
@@ -131,7 +143,13 @@ def signature(spec: Any, settings: Iterable[Hashable], arguments: Mapping[str, A
         if arguments.get(name) is not None:
             return None
     try:
-        key: list[Any] = [id(lasting), torch.is_grad_enabled(), torch.is_inference_mode_enabled(), state(), *settings]
+        key: list[Any] = [
+            id(lasting),
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            state(),
+            *settings,
+        ]
         for name, value in arguments.items():
             key += (name, type(value), value) if name in _SETTINGS else (name, _kind(value))
         found = (*key, _is_one(arguments.get("loss_scale", 1.0)))
@@ -196,8 +214,22 @@ class KeptCall:
             return None
         assert rows.ids is not None
         values = logits if logits.dim() <= 3 else collapsed("logits", logits, InvalidCall)
-        found = Logits(values, rows, rows.ids, temperature, self.softmax, self.drop_last, self.consume, self.backend, logits)
-        return Call(LogitsSource(found), PolicyObjective(call, self.differentiable_outputs), choice=self.choice)
+        found = Logits(
+            values,
+            rows,
+            rows.ids,
+            temperature,
+            self.softmax,
+            self.drop_last,
+            self.consume,
+            self.backend,
+            logits,
+        )
+        return Call(
+            LogitsSource(found),
+            PolicyObjective(call, self.differentiable_outputs),
+            choice=self.choice,
+        )
 
 
 class KeptCalls:
@@ -226,7 +258,9 @@ class KeptCalls:
             with suppress(KeyError):
                 self._calls.popitem(last=False)
 
-    def keep(self, key: Hashable, logits: Logits, objective: PolicyObjective, choice: Choice) -> None:
+    def keep(
+        self, key: Hashable, logits: Logits, objective: PolicyObjective, choice: Choice
+    ) -> None:
         """Keep a call that has succeeded, if a backend's kernels found its rows and can
         weigh them.
 
@@ -243,15 +277,27 @@ class KeptCalls:
             return
         if any(r.coupled or r.weighing(rows, call.divisors) is None for r in call.spec.reductions):
             return
-        layout = RowLayout(rows.op, rows.shape, rows.device, rows.dtype, rows.sequences, rows.primitives)
-        direct = None if objective.differentiable_outputs else direct_loss(logits, call, layout, choice)
+        layout = RowLayout(
+            rows.op, rows.shape, rows.device, rows.dtype, rows.sequences, rows.primitives
+        )
+        direct = (
+            None if objective.differentiable_outputs else direct_loss(logits, call, layout, choice)
+        )
         self.put(
             key,
             KeptCall(
-                weakref.ref(call.spec), layout, logits.softmax, logits.drop_last, logits.consume, logits.backend,
-                objective.differentiable_outputs, {name: None for name, value in call.by_argument().items() if value is None}, choice, direct,
+                weakref.ref(call.spec),
+                layout,
+                logits.softmax,
+                logits.drop_last,
+                logits.consume,
+                logits.backend,
+                objective.differentiable_outputs,
+                {name: None for name, value in call.by_argument().items() if value is None},
+                choice,
+                direct,
             ),
-        )  # fmt: skip
+        )
 
 
 KEPT = KeptCalls()

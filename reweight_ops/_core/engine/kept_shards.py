@@ -1,4 +1,6 @@
-"""A shard's part of kept sets, for kernels of packed rows, which know no row whose id is somewhere else, nor an empty one."""
+"""A shard's part of kept sets, for kernels of packed rows, which know no row whose id
+is somewhere else, nor an empty one.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ from ..rows.groups import IGNORE_INDEX
 class ShardRows:
     """Packed rows of a softmax; of a whole vocabulary they are what they are.
 
-    Of a shard, a row whose id is elsewhere has its first element in the place of the id, and its derivative by the log-prob, which is that of a probability
-    in every column, becomes one by the log-sum-exp. A row without elements is out.
+    Of a shard, a row whose id is elsewhere has its first element in the place of the
+    id, and its derivative by the log-prob, which is that of a probability in every
+    column, becomes one by the log-sum-exp. A row without elements is out.
     """
 
     def __init__(self, given: PackedRows, softmax: SoftmaxParams) -> None:
@@ -32,21 +35,36 @@ class ShardRows:
         self.empty = (self.known | self.elsewhere) & (given.bounds[0] == given.bounds[1])
         place = torch.where(self.elsewhere, 0, given.ids)
         self.rows = given._replace(ids=torch.where(self.empty, IGNORE_INDEX, place))
-        # Of the whole vocabulary only entropies are asked for: no column stands for the id.
+        # Of the whole vocabulary only entropies are asked for: no column stands for the
+        # id.
         self.softmax = SoftmaxParams(softmax.vocab_size, softmax.softcap, 0, softmax.vocab_size + 1)
         self.ids = torch.where(self.known | self.elsewhere, softmax.vocab_size, given.ids)
 
     def statistics(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the kernels found of the rows, as it is merged; with what rounding log-probs lost."""
+        """What the kernels found of the rows, as it is merged; with what rounding
+        log-probs lost.
+        """
         if not self.sharded:
             return found
-        found = {**found, LOGP_LOW: lost_of(self._logits(), self.known, self.rows.temperature, self.softcap, found)}
+        found = {
+            **found,
+            LOGP_LOW: lost_of(
+                self._logits(), self.known, self.rows.temperature, self.softcap, found
+            ),
+        }
         empty = empty_shard(tuple(found), self.ids.numel(), found["logp"].dtype, self.ids.device)
         found["logp"] = torch.where(self.elsewhere, -math.inf, found["logp"])
-        return {name: torch.where(self.empty, nothing, found[name]) for name, nothing in zip(found, empty, strict=True)}
+        return {
+            name: torch.where(self.empty, nothing, found[name])
+            for name, nothing in zip(found, empty, strict=True)
+        }
 
-    def derivatives(self, stats: dict[str, Tensor], by: dict[str, Tensor | None]) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
-        """Statistics of whole rows, and derivatives by them, as the kernel of the gradient takes them."""
+    def derivatives(
+        self, stats: dict[str, Tensor], by: dict[str, Tensor | None]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+        """Statistics of whole rows, and derivatives by them, as the kernel of the
+        gradient takes them.
+        """
         if not self.sharded:
             return stats, by
         nothing = torch.zeros_like(stats["logp"])
@@ -56,7 +74,11 @@ class ShardRows:
         first = ((x - stats["lse"].double()) - stats["lse_low"].double()).to(stats["logp"].dtype)
         return (
             {**stats, "logp": torch.where(self.elsewhere, first, stats["logp"])},
-            {**by, "logp": torch.where(self.elsewhere, 0, d_logp), "lse": torch.where(self.elsewhere, d_lse - d_logp, d_lse)},
+            {
+                **by,
+                "logp": torch.where(self.elsewhere, 0, d_logp),
+                "lse": torch.where(self.elsewhere, d_lse - d_logp, d_lse),
+            },
         )
 
     def _logits(self) -> Tensor:

@@ -45,7 +45,8 @@ def _huge_page() -> int:
     It is 0 if there are none, or if they cost more than they save.
     """
     reported = _number(_REPORTED)
-    taken_back = reported is not None and 0 <= reported < 2**31  # the kernel prints its -1 without a sign
+    # the kernel prints its -1 without a sign
+    taken_back = reported is not None and 0 <= reported < 2**31
     return 0 if taken_back else _number(_HUGE_PAGE) or 0
 
 

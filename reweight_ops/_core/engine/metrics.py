@@ -3,7 +3,8 @@
 They are computed from ``[N]`` vectors after the pass, on the device and without a
 synchronisation.
 
-Each metric is a numerator and a denominator (or an extremum), so that micro-batches and ranks combine exactly.
+Each metric is a numerator and a denominator (or an extremum), so that micro-batches and
+ranks combine exactly.
 """
 
 from __future__ import annotations
@@ -25,22 +26,46 @@ from ..spec.ratio import SequenceRatio
 
 #: Metrics that are a minimum or maximum, and those that are sums; all others are means.
 _EXTREMA = {
-    "clip_ratio/low_min": "min", "clip_ratio/high_max": "max", "ratio/max": "max", "sampling/sampling_logp_difference/max": "max",
-    "sampling/importance_sampling_ratio/min": "min", "sampling/importance_sampling_ratio/max": "max",
-}  # fmt: skip
-_SUMS = ("entropy_change", "tokens", "sequences", "rows_skipped", "rows_dropped_forward", "rows_dropped_backward")
+    "clip_ratio/low_min": "min",
+    "clip_ratio/high_max": "max",
+    "ratio/max": "max",
+    "sampling/sampling_logp_difference/max": "max",
+    "sampling/importance_sampling_ratio/min": "min",
+    "sampling/importance_sampling_ratio/max": "max",
+}
+_SUMS = (
+    "entropy_change",
+    "tokens",
+    "sequences",
+    "rows_skipped",
+    "rows_dropped_forward",
+    "rows_dropped_backward",
+)
 
 #: verl's names of the metrics that tell how far off the sampler is.
 _ROLLOUT = {
-    "sampling/kl": "/rollout_corr/kl", "sampling/k3_kl": "/rollout_corr/k3_kl", "sampling/eff_sample_size": "/rollout_corr/rollout_is_eff_sample_size",
-    **{f"sampling/importance_sampling_ratio/{x}": f"/rollout_corr/rollout_is_{x}" for x in ("min", "mean", "max")},
-}  # fmt: skip
+    "sampling/kl": "/rollout_corr/kl",
+    "sampling/k3_kl": "/rollout_corr/k3_kl",
+    "sampling/eff_sample_size": "/rollout_corr/rollout_is_eff_sample_size",
+    **{
+        f"sampling/importance_sampling_ratio/{x}": f"/rollout_corr/rollout_is_{x}"
+        for x in ("min", "mean", "max")
+    },
+}
 #: Maps a library to the prefix of its names, and to its names of the same numbers. A
 #: metric without one keeps its name. A name that begins with a slash is complete and
 #: gets no prefix.
 NAMINGS: dict[str, tuple[str, dict[str, str]]] = {
     "trl": ("", {}),
-    "verl": ("actor/", {"clip_ratio/region_mean": "pg_clipfrac", "approx_kl": "ppo_kl", "kl": "kl_loss", **_ROLLOUT}),
+    "verl": (
+        "actor/",
+        {
+            "clip_ratio/region_mean": "pg_clipfrac",
+            "approx_kl": "ppo_kl",
+            "kl": "kl_loss",
+            **_ROLLOUT,
+        },
+    ),
 }
 
 
@@ -65,7 +90,8 @@ class Metrics(Mapping[str, Tensor]):
 
     @property
     def all_values(self) -> Tensor:
-        """Return ``[M]``: all values. They are divided together when the first is read."""
+        """Return ``[M]``: all values. They are divided together when the
+        first is read."""
         if self._values is None:
             sums = self.sums
             means = tuple(0.0 if name in _EXTREMA or name in _SUMS else 1.0 for name in self.names)
@@ -92,7 +118,9 @@ class Metrics(Mapping[str, Tensor]):
         """
         parts = list(parts)
         if not parts or any(p.names != parts[0].names for p in parts):
-            raise InvalidCall("Metrics.combine: expected metrics of calls with one spec, the same names in each.")
+            raise InvalidCall(
+                "Metrics.combine: expected metrics of calls with one spec, the same names in each."
+            )
         stacked = torch.stack([p.sums for p in parts])
         low, high = _neutral(stacked, math.inf).amin(0), _neutral(stacked, -math.inf).amax(0)
         return Metrics(parts[0].names, _reduced(parts[0].names, stacked.sum(0), low, high))
@@ -118,12 +146,18 @@ class Metrics(Mapping[str, Tensor]):
         for TRL, ``actor/`` for verl.
         """
         if names not in NAMINGS:
-            raise InvalidCall(f"Metrics.as_floats: names is {names!r}, expected {' or '.join(map(repr, NAMINGS))}.")
+            raise InvalidCall(
+                f"Metrics.as_floats: names is {names!r}, expected "
+                f"{' or '.join(map(repr, NAMINGS))}."
+            )
         usual, known = NAMINGS[names]
         before = usual if prefix is None else prefix
         values = self.all_values.tolist() if self.names else []
         named = [known.get(name, name) for name in self.names]
-        return {x[1:] if x.startswith("/") else before + x: value for x, value in zip(named, values, strict=True)}
+        return {
+            x[1:] if x.startswith("/") else before + x: value
+            for x, value in zip(named, values, strict=True)
+        }
 
 
 def _neutral(sums: Tensor, neutral: float) -> Tensor:
@@ -141,14 +175,23 @@ def _extremum(values: Tensor, there: Tensor, which: str) -> Tensor:
 
 
 def _reduced(names: tuple[str, ...], total: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    low, high = torch.where(low == math.inf, math.nan, low), torch.where(high == -math.inf, math.nan, high)
-    rows = [{"min": low, "max": high}[_EXTREMA[name]][i] if name in _EXTREMA else total[i] for i, name in enumerate(names)]
+    low, high = (
+        torch.where(low == math.inf, math.nan, low),
+        torch.where(high == -math.inf, math.nan, high),
+    )
+    rows = [
+        {"min": low, "max": high}[_EXTREMA[name]][i] if name in _EXTREMA else total[i]
+        for i, name in enumerate(names)
+    ]
     return torch.stack(rows) if rows else total
 
 
 @torch.no_grad()
 def policy_metrics(
-    call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, Tensor] | None, more: dict[str, Any] | None = None
+    call: LossCall,
+    leaves: dict[str, Tensor],
+    by: tuple[Tensor, Tensor] | None,
+    more: dict[str, Any] | None = None,
 ) -> Metrics:
     """Return the metrics of a call from its row statistics.
 
@@ -188,23 +231,50 @@ def policy_metrics(
     if by is not None:
         found["rows_skipped"] = ((rows.keep & (by[0] == 0) & (by[1] == 0)).sum(), 1)
     found |= {name: (value, 1) for name, value in (more or {}).items()}
-    numbers = {x: number_like(x, keep) for pair in found.values() for x in pair if not isinstance(x, Tensor)}
-    flat = [number_like(x, keep) if isinstance(x, Tensor) else numbers[x] for pair in found.values() for x in pair]
+    numbers = {
+        x: number_like(x, keep)
+        for pair in found.values()
+        for x in pair
+        if not isinstance(x, Tensor)
+    }
+    flat = [
+        number_like(x, keep) if isinstance(x, Tensor) else numbers[x]
+        for pair in found.values()
+        for x in pair
+    ]
     return Metrics(tuple(found), torch.stack(flat).view(-1, 2))
 
 
 #: Maps the name of a metric to the name of what a kernel computes.
 _FUSED = {
-    "kl": "kl", "entropy": "entropy", "ratio/mean": "ratio", "ratio/max": "largest ratio", "approx_kl": "approx_kl", "weight/mean": "weight",
-    "tokens": "tokens", "sequences": "sequences", "rows_skipped": "skipped", "clip_ratio/low_min": "low_min", "clip_ratio/high_max": "high_max",
-}  # fmt: skip
+    "kl": "kl",
+    "entropy": "entropy",
+    "ratio/mean": "ratio",
+    "ratio/max": "largest ratio",
+    "approx_kl": "approx_kl",
+    "weight/mean": "weight",
+    "tokens": "tokens",
+    "sequences": "sequences",
+    "rows_skipped": "skipped",
+    "clip_ratio/low_min": "low_min",
+    "clip_ratio/high_max": "high_max",
+}
 
 
-def _fused(call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, Tensor] | None) -> Metrics | None:
-    """Return the metrics from a backend's kernels, or None if they cannot compute them."""
+def _fused(
+    call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, Tensor] | None
+) -> Metrics | None:
+    """Return the metrics from a backend's kernels, or None if they cannot
+    compute them."""
     rows, spec = call.rows, call.spec
     monitor = spec.monitor
-    if rows.primitives is None or rows.masked is None or monitor is None or by is None or torch.compiler.is_compiling():
+    if (
+        rows.primitives is None
+        or rows.masked is None
+        or monitor is None
+        or by is None
+        or torch.compiler.is_compiling()
+    ):
         return None
     if rows.primitives.metrics is None:
         return None
@@ -225,27 +295,44 @@ def _fused(call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, Tensor] 
         known["factor"] = call.factor
     if type(spec.ratio) is SequenceRatio and rows.primitives.ratio is not None:
         old = call.ref_logp if spec.ratio.against == "ref" else call.old_logp
-        known["log_ratio"], _ = rows.primitives.ratio(rows.masked, rows.run, leaves["logp"], old, call.params, spec.ratio.normalize)
+        known["log_ratio"], _ = rows.primitives.ratio(
+            rows.masked, rows.run, leaves["logp"], old, call.params, spec.ratio.normalize
+        )
     elif spec.ratio.one_pass_unsupported_reason is not None:
         known["log_ratio"] = call.log_ratio(leaves["logp"])
-    return Metrics(tuple(found), *rows.primitives.metrics(rows.masked, rows.run, monitor, call.params, known, tuple(found.values())))
+    return Metrics(
+        tuple(found),
+        *rows.primitives.metrics(
+            rows.masked, rows.run, monitor, call.params, known, tuple(found.values())
+        ),
+    )
 
 
 def _clip_names(call: LossCall) -> dict[str, str]:
     """Return what a kernel computes for each clip metric; see :func:`_clip_metrics`."""
     cispo, sequences = call.spec.surrogate.name == "cispo", call.rows.sequences is not None
-    names = {"cispo_clip_ratio": "high"} if cispo else {f"clip_ratio/{kind}_mean": kind for kind in ("low", "high", "region")}
+    names = (
+        {"cispo_clip_ratio": "high"}
+        if cispo
+        else {f"clip_ratio/{kind}_mean": kind for kind in ("low", "high", "region")}
+    )
     if sequences and isinstance(call.spec.ratio, SequenceRatio) and call.adv_per_sequence:
         names = {name: f"sequence {kind}" for name, kind in names.items()}
     extrema = ("clip_ratio/low_min", "clip_ratio/high_max") if sequences and not cispo else ()
     return names | {name: _FUSED[name] for name in extrema}
 
 
-def _clip_metrics(call: LossCall, low: Tensor, high: Tensor, count: Tensor) -> dict[str, tuple[Tensor, Any]]:
+def _clip_metrics(
+    call: LossCall, low: Tensor, high: Tensor, count: Tensor
+) -> dict[str, tuple[Tensor, Any]]:
     rows = call.rows
     cispo = call.spec.surrogate.name == "cispo"
     kinds = {"low": low, "high": high, "region": torch.maximum(low, high)}
-    names = {"high": "cispo_clip_ratio"} if cispo else {kind: f"clip_ratio/{kind}_mean" for kind in kinds}
+    names = (
+        {"high": "cispo_clip_ratio"}
+        if cispo
+        else {kind: f"clip_ratio/{kind}_mean" for kind in kinds}
+    )
     if rows.sequences is None:
         return {name: (kinds[kind].sum(), count) for kind, name in names.items()}
     lengths = rows.sequences.sum(rows.keep.to(rows.dtype))
@@ -254,7 +341,10 @@ def _clip_metrics(call: LossCall, low: Tensor, high: Tensor, count: Tensor) -> d
     if isinstance(call.spec.ratio, SequenceRatio) and call.adv_per_sequence:
         # With one ratio and one advantage per sequence, TRL counts sequences instead of
         # tokens.
-        found = {name: (per_sequence[kind].nan_to_num(0).sum(), rows.sequences.count) for kind, name in names.items()}
+        found = {
+            name: (per_sequence[kind].nan_to_num(0).sum(), rows.sequences.count)
+            for kind, name in names.items()
+        }
     else:
         found = {name: (kinds[kind].sum(), count) for kind, name in names.items()}
     if not cispo:

@@ -20,7 +20,14 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.library import Library, infer_schema
 
-from ..backends.base import DERIVATIVES, DIVERGENCE_STATS, LOSS_ROWS, DivergenceInputs, RowInputs, SoftmaxParams
+from ..backends.base import (
+    DERIVATIVES,
+    DIVERGENCE_STATS,
+    LOSS_ROWS,
+    DivergenceInputs,
+    RowInputs,
+    SoftmaxParams,
+)
 from ..backends.log_p_moments import MEAN_OVER_P_SQ, VARIANCE, log_p_moment
 from ..backends.logp_low import LOGP_LOW, logp_low
 from ..backends.mean_logit import MEAN_LOGIT, mean_logit
@@ -55,19 +62,29 @@ def _define(name: str, schema: str, function: Callable[..., Any], fake: Callable
     return defined
 
 
-def op(fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+def op(
+    fake: Callable[..., Any], mutates: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator that defines the function as an op of its name."""
-    return lambda function: _define(function.__name__, infer_schema(function, mutates_args=mutates), function, fake)
+    return lambda function: _define(
+        function.__name__, infer_schema(function, mutates_args=mutates), function, fake
+    )
 
 
-def gradient_ops(name: str, write: Callable[..., Any], fake_rows: Callable[..., Tensor] | None = None) -> tuple[Any, Any]:
+def gradient_ops(
+    name: str, write: Callable[..., Any], fake_rows: Callable[..., Tensor] | None = None
+) -> tuple[Any, Any]:
     """Define the ops ``name`` and ``name_`` from ``write(out, logits, ...)``, which
     writes a gradient to ``out``.
 
     ``name`` returns a new tensor. ``name_`` writes over the logits. If ``write`` also
     returns rows, of the shape of ``fake_rows(logits, ...)``, they come first.
     """
-    arguments = infer_schema(write, mutates_args=()).removeprefix("(Tensor out, Tensor logits, ").rpartition(" -> ")[0]
+    arguments = (
+        infer_schema(write, mutates_args=())
+        .removeprefix("(Tensor out, Tensor logits, ")
+        .rpartition(" -> ")[0]
+    )
 
     def out_of_place(logits: Tensor, *rest: Any) -> Any:
         out = empty(logits.shape, logits.dtype, logits.device)
@@ -88,17 +105,33 @@ def gradient_ops(name: str, write: Callable[..., Any], fake_rows: Callable[..., 
 
     return (
         _define(
-            name, f"(Tensor logits, {arguments} -> {'Tensor' if fake_rows is None else '(Tensor, Tensor)'}", out_of_place, fake_out_of_place
+            name,
+            f"(Tensor logits, {arguments} -> "
+            f"{'Tensor' if fake_rows is None else '(Tensor, Tensor)'}",
+            out_of_place,
+            fake_out_of_place,
         ),
-        _define(f"{name}_", f"(Tensor(a!) logits, {arguments} -> {'()' if fake_rows is None else 'Tensor'}", in_place, fake_in_place),
+        _define(
+            f"{name}_",
+            f"(Tensor(a!) logits, {arguments} -> {'()' if fake_rows is None else 'Tensor'}",
+            in_place,
+            fake_in_place,
+        ),
     )
 
 
 def called(defined: Any, *arguments: Any) -> Any:
-    """What the op gives. Its body is called at once where nobody watches operations and the first tensor is a plain one with elements: on the way
-    through PyTorch's dispatcher there is nothing to do then, and for few rows it takes longer than the body."""
+    """What the op gives. Its body is called at once where nobody watches operations and
+    the first tensor is a plain one with elements: on the way
+    through PyTorch's dispatcher there is nothing to do then, and for few rows it takes
+    longer than the body.
+    """
     first = arguments[0]
-    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled()
+    watched = (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._autograd._profiler_enabled()
+    )
     if watched or type(first) is not Tensor or first.is_meta or is_wrapped(first):
         return defined(*arguments)
     return BODIES.get(defined, defined)(*arguments)
@@ -121,9 +154,17 @@ def row_dtype(logits: Tensor) -> torch.dtype:
 
 
 def fake_stats(
-    logits: Tensor, ids: Tensor, temperature: Tensor, vocab_size: int, softcap: float, vocab_start: int, vocab_total: int, drop_last: bool,
-    stats: str, backend: str,
-) -> Tensor:  # fmt: skip
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    vocab_size: int,
+    softcap: float,
+    vocab_start: int,
+    vocab_total: int,
+    drop_last: bool,
+    stats: str,
+    backend: str,
+) -> Tensor:
     """The table of :func:`token_stats`, empty."""
     return logits.new_empty((len(stats.split(",")), ids.numel()), dtype=row_dtype(logits))
 
@@ -138,17 +179,42 @@ _UNFUSED: dict[str, Callable[[Tensor, Tensor, SoftmaxParams], Tensor]] = {
 
 @op(fake_stats)
 def token_stats(
-    logits: Tensor, ids: Tensor, temperature: Tensor, vocab_size: int, softcap: float, vocab_start: int, vocab_total: int, drop_last: bool,
-    stats: str, backend: str,
-) -> Tensor:  # fmt: skip
-    softmax, z = SoftmaxParams(vocab_size, softcap, vocab_start, vocab_total), without_last_position(logits, drop_last)
-    return stats_of(z, ids, temperature, softmax, stats, functools.partial(load(backend).token_stats, z, ids, temperature, softmax))
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    vocab_size: int,
+    softcap: float,
+    vocab_start: int,
+    vocab_total: int,
+    drop_last: bool,
+    stats: str,
+    backend: str,
+) -> Tensor:
+    softmax, z = (
+        SoftmaxParams(vocab_size, softcap, vocab_start, vocab_total),
+        without_last_position(logits, drop_last),
+    )
+    return stats_of(
+        z,
+        ids,
+        temperature,
+        softmax,
+        stats,
+        functools.partial(load(backend).token_stats, z, ids, temperature, softmax),
+    )
 
 
 def stats_of(
-    z: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, stats: str, read: Callable[[tuple[str, ...]], Tensor]
+    z: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    softmax: SoftmaxParams,
+    stats: str,
+    read: Callable[[tuple[str, ...]], Tensor],
 ) -> Tensor:
-    """``[S, N]``: the statistics named in ``stats``, of which ``read`` gives those that a backend has."""
+    """``[S, N]``: the statistics named in ``stats``, of which ``read`` gives those that
+    a backend has.
+    """
     names = stats.split(",")
     if not softmax.vocab_size:
         return empty_shard(tuple(names), ids.numel(), row_dtype(z), z.device)
@@ -161,7 +227,9 @@ def stats_of(
         if name in _UNFUSED:
             # As with every statistic, it is 0 in an ignored row and NaN in a row
             # without a distribution.
-            value = torch.where(rows["lse"].isnan(), math.nan, _UNFUSED[name](z, temperature, softmax))
+            value = torch.where(
+                rows["lse"].isnan(), math.nan, _UNFUSED[name](z, temperature, softmax)
+            )
             rows[name] = torch.where(ids == IGNORE_INDEX, 0, value)
     if LOGP_LOW in names:
         rows[LOGP_LOW] = logp_low(z, ids, temperature, softmax, rows)
@@ -192,12 +260,24 @@ def _write_token_grad(
     if not vocab_size:  # a shard without columns, or with padding only
         out.zero_()
         return
-    known = {"logp": logp, "lse": lse, "lse_low": lse_low, "entropy": entropy, "log_sum_p_sq": log_sum_p_sq}
+    known = {
+        "logp": logp,
+        "lse": lse,
+        "lse_low": lse_low,
+        "entropy": entropy,
+        "log_sum_p_sq": log_sum_p_sq,
+    }
     stats = {name: t for name, t in known.items() if t is not None}
     derivatives = dict(zip(DERIVATIVES, (d_logp, d_entropy, d_lse, d_log_sum_p_sq), strict=True))
     softmax = SoftmaxParams(vocab_size, softcap, vocab_start, vocab_total)
     load(backend).token_grad(
-        without_last_position(logits, drop_last), ids, temperature, softmax, stats, derivatives, without_last_position(out, drop_last)
+        without_last_position(logits, drop_last),
+        ids,
+        temperature,
+        softmax,
+        stats,
+        derivatives,
+        without_last_position(out, drop_last),
     )
     clear_last(out, drop_last)
 
@@ -226,7 +306,10 @@ def _write_token_loss_grad(
     drop_last: bool,
     backend: str,
 ) -> Tensor:
-    softmax, inputs = SoftmaxParams(vocab_size, softcap), RowInputs(weights, old_logp, adv, ref_logp, sampling_logp)
+    softmax, inputs = (
+        SoftmaxParams(vocab_size, softcap),
+        RowInputs(weights, old_logp, adv, ref_logp, sampling_logp),
+    )
     primitive = load(backend).token_loss_grad
     rows = primitive(
         without_last_position(logits, drop_last),
@@ -242,17 +325,33 @@ def _write_token_loss_grad(
     return rows
 
 
-token_loss_grad, token_loss_grad_ = gradient_ops("token_loss_grad", _write_token_loss_grad, _fake_loss_rows)
+token_loss_grad, token_loss_grad_ = gradient_ops(
+    "token_loss_grad", _write_token_loss_grad, _fake_loss_rows
+)
 
 
 # ---- two logits tensors
 
 
 def _two(
-    logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, vocab: int, cap: float, other_cap: float, drop: bool
+    logits: Tensor,
+    other: Tensor,
+    ids: Tensor,
+    t: Tensor,
+    t_other: Tensor,
+    vocab: int,
+    cap: float,
+    other_cap: float,
+    drop: bool,
 ) -> DivergenceInputs:
     return DivergenceInputs(
-        without_last_position(logits, drop), other, ids, t, t_other, SoftmaxParams(vocab, cap), SoftmaxParams(vocab, other_cap)
+        without_last_position(logits, drop),
+        other,
+        ids,
+        t,
+        t_other,
+        SoftmaxParams(vocab, cap),
+        SoftmaxParams(vocab, other_cap),
     )
 
 
@@ -275,18 +374,34 @@ def divergence_stats(
 ) -> Tensor:
     if not vocab:
         return empty_shard(DIVERGENCE_STATS, ids.numel(), row_dtype(logits), logits.device)
-    return load(backend).divergence_stats(_two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop))
+    return load(backend).divergence_stats(
+        _two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop)
+    )
 
 
 def _write_divergence_grad(
-    out: Tensor, logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, table: Tensor, derivatives: Tensor, vocab: int, cap: float,
-    other_cap: float, drop: bool, backend: str,
-) -> None:  # fmt: skip
+    out: Tensor,
+    logits: Tensor,
+    other: Tensor,
+    ids: Tensor,
+    t: Tensor,
+    t_other: Tensor,
+    table: Tensor,
+    derivatives: Tensor,
+    vocab: int,
+    cap: float,
+    other_cap: float,
+    drop: bool,
+    backend: str,
+) -> None:
     if not vocab:
         out.zero_()
         return
     load(backend).divergence_grad(
-        _two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop), table, derivatives, without_last_position(out, drop)
+        _two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop),
+        table,
+        derivatives,
+        without_last_position(out, drop),
     )
     clear_last(out, drop)
 
@@ -295,16 +410,31 @@ divergence_grad, divergence_grad_ = gradient_ops("divergence_grad", _write_diver
 
 
 def _write_divergence_loss_grad(
-    out: Tensor, logits: Tensor, other: Tensor, ids: Tensor, t: Tensor, t_other: Tensor, constants: Tensor, weights: Tensor, vocab: int,
-    cap: float, other_cap: float, drop: bool, backend: str,
-) -> Tensor:  # fmt: skip
+    out: Tensor,
+    logits: Tensor,
+    other: Tensor,
+    ids: Tensor,
+    t: Tensor,
+    t_other: Tensor,
+    constants: Tensor,
+    weights: Tensor,
+    vocab: int,
+    cap: float,
+    other_cap: float,
+    drop: bool,
+    backend: str,
+) -> Tensor:
     two = _two(logits, other, ids, t, t_other, vocab, cap, other_cap, drop)
-    table = load(backend).divergence_loss_grad(two, constants, weights, without_last_position(out, drop))
+    table = load(backend).divergence_loss_grad(
+        two, constants, weights, without_last_position(out, drop)
+    )
     clear_last(out, drop)
     return table
 
 
-divergence_loss_grad, divergence_loss_grad_ = gradient_ops("divergence_loss_grad", _write_divergence_loss_grad, _fake_table)
+divergence_loss_grad, divergence_loss_grad_ = gradient_ops(
+    "divergence_loss_grad", _write_divergence_loss_grad, _fake_table
+)
 
 
 # ---- what backward does with a finished gradient
@@ -331,10 +461,14 @@ def scale_(grad: Tensor, factor: Tensor, backend: str) -> None:
 
 
 def scaled(grad: Tensor, factor: Tensor, backend: str) -> Tensor:
-    """``grad * factor`` for a gradient that backward hands out and its 0-d upstream gradient: in place, one launch on a GPU; a new tensor in a
-    compiled graph (see :func:`may_overwrite`), where it is arithmetic that the compiler fuses with what comes next."""
+    """``grad * factor`` for a gradient that backward hands out and its 0-d upstream
+    gradient: in place, one launch on a GPU; a new tensor in a
+    compiled graph (see :func:`may_overwrite`), where it is arithmetic that the compiler
+    fuses with what comes next.
+    """
     if torch.compiler.is_compiling():
         return (grad.to(row_dtype(grad)) * factor).to(grad.dtype)
-    if grad.device.type != "cpu" or factor.item() != 1:  # on the CPU the factor is known here, so most calls do not reach the op
+    # on the CPU the factor is known here, so most calls do not reach the op
+    if grad.device.type != "cpu" or factor.item() != 1:
         called(scale_, grad, factor, backend)
     return grad

@@ -30,12 +30,16 @@ class TokenStats:
     """Per-row statistics, shape R, fp32 (fp64 for fp64 logits), 0 in ignored rows. A
     statistic that was not requested is None.
 
-    ``logps`` log-prob of the id · ``entropies`` · ``lse`` log-sum-exp of the scaled logits · ``log_sum_p_sq`` log Σp² · ``max_logp`` log-prob
-    of the likeliest token · ``is_top1`` bool: the id is a likeliest token · ``log1m_p`` log(1 - p) of the id, from its log-prob (so its error
-    is an fp32 rounding over 1 - p) · ``mean_logits`` mean of the scaled logits over the vocabulary (``-inf`` if a column is) · ``selected_logps``
-    ``R + (K,)`` log-probs of ``selected_ids`` · ``topk_logps`` and ``topk_ids`` ``R + (k,)`` the ``top_k`` likeliest ids, likeliest first (of equal
-    ones the lowest where the ``cpu`` backend finds them, and else any), ids of ``-100`` where a row is out. The first three, ``selected_logps`` and
-    ``topk_logps`` are differentiable.
+    ``logps`` log-prob of the id · ``entropies`` · ``lse`` log-sum-exp of the scaled
+    logits · ``log_sum_p_sq`` log Σp² · ``max_logp`` log-prob of the likeliest token ·
+    ``is_top1`` bool: the id is a likeliest token · ``log1m_p`` log(1 - p) of the id,
+    from its log-prob (so its error is an fp32 rounding over 1 - p) · ``mean_logits``
+    mean of the scaled logits over the vocabulary (``-inf`` if a column is) ·
+    ``selected_logps`` ``R + (K,)`` log-probs of ``selected_ids`` · ``topk_logps`` and
+    ``topk_ids`` ``R + (k,)`` the ``top_k`` likeliest ids, likeliest first (of equal
+    ones the lowest where the ``cpu`` backend finds them, and else any), ids of ``-100``
+    where a row is out. The first three, ``selected_logps`` and ``topk_logps`` are
+    differentiable.
     """
 
     logps: Tensor | None = None
@@ -82,7 +86,9 @@ class PolicyLossOutput:
     teacher: DistillationLossOutput | None = None
 
     @classmethod
-    def later(cls, loss: Tensor, plan: str, backend: str, rest: Callable[[], PolicyLossOutput]) -> PolicyLossOutput:
+    def later(
+        cls, loss: Tensor, plan: str, backend: str, rest: Callable[[], PolicyLossOutput]
+    ) -> PolicyLossOutput:
         """Return a result whose loss alone is known yet.
 
         ``rest`` returns the complete result. It is called when anything else is read.
@@ -93,7 +99,8 @@ class PolicyLossOutput:
 
     def __getattr__(self, name: str) -> Any:
         rest = self.__dict__.get("_rest")
-        if rest is None and name in self.__dict__:  # another thread has read it in the meantime
+        # another thread has read it in the meantime
+        if rest is None and name in self.__dict__:
             return self.__dict__[name]
         if rest is None or name not in self.__dataclass_fields__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -116,13 +123,17 @@ class PolicyLossOutput:
     def ratio(self) -> Tensor:
         self._unchanged("ratio")
         rows = self._call.rows
-        return rows.unflatten(torch.where(rows.keep, self._call.log_ratio(self._leaves["logp"]).detach().exp(), 0))
+        return rows.unflatten(
+            torch.where(rows.keep, self._call.log_ratio(self._leaves["logp"]).detach().exp(), 0)
+        )
 
     @computed_once
     def is_clipped(self) -> Tensor:
         self._unchanged("is_clipped")
         rows, leaves = self._call.rows, self._call.safe_leaves(self._leaves)
-        clipped = self._call.terms(self._leaves).terms[0].rule.clipped(TorchNamespace(rows.dtype), leaves)
+        clipped = (
+            self._call.terms(self._leaves).terms[0].rule.clipped(TorchNamespace(rows.dtype), leaves)
+        )
         nothing = torch.zeros_like(rows.keep)
         return rows.unflatten(nothing if clipped is None else (clipped[0] | clipped[1]) & rows.keep)
 
@@ -132,7 +143,8 @@ class PolicyLossOutput:
             return self._by
         if torch.compiler.is_exporting():
             raise self._call.rows.unsupported(
-                "torch.export has no derivatives of two_pass, so there is no coef: return the loss and the other results that you need."
+                "torch.export has no derivatives of two_pass, so there is no coef: return the "
+                "loss and the other results that you need."
             )
         return coefficients(self._call, self._leaves)
 
@@ -157,7 +169,8 @@ class PolicyLossOutput:
         """
         if "_call" not in self.__dict__ and "_rest" not in self.__dict__:
             raise UnsupportedRequest(
-                "diagnostics are not among the outputs of a compiled graph: read them in the function that is compiled."
+                "diagnostics are not among the outputs of a compiled graph: read them in the "
+                "function that is compiled."
             )
         self._unchanged("diagnostics", derivatives=True)
         return policy_diagnostics(self._call, self._leaves, self._derivatives)
@@ -167,12 +180,16 @@ def coefficients(call: LossCall, leaves: dict[str, Tensor]) -> tuple[Tensor, Ten
     """``[N]`` derivatives of the total loss by logp and by entropy."""
     known = {name: leaves[name].detach() for name in STATISTICS if name in leaves}
     transform = torch.compiler.is_compiling() or in_transform()
-    d_logp, d_entropy = _transformed_gradients(call, known) if transform else _gradients(call, known)
+    d_logp, d_entropy = (
+        _transformed_gradients(call, known) if transform else _gradients(call, known)
+    )
     zero = torch.zeros_like(leaves["logp"])
     return (zero if d_logp is None else d_logp), (zero if d_entropy is None else d_entropy)
 
 
-def _transformed_gradients(call: LossCall, known: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+def _transformed_gradients(
+    call: LossCall, known: dict[str, Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
     # Transforms nest, and torch.compile traces them. Neither is true of autograd.grad.
     found = torch.func.grad(lambda probes: call.token_losses(probes).weighted_loss.sum())(known)
     return found.get("logp"), found.get("entropy")
@@ -182,7 +199,11 @@ def _gradients(call: LossCall, known: dict[str, Tensor]) -> tuple[Tensor | None,
     with torch.enable_grad():
         probes = {name: x.clone().requires_grad_() for name, x in known.items()}
         total = call.token_losses(probes).weighted_loss.sum()
-        found = torch.autograd.grad(total, list(probes.values()), allow_unused=True) if total.requires_grad else [None] * len(probes)
+        found = (
+            torch.autograd.grad(total, list(probes.values()), allow_unused=True)
+            if total.requires_grad
+            else [None] * len(probes)
+        )
     by = dict(zip(probes, found, strict=True))
     return by.get("logp"), by.get("entropy")
 
@@ -192,17 +213,25 @@ _ROWS = ("per_token_logps", "entropies", "per_token_loss", "ratio", "coef", "is_
 
 def _flatten(out: PolicyLossOutput) -> tuple[list[Any], Any]:
     taught = [] if out.teacher is None else [out.teacher]
-    return [out.loss, *(getattr(out, name) for name in _ROWS), out.metrics.sums, *taught], (out.plan, out.backend, out.metrics.names)
+    return [out.loss, *(getattr(out, name) for name in _ROWS), out.metrics.sums, *taught], (
+        out.plan,
+        out.backend,
+        out.metrics.names,
+    )
 
 
 def _unflatten(values: Any, context: Any) -> PolicyLossOutput:
     out = object.__new__(PolicyLossOutput)
     loss, rows, (sums, *taught) = values[0], values[1 : 1 + len(_ROWS)], values[1 + len(_ROWS) :]
     plan, backend, names = context
-    for name, value in zip(("loss", *_ROWS, "teacher"), (loss, *rows, *(taught or [None])), strict=True):
+    for name, value in zip(
+        ("loss", *_ROWS, "teacher"), (loss, *rows, *(taught or [None])), strict=True
+    ):
         out.__dict__[name] = value
     out.__dict__.update(plan=plan, backend=backend, metrics=Metrics(names, sums))
     return out
 
 
-_pytree.register_pytree_node(PolicyLossOutput, _flatten, _unflatten, serialized_type_name="reweight_ops.PolicyLossOutput")
+_pytree.register_pytree_node(
+    PolicyLossOutput, _flatten, _unflatten, serialized_type_name="reweight_ops.PolicyLossOutput"
+)

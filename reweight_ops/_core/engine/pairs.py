@@ -1,4 +1,6 @@
-"""A loss of pairs as an objective: from log-probs of tokens to the loss, in torch on small vectors."""
+"""A loss of pairs as an objective: from log-probs of tokens to the loss, in torch on
+small vectors.
+"""
 
 from __future__ import annotations
 
@@ -48,19 +50,40 @@ class PreferenceLossOutput:
     backend: str = "torch"
 
 
-_TENSORS = ("loss", "per_pair_loss", "weights", "chosen_rewards", "rejected_rewards", "chosen_logps", "rejected_logps", "per_token_logps")
+_TENSORS = (
+    "loss",
+    "per_pair_loss",
+    "weights",
+    "chosen_rewards",
+    "rejected_rewards",
+    "chosen_logps",
+    "rejected_logps",
+    "per_token_logps",
+)
 
 
 def _flatten(out: PreferenceLossOutput) -> tuple[list[Any], Any]:
-    return [*(getattr(out, name) for name in _TENSORS), out.metrics.sums], (out.metrics.names, out.backend)
+    return [*(getattr(out, name) for name in _TENSORS), out.metrics.sums], (
+        out.metrics.names,
+        out.backend,
+    )
 
 
 def _unflatten(values: Any, context: Any) -> PreferenceLossOutput:
     *tensors, sums = values
-    return PreferenceLossOutput(**dict(zip(_TENSORS, tensors, strict=True)), metrics=Metrics(context[0], sums), backend=context[1])
+    return PreferenceLossOutput(
+        **dict(zip(_TENSORS, tensors, strict=True)),
+        metrics=Metrics(context[0], sums),
+        backend=context[1],
+    )
 
 
-_pytree.register_pytree_node(PreferenceLossOutput, _flatten, _unflatten, serialized_type_name="reweight_ops.PreferenceLossOutput")
+_pytree.register_pytree_node(
+    PreferenceLossOutput,
+    _flatten,
+    _unflatten,
+    serialized_type_name="reweight_ops.PreferenceLossOutput",
+)
 
 
 @dataclass(frozen=True)
@@ -85,8 +108,12 @@ def resolve_pairs(rows: Rows, spec: PairSpec, options: PairOptions) -> PairCall:
     for name in ("loss_scale", "num_pairs_in_batch"):
         value = getattr(options, name)
         if isinstance(value, Tensor) and value.dim() != 0:
-            raise rows.error(f"{name} has shape {tuple(value.shape)}, expected a number or a 0-d tensor.")
-    return PairCall(spec, rows, options, token_inputs(rows, options), sequence_inputs(rows, options))
+            raise rows.error(
+                f"{name} has shape {tuple(value.shape)}, expected a number or a 0-d tensor."
+            )
+    return PairCall(
+        spec, rows, options, token_inputs(rows, options), sequence_inputs(rows, options)
+    )
 
 
 @dataclass(frozen=True)
@@ -109,10 +136,14 @@ class PairObjective:
     def work(self) -> Any:
         raise NotImplementedError("a loss of pairs takes two passes")
 
-    def from_one_pass(self, loss: Tensor, table: Tensor, choice: Choice, more: MoreMetrics | None) -> PreferenceLossOutput:
+    def from_one_pass(
+        self, loss: Tensor, table: Tensor, choice: Choice, more: MoreMetrics | None
+    ) -> PreferenceLossOutput:
         raise NotImplementedError("a loss of pairs takes two passes")
 
-    def from_statistics(self, statistics: dict[str, Tensor], choice: Choice, more: MoreMetrics | None) -> PreferenceLossOutput:
+    def from_statistics(
+        self, statistics: dict[str, Tensor], choice: Choice, more: MoreMetrics | None
+    ) -> PreferenceLossOutput:
         known = {name: value for name, value in statistics.items() if name != "lse"}
         return pair_loss(self.call, known, choice.backend)
 
@@ -123,12 +154,24 @@ def pair_loss(call: PairCall, statistics: dict[str, Tensor], backend: str) -> Pr
     They are ``logp`` ``[N]``, and ``log_sum_p_sq`` and ``kl`` if the spec reads them.
     """
     spec, rows = call.spec, call.rows
-    tokens = {name: torch.where(rows.keep, value, 0) for name, value in {**call.tokens, **statistics}.items()}
+    tokens = {
+        name: torch.where(rows.keep, value, 0)
+        for name, value in {**call.tokens, **statistics}.items()
+    }
     if rows.trust is not None:
         tokens["logp"] = torch.where(rows.keep, tokens["logp"] * rows.trust, 0)
-    s = Sequences(tokens, call.given, rows.keep, rows.need_sequences("a pair loss"), call.options.pairs, spec.group_size)
+    s = Sequences(
+        tokens,
+        call.given,
+        rows.keep,
+        rows.need_sequences("a pair loss"),
+        call.options.pairs,
+        spec.group_size,
+    )
     pairs = _pairs(call, s)
-    total = sum((term.coef * term.loss.loss(pairs) for term in spec.terms), torch.zeros_like(pairs.margins))
+    total = sum(
+        (term.coef * term.loss.loss(pairs) for term in spec.terms), torch.zeros_like(pairs.margins)
+    )
     weight = None
     for w in spec.weights:
         factor = w.weight(pairs).detach()
@@ -139,7 +182,11 @@ def pair_loss(call: PairCall, statistics: dict[str, Tensor], backend: str) -> Pr
     count = call.options.num_pairs_in_batch
     rows.check_divisor("num_pairs_in_batch", count)
     # Without a pair in the call the loss is 0, whatever the divisor is.
-    divisor = pairs.keep.sum().clamp(min=1) if count is None else count + (~pairs.keep.any()).to(per_pair.dtype)
+    divisor = (
+        pairs.keep.sum().clamp(min=1)
+        if count is None
+        else count + (~pairs.keep.any()).to(per_pair.dtype)
+    )
     loss = per_pair.sum() / divisor
     scale = call.options.loss_scale
     if not (isinstance(scale, (int, float)) and scale == 1):
@@ -155,22 +202,32 @@ def _pairs(call: PairCall, s: Sequences) -> Pairs:
             sums[field_name] = score.sums(s, name)
     sums["scores"] = score.scores(s, sums["logps"], sums.get("ref_logps"))
     per_side = {name: s.split(value).unbind() for name, value in sums.items()}
-    sides = tuple(Side(**{name: value[k] for name, value in per_side.items()}) for k in range(call.spec.group_size))
+    sides = tuple(
+        Side(**{name: value[k] for name, value in per_side.items()})
+        for k in range(call.spec.group_size)
+    )
     keep = s.split(s.lengths).sum(0) > 0
     return Pairs(call.spec.beta, sides, keep, s, pair_inputs(call.rows, call.options, call.pairs))
 
 
 @torch.no_grad()
-def _output(rows: Rows, p: Pairs, loss: Tensor, per_pair: Tensor, weight: Tensor | None, backend: str) -> PreferenceLossOutput:
+def _output(
+    rows: Rows, p: Pairs, loss: Tensor, per_pair: Tensor, weight: Tensor | None, backend: str
+) -> PreferenceLossOutput:
     chosen, rejected = (
-        torch.where(p.keep, p.beta * (side.logps if side.ref_logps is None else side.logratios), 0) for side in (p.chosen, p.rejected)
+        torch.where(p.keep, p.beta * (side.logps if side.ref_logps is None else side.logratios), 0)
+        for side in (p.chosen, p.rejected)
     )
     count, keep = p.keep.sum(), p.keep.to(loss.dtype)
     found = {
-        "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
-        "rewards/accuracies": (chosen > rejected).to(loss.dtype), "logps/accuracies": (p.chosen.logps > p.rejected.logps).to(loss.dtype),
-        "logps/chosen": p.chosen.logps, "logps/rejected": p.rejected.logps,
-    }  # fmt: skip
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).to(loss.dtype),
+        "logps/accuracies": (p.chosen.logps > p.rejected.logps).to(loss.dtype),
+        "logps/chosen": p.chosen.logps,
+        "logps/rejected": p.rejected.logps,
+    }
     if weight is not None:
         found["weight/mean"] = weight
     table = {name: (torch.where(p.keep, value, 0).sum(), count) for name, value in found.items()}
@@ -178,6 +235,14 @@ def _output(rows: Rows, p: Pairs, loss: Tensor, per_pair: Tensor, weight: Tensor
     table["sequences"] = ((p.sequences.lengths > 0).sum(), count)
     sums = torch.stack([torch.stack([x.to(loss.dtype) for x in pair]) for pair in table.values()])
     return PreferenceLossOutput(
-        loss, per_pair.detach(), None if weight is None else weight * keep, chosen, rejected,
-        p.chosen.logps.detach(), p.rejected.logps.detach(), rows.unflatten(p.sequences.tokens["logp"].detach()), Metrics(tuple(table), sums), backend,
-    )  # fmt: skip
+        loss,
+        per_pair.detach(),
+        None if weight is None else weight * keep,
+        chosen,
+        rejected,
+        p.chosen.logps.detach(),
+        p.rejected.logps.detach(),
+        rows.unflatten(p.sequences.tokens["logp"].detach()),
+        Metrics(tuple(table), sums),
+        backend,
+    )

@@ -1,4 +1,6 @@
-"""Statistics and the likeliest ids of every row, as one custom op: in the same read where the backend has that, and otherwise in two."""
+"""Statistics and the likeliest ids of every row, as one custom op: in the same read
+where the backend has that, and otherwise in two.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ def _serves(backend: Backend, top: int) -> bool:
 
 
 def search_of(name: str, top: int) -> str | None:
-    """How a call on this backend finds the ``top`` likeliest ids, in words; None if there are none to find."""
+    """How a call on this backend finds the ``top`` likeliest ids, in words; None if
+    there are none to find.
+    """
     if not top:
         return None
     if name == TORCH:
@@ -24,25 +28,54 @@ def search_of(name: str, top: int) -> str | None:
     backend = load(name)
     if _serves(backend, top):
         return "in the read of the statistics"
-    limit = "it has no search beside its statistics" if backend.top_stats is None else f"its own search finds up to {backend.most_top}"
+    limit = (
+        "it has no search beside its statistics"
+        if backend.top_stats is None
+        else f"its own search finds up to {backend.most_top}"
+    )
     return f"by torch.topk, one more read of the logits: {limit}"
 
 
 def _fake_both(
-    logits: Tensor, ids: Tensor, temperature: Tensor, vocab_size: int, softcap: float, vocab_start: int, vocab_total: int, drop_last: bool,
-    stats: str, backend: str, top: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    vocab_size: int,
+    softcap: float,
+    vocab_start: int,
+    vocab_total: int,
+    drop_last: bool,
+    stats: str,
+    backend: str,
+    top: int,
+) -> tuple[Tensor, Tensor]:
     softmax = (vocab_size, softcap, vocab_start, vocab_total)
-    return fake_stats(logits, ids, temperature, *softmax, drop_last, stats, backend), ids.new_empty((ids.numel(), min(top, vocab_size)))
+    return fake_stats(logits, ids, temperature, *softmax, drop_last, stats, backend), ids.new_empty(
+        (ids.numel(), min(top, vocab_size))
+    )
 
 
 @op(_fake_both)
 def top_stats(
-    logits: Tensor, ids: Tensor, temperature: Tensor, vocab_size: int, softcap: float, vocab_start: int, vocab_total: int, drop_last: bool,
-    stats: str, backend: str, top: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The table of ``token_stats``, and the ids ``[N, min(top, vocab_size)]``; see :func:`~reweight_ops._core.backends.picked.top_ids`."""
-    softmax, z = SoftmaxParams(vocab_size, softcap, vocab_start, vocab_total), without_last_position(logits, drop_last)
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    vocab_size: int,
+    softcap: float,
+    vocab_start: int,
+    vocab_total: int,
+    drop_last: bool,
+    stats: str,
+    backend: str,
+    top: int,
+) -> tuple[Tensor, Tensor]:
+    """The table of ``token_stats``, and the ids ``[N, min(top, vocab_size)]``; see
+    :func:`~reweight_ops._core.backends.picked.top_ids`.
+    """
+    softmax, z = (
+        SoftmaxParams(vocab_size, softcap, vocab_start, vocab_total),
+        without_last_position(logits, drop_last),
+    )
     top, own, chosen = min(top, vocab_size), load(backend), ids.new_empty(ids.numel(), 0)
 
     def read(names: tuple[str, ...]) -> Tensor:

@@ -29,7 +29,9 @@ class Picks(NamedTuple):
         return () if self.given is None else (self.given,)
 
     def check(self, rows: Rows, vocab_size: int) -> None:
-        """Raise for what a vocabulary of this size does not have, once several ranks know their columns."""
+        """Raise for what a vocabulary of this size does not have, once several ranks
+        know their columns.
+        """
         if self.given is not None:
             check_ids(rows, self.name, self.given, vocab_size)
         if self.top:
@@ -47,11 +49,25 @@ class Picks(NamedTuple):
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def states(
-        self, logits: Tensor, ids: Tensor, temperature: Tensor, softmax: SoftmaxParams, dtype: torch.dtype, likeliest: Tensor | None
+        self,
+        logits: Tensor,
+        ids: Tensor,
+        temperature: Tensor,
+        softmax: SoftmaxParams,
+        dtype: torch.dtype,
+        likeliest: Tensor | None,
     ) -> Tensor:
-        """Of a shard's logits: what this rank tells the others, ``[N, K + 2·top]`` in the dtype of its statistics. ``likeliest``: of its columns."""
-        return pick_states(logits, ids, self.given, likeliest, self.top, temperature, softmax, dtype)
+        """Of a shard's logits: what this rank tells the others, ``[N, K + 2·top]`` in
+        the dtype of its statistics. ``likeliest``: of its columns.
+        """
+        return pick_states(
+            logits, ids, self.given, likeliest, self.top, temperature, softmax, dtype
+        )
 
-    def merged(self, states: Tensor, ids: Tensor, columns: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """``(logits, ids)``, ``[N, K + top]``, from the states ``[W, N, K + 2·top]`` of all ranks."""
+    def merged(
+        self, states: Tensor, ids: Tensor, columns: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """``(logits, ids)``, ``[N, K + top]``, from the states ``[W, N, K + 2·top]`` of
+        all ranks.
+        """
         return merged_picks(states, ids, self.given, self.top, columns)

@@ -60,9 +60,13 @@ class Objective(Protocol[Output]):
         :meth:`~.source.Source.one_pass`.
         """
 
-    def from_statistics(self, statistics: dict[str, Tensor], choice: Choice, more: MoreMetrics | None) -> Output: ...
+    def from_statistics(
+        self, statistics: dict[str, Tensor], choice: Choice, more: MoreMetrics | None
+    ) -> Output: ...
 
-    def from_one_pass(self, loss: Tensor, table: Tensor, choice: Choice, more: MoreMetrics | None) -> Output: ...
+    def from_one_pass(
+        self, loss: Tensor, table: Tensor, choice: Choice, more: MoreMetrics | None
+    ) -> Output: ...
 
 
 @torch.compiler.assume_constant_result
@@ -89,11 +93,15 @@ def pick(
         # backend that needs two passes.
         if best is not None and load(backend).is_fallback:
             continue
-        if any(unsupported_reason(backend, request(primitive)) is not None for primitive in statistics):
+        if any(
+            unsupported_reason(backend, request(primitive)) is not None for primitive in statistics
+        ):
             continue
         if one_pass is None:
             return Choice("two_pass", backend, None)
-        reason = unsupported_reason(backend, request(one_pass, None if program is None else Program.decode(program)))
+        reason = unsupported_reason(
+            backend, request(one_pass, None if program is None else Program.decode(program))
+        )
         if reason is None:
             return Choice("one_pass", backend, None)
         best = best or Choice("two_pass", backend, reason)
@@ -104,7 +112,9 @@ def pick(
     return best
 
 
-def choose_plan(source: Source, objective: Objective[Any], plan: str, info: SourceInfo | None = None) -> Choice:
+def choose_plan(
+    source: Source, objective: Objective[Any], plan: str, info: SourceInfo | None = None
+) -> Choice:
     """Return the plan and backend of a call, with the reason against one pass.
 
     Raises if the requested plan is impossible.
@@ -119,23 +129,35 @@ def choose_plan(source: Source, objective: Objective[Any], plan: str, info: Sour
     elif transformed:
         reason = "inside torch.func's transforms, which differentiate the torch formula"
     else:
-        reason = info.one_pass_unsupported_reason or objective.one_pass_unsupported_reason(info, requested=plan == "one_pass")
+        reason = info.one_pass_unsupported_reason or objective.one_pass_unsupported_reason(
+            info, requested=plan == "one_pass"
+        )
     if info.backend is None or transformed:
         if plan == "one_pass" and info.backend is not None:
             raise UnsupportedRequest(f"{op}: plan='one_pass' is impossible {reason}.")
         return Choice("two_pass", TORCH, reason)
     one_pass = info.one_pass if reason is None else None
     choice: Choice = pick(
-        info.device, info.dtype, info.other_dtype, info.backend, info.statistics, one_pass, objective.program if one_pass else None
+        info.device,
+        info.dtype,
+        info.other_dtype,
+        info.backend,
+        info.statistics,
+        one_pass,
+        objective.program if one_pass else None,
     )
     if choice.plan != "one_pass":
         choice = Choice("two_pass", choice.backend, reason or choice.one_pass_unsupported_reason)
     if plan == "one_pass" and choice.plan != plan and info.needs_grad:
-        raise UnsupportedRequest(f"{op}: plan='one_pass' is impossible: {choice.one_pass_unsupported_reason}.")
+        raise UnsupportedRequest(
+            f"{op}: plan='one_pass' is impossible: {choice.one_pass_unsupported_reason}."
+        )
     return choice
 
 
-def unsupported_reasons(info: SourceInfo, choice: Choice, program: str | None) -> dict[str, str | None]:
+def unsupported_reasons(
+    info: SourceInfo, choice: Choice, program: str | None
+) -> dict[str, str | None]:
     """Return every backend, and why it cannot run the chosen plan of a call (None if it
     can).
     """
@@ -150,7 +172,21 @@ def unsupported_reasons(info: SourceInfo, choice: Choice, program: str | None) -
     found: dict[str, str | None] = {}
     for name in NAMES:
         requests = [
-            Request(p, info.device, info.dtype, decoded, info.other_dtype if p.startswith("divergence") else None) for p in primitives
+            Request(
+                p,
+                info.device,
+                info.dtype,
+                decoded,
+                info.other_dtype if p.startswith("divergence") else None,
+            )
+            for p in primitives
         ]
-        found[name] = next((reason for reason in (unsupported_reason(name, r) for r in requests) if reason is not None), None)
+        found[name] = next(
+            (
+                reason
+                for reason in (unsupported_reason(name, r) for r in requests)
+                if reason is not None
+            ),
+            None,
+        )
     return found

@@ -24,7 +24,8 @@ class Call(Generic[T]):
     objective: Objective[T]
     plan: str = "auto"
     choice: Choice | None = None  # if it was chosen before
-    keep: Callable[[Choice], None] | None = None  # told of the choice, once the call has succeeded
+    # told of the choice, once the call has succeeded
+    keep: Callable[[Choice], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,11 @@ def run(call: Call[T] | Again[T]) -> T:
         call = call.resolve()
     source, objective = call.source, call.objective
     if (across := source.rows.across) is not None:
-        across.agree(source.rows.device, 0 if source.rows.sequences is None else source.rows.sequences.count, source.info.needs_grad)
+        across.agree(
+            source.rows.device,
+            0 if source.rows.sequences is None else source.rows.sequences.count,
+            source.info.needs_grad,
+        )
     choice = call.choice or choose_plan(source, objective, call.plan)
     more, unwritten = source.more_metrics(choice.plan), source.version()
     try:
@@ -52,8 +57,12 @@ def run(call: Call[T] | Again[T]) -> T:
             loss, table = source.one_pass(objective.work(), choice.backend)
             result = objective.from_one_pass(loss, table, choice, more)
         else:
-            result = objective.from_statistics(source.statistics(objective.reads, choice.backend), choice, more)
-    except BaseException:  # no memory, Ctrl-C, ...: the tensor may already hold a gradient, or a part of one, instead of logits
+            result = objective.from_statistics(
+                source.statistics(objective.reads, choice.backend), choice, more
+            )
+    # no memory, Ctrl-C, ...: the tensor may already hold a gradient, or a part of one,
+    # instead of logits
+    except BaseException:
         if source.version() != unwritten:
             source.close()
         raise

@@ -17,10 +17,13 @@ _ALWAYS = ("logp", "lse")
 
 
 def primitives(kept: KeptSets | None) -> tuple[tuple[Primitive, ...], Primitive]:
-    """Return the primitives that statistics take, and the one that a fused loss takes."""
+    """Return the primitives that statistics take, and the one that a
+    fused loss takes."""
     if kept is None:
         return ("token_stats",), "token_loss_grad"
-    return ("packed_stats", "token_stats") if kept.over_vocabulary else ("packed_stats",), "packed_grad"
+    return ("packed_stats", "token_stats") if kept.over_vocabulary else (
+        "packed_stats",
+    ), "packed_grad"
 
 
 def statistics_of(kept: KeptSets | None, names: tuple[str, ...], rows: Rows) -> tuple[str, ...]:
@@ -29,10 +32,20 @@ def statistics_of(kept: KeptSets | None, names: tuple[str, ...], rows: Rows) -> 
     if kept is None:
         return found
     if PICKED in names or PICKED_IDS in names:
-        raise rows.unsupported("picked ids and their log-probs are over the whole vocabulary: request them without sampling_mask.")
+        raise rows.unsupported(
+            "picked ids and their log-probs are over the whole vocabulary: request them without "
+            "sampling_mask."
+        )
     if MEAN_LOGIT in found:
-        raise rows.unsupported("mean_logits is over the whole vocabulary: request it without sampling_mask.")
-    return tuple([VOCABULARY + name if name == "entropy" and kept.over_vocabulary else name for name in found])
+        raise rows.unsupported(
+            "mean_logits is over the whole vocabulary: request it without sampling_mask."
+        )
+    return tuple(
+        [
+            VOCABULARY + name if name == "entropy" and kept.over_vocabulary else name
+            for name in found
+        ]
+    )
 
 
 def by_reader(found: dict[str, Tensor], kept: KeptSets | None) -> dict[str, Tensor]:

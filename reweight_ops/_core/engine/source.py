@@ -44,7 +44,9 @@ class PolicyWork(NamedTuple):
 
 
 class DivergenceWork(NamedTuple):
-    """What a fused divergence loss computes: ``Σ_i weights_i · Σ_k constants_k · stat_k(row i)``."""
+    """What a fused divergence loss computes:
+    ``Σ_i weights_i · Σ_k constants_k · stat_k(row i)``.
+    """
 
     constants: Tensor
     weights: Tensor

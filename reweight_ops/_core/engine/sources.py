@@ -22,7 +22,14 @@ from ..calls.vocab_group import VocabGroup
 from ..rows.rows import Rows
 from ..rows.structure import is_readable
 from . import again, temperature
-from .autograd import DivergenceStatistics, OnePassDivergence, OnePassLoss, OpOptions, RowStatistics, Softmaxes
+from .autograd import (
+    DivergenceStatistics,
+    OnePassDivergence,
+    OnePassLoss,
+    OpOptions,
+    RowStatistics,
+    Softmaxes,
+)
 from .picked_ops import search_of
 from .picks import PICKED, PICKED_IDS, Picks
 from .sampling import by_reader, primitives, statistics_of
@@ -33,10 +40,14 @@ def _version(logits: Logits) -> int:
     """Return a number that grows when a call begins to write over the logits. It is 0
     if no call may.
     """
-    return int(logits.original._version) if logits.consume and not torch.compiler.is_compiling() else 0
+    return (
+        int(logits.original._version) if logits.consume and not torch.compiler.is_compiling() else 0
+    )
 
 
-def one_pass_unsupported_reason(shard: VocabGroup | None, learnt: Tensor | None = None) -> str | None:
+def one_pass_unsupported_reason(
+    shard: VocabGroup | None, learnt: Tensor | None = None
+) -> str | None:
     """Return what a source has that the fused loss does not support."""
     if shard is not None:
         return vocab_group.WHY_TWO_PASSES
@@ -44,9 +55,17 @@ def one_pass_unsupported_reason(shard: VocabGroup | None, learnt: Tensor | None 
 
 
 def agreed(
-    shard: VocabGroup, rows: Rows, ids: Tensor, wanted: tuple[str, ...], needs_grad: bool, picks: Picks | None, kept: KeptSets | None
+    shard: VocabGroup,
+    rows: Rows,
+    ids: Tensor,
+    wanted: tuple[str, ...],
+    needs_grad: bool,
+    picks: Picks | None,
+    kept: KeptSets | None,
 ) -> tuple[VocabShards, Tensor]:
-    """The columns of every rank, which all have the same call, and the ids to go on with."""
+    """The columns of every rank, which all have the same call, and the ids to go on
+    with.
+    """
     picks, lists = picks or Picks(), () if kept is None else (kept.token_ids, kept.bounds)
     asked = (*wanted, picks.top, *(x.size(1) for x in picks.lists()), kept is not None)
     shards, ids = shard.agreed(rows, ids, asked, needs_grad, picks.lists() + lists)
@@ -54,7 +73,9 @@ def agreed(
     return shards, ids
 
 
-def part_of(kept: KeptSets | None, position: Tensor, shards: VocabShards, rows: Rows) -> tuple[KeptSets | None, Tensor]:
+def part_of(
+    kept: KeptSets | None, position: Tensor, shards: VocabShards, rows: Rows
+) -> tuple[KeptSets | None, Tensor]:
     """Return a shard's part of kept sets, and the places of the rows' ids in it.
 
     A row whose set has an id beyond the vocabulary gives NaN, or an error.
@@ -63,7 +84,10 @@ def part_of(kept: KeptSets | None, position: Tensor, shards: VocabShards, rows: 
         return None, position
     known = kept.known(position, shards.total)
     if is_readable(known) and not bool(known.all()):
-        raise rows.error(f"sampling_mask.token_ids has ids beyond {shards.total - 1}, the last of all ranks of process_group.")
+        raise rows.error(
+            f"sampling_mask.token_ids has ids beyond {shards.total - 1}, the last of all ranks "
+            "of process_group."
+        )
     own = shards.params(math.inf)
     return kept.of_columns(torch.where(known, position, -1), own.vocab_start, own.vocab_size)
 
@@ -74,7 +98,8 @@ def refuse_transforms(rows: Rows, backend: str) -> None:
     """
     if backend == again.TORCH:
         raise rows.unsupported(
-            "process_group: torch.func's transforms differentiate a formula of the whole vocabulary, but the vocabulary is in shards."
+            "process_group: torch.func's transforms differentiate a formula of the whole "
+            "vocabulary, but the vocabulary is in shards."
         )
 
 
@@ -110,7 +135,13 @@ class LogitsSource(PlainSource):
         if backend == again.TORCH:
             flat = again.rows(z.values, z.drop_last)
             picked = None if self.picks is None else self.picks.of(flat.detach(), z.ids, z.softmax)
-            known = dict(zip(found, again.token_stats(flat, z.ids, z.temperature, z.softmax, found, picked, z.kept), strict=True))
+            known = dict(
+                zip(
+                    found,
+                    again.token_stats(flat, z.ids, z.temperature, z.softmax, found, picked, z.kept),
+                    strict=True,
+                )
+            )
             return by_reader(known, z.kept)
         return self._statistics(wanted, z.softmax, self._options(backend))
 
@@ -121,21 +152,42 @@ class LogitsSource(PlainSource):
         shards, ids = agreed(z.shard, z.rows, z.ids, wanted, z.needs_grad, self.picks, z.kept)
         kept, ids = part_of(z.kept, ids, shards, z.rows)
         part = replace(self, logits=replace(z, kept=kept, ids=ids))
-        return part._statistics(wanted, shards.params(z.softmax.softcap), self._options(backend)._replace(shards=shards))
+        return part._statistics(
+            wanted, shards.params(z.softmax.softcap), self._options(backend)._replace(shards=shards)
+        )
 
-    def _statistics(self, wanted: tuple[str, ...], softmax: SoftmaxParams, options: OpOptions) -> dict[str, Tensor]:
+    def _statistics(
+        self, wanted: tuple[str, ...], softmax: SoftmaxParams, options: OpOptions
+    ) -> dict[str, Tensor]:
         z, picked = self.logits, () if self.picks is None else (PICKED, PICKED_IDS)
         computed = temperature.with_reads(wanted, z.temperature, self.picks is not None)
         values = RowStatistics.apply(  # type: ignore[no-untyped-call]
-            z.values, z.ids, z.temperature.detach(), z.kept, softmax, options, ",".join(computed), self.picks
+            z.values,
+            z.ids,
+            z.temperature.detach(),
+            z.kept,
+            softmax,
+            options,
+            ",".join(computed),
+            self.picks,
         )
         known = dict(zip((*computed, *picked), values, strict=True))
-        return by_reader(temperature.differentiable(known, (*wanted, *picked), z.temperature), z.kept)
+        return by_reader(
+            temperature.differentiable(known, (*wanted, *picked), z.temperature), z.kept
+        )
 
     def one_pass(self, work: PolicyWork, backend: str) -> tuple[Tensor, Tensor]:
         z = self.logits
         loss, table = OnePassLoss.apply(  # type: ignore[no-untyped-call]
-            z.values, z.ids, z.temperature, z.kept, tuple(work.inputs), work.params, work.program, z.softmax, self._options(backend)
+            z.values,
+            z.ids,
+            z.temperature,
+            z.kept,
+            tuple(work.inputs),
+            work.params,
+            work.program,
+            z.softmax,
+            self._options(backend),
         )
         return loss, table
 
@@ -162,7 +214,9 @@ class LogitsSource(PlainSource):
 
 @dataclass(frozen=True)
 class TwoLogitsSource(PlainSource):
-    """Divergences of two logits tensors: ``forward_kl``, ``reverse_kl``, ``entropy``, ``other_entropy``."""
+    """Divergences of two logits tensors: ``forward_kl``, ``reverse_kl``, ``entropy``,
+    ``other_entropy``.
+    """
 
     both: TwoLogits
 
@@ -174,9 +228,15 @@ class TwoLogitsSource(PlainSource):
     def info(self) -> SourceInfo:
         p = self.both.p
         return SourceInfo(
-            p.values.device, p.values.dtype, p.needs_grad, p.backend, ("divergence_stats",), "divergence_loss_grad",
-            self.both.other.dtype, one_pass_unsupported_reason=one_pass_unsupported_reason(p.shard),
-        )  # fmt: skip
+            p.values.device,
+            p.values.dtype,
+            p.needs_grad,
+            p.backend,
+            ("divergence_stats",),
+            "divergence_loss_grad",
+            self.both.other.dtype,
+            one_pass_unsupported_reason=one_pass_unsupported_reason(p.shard),
+        )
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         if self.both.p.shard is not None:
@@ -186,17 +246,28 @@ class TwoLogitsSource(PlainSource):
             values = again.divergence_stats(self.tensors, softmaxes, options.drop_last)
         else:
             values = DivergenceStatistics.apply(*self.tensors, *self._rest(backend))  # type: ignore[no-untyped-call]
-        return dict(zip(("forward_kl", "reverse_kl", "entropy", "other_entropy"), values, strict=True))
+        return dict(
+            zip(("forward_kl", "reverse_kl", "entropy", "other_entropy"), values, strict=True)
+        )
 
     def of_shards(self, asked: tuple[Any, ...], backend: str) -> tuple[Any, ...]:
-        """What an op is told where several ranks have the vocabulary, once they have agreed that ``asked`` is asked of all."""
+        """What an op is told where several ranks have the vocabulary, once they have
+        agreed that ``asked`` is asked of all.
+        """
         p = self.both.p
         assert p.shard is not None
         refuse_transforms(p.rows, backend)
         shards, ids = p.shard.agreed(p.rows, p.ids, asked, p.needs_grad)
         (_, cap, other_cap), options = self._rest(backend)
         logits, other, _, *temperatures = self.tensors
-        return logits, other, ids, *temperatures, (shards.params(cap).vocab_size, cap, other_cap), options._replace(shards=shards)
+        return (
+            logits,
+            other,
+            ids,
+            *temperatures,
+            (shards.params(cap).vocab_size, cap, other_cap),
+            options._replace(shards=shards),
+        )
 
     def one_pass(self, work: DivergenceWork, backend: str) -> tuple[Tensor, Tensor]:
         loss, table = OnePassDivergence.apply(*self.tensors, *work, *self._rest(backend))  # type: ignore[no-untyped-call]
@@ -235,11 +306,18 @@ class JoinedSource(PlainSource):
     @property
     def info(self) -> SourceInfo:
         other = self.second.info
-        return self.first.info._replace(statistics=("token_stats", "divergence_stats"), one_pass=None, other_dtype=other.other_dtype)
+        return self.first.info._replace(
+            statistics=("token_stats", "divergence_stats"),
+            one_pass=None,
+            other_dtype=other.other_dtype,
+        )
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         kl = self.second.statistics(("forward_kl",), backend)["forward_kl"]
-        return {**self.first.statistics(tuple(name for name in names if name != "kl"), backend), "kl": kl}
+        return {
+            **self.first.statistics(tuple(name for name in names if name != "kl"), backend),
+            "kl": kl,
+        }
 
     def version(self) -> int:
         return _version(self.first.logits)

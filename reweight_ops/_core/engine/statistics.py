@@ -29,8 +29,12 @@ class StatisticsObjective(Generic[T]):
     def work(self) -> Any:
         raise NotImplementedError("statistics take two passes")
 
-    def from_statistics(self, statistics: dict[str, Tensor], choice: Choice, more: MoreMetrics | None) -> T:
+    def from_statistics(
+        self, statistics: dict[str, Tensor], choice: Choice, more: MoreMetrics | None
+    ) -> T:
         return self.finish(statistics)
 
-    def from_one_pass(self, loss: Tensor, table: Tensor, choice: Choice, more: MoreMetrics | None) -> T:
+    def from_one_pass(
+        self, loss: Tensor, table: Tensor, choice: Choice, more: MoreMetrics | None
+    ) -> T:
         raise NotImplementedError("statistics take two passes")

@@ -1,10 +1,10 @@
 """The middle of two_pass as one launch: a pointwise loss on stored row statistics, by a
 backend's ``evaluate_rows``.
 
-It gives the same numbers as :meth:`~reweight_ops._core.calls.policy.LossCall.token_losses`,
-which PyTorch differentiates, and the derivatives from the same evaluation. A compiled
-graph takes that method, because its compiler fuses it. So does a loss that is not a
-program.
+It gives the same numbers as
+:meth:`~reweight_ops._core.calls.policy.LossCall.token_losses`, which PyTorch
+differentiates, and the derivatives from the same evaluation. A compiled graph takes
+that method, because its compiler fuses it. So does a loss that is not a program.
 """
 
 from __future__ import annotations
@@ -28,12 +28,18 @@ _BY = ("logp", "entropy", "log_sum_p_sq", "log_ratio")
 
 
 class _StoredRows(torch.autograd.Function):
-    """``(loss, table)`` of ``token_losses()``. The table begins with the weighted loss, the
-    loss, and the derivatives by ``statistics``.
+    """``(loss, table)`` of ``token_losses()``. The table begins with the weighted loss,
+    the loss, and the derivatives by ``statistics``.
     """
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, moving: tuple[bool, ...], call: LossCall, *statistics: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        table: Tensor,
+        moving: tuple[bool, ...],
+        call: LossCall,
+        *statistics: Tensor | None,
+    ) -> Tensor:
         ctx.moving, ctx.call = moving, call.without_inputs()
         ctx.save_for_backward(table, *statistics)
         ctx.set_materialize_grads(False)
@@ -48,10 +54,21 @@ class _StoredRows(torch.autograd.Function):
         if again.wants_graph():
             # The formula takes the statistics alone. The ratio follows from the
             # log-probs.
-            return None, None, None, *again.gradient(_formula(ctx.call), statistics[:-1], (upstream,)), None
+            return (
+                None,
+                None,
+                None,
+                *again.gradient(_formula(ctx.call), statistics[:-1], (upstream,)),
+                None,
+            )
         begin = at[0]
         scaled = table[2 + begin : 3 + at[-1]] * upstream
-        return None, None, None, *[scaled[i - begin] if moves else None for i, moves in enumerate(ctx.moving)]
+        return (
+            None,
+            None,
+            None,
+            *[scaled[i - begin] if moves else None for i, moves in enumerate(ctx.moving)],
+        )
 
 
 def _formula(call: LossCall) -> Callable[..., tuple[Tensor]]:
@@ -62,7 +79,9 @@ def _formula(call: LossCall) -> Callable[..., tuple[Tensor]]:
     return total
 
 
-def evaluate_stored(call: LossCall, statistics: dict[str, Tensor], backend: str) -> tuple[Tensor, Tensor, bool] | None:
+def evaluate_stored(
+    call: LossCall, statistics: dict[str, Tensor], backend: str
+) -> tuple[Tensor, Tensor, bool] | None:
     """Return ``(loss, table, total)`` from differentiable statistics, or None if the
     backend or the loss has no such evaluation.
 
@@ -80,7 +99,11 @@ def evaluate_stored(call: LossCall, statistics: dict[str, Tensor], backend: str)
     leaves.setdefault("old_logp", detached["logp"])
     params, weights = call.params, call.row_weights(detached)
     ratio, inputs = call.spec.ratio, dict(statistics)
-    fused = type(ratio) is SequenceRatio and rows.primitives is not None and rows.primitives.ratio is not None
+    fused = (
+        type(ratio) is SequenceRatio
+        and rows.primitives is not None
+        and rows.primitives.ratio is not None
+    )
     pointwise = ratio.one_pass_unsupported_reason is None
     means = None
     if fused:
@@ -91,10 +114,13 @@ def evaluate_stored(call: LossCall, statistics: dict[str, Tensor], backend: str)
             and isinstance(ratio, SequenceRatio)
         )
         old = call.ref_logp if ratio.against == "ref" else call.old_logp
-        leaves["log_ratio"], means = rows.primitives.ratio(rows.masked, rows.run, detached["logp"], old, params, ratio.normalize)
+        leaves["log_ratio"], means = rows.primitives.ratio(
+            rows.masked, rows.run, detached["logp"], old, params, ratio.normalize
+        )
     elif not pointwise:
         inputs["log_ratio"] = call.log_ratio(logp)
-        leaves["log_ratio"] = inputs["log_ratio"].detach().contiguous()  # one sequence may be an expanded number
+        # one sequence may be an expanded number
+        leaves["log_ratio"] = inputs["log_ratio"].detach().contiguous()
     outputs = ("weighted_loss", "loss", *[f"d_{name}" for name in (_BY[:3] if pointwise else _BY)])
     table = found.evaluate_rows(program, params, leaves, weights, outputs, rows.keep)
     if means is not None:
@@ -104,8 +130,22 @@ def evaluate_stored(call: LossCall, statistics: dict[str, Tensor], backend: str)
             and rows.masked is not None
             and isinstance(ratio, SequenceRatio)
         )
-        rows.primitives.adjoint(rows.masked, rows.run, table[5], table[2], params, means, ratio.normalize, ratio.gradient == "sequence")
-    moving = tuple([name in inputs and (_moves(program, name, not pointwise) or (fused and name == "logp")) for name in _BY])
+        rows.primitives.adjoint(
+            rows.masked,
+            rows.run,
+            table[5],
+            table[2],
+            params,
+            means,
+            ratio.normalize,
+            ratio.gradient == "sequence",
+        )
+    moving = tuple(
+        [
+            name in inputs and (_moves(program, name, not pointwise) or (fused and name == "logp"))
+            for name in _BY
+        ]
+    )
     loss = _StoredRows.apply(table, moving, call, *[inputs.get(name) for name in _BY])  # type: ignore[no-untyped-call]
     return loss, table, pointwise or fused
 

@@ -1,4 +1,5 @@
-"""A policy loss with a term that keeps the policy near a teacher: one objective of two."""
+"""A policy loss with a term that keeps the policy near a teacher: one
+objective of two."""
 
 from __future__ import annotations
 
@@ -49,14 +50,24 @@ class TaughtObjective:
     def work(self) -> TaughtWork:
         return TaughtWork(self.policy.work(), self.teacher.work())
 
-    def from_one_pass(self, loss: Tensor, table: Tensor, choice: Choice, more: MoreMetrics | None) -> PolicyLossOutput:
+    def from_one_pass(
+        self, loss: Tensor, table: Tensor, choice: Choice, more: MoreMetrics | None
+    ) -> PolicyLossOutput:
         taught = self.teacher.from_one_pass(loss, table[len(LOSS_ROWS) :], choice, None)
         out = self.policy.from_one_pass(taught.loss, table[: len(LOSS_ROWS)], choice, more)
         return dataclasses.replace(out, teacher=taught)
 
-    def from_statistics(self, statistics: dict[str, Tensor], choice: Choice, more: MoreMetrics | None) -> PolicyLossOutput:
-        known = {name.removeprefix(TEACHER): value for name, value in statistics.items() if name.startswith(TEACHER)}
+    def from_statistics(
+        self, statistics: dict[str, Tensor], choice: Choice, more: MoreMetrics | None
+    ) -> PolicyLossOutput:
+        known = {
+            name.removeprefix(TEACHER): value
+            for name, value in statistics.items()
+            if name.startswith(TEACHER)
+        }
         own = {name: value for name, value in statistics.items() if not name.startswith(TEACHER)}
         taught = self.teacher.from_statistics(known, choice, None)
         out = self.policy.from_statistics(own, choice, more)
-        return dataclasses.replace(out, loss=out.loss + self.policy.call.rows.trusted(taught.loss), teacher=taught)
+        return dataclasses.replace(
+            out, loss=out.loss + self.policy.call.rows.trusted(taught.loss), teacher=taught
+        )

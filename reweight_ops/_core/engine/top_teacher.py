@@ -39,7 +39,9 @@ class TopTeacherSource(PlainSource):
     @property
     def info(self) -> SourceInfo:
         return self.p.info._replace(
-            one_pass=None, one_pass_unsupported_reason="there is no fused loss against stored log-probs of a few ids"
+            one_pass=None,
+            one_pass_unsupported_reason="there is no fused loss against stored log-probs of a "
+            "few ids",
         )
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
@@ -47,7 +49,14 @@ class TopTeacherSource(PlainSource):
         picked = self.p.statistics((), backend)[PICKED]
         listed = (ids != IGNORE_INDEX) & self.rows.keep[:, None]
         log_p, log_q = (buckets(x, listed, tail) for x in (picked, logps))
-        values = row_divergences(log_p, log_q, log_p == -torch.inf, log_q == -torch.inf, self.beta, whole=tail != "ignore")
+        values = row_divergences(
+            log_p,
+            log_q,
+            log_p == -torch.inf,
+            log_q == -torch.inf,
+            self.beta,
+            whole=tail != "ignore",
+        )
         found = dict(zip((*STATISTICS, GENERALIZED_JSD), values, strict=False))
         return {name: torch.where(self.rows.keep, value, 0) for name, value in found.items()}
 

@@ -37,12 +37,16 @@ class Versions:
         for name, tensor, version in self._seen:
             if tensor._version != version:
                 raise ReweightOpsError(
-                    f"{what} is computed when it is first read, and {name} has been written in place since the call: "
-                    f"read out.{what} before that, or pass a copy to the call ({name.partition(' ')[0]}.clone())."
+                    f"{what} is computed when it is first read, and {name} has been written in "
+                    "place since the call: "
+                    f"read out.{what} before that, or pass a copy to the call "
+                    f"({name.partition(' ')[0]}.clone())."
                 )
 
 
-def versions_of(call: LossCall, leaves: dict[str, Tensor], per_token_loss: Tensor) -> tuple[Versions, Versions] | None:
+def versions_of(
+    call: LossCall, leaves: dict[str, Tensor], per_token_loss: Tensor
+) -> tuple[Versions, Versions] | None:
     """Return the versions of the tensors that every later result reads, and of those
     that only the loss's derivatives read.
 
@@ -51,13 +55,20 @@ def versions_of(call: LossCall, leaves: dict[str, Tensor], per_token_loss: Tenso
     if torch.compiler.is_compiling():
         return None
     read = (
-        ("advantages", call.adv), ("old_per_token_logps", call.old_logp), ("ref_per_token_logps", call.ref_logp),
-        ("sampling_per_token_logps", call.sampling_logp), ("token_weights or importance_sampling_ratio", call.factor),
-        ("per_token_logps", leaves["logp"]), ("entropies", leaves.get("entropy")), ("per_token_loss", per_token_loss), *call.spec.tensors.items(),
-    )  # fmt: skip
+        ("advantages", call.adv),
+        ("old_per_token_logps", call.old_logp),
+        ("ref_per_token_logps", call.ref_logp),
+        ("sampling_per_token_logps", call.sampling_logp),
+        ("token_weights or importance_sampling_ratio", call.factor),
+        ("per_token_logps", leaves["logp"]),
+        ("entropies", leaves.get("entropy")),
+        ("per_token_loss", per_token_loss),
+        *call.spec.tensors.items(),
+    )
     divisors = call.divisors
     scales = (
-        ("num_items_in_batch", divisors.num_items_in_batch), ("num_sequences_in_batch", divisors.num_sequences_in_batch),
+        ("num_items_in_batch", divisors.num_items_in_batch),
+        ("num_sequences_in_batch", divisors.num_sequences_in_batch),
         ("loss_scale", call.loss_scale),
-    )  # fmt: skip
+    )
     return Versions(read), Versions(scales)

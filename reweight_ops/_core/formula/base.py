@@ -22,7 +22,16 @@ from ..ranges import Unread, ranged
 
 #: The fields of a token that a formula may read. ``old_logp`` is a leaf of its own,
 #: because at sequence level it is not ``logp - log_ratio``.
-TOKEN_FIELDS = ("logp", "old_logp", "log_ratio", "ref_logp", "sampling_logp", "adv", "entropy", "log_sum_p_sq")
+TOKEN_FIELDS = (
+    "logp",
+    "old_logp",
+    "log_ratio",
+    "ref_logp",
+    "sampling_logp",
+    "adv",
+    "entropy",
+    "log_sum_p_sq",
+)
 
 #: The fields that depend on the current policy's logits, through which a gradient flows
 #: to them. Every other field is stored with the batch.
@@ -35,7 +44,9 @@ WEIGHTS: dict[str, type[TokenWeight]] = {}
 def _undecorated(self: Any, *args: Any, **keywords: Any) -> None:
     """Stand in for the ``__init__`` that the decorator makes."""
     kind = "weight" if isinstance(self, TokenWeight) else "rule"
-    raise InvalidCall(f"{type(self).__name__} is not registered yet: write @rw.{kind} above its class.")
+    raise InvalidCall(
+        f"{type(self).__name__} is not registered yet: write @rw.{kind} above its class."
+    )
 
 
 class Formula(Unread):
@@ -110,7 +121,9 @@ class TokenWeight(Formula):
 
     def __post_init__(self) -> None:
         if self.scope not in ("surrogate", "all"):
-            raise InvalidCall(f"{type(self).__name__}: scope is {self.scope!r}, expected 'surrogate' or 'all'.")
+            raise InvalidCall(
+                f"{type(self).__name__}: scope is {self.scope!r}, expected 'surrogate' or 'all'."
+            )
 
     def weight(self, xp: Any, t: Any, batch: Any) -> Any:
         """Return the weight of the token ``t``.
@@ -129,16 +142,24 @@ def _register(registry: dict[str, Any], cls: type, name: str | None, base: type)
         raise InvalidCall(f"{cls.__name__} must derive from {base.__name__}.")
     cls.name = name or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()  # type: ignore[attr-defined]
     if not re.fullmatch(r"[a-z][a-z0-9_]*", cls.name):  # type: ignore[attr-defined]
-        raise InvalidCall(f"{cls.name!r} is not a valid name: it becomes a C++ and a Triton function, so use lower_snake_case.")  # type: ignore[attr-defined]
+        raise InvalidCall(
+            f"{cls.name!r} is not a valid name: it becomes a C++ and a Triton function, so use "
+            "lower_snake_case."
+        )  # type: ignore[attr-defined]
     if vars(cls).get("__init__") is _undecorated:
         del cls.__init__
     cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
     known = registry.get(cls.name)  # type: ignore[attr-defined]
-    cls._parameter_names = tuple(f.name for f in dataclasses.fields(cls) if f.name not in cls.SETTINGS)  # type: ignore[attr-defined, arg-type]
+    cls._parameter_names = tuple(
+        f.name for f in dataclasses.fields(cls) if f.name not in cls.SETTINGS
+    )  # type: ignore[attr-defined, arg-type]
     # Running a notebook cell twice replaces the class. Two modules with the same name
     # would silently change each other's results.
     if known is not None and known.__module__ != cls.__module__:
-        raise InvalidCall(f"the name {cls.name!r} is taken by {known.__module__}.{known.__qualname__}; choose another.")  # type: ignore[attr-defined]
+        raise InvalidCall(
+            f"the name {cls.name!r} is taken by {known.__module__}.{known.__qualname__}; choose "
+            "another."
+        )  # type: ignore[attr-defined]
     cls = ranged(cls, plain=True)
     registry[cls.name] = cls  # type: ignore[attr-defined]
     return cls

@@ -32,10 +32,13 @@ def simplified_add(a: Expr, b: Expr) -> Expr:
     if a.op == b.op == "const":
         return a.graph.const(a.args[0] + b.args[0])
     if a.op == b.op == "where" and a.args[0] is b.args[0]:
-        return select(a.args[0], simplified_add(a.args[1], b.args[1]), simplified_add(a.args[2], b.args[2]))
+        return select(
+            a.args[0], simplified_add(a.args[1], b.args[1]), simplified_add(a.args[2], b.args[2])
+        )
     if a.op == "const":
         return simplified_add(b, a)
-    if a.op == "exp" and _is(b, -1):  # the slope of expm1(x) - x; as exp(x) - 1 it would lose every digit at small x
+    # the slope of expm1(x) - x; as exp(x) - 1 it would lose every digit at small x
+    if a.op == "exp" and _is(b, -1):
         return a.graph.node("expm1", a.args[0])
     if a.op == "neg" and (b.op in ("neg", "const")):
         return simplified_neg(simplified_add(a.args[0], simplified_neg(b)))
@@ -87,7 +90,9 @@ def select(condition: Expr, a: Expr, b: Expr) -> Expr:
     return a if a is b else a.graph.node("where", condition, a, b)
 
 
-def _through(slope: Expr, factor: Expr, combine: Callable[[Expr, Expr], Expr] = simplified_mul) -> Expr:
+def _through(
+    slope: Expr, factor: Expr, combine: Callable[[Expr, Expr], Expr] = simplified_mul
+) -> Expr:
     """Return ``slope * factor`` (or ``/``).
 
     A slope that a select has made 0 stays 0 even if the factor is infinite.
@@ -142,7 +147,9 @@ class Derivative:
             case "mul", (a, b):
                 return simplified_add(_through(self(a), b), _through(self(b), a))
             case "div", (a, b):
-                return simplified_sub(_through(self(a), b, simplified_div), _through(self(b), simplified_div(x, b)))
+                return simplified_sub(
+                    _through(self(a), b, simplified_div), _through(self(b), simplified_div(x, b))
+                )
             case "exp", (a,):
                 return _through(self(a), x)
             case "expm1", (a,):
@@ -155,7 +162,10 @@ class Derivative:
                 return _saturating(self(a), simplified_mul(x, g.node("sigmoid", simplified_neg(a))))
             case "tanh", (a,):  # 1 - tanh² = 4·sigmoid(2x)·sigmoid(-2x)
                 twice = simplified_add(a, a)
-                return _saturating(self(a), 4.0 * (g.node("sigmoid", twice) * g.node("sigmoid", simplified_neg(twice))))
+                return _saturating(
+                    self(a),
+                    4.0 * (g.node("sigmoid", twice) * g.node("sigmoid", simplified_neg(twice))),
+                )
             case "abs", (a,):
                 return select(zero < a, self(a), select(a < zero, simplified_neg(self(a)), zero))
             case "min", (a, b):
@@ -179,7 +189,12 @@ def value_of(root: Expr) -> Expr:
     for x in walk(root):
         operands = [memo[a.index] if isinstance(a, Expr) else a for a in x.args]
         memo[x.index] = x.graph.node(x.op, *operands)
-        if x.op == "add" and operands[1].op == "stop" and operands[1].args[0].op == "sub" and operands[1].args[0].args[1] is operands[0]:
+        if (
+            x.op == "add"
+            and operands[1].op == "stop"
+            and operands[1].args[0].op == "sub"
+            and operands[1].args[0].args[1] is operands[0]
+        ):
             memo[x.index] = operands[1].args[0].args[0]
     return memo[root.index]
 
@@ -194,4 +209,6 @@ def derive(traced: Traced) -> dict[str, Expr]:
     :data:`~reweight_ops._core.formula.base.DIFFERENTIABLE_FIELDS`.
     """
     graph = traced.result.graph
-    return {leaf: Derivative(graph.node("leaf", leaf))(traced.result) for leaf in DIFFERENTIABLE_FIELDS}
+    return {
+        leaf: Derivative(graph.node("leaf", leaf))(traced.result) for leaf in DIFFERENTIABLE_FIELDS
+    }

@@ -14,13 +14,27 @@ from .namespace import TorchNamespace
 from .trace import Expr, walk
 
 _OPERATIONS: dict[str, Callable[..., Any]] = {
-    "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "div": lambda a, b: a / b, "neg": lambda a: -a,
-    "lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "eq": lambda a, b: a == b, "ne": lambda a, b: a != b,
-    "and": lambda a, b: a & b, "or": lambda a, b: a | b, "not": lambda a: ~a, "min": torch.minimum, "max": torch.maximum, "stop": lambda a: a,
-}  # fmt: skip
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "neg": lambda a: -a,
+    "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b,
+    "eq": lambda a, b: a == b,
+    "ne": lambda a, b: a != b,
+    "and": lambda a, b: a & b,
+    "or": lambda a, b: a | b,
+    "not": lambda a: ~a,
+    "min": torch.minimum,
+    "max": torch.maximum,
+    "stop": lambda a: a,
+}
 
 
-def interpret(roots: Sequence[Expr], leaves: dict[str, Tensor], parameters: dict[str, Tensor]) -> list[Tensor]:
+def interpret(
+    roots: Sequence[Expr], leaves: dict[str, Tensor], parameters: dict[str, Tensor]
+) -> list[Tensor]:
     """Return the values of ``roots``.
 
     ``leaves`` are ``[N]`` and ``parameters`` are 0-d. All have one dtype.

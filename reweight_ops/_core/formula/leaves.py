@@ -8,8 +8,15 @@ from torch import Tensor
 #: Placeholder fields of unselected rows. Every rule must be finite here:
 #: ``torch.where`` discards the value, but a NaN gradient would survive it.
 _SAFE = {
-    "logp": -1.0, "old_logp": -1.0, "log_ratio": 0.0, "ref_logp": -1.0, "sampling_logp": -1.0, "adv": 1.0, "entropy": 1.0, "log_sum_p_sq": -1.0,
-}  # fmt: skip
+    "logp": -1.0,
+    "old_logp": -1.0,
+    "log_ratio": 0.0,
+    "ref_logp": -1.0,
+    "sampling_logp": -1.0,
+    "adv": 1.0,
+    "entropy": 1.0,
+    "log_sum_p_sq": -1.0,
+}
 
 
 class Leaves:

@@ -33,8 +33,9 @@ class Program(NamedTuple):
     It is hashable and never contains a rule's name. ``log_ratio`` is ``clip(logp -
     old_logp, clamp_low, clamp_high)``; outside of the bounds it has no gradient::
 
-        loss          = sum_k coef_k * u_k * rule_k(leaves)            u_0 = product of all weights, u_k = product of scope "all"
-        weighted_loss = sum_k w_k * coef_k * u_k * rule_k(leaves)      w_k: the row weight of term k, an input
+        loss          = sum_k coef_k * u_k * rule_k(leaves)            u_0 = product of
+        all weights, u_k = product of scope "all" weighted_loss = sum_k w_k * coef_k *
+        u_k * rule_k(leaves)      w_k: the row weight of term k, an input
 
     A term whose ``w_k * coef_k * u_k`` is 0 contributes exactly 0 (never ``0 * inf``)
     to each loss and to every derivative. ``params`` is one vector: ``[clamp_low,
@@ -46,7 +47,11 @@ class Program(NamedTuple):
     weights: tuple[tuple[str, str], ...] = ()  # (formula, scope)
 
     @classmethod
-    def of(cls, rules: Iterable[type[Rule] | str], weights: Iterable[tuple[type[TokenWeight] | str, str]] = ()) -> Program:
+    def of(
+        cls,
+        rules: Iterable[type[Rule] | str],
+        weights: Iterable[tuple[type[TokenWeight] | str, str]] = (),
+    ) -> Program:
         """Return the program of these rules and of these pairs (weight, scope).
 
         Each rule and each weight is a class or the name of a registered one.
@@ -60,7 +65,9 @@ class Program(NamedTuple):
         """Return the program as one string, which can cross the boundary of a custom
         op.
         """
-        return f"{','.join(self.terms)}|{','.join(f'{scope}={text}' for text, scope in self.weights)}"
+        return (
+            f"{','.join(self.terms)}|{','.join(f'{scope}={text}' for text, scope in self.weights)}"
+        )
 
     @staticmethod
     @functools.lru_cache(maxsize=512)
@@ -106,13 +113,18 @@ class LossGraph:
         # Both comparisons are false for a NaN. The NaN must reach the loss and the
         # gradient.
         self._clamped = None if given_ratio else (raw < low) | (high < raw)
-        self._ratio = self._leaf("log_ratio") if given_ratio else g.arithmetic("clip", raw, low, high)
+        self._ratio = (
+            self._leaf("log_ratio") if given_ratio else g.arithmetic("clip", raw, low, high)
+        )
 
         def leaf(name: str) -> Expr:
             return self._ratio if name == "log_ratio" else self._leaf(name)
 
         rules = [(parameter(), read_formula(text, g, parameter, leaf)) for text in program.terms]
-        weights = [(g.node("stop", read_formula(text, g, parameter, leaf)), scope) for text, scope in program.weights]
+        weights = [
+            (g.node("stop", read_formula(text, g, parameter, leaf)), scope)
+            for text, scope in program.weights
+        ]
         self.parameters = next(numbers)
         self._compose(rules, weights)
 
@@ -120,7 +132,12 @@ class LossGraph:
     def names(self) -> tuple[str, ...]:
         """Every output."""
         leaves = [x for x in TOKEN_FIELDS if x != "log_ratio" or self._clamped is None]
-        return ("weighted_loss", "loss", *(f"d_{x}" for x in leaves), *(f"d_w{k}" for k in range(self.terms)))
+        return (
+            "weighted_loss",
+            "loss",
+            *(f"d_{x}" for x in leaves),
+            *(f"d_w{k}" for k in range(self.terms)),
+        )
 
     def _leaf(self, name: str) -> Expr:
         return self.graph.node("leaf", name)
@@ -143,18 +160,26 @@ class LossGraph:
     def __getitem__(self, name: str) -> Expr:
         if name not in self._found:
             if name not in self.names:
-                raise InvalidCall(f"a loss has no output {name!r}; it has: {', '.join(self.names)}.")
+                raise InvalidCall(
+                    f"a loss has no output {name!r}; it has: {', '.join(self.names)}."
+                )
             self._found[name] = self._find(name)
         return self._found[name]
 
     def _find(self, name: str) -> Expr:
         if name in ("weighted_loss", "loss"):
             logp, unread = self._leaf("logp"), functools.reduce(lambda a, b: a & b, self._off)
-            return select((logp != logp) & ~unread, logp, value_of(self._weighted if name == "weighted_loss" else self._loss))
+            return select(
+                (logp != logp) & ~unread,
+                logp,
+                value_of(self._weighted if name == "weighted_loss" else self._loss),
+            )
         by = self._leaf(name.removeprefix("d_"))
         slope = Derivative(by, () if by is self._ratio else (self._ratio,))(self._weighted)
         if self._clamped is not None and name in ("d_logp", "d_old_logp"):
-            through = select(self._clamped, self.graph.const(0.0), Derivative(self._ratio)(self._weighted))
+            through = select(
+                self._clamped, self.graph.const(0.0), Derivative(self._ratio)(self._weighted)
+            )
             slope = (simplified_add if name == "d_logp" else simplified_sub)(slope, through)
         if name == "d_logp":
             loss = self["weighted_loss"]
@@ -166,7 +191,9 @@ class LossGraph:
 
     def reads(self, outputs: Iterable[str] = ONE_PASS) -> frozenset[str]:
         """Return the leaves that these outputs depend on."""
-        return frozenset(x.args[0] for x in walk(*(self[name] for name in outputs)) if x.op == "leaf")
+        return frozenset(
+            x.args[0] for x in walk(*(self[name] for name in outputs)) if x.op == "leaf"
+        )
 
     def moves(self, name: str) -> bool:
         """Return whether the formulas let the weighted loss depend on a leaf."""

@@ -21,8 +21,20 @@ from ..transforms import in_transform
 #: The functions of ``xp``. A formula may use nothing else but arithmetic, comparisons,
 #: and ``& | ~`` of comparisons.
 FUNCTIONS = (
-    "exp", "expm1", "log", "log1p", "sigmoid", "tanh", "abs", "minimum", "maximum", "clip", "where", "stop_gradient", "straight_through",
-)  # fmt: skip
+    "exp",
+    "expm1",
+    "log",
+    "log1p",
+    "sigmoid",
+    "tanh",
+    "abs",
+    "minimum",
+    "maximum",
+    "clip",
+    "where",
+    "stop_gradient",
+    "straight_through",
+)
 
 
 def _unary(of_tensor: Callable[[Tensor], Tensor], of_number: Callable[[float], float]) -> Any:
@@ -64,7 +76,8 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class TorchNamespace:
-    """The reference implementation of ``xp`` in one floating dtype; autograd differentiates it.
+    """The reference implementation of ``xp`` in one floating dtype; autograd
+    differentiates it.
 
     With ``unbounded``, arguments of ``exp`` may overflow. A gradient that a clip has
     stopped is still 0, as in the kernels.
@@ -96,7 +109,11 @@ class TorchNamespace:
     def _lift(self, value: Any, device: torch.device) -> Tensor:
         # Without the dtype, a literal such as 1.05 would be rounded to fp32 inside an
         # fp64 reference.
-        return value if isinstance(value, Tensor) else torch.full((), value, dtype=self.dtype, device=device)
+        return (
+            value
+            if isinstance(value, Tensor)
+            else torch.full((), value, dtype=self.dtype, device=device)
+        )
 
     def _pair(self, a: Any, b: Any) -> tuple[Tensor, Tensor]:
         device = (a if isinstance(a, Tensor) else b).device
@@ -109,7 +126,8 @@ class TorchNamespace:
         return a.clamp(min=b) if isinstance(b, (int, float)) else torch.maximum(*self._pair(a, b))
 
     def clip(self, x: Any, low: Any, high: Any) -> Any:
-        if not isinstance(x, Tensor):  # a hyper-parameter that is a number; the bounds are numbers too
+        # a hyper-parameter that is a number; the bounds are numbers too
+        if not isinstance(x, Tensor):
             return min(max(x, low), high)
         if isinstance(low, Tensor) or isinstance(high, Tensor):
             low, high = self._lift(low, x.device), self._lift(high, x.device)
@@ -118,7 +136,9 @@ class TorchNamespace:
     def where(self, condition: Any, a: Any, b: Any) -> Any:
         if isinstance(condition, bool):  # the hyper-parameters are numbers
             return a if condition else b
-        return torch.where(condition, self._lift(a, condition.device), self._lift(b, condition.device))
+        return torch.where(
+            condition, self._lift(a, condition.device), self._lift(b, condition.device)
+        )
 
     def stop_gradient(self, x: Any) -> Any:
         return x.detach() if isinstance(x, Tensor) else x

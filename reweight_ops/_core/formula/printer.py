@@ -41,7 +41,11 @@ class Language(NamedTuple):
         It has the hyper-parameter's name, unless that name means something else in the
         generated function.
         """
-        taken = name in self.reserved or name in TOKEN_FIELDS or re.fullmatch(r"[vd]\d+|rw_\w+|[tp]", name)
+        taken = (
+            name in self.reserved
+            or name in TOKEN_FIELDS
+            or re.fullmatch(r"[vd]\d+|rw_\w+|[tp]", name)
+        )
         return f"{name}_" if taken else name
 
 
@@ -54,7 +58,8 @@ def statements(language: Language, roots: Sequence[Expr]) -> tuple[list[str], li
     uses = Counter(unstopped(a).index for x in nodes if x.op != "stop" for a in x.operands)
     uses.update(unstopped(x).index for x in roots)
     lines: list[str] = []
-    text: dict[int, tuple[str, bool]] = {}  # the bool tells whether the text may be an operand without parentheses
+    # the bool tells whether the text may be an operand without parentheses
+    text: dict[int, tuple[str, bool]] = {}
 
     for x in nodes:
         if x.op == "stop":
@@ -64,16 +69,26 @@ def statements(language: Language, roots: Sequence[Expr]) -> tuple[list[str], li
             text[x.index] = language.constant(x.args[0]), x.args[0] >= 0
             continue
         if x.op in ("leaf", "param"):
-            text[x.index] = (language.leaf.format(x.args[0]) if x.op == "leaf" else language.local(x.args[0])), True
+            text[x.index] = (
+                (language.leaf.format(x.args[0]) if x.op == "leaf" else language.local(x.args[0])),
+                True,
+            )
             continue
         infix = x.op in language.infix
-        operands = [f"({t})" if infix and not atomic else t for t, atomic in (text[a.index] for a in x.operands)]
+        operands = [
+            f"({t})" if infix and not atomic else t
+            for t, atomic in (text[a.index] for a in x.operands)
+        ]
         if all(unstopped(a).op == "const" for a in x.operands):
             operands = [language.alone.format(t) for t in operands]
         written = language.templates[x.op].format(*operands)
         if uses[x.index] > 1:
             name = f"v{len(lines)}"
-            lines.append(language.statement.format(type="bool" if x.is_bool else "float", name=name, value=written))
+            lines.append(
+                language.statement.format(
+                    type="bool" if x.is_bool else "float", name=name, value=written
+                )
+            )
             text[x.index] = name, True
         else:
             text[x.index] = written, not infix

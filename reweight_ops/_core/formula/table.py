@@ -1,10 +1,11 @@
-"""A loss graph as a table that C++ and CUDA interpret: operations on numbered registers, level by level.
+"""A loss graph as a table that C++ and CUDA interpret: operations on numbered
+registers, level by level.
 
 The registers are, in this order: the program's parameters; the constants; the uniform
 values, which follow from those two alone and are computed once a call; the inputs of a
-row, which are :data:`~reweight_ops._core.formula.base.TOKEN_FIELDS` and the row weights; the
-intermediate values. A register of the last kind is used again as soon as a level has
-read its value for the last time.
+row, which are :data:`~reweight_ops._core.formula.base.TOKEN_FIELDS` and the row
+weights; the intermediate values. A register of the last kind is used again as soon as a
+level has read its value for the last time.
 
 The operations of a level do not depend on each other, and a level writes no register
 that it reads. The lanes of a warp can therefore compute them side by side. A condition
@@ -24,7 +25,8 @@ from .base import TOKEN_FIELDS
 from .loss_program import ONE_PASS, LossGraph
 from .trace import SYMBOLS, Expr, unstopped, walk
 
-#: Operations in the order of their codes; ``csrc/common/program_table.h`` says what each computes.
+#: Operations in the order of their codes; ``csrc/common/program_table.h`` says what
+#: each computes.
 OPERATIONS = (
     "add", "sub", "mul", "min", "max", "clip", "abs", "lt", "le", "eq", "ne", "where",
     "div", "exp", "expm1", "log", "log1p", "sigmoid", "tanh",
@@ -82,7 +84,9 @@ class Table:
         """Return the instructions, the constants as the bits of fp64 numbers, and the
         ends of the levels, all as int64.
         """
-        bits = struct.unpack(f"{len(self.constants)}q", struct.pack(f"{len(self.constants)}d", *self.constants))
+        bits = struct.unpack(
+            f"{len(self.constants)}q", struct.pack(f"{len(self.constants)}d", *self.constants)
+        )
         return [*(i.encode() for i in self.instructions), *bits, *self.levels]
 
 
@@ -98,7 +102,9 @@ class _Lowering:
     def __init__(self, roots: Sequence[Expr]) -> None:
         nodes = walk(*roots)
         self.depth: dict[int, int] = {}
-        self.uses = Counter(a.index for x in nodes for a in x.operands) + Counter(x.index for x in roots)
+        self.uses = Counter(a.index for x in nodes for a in x.operands) + Counter(
+            x.index for x in roots
+        )
         memo: dict[int, Expr] = {}
         for x in nodes:
             memo[x.index] = self._lower(x, [memo[a.index] for a in x.operands])
@@ -135,9 +141,15 @@ class _Lowering:
         return self._node("mul", minus, a)
 
     def _select(self, x: Expr, a: list[Expr]) -> Expr:
-        """``where(c, u, where(d, u, v)) = where(c or d, u, v)``, where ``v`` comes later than the conditions."""
+        """``where(c, u, where(d, u, v)) = where(c or d, u, v)``, where ``v`` comes
+        later than the conditions.
+        """
         condition, same, inner = a
-        if inner.op == "where" and inner.args[1] is same and self.uses[unstopped(x.args[2]).index] == 1:
+        if (
+            inner.op == "where"
+            and inner.args[1] is same
+            and self.uses[unstopped(x.args[2]).index] == 1
+        ):
             either, late = (condition, inner.args[0]), self.depth.get(inner.args[2].index, 0)
             if max(self.depth.get(c.index, 0) for c in either) < late:
                 return self._node("where", self._node("max", *either), same, inner.args[2])
@@ -154,7 +166,9 @@ def _leveled(nodes: Sequence[Expr]) -> list[list[Expr]]:
     """
     earliest: dict[int, int] = {}
     for x in nodes:
-        earliest[x.index] = max((earliest[a.index] + 1 for a in x.operands if a.index in earliest), default=0)
+        earliest[x.index] = max(
+            (earliest[a.index] + 1 for a in x.operands if a.index in earliest), default=0
+        )
     latest = dict.fromkeys(earliest, max(earliest.values(), default=0))
     levels: list[list[Expr]] = [[] for _ in range(max(earliest.values(), default=-1) + 1)]
     for x in reversed(nodes):
@@ -192,7 +206,9 @@ class _Builder:
         self._allocate()
 
     def _allocate(self) -> None:
-        last_read = {a.index: d for d, level in enumerate(self.varying) for x in level for a in x.operands}
+        last_read = {
+            a.index: d for d, level in enumerate(self.varying) for x in level for a in x.operands
+        }
         last_read |= {x.index: len(self.varying) for x in self.roots}
         ends: dict[int, list[int]] = {}
         free: list[int] = []
@@ -208,15 +224,26 @@ class _Builder:
 
     def table(self) -> Table:
         levels = [*self.uniform, *self.varying]
-        instructions = [Instruction(x.op, self.at[x.index], tuple(self.at[a.index] for a in x.operands)) for level in levels for x in level]
+        instructions = [
+            Instruction(x.op, self.at[x.index], tuple(self.at[a.index] for a in x.operands))
+            for level in levels
+            for x in level
+        ]
         ends, at = [], 0
         for level in levels:
             at += len(level)
             ends.append(at)
         return Table(
-            tuple(instructions), tuple(ends), len(self.uniform), self.constants, self.graph.parameters, self.inputs,
-            self.graph.terms, self.registers, tuple(self.at[x.index] for x in self.roots),
-        )  # fmt: skip
+            tuple(instructions),
+            tuple(ends),
+            len(self.uniform),
+            self.constants,
+            self.graph.parameters,
+            self.inputs,
+            self.graph.terms,
+            self.registers,
+            tuple(self.at[x.index] for x in self.roots),
+        )
 
 
 @functools.lru_cache(maxsize=512)

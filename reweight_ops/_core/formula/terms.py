@@ -23,8 +23,8 @@ class Term(NamedTuple):
     """One term of the loss: a rule whose fields are bound to values, and its
     coefficient (a number or a 0-d tensor).
 
-    ``contributions`` belongs to a coupled reduction. It maps the term's weighted token losses,
-    without the coefficient, to what they add to the loss.
+    ``contributions`` belongs to a coupled reduction. It maps the term's weighted token
+    losses, without the coefficient, to what they add to the loss.
     """
 
     rule: Rule
@@ -48,7 +48,9 @@ class TermResult(NamedTuple):
     loss: Tensor  # [N]: the same without w_k
 
 
-def combine_terms(terms: Terms, leaves: dict[str, Tensor], row_weights: Tensor, keep: Tensor, batch: Any) -> TermResult:
+def combine_terms(
+    terms: Terms, leaves: dict[str, Tensor], row_weights: Tensor, keep: Tensor, batch: Any
+) -> TermResult:
     """Compute the per-row losses from every leaf (``log_ratio`` included) and the row
     weights ``[K, N]``.
 

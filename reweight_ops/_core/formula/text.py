@@ -36,7 +36,9 @@ def write_formula(traced: Traced) -> str:
     return " ".join([str(len(traced.parameters)), *map(token, nodes)])
 
 
-def read_formula(text: str, graph: Graph, parameter: Callable[[], Expr], leaf: Callable[[str], Expr]) -> Expr:
+def read_formula(
+    text: str, graph: Graph, parameter: Callable[[], Expr], leaf: Callable[[str], Expr]
+) -> Expr:
     """Return the result of a formula as a node of ``graph``. ``parameter()`` gives the
     next hyper-parameter.
     """

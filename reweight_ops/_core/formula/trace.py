@@ -26,31 +26,73 @@ SYMBOLS = frozenset({"leaf", "param", "const"})
 #: The statistics that ``batch`` offers to a weight: over the valid rows of the call, of
 #: each row's sequence, or of each row's prompt.
 BATCH_FUNCTIONS = (
-    "mean", "sum", "min", "max", "quantile", "quantile_nearest", "top", "largest", "draw", "rank", "mean_below", "capped_mean", "seq_mean", "seq_sum",
+    "mean",
+    "sum",
+    "min",
+    "max",
+    "quantile",
+    "quantile_nearest",
+    "top",
+    "largest",
+    "draw",
+    "rank",
+    "mean_below",
+    "capped_mean",
+    "seq_mean",
+    "seq_sum",
     "seq_min",
-    "seq_max", "seq_rank", "seq_quantile", "seq_cumsum", "seq_suffix_sum", "group_sum", "group_mean", "group_min", "group_max",
-)  # fmt: skip
+    "seq_max",
+    "seq_rank",
+    "seq_quantile",
+    "seq_cumsum",
+    "seq_suffix_sum",
+    "group_sum",
+    "group_mean",
+    "group_min",
+    "group_max",
+)
 
 #: The names that other libraries give to a function of ``xp``.
 _ALIASES = {
-    "clamp": "clip", "clamp_min": "maximum", "clamp_max": "minimum", "min": "minimum", "max": "maximum",
-    "fmin": "minimum", "fmax": "maximum", "relu": "maximum",
-    "absolute": "abs", "fabs": "abs", "detach": "stop_gradient", "expit": "sigmoid",
-}  # fmt: skip
+    "clamp": "clip",
+    "clamp_min": "maximum",
+    "clamp_max": "minimum",
+    "min": "minimum",
+    "max": "maximum",
+    "fmin": "minimum",
+    "fmax": "maximum",
+    "relu": "maximum",
+    "absolute": "abs",
+    "fabs": "abs",
+    "detach": "stop_gradient",
+    "expit": "sigmoid",
+}
 
 _NUMPY_OPERATORS = {
-    "add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "divide": operator.truediv,
-    "less": operator.lt, "less_equal": operator.le, "greater": operator.gt, "greater_equal": operator.ge,
-}  # fmt: skip
+    "add": operator.add,
+    "subtract": operator.sub,
+    "multiply": operator.mul,
+    "divide": operator.truediv,
+    "less": operator.lt,
+    "less_equal": operator.le,
+    "greater": operator.gt,
+    "greater_equal": operator.ge,
+}
 
 
 def _instead(name: str) -> str:
     known = _ALIASES.get(name, name)
-    return f"use xp.{known}" if known in FUNCTIONS else f"there is no xp.{name}; xp has: {', '.join(FUNCTIONS)}"
+    return (
+        f"use xp.{known}"
+        if known in FUNCTIONS
+        else f"there is no xp.{name}; xp has: {', '.join(FUNCTIONS)}"
+    )
 
 
 def _refuse(what: str, name: str) -> NoReturn:
-    raise TypeError(f"{what} on a traced value: a formula is also compiled into kernels, so {_instead(name)}.")
+    raise TypeError(
+        f"{what} on a traced value: a formula is also compiled into kernels, so {_instead(name)}."
+    )
 
 
 class Graph:
@@ -74,12 +116,15 @@ class Graph:
     def lift(self, value: Any) -> Expr:
         if isinstance(value, Expr):
             if value.graph is not self:
-                raise TypeError("a formula used a value that an earlier call left behind; compute it again.")
+                raise TypeError(
+                    "a formula used a value that an earlier call left behind; compute it again."
+                )
             return value
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return self.const(value)
         raise TypeError(
-            f"a formula computed with a {type(value).__name__}; a kernel knows only numbers, self.<field>, t.<leaf> and xp.<function>."
+            f"a formula computed with a {type(value).__name__}; a kernel knows only numbers, "
+            "self.<field>, t.<leaf> and xp.<function>."
         )
 
     def number(self, value: Any) -> Expr:
@@ -91,15 +136,24 @@ class Graph:
     def condition(self, value: Any) -> Expr:
         x = self.lift(value)
         if not x.is_bool:
-            raise TypeError("expected a condition (a comparison, or & | ~ of comparisons), got a number.")
+            raise TypeError(
+                "expected a condition (a comparison, or & | ~ of comparisons), got a number."
+            )
         return x
 
     def arithmetic(self, op: str, *args: Any) -> Expr:
         return self.node(op, *map(self.number, args))
 
     def power(self, base: Expr, exponent: Any) -> Expr:
-        if not isinstance(exponent, int) or isinstance(exponent, bool) or not 1 <= abs(exponent) <= 8:
-            raise TypeError("x ** n is traced only for whole n from 1 to 8 (or -1 to -8): use xp.exp(n * xp.log(x)).")
+        if (
+            not isinstance(exponent, int)
+            or isinstance(exponent, bool)
+            or not 1 <= abs(exponent) <= 8
+        ):
+            raise TypeError(
+                "x ** n is traced only for whole n from 1 to 8 (or -1 to -8): use xp.exp(n * "
+                "xp.log(x))."
+            )
         result = x = self.number(base)
         for _ in range(abs(exponent) - 1):
             result = result * x
@@ -125,7 +179,11 @@ class Expr:
         return tuple(a for a in self.args if isinstance(a, Expr))
 
     def __repr__(self) -> str:
-        return str(self.args[0]) if self.op in SYMBOLS else f"{self.op}({', '.join(map(repr, self.args))})"
+        return (
+            str(self.args[0])
+            if self.op in SYMBOLS
+            else f"{self.op}({', '.join(map(repr, self.args))})"
+        )
 
     def __add__(self, other: Any) -> Expr:
         return self.graph.arithmetic("add", self, other)
@@ -192,15 +250,19 @@ class Expr:
     def __invert__(self) -> Expr:
         return self.graph.node("not", self.graph.condition(self))
 
-    # --- operations that a kernel cannot do -------------------------------------------------------------------------------
+    # --- operations that a kernel cannot do -------------------------------------------
     def __bool__(self) -> bool:
         raise TypeError(
-            "if, and, or, not, min() and max() need the value of a traced expression, which differs per token: "
+            "if, and, or, not, min() and max() need the value of a traced expression, which "
+            "differs per token: "
             "use xp.where(condition, a, b), & | ~, xp.minimum and xp.maximum."
         )
 
     def __float__(self) -> float:
-        raise TypeError(f"math.* or float() on a traced value: use xp.<function> instead; xp has: {', '.join(FUNCTIONS)}.")
+        raise TypeError(
+            "math.* or float() on a traced value: use xp.<function> instead; xp has: "
+            f"{', '.join(FUNCTIONS)}."
+        )
 
     __int__ = __index__ = __complex__ = __float__
 
@@ -211,19 +273,29 @@ class Expr:
         raise AttributeError(f"a traced value has no attribute {name!r}: {_instead(name)}.")
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
         name = getattr(func, "__name__", str(func))
         if name.startswith("__"):
-            raise TypeError("a torch tensor met a traced value: a formula uses only numbers, self.<field>, t.<leaf> and xp.<function>.")
+            raise TypeError(
+                "a torch tensor met a traced value: a formula uses only numbers, self.<field>, "
+                "t.<leaf> and xp.<function>."
+            )
         _refuse(f"torch.{name}", name)
 
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError(f"numpy on a traced value: use xp.<function> instead; xp has: {', '.join(FUNCTIONS)}.")
+        raise TypeError(
+            f"numpy on a traced value: use xp.<function> instead; xp has: {', '.join(FUNCTIONS)}."
+        )
 
     def __array_ufunc__(self, ufunc: Any, method: str, *args: Any, **kwargs: Any) -> Any:
         name = ufunc.__name__
-        if method == "__call__" and name in _NUMPY_OPERATORS and not kwargs:  # np.float64(2) * x: numpy's operator runs first
-            return _NUMPY_OPERATORS[name](*(a if isinstance(a, Expr) else self.graph.number(a) for a in args))
+        # np.float64(2) * x: numpy's operator runs first
+        if method == "__call__" and name in _NUMPY_OPERATORS and not kwargs:
+            return _NUMPY_OPERATORS[name](
+                *(a if isinstance(a, Expr) else self.graph.number(a) for a in args)
+            )
         _refuse(f"numpy.{name}", name)
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> NoReturn:
@@ -309,7 +381,9 @@ class _Batch:
     def __getattr__(self, name: str) -> Callable[..., Expr]:
         if name not in BATCH_FUNCTIONS:
             raise AttributeError(f"batch has no {name!r}; it has: {', '.join(BATCH_FUNCTIONS)}.")
-        return lambda *args, **kwargs: self._graph.node("batch", name, *map(self._graph.lift, [*args, *kwargs.values()]))
+        return lambda *args, **kwargs: self._graph.node(
+            "batch", name, *map(self._graph.lift, [*args, *kwargs.values()])
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,7 +420,8 @@ def walk(*roots: Expr) -> list[Expr]:
     users.
     """
     order: dict[int, Expr] = {}
-    waiting = list(reversed(roots))  # a stack instead of recursion: a loss of many terms is a deep graph
+    # a stack instead of recursion: a loss of many terms is a deep graph
+    waiting = list(reversed(roots))
     while waiting:
         x = waiting[-1]
         missing = [a for a in x.operands if a.index not in order] if x.index not in order else []
@@ -367,10 +442,14 @@ def _symbolic_self(cls: type[Formula], graph: Graph) -> Any:
     return self
 
 
-def _trace(cls: type[Formula], call: Callable[[Any, TracedNamespace, _Leaves, Graph], Any]) -> Traced:
+def _trace(
+    cls: type[Formula], call: Callable[[Any, TracedNamespace, _Leaves, Graph], Any]
+) -> Traced:
     graph = Graph()
     try:
-        result = graph.number(call(_symbolic_self(cls, graph), TracedNamespace(graph), _Leaves(graph), graph))
+        result = graph.number(
+            call(_symbolic_self(cls, graph), TracedNamespace(graph), _Leaves(graph), graph)
+        )
     except (TypeError, AttributeError) as error:
         raise type(error)(f"tracing {cls.__module__}.{cls.__qualname__}: {error}") from error
     nodes = walk(result)
@@ -399,11 +478,15 @@ def trace_rule(cls: type[Rule]) -> Traced:
 def trace_weight(cls: type[TokenWeight]) -> Traced:
     """Return the expression graph of ``cls.weight``; see :func:`trace_rule`."""
     if cls not in _weights:
-        _weights[cls] = _trace(cls, lambda self, xp, t, graph: cls.weight(self, xp, t, _Batch(graph)))
+        _weights[cls] = _trace(
+            cls, lambda self, xp, t, graph: cls.weight(self, xp, t, _Batch(graph))
+        )
     return _weights[cls]
 
 
-_clips: weakref.WeakKeyDictionary[type[Rule], tuple[Traced, Traced] | None] = weakref.WeakKeyDictionary()
+_clips: weakref.WeakKeyDictionary[type[Rule], tuple[Traced, Traced] | None] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def trace_clip(cls: type[Rule]) -> tuple[Traced, Traced] | None:

@@ -18,14 +18,29 @@ from .trace import Expr, walk
 
 _FUNCTIONS = ("exp", "expm1", "log", "log1p", "sigmoid", "tanh", "abs")
 _INFIX = {
-    "add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "div": "{} / {}", "neg": "-{}", "lt": "{} < {}", "le": "{} <= {}",
-    "eq": "{} == {}", "ne": "{} != {}", "and": "{} & {}", "or": "{} | {}", "not": "~{}",
-}  # fmt: skip
+    "add": "{} + {}",
+    "sub": "{} - {}",
+    "mul": "{} * {}",
+    "div": "{} / {}",
+    "neg": "-{}",
+    "lt": "{} < {}",
+    "le": "{} <= {}",
+    "eq": "{} == {}",
+    "ne": "{} != {}",
+    "and": "{} & {}",
+    "or": "{} | {}",
+    "not": "~{}",
+}
 
 TRITON = Language(
     templates=_INFIX
     | {f: f"math.{f}({{}})" for f in _FUNCTIONS}
-    | {"min": "math.minimum({}, {})", "max": "math.maximum({}, {})", "clip": "math.clip({}, {}, {})", "where": "tl.where({}, {}, {})"},
+    | {
+        "min": "math.minimum({}, {})",
+        "max": "math.maximum({}, {})",
+        "clip": "math.clip({}, {}, {})",
+        "where": "tl.where({}, {}, {})",
+    },
     infix=frozenset(_INFIX),
     statement="{name} = {value}",
     number="{}",
@@ -41,7 +56,9 @@ _HEADER = "# ruff: noqa\n# fmt: off\nimport triton\nimport triton.language as tl
 _FIELDS = ", ".join(x for x in TOKEN_FIELDS if x != "log_ratio")
 
 
-def program_py(program: Program, given_ratio: bool = False, outputs: tuple[str, ...] = ONE_PASS) -> str:
+def program_py(
+    program: Program, given_ratio: bool = False, outputs: tuple[str, ...] = ONE_PASS
+) -> str:
     """Return the source of a module whose ``program`` evaluates a whole loss for one
     row.
 
@@ -51,7 +68,11 @@ def program_py(program: Program, given_ratio: bool = False, outputs: tuple[str, 
     """
     graph = loss_graph(program, given_ratio)
     loads = [f"w{k} = tl.load(w + {k} * w_stride)" for k in range(graph.terms)]
-    return _module([graph[name] for name in outputs], f"params, w, w_stride, {_FIELDS}{', log_ratio' * given_ratio}", loads)
+    return _module(
+        [graph[name] for name in outputs],
+        f"params, w, w_stride, {_FIELDS}{', log_ratio' * given_ratio}",
+        loads,
+    )
 
 
 def monitor_py(monitor: Monitor) -> str:
@@ -64,9 +85,14 @@ def monitor_py(monitor: Monitor) -> str:
 
 def _module(roots: list[Expr], signature: str, loads: list[str]) -> str:
     read = {x.args[0] for x in walk(*roots) if x.op == "param"}
-    loads = [f"{p} = tl.load(params + {p[1:]})" for p in sorted(read, key=lambda p: int(p[1:]))] + loads
+    loads = [
+        f"{p} = tl.load(params + {p[1:]})" for p in sorted(read, key=lambda p: int(p[1:]))
+    ] + loads
     lines, values = statements(TRITON, roots)
-    constant = [TRITON.alone.format(text) if x.op == "const" else text for x, text in zip(roots, values, strict=True)]
+    constant = [
+        TRITON.alone.format(text) if x.op == "const" else text
+        for x, text in zip(roots, values, strict=True)
+    ]
     body = [*loads, *lines, f"return {', '.join(constant)}{',' * (len(constant) == 1)}"]
     head = _HEADER + "\nfrom reweight_ops.triton_kernels import math\n\n\n@triton.jit\n"
     return head + f"def program({signature}):\n" + "".join(f"    {line}\n" for line in body)

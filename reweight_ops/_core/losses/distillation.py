@@ -1,4 +1,6 @@
-"""The public ops on two logits tensors: per-token divergences with a gradient, and the distillation loss in one pass."""
+"""The public ops on two logits tensors: per-token divergences with a gradient, and the
+distillation loss in one pass.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +40,14 @@ from .explain import public_op
 
 
 @published(
-    "token_divergence", "Full-vocabulary KL to a reference or teacher", kind="divergence", level="token", plan="two passes", arxiv="1503.02531",
+    "token_divergence",
+    "Full-vocabulary KL to a reference or teacher",
+    kind="divergence",
+    level="token",
+    plan="two passes",
+    arxiv="1503.02531",
     certainty="verified",
-)  # fmt: skip
+)
 @public_op
 def token_divergence(
     logits: Tensor,
@@ -58,13 +65,16 @@ def token_divergence(
 
     It has a gradient to ``logits``.
 
-    With p the softmax of ``logits`` (the policy, the student) and q that of ``other_logits`` (the reference, the teacher; detached)::
+    With p the softmax of ``logits`` (the policy, the student) and q that of
+    ``other_logits`` (the reference, the teacher; detached)::
 
-        forward_kl               KL(q‖p) = Σ q·(log q - log p)          gradient 1/T·(p - q)
-        reverse_kl               KL(p‖q) = Σ p·(log p - log q)          gradient 1/T·p·(log p - log q - KL)
-        jeffreys                 their sum
-        cross_entropy            H(q, p) = -Σ q·log p                   reverse_cross_entropy  H(p, q);   symmetric_cross_entropy  half of each
-        generalized_jsd          β·KL(q‖m) + (1-β)·KL(p‖m), m = β·q + (1-β)·p: Agarwal et al. 2023, arXiv:2306.13649 (a composite in chunks)
+        forward_kl               KL(q‖p) = Σ q·(log q - log p)          gradient 1/T·(p
+        - q) reverse_kl               KL(p‖q) = Σ p·(log p - log q)          gradient
+        1/T·p·(log p - log q - KL) jeffreys                 their sum
+        cross_entropy            H(q, p) = -Σ q·log p
+        reverse_cross_entropy  H(p, q);   symmetric_cross_entropy  half of each
+        generalized_jsd          β·KL(q‖m) + (1-β)·KL(p‖m), m = β·q + (1-β)·p: Agarwal
+        et al. 2023, arXiv:2306.13649 (a composite in chunks)
 
     Forward reads each tensor once. Backward reads each once more and writes once.
     KL(q‖p) is ``inf`` iff a column has p = 0 (a ``-inf`` logit) and q > 0. KL(p‖q) is
@@ -72,14 +82,19 @@ def token_divergence(
     ``0·log 0 = 0``. A column with p = 0 has gradient 0.
 
     Args:
-        logits: ``R + (V,)``; other_logits: the same rows, any of fp16, bf16 and fp32 beside any other (fp64 beside fp64); or ``TopKLogps(token_ids, logps,
-            tail=)``, a teacher's stored log-probs of K ids: the divergence of what those leave of both distributions, from K logits and one log-sum-exp of p.
+        logits: ``R + (V,)``; other_logits: the same rows, any of fp16, bf16 and fp32
+            beside any other (fp64 beside fp64); or
+            ``TopKLogps(token_ids, logps, tail=)``, a teacher's stored log-probs of K
+            ids: the divergence of what those leave of both distributions, from K logits
+            and one log-sum-exp of p.
         completion_mask: R. Ignored rows are never read. Their result is 0, and their
         gradient is exactly 0.
         beta: of ``generalized_jsd`` only. The default is 0.5 (0 would be forward_kl,
         and 1 reverse_kl).
-        other_temperature, other_softcap: q's own; default: the temperature of p, and no soft cap.
-        temperature, softcap, vocab_size, drop_last, consume_logits, backend: as in :func:`token_logps`. ``vocab_size`` is needed where the two heads are padded
+        other_temperature, other_softcap: q's own; default: the temperature of p, and no
+        soft cap. temperature, softcap, vocab_size, drop_last, consume_logits, backend:
+        as in :func:`token_logps`. ``vocab_size`` is needed where the two heads are
+        padded
             differently.
 
     Returns:
@@ -95,32 +110,58 @@ def token_divergence(
     beta = check_kind(op, kind, beta)
     if isinstance(other_logits, TopKLogps):
         of_other = OtherOptions(other_temperature, other_softcap)
-        source = _top_teacher(op, logits, other_logits, beta, options, of_other, {"completion_mask": completion_mask})
+        source = _top_teacher(
+            op, logits, other_logits, beta, options, of_other, {"completion_mask": completion_mask}
+        )
         return divergence_call(source, kind)
-    both = TwoLogitsSource(resolve_two_logits(op, logits, other_logits, completion_mask, options, other_temperature, other_softcap, {}))
+    both = TwoLogitsSource(
+        resolve_two_logits(
+            op, logits, other_logits, completion_mask, options, other_temperature, other_softcap, {}
+        )
+    )
     if beta is None:
         return divergence_call(both, kind)
-    return divergence_call(JsdSource(both, beta), kind) if both.both.p.shard is not None else formula_call(jsd_rows(both, beta))
+    return (
+        divergence_call(JsdSource(both, beta), kind)
+        if both.both.p.shard is not None
+        else formula_call(jsd_rows(both, beta))
+    )
 
 
 def divergence_call(source: Source, kind: str) -> Call[Tensor]:
     """Return the call of an op that returns the divergence of that kind per token."""
     reads = STATISTICS if kind in KINDS else (*STATISTICS, GENERALIZED_JSD)
     return Call(
-        source, StatisticsObjective(reads, lambda found: source.rows.unflatten(divergence_of(kind, tuple(found[name] for name in reads))))
+        source,
+        StatisticsObjective(
+            reads,
+            lambda found: source.rows.unflatten(
+                divergence_of(kind, tuple(found[name] for name in reads))
+            ),
+        ),
     )
 
 
 def _top_teacher(
-    op: str, logits: Any, given: TopKLogps, beta: float | None, options: SoftmaxOptions, of_other: OtherOptions, named: dict[str, Any]
+    op: str,
+    logits: Any,
+    given: TopKLogps,
+    beta: float | None,
+    options: SoftmaxOptions,
+    of_other: OtherOptions,
+    named: dict[str, Any],
 ) -> TopTeacherSource:
     if not isinstance(logits, Tensor) or logits.dim() < 2:
         raise InvalidCall(f"{op}: logits must be a tensor R + (V,).")
     *batch, positions = logits.shape[:-1]
-    ids = torch.zeros(*batch, positions - int(options.drop_last), dtype=torch.int64, device=logits.device)
+    ids = torch.zeros(
+        *batch, positions - int(options.drop_last), dtype=torch.int64, device=logits.device
+    )
     p = resolve_logits(op, logits, ids, options, named)
     teacher = resolve_top_teacher(p.rows, given, of_other, p.softmax.total())
-    return TopTeacherSource(LogitsSource(p, Picks(teacher.ids, name=f"{of_other.name}.token_ids")), teacher, beta)
+    return TopTeacherSource(
+        LogitsSource(p, Picks(teacher.ids, name=f"{of_other.name}.token_ids")), teacher, beta
+    )
 
 
 @public_op
@@ -143,10 +184,10 @@ def distillation_loss(
 
     It reads each tensor once and writes the gradient once.
 
-    ``kind``, ``beta`` and the tensors are those of :func:`token_divergence` (``teacher_logits`` is its ``other_logits``); ``token_weights`` w are per row,
-    detached.
-    ``num_items_in_batch`` is the final divisor (default: the number of valid rows). The
-    caller applies Hinton's factor T²: ``loss_scale=T**2``.
+    ``kind``, ``beta`` and the tensors are those of :func:`token_divergence`
+    (``teacher_logits`` is its ``other_logits``); ``token_weights`` w are per row,
+    detached. ``num_items_in_batch`` is the final divisor (default: the number of valid
+    rows). The caller applies Hinton's factor T²: ``loss_scale=T**2``.
 
     ``one_pass`` (the default if a gradient is needed) computes the gradient in forward.
     A second backward raises; ``plan="two_pass"`` keeps the logits for it.
@@ -161,16 +202,45 @@ def distillation_loss(
     tensor([[-0.5000,  0.5000]])
     """
     op = "distillation_loss"
-    named = {"token_weights": token_weights, "num_items_in_batch": num_items_in_batch, "loss_scale": loss_scale}
-    own = ("kind", "beta", "completion_mask", *named, "plan", "teacher_temperature", "teacher_softcap")
+    named = {
+        "token_weights": token_weights,
+        "num_items_in_batch": num_items_in_batch,
+        "loss_scale": loss_scale,
+    }
+    own = (
+        "kind",
+        "beta",
+        "completion_mask",
+        *named,
+        "plan",
+        "teacher_temperature",
+        "teacher_softcap",
+    )
     (options,) = parse(op, dict(keywords), SoftmaxOptions, own=own)
     beta = check_kind(op, kind, beta)
     source: TopTeacherSource | TwoLogitsSource | JsdSource
     if isinstance(teacher_logits, TopKLogps):
         of_teacher = OtherOptions(teacher_temperature, teacher_softcap, "teacher")
-        source = _top_teacher(op, logits, teacher_logits, beta, options, of_teacher, {"completion_mask": completion_mask, **named})
+        source = _top_teacher(
+            op,
+            logits,
+            teacher_logits,
+            beta,
+            options,
+            of_teacher,
+            {"completion_mask": completion_mask, **named},
+        )
     else:
-        both = resolve_two_logits(op, logits, teacher_logits, completion_mask, options, teacher_temperature, teacher_softcap, named)
+        both = resolve_two_logits(
+            op,
+            logits,
+            teacher_logits,
+            completion_mask,
+            options,
+            teacher_temperature,
+            teacher_softcap,
+            named,
+        )
         source = TwoLogitsSource(both) if beta is None else JsdSource(TwoLogitsSource(both), beta)
     weights = distillation_weights(source.rows, token_weights, num_items_in_batch, loss_scale)
     return Call(source, DistillationObjective(kind, source.rows, weights), plan)

@@ -29,7 +29,8 @@ KEYWORDS = {
     "top_k": "The number of likeliest ids in ``topk_logps`` and ``topk_ids``.",
     "spec": "A spec, or the name of a method without required arguments.",
     "plan": "``auto``, ``one_pass`` (the gradient is computed in forward) or ``two_pass``.",
-    "differentiable_outputs": "Put log-probs and entropies of the result into the graph (two_pass).",
+    "differentiable_outputs": "Put log-probs and entropies of the result into the graph "
+    "(two_pass).",
     "kind": "The divergence; see :func:`token_divergence`.",
     "beta": "The mixture of ``generalized_jsd``, in (0, 1); default 0.5.",
     "other_temperature": "The temperature of the second distribution; default: the first one's.",
@@ -45,9 +46,11 @@ KEYWORDS = {
     "consume_logits": "Write the gradient over the logits. For ops that take logits.",
     "process_group": "The ranks that share the columns of one vocabulary (``docs/scaling.md``).",
     "sequence_group": "The ranks that share the rows of the same sequences (``docs/scaling.md``).",
-    "sampling_mask": "The ids that a sampler kept of each row, a :class:`SamplingMask` or bool ``R + (V,)``. Distributions are over these ids.",
+    "sampling_mask": "The ids that a sampler kept of each row, a :class:`SamplingMask` or bool "
+    "``R + (V,)``. Distributions are over these ids.",
     "entropy_over": "With a mask, entropies are over the ``kept`` ids or the whole ``vocabulary``.",
-    "backend": "``auto``, or ``cuda``, ``triton``, ``cpu``, ``reference``, which then never falls back.",
+    "backend": "``auto``, or ``cuda``, ``triton``, ``cpu``, ``reference``, which then never "
+    "falls back.",
     "denominator_mask": "R; the rows that count in denominators. Default: the valid rows.",
     "cu_seqlens": "``[S + 1]`` offsets of packed sequences.",
     "sequence_ids": "The sequence of each row, in ``[0, num_sequences)``; instead of offsets.",
@@ -64,7 +67,8 @@ KEYWORDS = {
     "num_sequences_in_batch": "The final divisor of this call's sum of sequences.",
     "loss_scale": "Multiplies loss and gradient, before any rounding.",
     "validate": "Check ids, offsets and indices on a GPU too. The call then waits for the GPU.",
-    "differentiable_inputs": "Give gradients to old, reference and sampling log-probs that require them.",
+    "differentiable_inputs": "Give gradients to old, reference and sampling log-probs that "
+    "require them.",
     "unused": "An argument that the spec does not read is an ``error``, or ``ignore`` drops it.",
     "lm_head_bias": "``[V]``.",
     "logit_scale": "A positive factor of the logits, before the soft cap.",
@@ -76,7 +80,8 @@ KEYWORDS = {
     "row_index": "``[M]`` int64, flat positions of the rows to compute.",
     "compact_rows": "Drop ignored rows, and rows without a coefficient, from the GEMMs.",
     "pairs": "``halves`` (all chosen, then all rejected) or ``interleaved``.",
-    "ref_sequence_logps": "``[S]``, log-probs of the reference, summed as the spec's score sums them.",
+    "ref_sequence_logps": "``[S]``, log-probs of the reference, summed as the spec's score sums "
+    "them.",
     "old_sequence_logps": "``[S]``, log-probs of the policy that sampled the pairs.",
     "ref_logits": "Logits of the reference, for a spec that reads KL(π_ref‖π).",
     "per_token_kl": "R, KL(π_ref‖π); may require grad.",
@@ -105,9 +110,12 @@ def documented(doc: str | None, signature: inspect.Signature) -> str:
     lines = [
         f"    {name} ({p.annotation}{'' if p.default is p.empty else f', default {p.default!r}'}): {KEYWORDS[name]}"
         for name, p in signature.parameters.items()
-        if name in KEYWORDS and not re.search(rf"(?m)^ +(?:[\w, ]+, )?{name}(?:, [\w, ]+)?: ", prose)
+        if name in KEYWORDS
+        and not re.search(rf"(?m)^ +(?:[\w, ]+, )?{name}(?:, [\w, ]+)?: ", prose)
     ]
-    sections = ["\n".join(["Keyword Args:" if "Args:" in prose else "Args:", *lines])] if lines else []
+    sections = (
+        ["\n".join(["Keyword Args:" if "Args:" in prose else "Args:", *lines])] if lines else []
+    )
     if "Returns:" not in prose:
         sections.append(f"Returns:\n    {signature.return_annotation}.")
     if "Raises:" not in prose:

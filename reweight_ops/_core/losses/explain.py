@@ -51,7 +51,9 @@ def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
             return run(resolve(*args, **keywords))
         groups = {name: keywords[name] for name in GROUPS if keywords.get(name) is not None}
         tensors = (x for x in (*args, *keywords.values()) if isinstance(x, torch.Tensor))
-        with announced(prepare.__name__, groups, next((x.device for x in tensors), torch.device("cpu"))):
+        with announced(
+            prepare.__name__, groups, next((x.device for x in tensors), torch.device("cpu"))
+        ):
             return run(resolve(*args, **keywords))
 
     def local(*args: Any, **keywords: Any) -> dict[str, Any]:
@@ -70,7 +72,9 @@ def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
     op.__signature__ = whole  # type: ignore[attr-defined]
     op.__doc__ = documented(prepare.__doc__, whole)
     _PREPARED[op] = lambda *args, **keywords: (
-        resolve(**local(*args, **keywords)) if has_dtensors((*args, *keywords.values())) else resolve(*args, **keywords)
+        resolve(**local(*args, **keywords))
+        if has_dtensors((*args, *keywords.values()))
+        else resolve(*args, **keywords)
     )
     return op
 
@@ -79,9 +83,9 @@ def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
 class Explanation:
     """The plan and backend that a call would take, and why not the others.
 
-    In one pass it also has the kernel, if the backend has several. ``top_k`` says how the
-    likeliest ids are found, if the call asks for them: in the read of the statistics, or
-    in one more.
+    In one pass it also has the kernel, if the backend has several. ``top_k`` says how
+    the likeliest ids are found, if the call asks for them: in the read of the
+    statistics, or in one more.
     """
 
     plan: str
@@ -96,15 +100,30 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [
-            f"plan: {self.plan}" + (f" (not one_pass: {self.one_pass_unsupported_reason})" if self.one_pass_unsupported_reason else ""),
+            f"plan: {self.plan}"
+            + (
+                f" (not one_pass: {self.one_pass_unsupported_reason})"
+                if self.one_pass_unsupported_reason
+                else ""
+            ),
             f"backend: {self.backend}" + (f", kernel: {self.kernel}" if self.kernel else ""),
         ]
         if self.top_k:
             lines.append(f"top_k: {self.top_k}")
-        return "\n".join([*lines, *(f"  {name}: {'available' if reason is None else reason}" for name, reason in self.backends.items())])
+        return "\n".join(
+            [
+                *lines,
+                *(
+                    f"  {name}: {'available' if reason is None else reason}"
+                    for name, reason in self.backends.items()
+                ),
+            ]
+        )
 
 
-def explain(op: Callable[..., Any], *args: Any, device: torch.device | str | None = None, **keywords: Any) -> Explanation:
+def explain(
+    op: Callable[..., Any], *args: Any, device: torch.device | str | None = None, **keywords: Any
+) -> Explanation:
     """Explain what ``op(*args, **keywords)`` would do.
 
     It takes every public op on logits, hidden states or log-probs.
@@ -114,13 +133,17 @@ def explain(op: Callable[..., Any], *args: Any, device: torch.device | str | Non
 
     >>> import torch, reweight_ops as rw
     >>> logits = torch.empty(2, 3, 8, device="meta", requires_grad=True)
-    >>> rw.explain(rw.policy_loss, logits, torch.empty(2, 3, dtype=torch.long, device="meta"), 1.0, spec="gspo", device="cpu").plan
+    >>> ids = torch.empty(2, 3, dtype=torch.long, device="meta")
+    >>> rw.explain(rw.policy_loss, logits, ids, 1.0, spec="gspo", device="cpu").plan
     'two_pass'
     """
     prepare = _PREPARED.get(op)
     if prepare is None:
         names = ", ".join(sorted(f.__name__ for f in _PREPARED))
-        raise InvalidCall(f"explain: its first argument is {op!r}, expected one of {names}. Then come that function's own arguments.")
+        raise InvalidCall(
+            f"explain: its first argument is {op!r}, expected one of {names}. Then come that "
+            "function's own arguments."
+        )
     call = prepare(*args, **keywords)
     if isinstance(call, Again):
         call = call.resolve()
@@ -129,7 +152,14 @@ def explain(op: Callable[..., Any], *args: Any, device: torch.device | str | Non
     choice = choose_plan(source, objective, call.plan, info)
     kernel = source.kernel(choice.backend, info.device) if choice.plan == "one_pass" else None
     reasons = unsupported_reasons(info, choice, objective.program)
-    return Explanation(choice.plan, choice.backend, choice.one_pass_unsupported_reason, reasons, kernel, source.search(choice.backend))
+    return Explanation(
+        choice.plan,
+        choice.backend,
+        choice.one_pass_unsupported_reason,
+        reasons,
+        kernel,
+        source.search(choice.backend),
+    )
 
 
 def _device(own: torch.device, asked: torch.device | str | None) -> torch.device:

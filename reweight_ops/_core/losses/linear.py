@@ -94,24 +94,30 @@ def linear_token_logps(
     The logits are ``logit_scale · (hidden @ lm_head_weightᵀ + lm_head_bias)``.
 
     Args:
-        hidden: ``R + (D,)``. lm_head_weight: ``[V, D]`` in the same dtype (or under autocast, which casts as ``F.linear`` does).
-        completion_ids, completion_mask, return_entropy, temperature, softcap, vocab_size, sampling_mask, entropy_over, backend: as in :func:`token_logps`.
+        hidden: ``R + (D,)``. lm_head_weight: ``[V, D]`` in the same dtype (or under
+            autocast, which casts as ``F.linear`` does).
+        completion_ids, completion_mask, return_entropy, temperature, softcap,
+        vocab_size, sampling_mask, entropy_over, backend: as in :func:`token_logps`.
         lm_head_bias: ``[V]``. logit_scale: a number, before the soft cap.
-        logits_dtype: dtype of a chunk's logits (default: hidden's). ``torch.float32`` from 16-bit operands rounds once less.
+        logits_dtype: dtype of a chunk's logits (default: hidden's). ``torch.float32``
+            from 16-bit operands rounds once less.
         accumulate_dtype: dtype in which the weight's gradient is summed over chunks.
         The default is the weight's dtype if that is fp32 (also under autocast), or if
         there are at most 8 chunks, each of which rounds the sum once. Otherwise it is
         fp32, rounded once, and takes a buffer of the weight's size.
-        chunk_rows: rows a chunk; default: multiples of 64, at most 96 MiB of logits on a CPU and 1 GiB on a GPU, or 256 rows.
+        chunk_rows: rows a chunk; default: multiples of 64, at most 96 MiB of logits on
+            a CPU and 1 GiB on a GPU, or 256 rows.
         memory_budget: bytes of logits. It bounds a chunk. The rest of it keeps chunks
         for backward, which are then not recomputed. Default: one chunk.
         lora: ``Lora(a, b, scale)``, a low-rank term of the head.
         row_index: ``[M]`` int64, flat positions of the rows to compute, each once. The
         host knows them, so nothing waits. They must include the valid rows (checked on
         a CPU, and with ``validate=True``).
-        compact_rows: drop the ignored rows before the first GEMM, and rows without a coefficient from the backward ones. On a CPU it
-            costs nothing and is the default. On a GPU it waits: once for the rows, and in backward once (one_pass: in forward, once a chunk);
-            off by default, and under CUDA-graph capture.
+        compact_rows: drop the ignored rows before the first GEMM, and rows without a
+            coefficient from the backward ones. On a CPU it costs nothing and is the
+            default. On a GPU it waits: once for the rows, and in backward once
+            (one_pass: in forward, once a chunk); off by default, and under CUDA-graph
+            capture.
 
     Gradients go to hidden, weight, bias and the LoRA factors that require them. Any
     upstream gradient is allowed, per row too. Backward recomputes the logits of the
@@ -124,9 +130,16 @@ def linear_token_logps(
     """
     op = "linear_token_logps"
     check_flag(op, "return_entropy", return_entropy)
-    options, head = parse(op, dict(keywords), SoftmaxOptions, LMHeadOptions, own=("completion_mask", "return_entropy"))
+    options, head = parse(
+        op, dict(keywords), SoftmaxOptions, LMHeadOptions, own=("completion_mask", "return_entropy")
+    )
     named = {"completion_mask": completion_mask}
-    return logps_call(HiddenSource(resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, options, named)), return_entropy)
+    return logps_call(
+        HiddenSource(
+            resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, options, named)
+        ),
+        return_entropy,
+    )
 
 
 @public_op
@@ -148,11 +161,19 @@ def linear_token_stats(
     The other arguments are those of :func:`linear_token_logps`.
 
     >>> import torch, reweight_ops as rw
-    >>> rw.linear_token_stats(torch.zeros(1, 3), torch.ones(4, 3), torch.tensor([2]), stats=("log_sum_p_sq",)).log_sum_p_sq
+    >>> hidden, head = torch.zeros(1, 3), torch.ones(4, 3)
+    >>> out = rw.linear_token_stats(hidden, head, torch.tensor([2]), stats=("log_sum_p_sq",))
+    >>> out.log_sum_p_sq
     tensor([-1.3863])
     """
     op = "linear_token_stats"
-    options, head = parse(op, dict(keywords), SoftmaxOptions, LMHeadOptions, own=("completion_mask", "stats", "selected_ids", "top_k"))
+    options, head = parse(
+        op,
+        dict(keywords),
+        SoftmaxOptions,
+        LMHeadOptions,
+        own=("completion_mask", "stats", "selected_ids", "top_k"),
+    )
     check_stats(op, stats, selected_ids=selected_ids, top_k=top_k)
     named = {"completion_mask": completion_mask, "selected_ids": selected_ids}
     resolved = resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, options, named)
@@ -191,15 +212,20 @@ def linear_policy_loss(
 
     >>> import torch, reweight_ops as rw
     >>> hidden = torch.zeros(1, 2, 3, requires_grad=True)
-    >>> rw.linear_policy_loss(hidden, torch.ones(4, 3), torch.tensor([[1, 2]]), 1.0, spec="grpo").loss
+    >>> ids = torch.tensor([[1, 2]])
+    >>> rw.linear_policy_loss(hidden, torch.ones(4, 3), ids, 1.0, spec="grpo").loss
     tensor(-1., grad_fn=<...>)
     """
     op = "linear_policy_loss"
     own = ("spec", "plan", "differentiable_outputs", "teacher")
     check_flag(op, "differentiable_outputs", differentiable_outputs)
-    options, data, head = parse(op, dict(keywords), SoftmaxOptions, PolicyOptions, LMHeadOptions, own=own)
+    options, data, head = parse(
+        op, dict(keywords), SoftmaxOptions, PolicyOptions, LMHeadOptions, own=own
+    )
     named = {"advantages": advantages, **data.named()}
-    resolved = resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, options, named, data.validate)
+    resolved = resolve_hidden(
+        op, hidden, lm_head_weight, completion_ids, head, options, named, data.validate
+    )
     call = resolve_loss(resolved.rows, advantages, named_spec(op, spec), data)
     objective = PolicyObjective(call, differentiable_outputs)
     if teacher is None:
@@ -208,7 +234,9 @@ def linear_policy_loss(
     beta = check_teacher(resolved.rows, teacher)
     of_teacher = OtherOptions(teacher.temperature, teacher.softcap, "teacher")
     keep = resolved.rows.unflatten(resolved.rows.keep)
-    both = beside(resolved, {**named, "hidden": hidden}, teacher.logits, keep, head, options, of_teacher)
+    both = beside(
+        resolved, {**named, "hidden": hidden}, teacher.logits, keep, head, options, of_teacher
+    )
     weights = (teacher.coef * call.reduction_weights()).to(resolved.rows.dtype)
     taught = TaughtObjective(objective, DistillationObjective(teacher.kind, resolved.rows, weights))
     return Call(TaughtSource(TwoHiddenSource(both, beta)), taught, plan)
@@ -219,14 +247,19 @@ def check_teacher(rows: Rows, teacher: Any) -> float | None:
     an invalid term.
     """
     if not isinstance(teacher, Teacher):
-        raise rows.error(f"teacher is a {type(teacher).__name__}, expected a Teacher(logits, coef).")
+        raise rows.error(
+            f"teacher is a {type(teacher).__name__}, expected a Teacher(logits, coef)."
+        )
     if isinstance(teacher.logits, TopKLogps):
         raise rows.error(
-            "teacher.logits is a TopKLogps: add linear_distillation_loss(...).loss, which reads only a few of the policy's logits."
+            "teacher.logits is a TopKLogps: add linear_distillation_loss(...).loss, which reads "
+            "only a few of the policy's logits."
         )
     coef = teacher.coef
     if isinstance(coef, Tensor) and (coef.dim() != 0 or coef.requires_grad):
-        raise rows.error("teacher.coef must be a number, or a 0-d tensor that does not require grad.")
+        raise rows.error(
+            "teacher.coef must be a number, or a 0-d tensor that does not require grad."
+        )
     if not isinstance(coef, Tensor) and not 0 <= coef < math.inf:
         raise rows.error(f"teacher.coef is {coef}, expected a number in [0, inf).")
     return check_kind(rows.op, teacher.kind, teacher.beta)

@@ -10,10 +10,22 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..calls.hidden import resolve_hidden
-from ..calls.keywords import HiddenLogits, LMHeadKeywords, LMHeadOptions, SoftmaxOptions, TopKLogps, parse
+from ..calls.keywords import (
+    HiddenLogits,
+    LMHeadKeywords,
+    LMHeadOptions,
+    SoftmaxOptions,
+    TopKLogps,
+    parse,
+)
 from ..calls.top_teacher import resolve_top_teacher
 from ..calls.two_hidden import OtherOptions, no_ids, resolve_two_hidden
-from ..engine.distillation import DistillationLossOutput, DistillationObjective, check_kind, distillation_weights
+from ..engine.distillation import (
+    DistillationLossOutput,
+    DistillationObjective,
+    check_kind,
+    distillation_weights,
+)
 from ..engine.linear.source import HiddenSource
 from ..engine.linear.two_source import TwoHiddenSource
 from ..engine.picks import Picks
@@ -37,7 +49,8 @@ def linear_token_divergence(
     other_softcap: FixedPositiveOrInf[float] | None = None,
     **keywords: Unpack[LMHeadKeywords],
 ) -> Call[Tensor]:
-    """:func:`token_divergence` from hidden states, a few rows of both models' logits at a time.
+    """:func:`token_divergence` from hidden states, a few rows of both models' logits at
+    a time.
 
     p is the softmax of ``logit_scale · (hidden @ lm_head_weightᵀ + lm_head_bias)`` (the
     policy, the student). q is that of ``other`` (the reference, the teacher), which
@@ -45,12 +58,17 @@ def linear_token_divergence(
     logits.
 
     Args:
-        hidden: ``R + (D,)``. lm_head_weight: ``[V, D]``, and the other arguments of p's head: as in :func:`linear_token_logps`.
-        other: ``HiddenLogits(hidden, lm_head_weight, lm_head_bias=, logit_scale=, lora=, logits_dtype=)``, of any width and dtype, all detached; or
-            logits ``R + (V,)``, any batch and row stride; or ``TopKLogps(token_ids, logps, tail=)`` as in :func:`token_divergence`.
-        kind, beta, completion_mask, other_temperature, other_softcap: as in :func:`token_divergence`.
+        hidden: ``R + (D,)``. lm_head_weight: ``[V, D]``, and the other arguments of p's
+            head: as in :func:`linear_token_logps`.
+        other: ``HiddenLogits(hidden, lm_head_weight, lm_head_bias=, logit_scale=,
+            lora=, logits_dtype=)``, of any width and dtype, all detached; or logits ``R
+            + (V,)``, any batch and row stride; or ``TopKLogps(token_ids, logps,
+            tail=)`` as in :func:`token_divergence`.
+        kind, beta, completion_mask, other_temperature, other_softcap: as in
+        :func:`token_divergence`.
         vocab_size: needed where the two heads are padded differently.
-        chunk_rows: rows a chunk. By default the logits of *both* models take at most 96 MiB on a CPU and 1 GiB on a GPU, or 256 rows.
+        chunk_rows: rows a chunk. By default the logits of *both* models take at most 96
+            MiB on a CPU and 1 GiB on a GPU, or 256 rows.
         memory_budget: bytes of both models' logits, as in :func:`linear_token_logps`.
 
     Returns:
@@ -59,11 +77,13 @@ def linear_token_divergence(
         kept.
 
     Raises:
-        InvalidCall: a shape or dtype that does not fit, or a tensor of ``other`` that requires grad.
+        InvalidCall: a shape or dtype that does not fit, or a tensor of ``other`` that
+            requires grad.
 
     >>> import torch, reweight_ops as rw
     >>> teacher = rw.HiddenLogits(torch.zeros(1, 3), torch.ones(4, 3))
-    >>> rw.linear_token_divergence(torch.zeros(1, 2), torch.ones(4, 2), teacher, kind="reverse_cross_entropy")
+    >>> student = torch.zeros(1, 2), torch.ones(4, 2)
+    >>> rw.linear_token_divergence(*student, teacher, kind="reverse_cross_entropy")
     tensor([1.3863])
     """
     op = "linear_token_divergence"
@@ -71,20 +91,35 @@ def linear_token_divergence(
     options, head = parse(op, dict(keywords), SoftmaxOptions, LMHeadOptions, own=own)
     beta = check_kind(op, kind, beta)
     of_other = OtherOptions(other_temperature, other_softcap)
-    source = _source(op, hidden, lm_head_weight, other, completion_mask, beta, (options, head, of_other), {})
+    source = _source(
+        op, hidden, lm_head_weight, other, completion_mask, beta, (options, head, of_other), {}
+    )
     return divergence_call(source, kind)
 
 
 def _source(
-    op: str, hidden: Any, weight: Any, other: Any, mask: Any, beta: float | None, options: tuple[SoftmaxOptions, LMHeadOptions, OtherOptions],
+    op: str,
+    hidden: Any,
+    weight: Any,
+    other: Any,
+    mask: Any,
+    beta: float | None,
+    options: tuple[SoftmaxOptions, LMHeadOptions, OtherOptions],
     named: dict[str, Any],
-) -> TwoHiddenSource | TopTeacherSource:  # fmt: skip
+) -> TwoHiddenSource | TopTeacherSource:
     softmax, head, of_other = options
     if not isinstance(other, TopKLogps):
-        return TwoHiddenSource(resolve_two_hidden(op, hidden, weight, other, mask, head, softmax, of_other, named), beta)
-    p = resolve_hidden(op, hidden, weight, no_ids(op, hidden), head, softmax, {"completion_mask": mask, **named})
+        return TwoHiddenSource(
+            resolve_two_hidden(op, hidden, weight, other, mask, head, softmax, of_other, named),
+            beta,
+        )
+    p = resolve_hidden(
+        op, hidden, weight, no_ids(op, hidden), head, softmax, {"completion_mask": mask, **named}
+    )
     teacher = resolve_top_teacher(p.rows, other, of_other, p.settings.softmax.total())
-    return TopTeacherSource(HiddenSource(p, Picks(teacher.ids, name=f"{of_other.name}.token_ids")), teacher, beta)
+    return TopTeacherSource(
+        HiddenSource(p, Picks(teacher.ids, name=f"{of_other.name}.token_ids")), teacher, beta
+    )
 
 
 @public_op
@@ -109,8 +144,9 @@ def linear_distillation_loss(
     It is ``loss_scale · Σ_i w_i · D(p_i, q_i) / num_items`` without the logits of
     either model.
 
-    ``kind``, ``beta`` and the two models are those of :func:`linear_token_divergence` (``teacher`` is its ``other``), ``generalized_jsd`` included;
-    ``token_weights``, ``num_items_in_batch`` and ``loss_scale`` those of :func:`distillation_loss`.
+    ``kind``, ``beta`` and the two models are those of :func:`linear_token_divergence`
+    (``teacher`` is its ``other``), ``generalized_jsd`` included; ``token_weights``,
+    ``num_items_in_batch`` and ``loss_scale`` those of :func:`distillation_loss`.
 
     ``one_pass`` (the default if a gradient is needed) computes every gradient in
     forward, with three GEMMs per chunk for the student and one for the teacher.
@@ -125,11 +161,32 @@ def linear_distillation_loss(
     tensor([[-0.5000,  0.5000]])
     """
     op = "linear_distillation_loss"
-    named = {"token_weights": token_weights, "num_items_in_batch": num_items_in_batch, "loss_scale": loss_scale}
-    own = ("kind", "beta", "completion_mask", *named, "plan", "teacher_temperature", "teacher_softcap")
+    named = {
+        "token_weights": token_weights,
+        "num_items_in_batch": num_items_in_batch,
+        "loss_scale": loss_scale,
+    }
+    own = (
+        "kind",
+        "beta",
+        "completion_mask",
+        *named,
+        "plan",
+        "teacher_temperature",
+        "teacher_softcap",
+    )
     options, head = parse(op, dict(keywords), SoftmaxOptions, LMHeadOptions, own=own)
     beta = check_kind(op, kind, beta)
     of_teacher = OtherOptions(teacher_temperature, teacher_softcap, "teacher")
-    source = _source(op, hidden, lm_head_weight, teacher, completion_mask, beta, (options, head, of_teacher), named)
+    source = _source(
+        op,
+        hidden,
+        lm_head_weight,
+        teacher,
+        completion_mask,
+        beta,
+        (options, head, of_teacher),
+        named,
+    )
     weights = distillation_weights(source.rows, token_weights, num_items_in_batch, loss_scale)
     return Call(source, DistillationObjective(kind, source.rows, weights), plan)

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..calls.keywords import PolicyKeywords, PolicyLossKeywords, PolicyOptions, SoftmaxOptions, check_flag, parse
+from ..calls.keywords import (
+    PolicyKeywords,
+    PolicyLossKeywords,
+    PolicyOptions,
+    SoftmaxOptions,
+    check_flag,
+    parse,
+)
 from ..calls.logits import resolve_logits
 from ..calls.logps import resolve_logps
 from ..calls.policy import resolve_loss
@@ -43,25 +50,33 @@ def policy_loss(
     number. Log-probs are fp32 or fp64 and detached.
 
     Args:
-        logits, completion_ids, completion_mask, temperature, softcap, vocab_size, drop_last, sampling_mask, entropy_over, backend: as in
+        logits, completion_ids, completion_mask, temperature, softcap, vocab_size,
+        drop_last, sampling_mask, entropy_over, backend: as in
             :func:`token_logps`.
         advantages: per row; None only if the spec does not read it.
         spec: a :class:`PolicyLossSpec` or a method's name.
-        plan: ``"auto"``, ``"one_pass"`` (gradient in forward, one read and one write per logit) or ``"two_pass"`` (everything else).
-        differentiable_outputs: put ``per_token_logps`` and ``entropies`` into the graph; selects two_pass.
+        plan: ``"auto"``, ``"one_pass"`` (gradient in forward, one read and one write
+            per logit) or ``"two_pass"`` (everything else).
+        differentiable_outputs: put ``per_token_logps`` and ``entropies`` into the
+            graph; selects two_pass.
         denominator_mask: the rows that count in denominators (default: the effective
         mask).
-        cu_seqlens: ``[S + 1]``, packed rows; or ``sequence_ids`` with ``num_sequences``; else one sequence per last dimension.
+        cu_seqlens: ``[S + 1]``, packed rows; or ``sequence_ids`` with
+            ``num_sequences``; else one sequence per last dimension.
         segment_ids: sub-sequence segments, for :class:`SegmentRatio`.
-        group_ids, num_groups: ``[S]``, which prompt each sequence answers, for a reduction or weight that reads prompts.
+        group_ids, num_groups: ``[S]``, which prompt each sequence answers, for a
+        reduction or weight that reads prompts.
         old_per_token_logps: log-probs of the behaviour policy. None means on-policy
         (ratio 1, gradient kept).
         ref_per_token_logps: log-probs of the reference policy, if a penalty reads them.
         sampling_per_token_logps: log-probs of the sampler, if a weight reads them.
-        importance_sampling_ratio, token_weights: detached factors on the surrogate only, already clipped by the caller.
-        num_items_in_batch: the final divisor of this call's sum. DDP and FSDP average gradients, so pass total / world_size.
+        importance_sampling_ratio, token_weights: detached factors on the surrogate
+        only, already clipped by the caller.
+        num_items_in_batch: the final divisor of this call's sum. DDP and FSDP average
+            gradients, so pass total / world_size.
         num_sequences_in_batch: the same for a mean over sequences.
-        loss_scale: multiplies loss and gradient before any rounding (GradScaler's scale, 1/accumulation steps); metrics stay unscaled.
+        loss_scale: multiplies loss and gradient before any rounding (GradScaler's
+            scale, 1/accumulation steps); metrics stay unscaled.
         validate: check ids, offsets and groups on a GPU too. The call then waits for
         the GPU. Without it, bad values make the loss and its gradient NaN there.
         differentiable_inputs: give gradients to old, reference and sampling log-probs
@@ -73,7 +88,8 @@ def policy_loss(
         memory. Using them afterwards is an error.
 
     Raises:
-        InvalidCall, UnsupportedRequest, BackendUnavailable; TypeError for an unknown keyword.
+        InvalidCall, UnsupportedRequest, BackendUnavailable; TypeError for an unknown
+        keyword.
 
     >>> import torch, reweight_ops as rw
     >>> logits = torch.zeros(1, 2, 4, requires_grad=True)
@@ -92,10 +108,22 @@ def policy_loss(
         op, own = "policy_loss", ("spec", "plan", "differentiable_outputs")
         check_flag(op, "differentiable_outputs", differentiable_outputs)
         options, data = parse(op, dict(keywords), SoftmaxOptions, PolicyOptions, own=own)
-        resolved = resolve_logits(op, logits, completion_ids, options, {"advantages": advantages, **data.named()}, data.validate)
+        resolved = resolve_logits(
+            op,
+            logits,
+            completion_ids,
+            options,
+            {"advantages": advantages, **data.named()},
+            data.validate,
+        )
         loss = resolve_loss(resolved.rows, advantages, named_spec(op, spec), data)
         objective = PolicyObjective(loss, differentiable_outputs)
-        return Call(LogitsSource(resolved), objective, plan, keep=None if key is None else partial(KEPT.keep, key, resolved, objective))
+        return Call(
+            LogitsSource(resolved),
+            objective,
+            plan,
+            keep=None if key is None else partial(KEPT.keep, key, resolved, objective),
+        )
 
     return resolve() if kept is None else Again(partial(kept.run, logits, given), resolve)
 
@@ -135,10 +163,19 @@ def policy_loss_from_logps(
     ):
         if value is not None:
             if tuple(value.shape) != rows.shape:
-                raise rows.error(f"{argument} has shape {tuple(value.shape)}, expected {rows.shape}.")
+                raise rows.error(
+                    f"{argument} has shape {tuple(value.shape)}, expected {rows.shape}."
+                )
             given[name] = torch.where(rows.keep, value.reshape(-1).to(rows.dtype), 0)
         elif name in call.spec.requires:
             raise rows.error(f"the spec reads {name}: pass {argument}.")
-    if log_sum_p_sq is not None and "log_sum_p_sq" not in call.spec.requires and data.unused == "error":
-        raise rows.error('log_sum_p_sq would have no effect: no part of the spec reads it. Leave it out, or pass unused="ignore".')
+    if (
+        log_sum_p_sq is not None
+        and "log_sum_p_sq" not in call.spec.requires
+        and data.unused == "error"
+    ):
+        raise rows.error(
+            "log_sum_p_sq would have no effect: no part of the spec reads it. Leave it out, or "
+            'pass unused="ignore".'
+        )
     return Call(LogpsSource(rows, given), PolicyObjective(call))

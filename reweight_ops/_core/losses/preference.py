@@ -9,7 +9,15 @@ from typing_extensions import Unpack
 
 from ...errors import InvalidCall, UnsupportedRequest
 from ..calls.hidden import resolve_hidden
-from ..calls.keywords import LMHeadKeywords, LMHeadOptions, PairKeywords, PairOptions, SoftmaxKeywords, SoftmaxOptions, parse
+from ..calls.keywords import (
+    LMHeadKeywords,
+    LMHeadOptions,
+    PairKeywords,
+    PairOptions,
+    SoftmaxKeywords,
+    SoftmaxOptions,
+    parse,
+)
 from ..calls.logits import resolve_logits
 from ..calls.logps import resolve_logps
 from ..calls.specs import named_pair_spec
@@ -33,7 +41,11 @@ class LinearPreferenceKeywords(PairKeywords, LMHeadKeywords, total=False):
 
 @public_op
 def preference_loss(
-    logits: Tensor, completion_ids: Tensor, *, spec: PairSpec | str, **keywords: Unpack[PreferenceKeywords]
+    logits: Tensor,
+    completion_ids: Tensor,
+    *,
+    spec: PairSpec | str,
+    **keywords: Unpack[PreferenceKeywords],
 ) -> Call[PreferenceLossOutput]:
     """A loss of pairs of completions from logits, and its gradient.
 
@@ -43,21 +55,28 @@ def preference_loss(
     (:func:`token_logps`). In between there are only ``[S]`` vectors in torch.
 
     Args:
-        logits, completion_ids, temperature, softcap, vocab_size, drop_last, consume_logits, backend: as in :func:`token_logps`.
+        logits, completion_ids, temperature, softcap, vocab_size, drop_last,
+        consume_logits, backend: as in :func:`token_logps`.
         spec: a :class:`PairSpec` or the name of a pair loss. If the loss has arguments
         without a default, it is a call: ``rw.preference.inpo(...)``.
         completion_mask: R; 0 marks an ignored row. A pair is ignored iff both its
         sequences are, and then it counts in no mean.
-        pairs: ``"halves"`` (TRL: all chosen sequences, then all rejected) or ``"interleaved"`` (chosen, rejected, chosen, ...).
-        cu_seqlens, or sequence_ids with num_sequences: packed rows; else one sequence per last dimension.
-        ref_per_token_logps: R, or ref_sequence_logps: ``[S]``, already summed as the spec's score sums them; fp32 or fp64, detached.
+        pairs: ``"halves"`` (TRL: all chosen sequences, then all rejected) or
+            ``"interleaved"`` (chosen, rejected, chosen, ...).
+        cu_seqlens, or sequence_ids with num_sequences: packed rows; else one sequence
+        per last dimension.
+        ref_per_token_logps: R, or ref_sequence_logps: ``[S]``, already summed as the
+            spec's score sums them; fp32 or fp64, detached.
         old_per_token_logps, old_sequence_logps: the same for the policy that sampled
         the pairs (INPO).
-        ref_logits: a second logits tensor of the shape of ``logits``, for a spec that reads KL(π_ref‖π) (SparsePO): one read of each.
-        reward_mask, kl_mask: R, token masks of any non-negative value; may require grad.
-        reward_margins, judge_margins, consistency, chosen_values, rejected_values: ``[P]``, detached; what a spec reads is in its docstring.
+        ref_logits: a second logits tensor of the shape of ``logits``, for a spec that
+            reads KL(π_ref‖π) (SparsePO): one read of each.
+        reward_mask, kl_mask: R, token masks of any non-negative value; may require
+        grad. reward_margins, judge_margins, consistency, chosen_values,
+        rejected_values: ``[P]``, detached; what a spec reads is in its docstring.
         noise: ``[P + 1]`` standard normal draws.
-        num_pairs_in_batch: the final divisor of this call's sum, instead of its number of pairs.
+        num_pairs_in_batch: the final divisor of this call's sum, instead of its number
+            of pairs.
         loss_scale: multiplies loss and gradient before any rounding.
 
     Raises:
@@ -67,7 +86,8 @@ def preference_loss(
     >>> import torch, reweight_ops as rw
     >>> logits = torch.zeros(2, 3, 4, requires_grad=True)
     >>> ids = torch.tensor([[1, 2, 3], [3, 2, 1]])
-    >>> out = rw.preference_loss(logits, ids, spec="dpo", ref_sequence_logps=torch.tensor([-5.0, -4.0]))
+    >>> ref = torch.tensor([-5.0, -4.0])
+    >>> out = rw.preference_loss(logits, ids, spec="dpo", ref_sequence_logps=ref)
     >>> out.loss
     tensor(0.6444, grad_fn=<...>)
     """
@@ -81,9 +101,14 @@ def preference_loss(
     if options.ref_logits is None:
         return Call(source, objective)
     if resolved.consume:
-        raise rows.error("consume_logits=True and ref_logits exclude each other: two backward passes read the logits.")
+        raise rows.error(
+            "consume_logits=True and ref_logits exclude each other: two backward passes read "
+            "the logits."
+        )
     keep = rows.unflatten(rows.keep)
-    both = resolve_two_logits(op, logits, options.ref_logits, keep, softmax, softmax.temperature, softmax.softcap, {})
+    both = resolve_two_logits(
+        op, logits, options.ref_logits, keep, softmax, softmax.temperature, softmax.softcap, {}
+    )
     return Call(JoinedSource(source, TwoLogitsSource(both)), objective)
 
 
@@ -107,20 +132,29 @@ def preference_loss_from_logps(
 
     >>> import torch, reweight_ops as rw
     >>> logps = torch.tensor([[-1.0, -2.0], [-2.0, -3.0]], requires_grad=True)
-    >>> rw.preference_loss_from_logps(logps, spec="dpo", ref_sequence_logps=torch.tensor([-4.0, -4.0])).loss
+    >>> ref = torch.tensor([-4.0, -4.0])
+    >>> rw.preference_loss_from_logps(logps, spec="dpo", ref_sequence_logps=ref).loss
     tensor(0.5981, grad_fn=<...>)
     """
     op = "preference_loss_from_logps"
-    (options,) = parse(op, dict(keywords), PairOptions, own=("spec", "completion_ids", "log_sum_p_sq"))
+    (options,) = parse(
+        op, dict(keywords), PairOptions, own=("spec", "completion_ids", "log_sum_p_sq")
+    )
     if options.ref_logits is not None:
-        raise InvalidCall(f"{op}: ref_logits needs the policy's logits; pass per_token_kl=token_divergence(...).")
+        raise InvalidCall(
+            f"{op}: ref_logits needs the policy's logits; pass per_token_kl=token_divergence(...)."
+        )
     spec = named_pair_spec(op, spec)
     tensors = {**options.named(), "completion_mask": _mask(op, spec, options, completion_ids)}
     rows = resolve_logps(op, per_token_logps, tensors, options.validate)
     call = resolve_pairs(rows, spec, options)
     given = {"logp": per_token_logps.reshape(-1)}
     if ("log_sum_p_sq" in spec.requires) != (log_sum_p_sq is not None):
-        raise rows.error("the spec reads log_sum_p_sq: pass it." if log_sum_p_sq is None else "the spec does not read log_sum_p_sq.")
+        raise rows.error(
+            "the spec reads log_sum_p_sq: pass it."
+            if log_sum_p_sq is None
+            else "the spec does not read log_sum_p_sq."
+        )
     if log_sum_p_sq is not None:
         given["log_sum_p_sq"] = rows.flatten_per_token("log_sum_p_sq", log_sum_p_sq)
     return Call(LogpsSource(rows, given), PairObjective(call))
@@ -128,7 +162,12 @@ def preference_loss_from_logps(
 
 @public_op
 def linear_preference_loss(
-    hidden: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, *, spec: PairSpec | str, **keywords: Unpack[LinearPreferenceKeywords]
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    completion_ids: Tensor,
+    *,
+    spec: PairSpec | str,
+    **keywords: Unpack[LinearPreferenceKeywords],
 ) -> Call[PreferenceLossOutput]:
     """:func:`preference_loss` from hidden states, a few rows of logits at a time.
 
@@ -137,16 +176,23 @@ def linear_preference_loss(
     >>> import torch, reweight_ops as rw
     >>> hidden = torch.zeros(2, 3, 5, requires_grad=True)
     >>> ids = torch.tensor([[1, 2, 3], [3, 2, 1]])
-    >>> rw.linear_preference_loss(hidden, torch.ones(4, 5), ids, spec="dpo", ref_sequence_logps=torch.tensor([-5.0, -4.0])).loss
+    >>> head, ref = torch.ones(4, 5), torch.tensor([-5.0, -4.0])
+    >>> rw.linear_preference_loss(hidden, head, ids, spec="dpo", ref_sequence_logps=ref).loss
     tensor(0.6444, grad_fn=<...>)
     """
     op = "linear_preference_loss"
-    softmax, options, head = parse(op, dict(keywords), SoftmaxOptions, PairOptions, LMHeadOptions, own=("spec",))
+    softmax, options, head = parse(
+        op, dict(keywords), SoftmaxOptions, PairOptions, LMHeadOptions, own=("spec",)
+    )
     spec = named_pair_spec(op, spec)
     if options.ref_logits is not None:
-        raise UnsupportedRequest(f"{op}: this op avoids logits as a whole, such as ref_logits; pass per_token_kl.")
+        raise UnsupportedRequest(
+            f"{op}: this op avoids logits as a whole, such as ref_logits; pass per_token_kl."
+        )
     tensors = {**options.named(), "completion_mask": _mask(op, spec, options, completion_ids)}
-    resolved = resolve_hidden(op, hidden, lm_head_weight, completion_ids, head, softmax, tensors, options.validate)
+    resolved = resolve_hidden(
+        op, hidden, lm_head_weight, completion_ids, head, softmax, tensors, options.validate
+    )
     return Call(HiddenSource(resolved), PairObjective(resolve_pairs(resolved.rows, spec, options)))
 
 
@@ -155,7 +201,10 @@ def _mask(op: str, spec: PairSpec, options: PairOptions, completion_ids: Any) ->
     if spec.tokens == "completion":
         return options.completion_mask
     if options.cu_seqlens is not None or options.sequence_ids is not None:
-        raise InvalidCall(f"{op}: tokens='from_first_difference' compares columns: pass [B, T] tensors, not packed rows.")
+        raise InvalidCall(
+            f"{op}: tokens='from_first_difference' compares columns: pass [B, T] tensors, not "
+            "packed rows."
+        )
     if not isinstance(completion_ids, Tensor):
         raise InvalidCall(f"{op}: tokens='from_first_difference' needs completion_ids.")
     return from_first_difference(completion_ids, options.completion_mask, pairs=options.pairs)

@@ -54,11 +54,17 @@ class Across:
         The result is differentiable. The call waits, because the N of the other ranks
         are not known.
         """
-        sizes = gathered(self.op, self.group, torch.tensor([x.numel()], device=x.device)).view(-1).tolist()
+        sizes = (
+            gathered(self.op, self.group, torch.tensor([x.numel()], device=x.device))
+            .view(-1)
+            .tolist()
+        )
         _, rank = size_and_rank(self.group)
         before, after = sum(sizes[:rank]), sum(sizes[rank + 1 :])
         whole = torch.cat([x.new_zeros(before), x, x.new_zeros(after)])
-        return self.sum(whole if x.is_floating_point() else whole.to(torch.int64)).to(x.dtype), slice(before, before + x.numel())
+        return self.sum(whole if x.is_floating_point() else whole.to(torch.int64)).to(
+            x.dtype
+        ), slice(before, before + x.numel())
 
 
 def across(op: str, group: Any) -> Across | None:

@@ -44,7 +44,11 @@ class BatchStatistics:
 
     def _only(self, x: Any, other: float) -> Tensor:
         """Return ``x`` in the valid rows and ``other`` in the rest."""
-        x = x if isinstance(x, Tensor) else torch.full((), x, dtype=self._rows.dtype, device=self._rows.device)
+        x = (
+            x
+            if isinstance(x, Tensor)
+            else torch.full((), x, dtype=self._rows.dtype, device=self._rows.device)
+        )
         return torch.where(self._rows.keep, x, other)
 
     def _sequences(self) -> Groups:
@@ -52,7 +56,9 @@ class BatchStatistics:
 
     def _prompts(self) -> Groups:
         if self._rows.prompts is None:
-            raise self._rows.error("a weight that uses batch.group_* needs group_ids [S] with num_groups.")
+            raise self._rows.error(
+                "a weight that uses batch.group_* needs group_ids [S] with num_groups."
+            )
         return self._rows.prompts
 
     def sum(self, x: Any) -> Tensor:
@@ -63,7 +69,9 @@ class BatchStatistics:
         # What remains of them after the mean is subtracted is then 0, without the sign
         # of a rounding error.
         chosen = self._only(x, 0)
-        return (self._rows.total(chosen.double()) / self._rows.total(self._rows.keep).clamp(min=1)).to(chosen.dtype)
+        return (
+            self._rows.total(chosen.double()) / self._rows.total(self._rows.keep).clamp(min=1)
+        ).to(chosen.dtype)
 
     def _ended(self, x: Tensor, other: float) -> Tensor:
         """Return ``x`` in the valid rows and ``other`` in the rest, and append one more
@@ -72,7 +80,9 @@ class BatchStatistics:
         A batch without rows then has an extremum too.
         """
         own, across = self._only(x, other), self._rows.across
-        return torch.cat([own if across is None else across.gather(own)[0], x.new_full((1,), other)])
+        return torch.cat(
+            [own if across is None else across.gather(own)[0], x.new_full((1,), other)]
+        )
 
     def min(self, x: Tensor) -> Tensor:
         return self._ended(x, math.inf).min()
@@ -90,7 +100,9 @@ class BatchStatistics:
         It takes any number of rows and reads no value on the host.
         """
         ordered, at = self._order_statistics(x, q)
-        below, above = (ordered.gather(0, k.long().view(1)).view(()) for k in (at.floor(), at.ceil()))
+        below, above = (
+            ordered.gather(0, k.long().view(1)).view(()) for k in (at.floor(), at.ceil())
+        )
         result: Tensor = below + (at - at.floor()) * (above - below)
         return result
 
@@ -139,8 +151,12 @@ class BatchStatistics:
         if across is not None:
             keys, own = across.gather(keys)
         order = keys.sort().indices
-        rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        return self._first(-rank[own].to(self._rows.dtype), self._rows.keep & where, self._count(fraction))
+        rank = torch.empty_like(order).scatter_(
+            0, order, torch.arange(order.numel(), device=order.device)
+        )
+        return self._first(
+            -rank[own].to(self._rows.dtype), self._rows.keep & where, self._count(fraction)
+        )
 
     def _count(self, fraction: Any) -> Tensor:
         count: Tensor = (fraction * self._rows.total(self._rows.keep).double()).floor()
@@ -159,15 +175,20 @@ class BatchStatistics:
         # stable sorts, the major key last. It is exact where a value is infinite.
         order = torch.where(candidate, x, 0).sort(descending=True, stable=True).indices
         order = order[candidate[order].to(torch.uint8).sort(descending=True, stable=True).indices]
-        rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        rank = torch.empty_like(order).scatter_(
+            0, order, torch.arange(order.numel(), device=order.device)
+        )
         result: Tensor = (candidate & (rank < count.clamp(min=1))).to(x.dtype)
         return result[own]
 
     def _own_order(self, what: str) -> None:
-        """Raise for a function that orders rows if other ranks have more of the rows."""
-        self._rows.refuse_across(f"batch.{what}", "compares rows by place or size, and sees those of one rank.")
+        """Raise for a function that orders rows if other ranks have more
+        of the rows."""
+        self._rows.refuse_across(
+            f"batch.{what}", "compares rows by place or size, and sees those of one rank."
+        )
 
-    # --- by size ----------------------------------------------------------------------------------------------------------------
+    # --- by size ----------------------------------------------------------------------
     def rank(self, x: Tensor) -> Tensor:
         """Return ``[N]``: how many valid rows have a smaller ``x``. Of equal values the
         first counts as smaller.
@@ -182,7 +203,9 @@ class BatchStatistics:
         self._own_order("mean_below")
         ordered = Ordered.by((~self._rows.keep).long(), x)
         total = self._only(x, 0)[ordered.order].cumsum(0)
-        return self._only(ordered.back(total / torch.arange(1, total.numel() + 1, device=total.device)), 0)
+        return self._only(
+            ordered.back(total / torch.arange(1, total.numel() + 1, device=total.device)), 0
+        )
 
     def capped_mean(self, x: Tensor, where: Tensor) -> Tensor:
         """Return ``[N]``: the mean of ``min(x_j, x)`` over the valid rows j with
@@ -195,7 +218,8 @@ class BatchStatistics:
         values = torch.where(ordered.key == 0, x[ordered.order], 0)
         count = ordered.count()
         above = count - 1 - ordered.place()
-        total = values.cumsum(0) + torch.where(above == 0, 0, values * above)  # the largest may be inf, and inf * 0 is NaN
+        # the largest may be inf, and inf * 0 is NaN
+        total = values.cumsum(0) + torch.where(above == 0, 0, values * above)
         return self._only(ordered.back(torch.where(ordered.key == 0, total / count, 0)), 0)
 
     def seq_rank(self, x: Tensor) -> Tensor:
@@ -215,7 +239,7 @@ class BatchStatistics:
     def _rank(self, x: Tensor, ordered: Ordered) -> Tensor:
         return self._only(ordered.back(ordered.place()).to(x.dtype), 0)
 
-    # --- over each row's sequence ---------------------------------------------------------------------------------------------------
+    # --- over each row's sequence -----------------------------------------------------
     def _owner(self) -> Tensor:
         """Return ``[N]`` int64: the sequence of each row. Ignored rows have the number
         after the last sequence.
@@ -236,7 +260,9 @@ class BatchStatistics:
 
     def seq_max(self, x: Tensor) -> Tensor:
         self._own_order("seq_max")
-        return self._only(self._sequences().spread(self._sequences().max(self._only(x, -math.inf))), 0)
+        return self._only(
+            self._sequences().spread(self._sequences().max(self._only(x, -math.inf))), 0
+        )
 
     def seq_min(self, x: Tensor) -> Tensor:
         return -self.seq_max(-x)
@@ -255,12 +281,17 @@ class BatchStatistics:
 
     def _along(self, x: Any, decay: Any, reverse: bool) -> Tensor:
         if isinstance(decay, Tensor) and decay.dim() > 0:
-            raise InvalidCall(f"{self._rows.op}: the decay of a sum along a sequence has shape {tuple(decay.shape)}, expected one number.")
+            raise InvalidCall(
+                f"{self._rows.op}: the decay of a sum along a sequence has shape "
+                f"{tuple(decay.shape)}, expected one number."
+            )
         self._own_order("seq_suffix_sum" if reverse else "seq_cumsum")
         groups, rows = self._sequences(), self._rows.keep.numel()
-        return Ordered.by(self._owner()).cumsum(self._only(x, 0), decay, groups.length if groups.index is None else rows, reverse)
+        return Ordered.by(self._owner()).cumsum(
+            self._only(x, 0), decay, groups.length if groups.index is None else rows, reverse
+        )
 
-    # --- over each row's prompt -----------------------------------------------------------------------------------------------------
+    # --- over each row's prompt -------------------------------------------------------
     def _by_prompt(self, x: Tensor) -> Tensor:
         return self._prompts().sum(self._sequences().sum(x))
 
@@ -274,7 +305,9 @@ class BatchStatistics:
         return self._of_prompt(self._by_prompt(self._only(x, 0)))
 
     def group_mean(self, x: Any) -> Tensor:
-        return self._of_prompt(self._by_prompt(self._only(x, 0)) / self._by_prompt(self._only(1.0, 0)).clamp(min=1))
+        return self._of_prompt(
+            self._by_prompt(self._only(x, 0)) / self._by_prompt(self._only(1.0, 0)).clamp(min=1)
+        )
 
     def group_max(self, x: Tensor) -> Tensor:
         self._own_order("group_max")

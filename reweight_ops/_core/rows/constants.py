@@ -32,7 +32,8 @@ _constants = _Constants()
 #: Maps the values, dtype and device of a compiled graph's vector to its attribute.
 #: There are as many entries as graphs. The graphs find the vectors there when they run.
 _names: dict[tuple[tuple[float, ...], torch.dtype, torch.device], str] = {}
-_serial = itertools.count()  # not len(_names): two threads may make one at the same time
+# not len(_names): two threads may make one at the same time
+_serial = itertools.count()
 
 
 @torch.compiler.assume_constant_result
@@ -42,7 +43,8 @@ def _compiled_in(values: tuple[float, ...], dtype: torch.dtype, device: torch.de
     what = (values, dtype, device)
     if what not in _names:
         name = f"vector{next(_serial)}"
-        with _disable_current_modes():  # torch.export runs Python on fake tensors; they must not outlive it
+        # torch.export runs Python on fake tensors; they must not outlive it
+        with _disable_current_modes():
             setattr(_constants, name, _filled(values, dtype, device))
         _names[what] = name
     return _names[what]
@@ -81,14 +83,19 @@ def lasts(vector: Tensor) -> bool:
     """
     if type(vector) is not Tensor or vector.device.type == "meta":
         return False
-    if torch._C._len_torch_dispatch_stack():  # FakeTensorMode takes only its own tensors
+    # FakeTensorMode takes only its own tensors
+    if torch._C._len_torch_dispatch_stack():
         return False
     return not (vector.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def _vector(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     # A vector is filled in the order of a stream, so each stream has its own.
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" and _initialized() else 0
+    stream = (
+        torch.cuda.current_stream(device).cuda_stream
+        if device.type == "cuda" and _initialized()
+        else 0
+    )
     what = (values, dtype, device, stream)
     vector = _kept.get(what)
     if vector is None or not lasts(vector):
@@ -108,7 +115,11 @@ def varies(value: Any) -> bool:
 
     The second value that torch.compile meets turns a number into an input.
     """
-    return torch.compiler.is_compiling() and isinstance(value, (int, float)) and not has_static_value(value)
+    return (
+        torch.compiler.is_compiling()
+        and isinstance(value, (int, float))
+        and not has_static_value(value)
+    )
 
 
 def as_tensor(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -147,7 +158,12 @@ def parameter_vector(values: tuple[Any, ...], dtype: torch.dtype, device: torch.
         numbers = _vector(fixed, dtype, device)
     if not any(isinstance(v, Tensor) for v in values):
         return numbers
-    return torch.stack([v.detach().to(dtype) if isinstance(v, Tensor) else numbers[i] for i, v in enumerate(values)])
+    return torch.stack(
+        [
+            v.detach().to(dtype) if isinstance(v, Tensor) else numbers[i]
+            for i, v in enumerate(values)
+        ]
+    )
 
 
 def number_like(value: Any, like: Tensor) -> Tensor:

@@ -51,7 +51,10 @@ def is_correct(op: str, name: str, x: Tensor) -> Tensor:
     A label below 0 is an error on the CPU, because labels of -1 and 1 are easily taken
     for those of 0 and 1. On a GPU it says wrong.
     """
-    message = f"{name} has a number below 0: a correct answer is 1, a wrong one 0 (labels.clamp(min=0) makes these of -1 and 1)."
+    message = (
+        f"{name} has a number below 0: a correct answer is 1, a wrong one 0 "
+        "(labels.clamp(min=0) makes these of -1 and 1)."
+    )
     return require(op, ~(x < 0), message, x) > 0
 
 
@@ -64,9 +67,15 @@ def floats(op: str, name: str, value: Any, shape: tuple[int, ...] | None = None)
     if not isinstance(value, Tensor):
         raise InvalidCall(f"{op}: {name} is a {type(value).__name__}, expected a tensor.")
     if value.dtype in (torch.float16, torch.bfloat16):
-        raise InvalidCall(f"{op}: {name} is {value.dtype}: statistics in 16 bits lose small differences; pass it as .float().")
+        raise InvalidCall(
+            f"{op}: {name} is {value.dtype}: statistics in 16 bits lose small differences; pass "
+            "it as .float()."
+        )
     if shape is not None and tuple(value.shape) != shape:
-        raise InvalidCall(f"{op}: {name} has shape {tuple(value.shape)}, expected {shape}. {describe({name: value})}")
+        raise InvalidCall(
+            f"{op}: {name} has shape {tuple(value.shape)}, expected {shape}. "
+            f"{describe({name: value})}"
+        )
     x = value.detach()
     return x if x.is_floating_point() else x.float()
 
@@ -110,12 +119,15 @@ class Grouped:
         return self.sum(torch.ones_like(self.values))
 
     def max(self, x: Tensor) -> Tensor:
-        """Return the maximum of a group. It is -inf for a group without a scored row."""
+        """Return the maximum of a group. It is -inf for a group without a
+        scored row."""
         x = torch.where(self.scored, x, -torch.inf)
         if self.groups.index is None:
             return self.groups.spread(x.view(self.groups.count, self.groups.length).amax(-1))
         start = x.new_full((self.groups.count + 1,), -torch.inf)
-        return self.groups.spread(start.scatter_reduce(0, self.groups.index, x, "amax")[: self.groups.count])
+        return self.groups.spread(
+            start.scatter_reduce(0, self.groups.index, x, "amax")[: self.groups.count]
+        )
 
     def min(self, x: Tensor) -> Tensor:
         return -self.max(-x)
@@ -169,7 +181,9 @@ class Grouped:
 
         Ties are ordered by row. Rows without a score are last.
         """
-        place = torch.empty_like(self.index).scatter_(0, self.order(key), torch.arange(len(key), device=key.device))
+        place = torch.empty_like(self.index).scatter_(
+            0, self.order(key), torch.arange(len(key), device=key.device)
+        )
         return place - self.start[self.index]
 
     @property
@@ -195,7 +209,9 @@ class Grouped:
         return self.like(name, value) != 0
 
 
-def grouped(op: str, rewards: Any, keywords: Any, *, name: str = "rewards", whole: bool = False) -> Grouped:
+def grouped(
+    op: str, rewards: Any, keywords: Any, *, name: str = "rewards", whole: bool = False
+) -> Grouped:
     """Resolve ``[B]`` rewards and :class:`GroupKeywords`.
 
     With ``whole``, all rows are one group if there are no keywords.
@@ -203,49 +219,79 @@ def grouped(op: str, rewards: Any, keywords: Any, *, name: str = "rewards", whol
     for key in keywords:
         if key not in GroupKeywords.__annotations__:
             near = difflib.get_close_matches(key, GroupKeywords.__annotations__, n=1)
-            raise TypeError(f"{op}() got an unexpected keyword argument {key!r}.{f' Did you mean {near[0]}?' if near else ''}")
+            raise TypeError(
+                f"{op}() got an unexpected keyword argument "
+                f"{key!r}.{f' Did you mean {near[0]}?' if near else ''}"
+            )
     x = floats(op, name, rewards)
     if x.dim() != 1:
-        raise InvalidCall(f"{op}: {name} has shape {tuple(x.shape)}, expected (B,): one value per completion. {describe({name: x})}")
+        raise InvalidCall(
+            f"{op}: {name} has shape {tuple(x.shape)}, expected (B,): one value per completion. "
+            f"{describe({name: x})}"
+        )
     size, ids, count = (keywords.get(k) for k in ("group_size", "group_ids", "num_groups"))
     if whole and size is None and ids is None and count is None:
         size = len(x)
     if (size is None) == (ids is None) or (ids is None) != (count is None):
         raise InvalidCall(f"{op}: pass group_size, or group_ids with num_groups, and not both.")
     scored = ~x.isnan()
-    return Grouped(op, _equal(op, name, x, size) if ids is None else _listed(op, x, ids, count), torch.where(scored, x, 0), scored)
+    return Grouped(
+        op,
+        _equal(op, name, x, size) if ids is None else _listed(op, x, ids, count),
+        torch.where(scored, x, 0),
+        scored,
+    )
 
 
 def _equal(op: str, name: str, x: Tensor, size: Any) -> Groups:
     if not isinstance(size, int) or isinstance(size, bool) or size < 1 or len(x) % size:
         if isinstance(size, int) and size == len(x) == 0:
             return Groups(0, 1)
-        raise InvalidCall(f"{op}: group_size is {size!r}; it must be an int that divides the {len(x)} rows of {name}.")
+        raise InvalidCall(
+            f"{op}: group_size is {size!r}; it must be an int that divides the {len(x)} rows of "
+            f"{name}."
+        )
     return Groups(len(x) // size, size)
 
 
 def whole_number(op: str, name: str, value: Any, least: int = 1) -> int:
     """Check a count. It is an int, so that nothing waits for a GPU."""
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool) or value < least:
-        raise InvalidCall(f"{op}: {name} is {value!r}, expected {'a positive int' if least == 1 else f'an int of at least {least}'}.")
+        raise InvalidCall(
+            f"{op}: {name} is {value!r}, expected "
+            f"{'a positive int' if least == 1 else f'an int of at least {least}'}."
+        )
     return value  # type: ignore[return-value]
 
 
-def indices(op: str, name: str, ids: Any, shape: tuple[int, ...], count: int, total: str, least: int = 0) -> Tensor:
+def indices(
+    op: str, name: str, ids: Any, shape: tuple[int, ...], count: int, total: str, least: int = 0
+) -> Tensor:
     """Return indices as int64.
 
     An index outside of ``[least, count)`` is an error on the CPU, and becomes ``count``
     elsewhere. ``total`` is the name of ``count`` in messages.
     """
-    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64) or tuple(ids.shape) != shape:
-        raise InvalidCall(f"{op}: {name} must be an int32 or int64 tensor of shape {shape}. {describe({name: ids})}")
+    if (
+        not isinstance(ids, Tensor)
+        or ids.dtype not in (torch.int32, torch.int64)
+        or tuple(ids.shape) != shape
+    ):
+        raise InvalidCall(
+            f"{op}: {name} must be an int32 or int64 tensor of shape {shape}. "
+            f"{describe({name: ids})}"
+        )
     inside = (ids >= least) & (ids < count)
     if is_readable(ids) and not bool(inside.all()):
         at = (~inside).nonzero()[0].tolist()
-        raise InvalidCall(f"{op}: {name}{at} is {ids[tuple(at)].item()}, outside [{least}, {total}={count}).")
+        raise InvalidCall(
+            f"{op}: {name}{at} is {ids[tuple(at)].item()}, outside [{least}, {total}={count})."
+        )
     return torch.where(inside, ids, count).long()
 
 
 def _listed(op: str, x: Tensor, ids: Any, count: Any) -> Groups:
     whole_number(op, "num_groups", count)
-    return _CheckedGroups(count, index=indices(op, "group_ids", ids, tuple(x.shape), count, "num_groups"))
+    return _CheckedGroups(
+        count, index=indices(op, "group_ids", ids, tuple(x.shape), count, "num_groups")
+    )

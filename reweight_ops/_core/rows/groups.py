@@ -17,7 +17,12 @@ from .across import Across
 #: The id of an ignored row.
 IGNORE_INDEX = -100
 
-_DTYPE_NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_DTYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+}
 
 
 def describe(tensors: Mapping[str, Any]) -> str:
@@ -25,7 +30,8 @@ def describe(tensors: Mapping[str, Any]) -> str:
     ``[logits (4, 8, 32000) bf16 cuda:0; ...]``.
     """
     parts = [
-        f"{name} {tuple(t.shape)} {_DTYPE_NAMES.get(t.dtype, str(t.dtype).removeprefix('torch.'))} {t.device}"
+        f"{name} {tuple(t.shape)} "
+        f"{_DTYPE_NAMES.get(t.dtype, str(t.dtype).removeprefix('torch.'))} {t.device}"
         for name, t in tensors.items()
         if isinstance(t, Tensor)
     ]
@@ -67,16 +73,22 @@ class Groups:
         if self.index is None:
             return x.view(self.count, self.length).sum(-1)
         # Use index_put, because index_add adds in an undefined order on CUDA.
-        return x.new_zeros(self.count + 1).index_put((self.index,), x, accumulate=True)[: self.count]
+        return x.new_zeros(self.count + 1).index_put((self.index,), x, accumulate=True)[
+            : self.count
+        ]
 
     def max(self, x: Tensor) -> Tensor:
         """Map ``[N]`` to the maximum ``[count]`` of each group. It is ``-inf`` for a
         group without rows.
         """
-        assert self.across is None, "no caller needs the largest row of a sequence that several ranks have"
+        assert self.across is None, (
+            "no caller needs the largest row of a sequence that several ranks have"
+        )
         if self.index is None:
             return x.view(self.count, self.length).amax(-1)
-        return x.new_full((self.count + 1,), -math.inf).scatter_reduce(0, self.index, x, "amax")[: self.count]
+        return x.new_full((self.count + 1,), -math.inf).scatter_reduce(0, self.index, x, "amax")[
+            : self.count
+        ]
 
     def spread(self, y: Tensor) -> Tensor:
         """Map ``[count]`` to ``[N]``: each row gets the value of its group, and a row

@@ -18,7 +18,11 @@ def log1mexp(logp: Tensor) -> Tensor:
     near = x > -math.log(2)
     # Each branch sees only arguments that it can take, because the gradient of the
     # branch that is not chosen must not be NaN.
-    return torch.where(near, torch.log(-torch.expm1(torch.where(near, x, -1.0))), torch.log1p(-torch.where(near, -1.0, x).exp()))
+    return torch.where(
+        near,
+        torch.log(-torch.expm1(torch.where(near, x, -1.0))),
+        torch.log1p(-torch.where(near, -1.0, x).exp()),
+    )
 
 
 def log1mexp_or_inf(logp: Tensor) -> Tensor:

@@ -47,7 +47,11 @@ class Sequences:
 
     def split(self, y: Tensor) -> Tensor:
         """Reshape ``[S]`` to ``[size, P]``. Row 0 has the chosen sequences."""
-        return y.view(self.size, -1) if self.layout == "halves" else y.view(-1, self.size).transpose(0, 1)
+        return (
+            y.view(self.size, -1)
+            if self.layout == "halves"
+            else y.view(-1, self.size).transpose(0, 1)
+        )
 
     def join(self, y: Tensor) -> Tensor:
         """Invert :meth:`split`."""
@@ -56,7 +60,9 @@ class Sequences:
     def rank(self) -> Tensor:
         """Return ``[S]`` int64: 0 for a chosen sequence, 1 for a rejected one."""
         pairs = self.groups.count // self.size
-        return self.join(torch.arange(self.size, device=self.keep.device)[:, None].expand(self.size, pairs))
+        return self.join(
+            torch.arange(self.size, device=self.keep.device)[:, None].expand(self.size, pairs)
+        )
 
     def position(self) -> Tensor:
         """Return ``[N]``: the 1-based position of each token in its sequence. The
@@ -124,7 +130,9 @@ class Pairs:
         return tuple(self.sequences.split(y).unbind())
 
 
-def from_first_difference(completion_ids: Tensor, completion_mask: Tensor | None = None, *, pairs: str = "halves") -> Tensor:
+def from_first_difference(
+    completion_ids: Tensor, completion_mask: Tensor | None = None, *, pairs: str = "halves"
+) -> Tensor:
     """Return a ``[B, T]`` bool mask of the tokens from the first column on in which the
     two sequences of a pair differ.
 
@@ -140,7 +148,8 @@ def from_first_difference(completion_ids: Tensor, completion_mask: Tensor | None
     """
     if completion_ids.dim() != 2 or completion_ids.size(0) % 2 or pairs not in LAYOUTS:
         raise InvalidCall(
-            f"from_first_difference: completion_ids is {tuple(completion_ids.shape)}, pairs {pairs!r}; expected [2·P, T] and one of {LAYOUTS}."
+            f"from_first_difference: completion_ids is {tuple(completion_ids.shape)}, pairs "
+            f"{pairs!r}; expected [2·P, T] and one of {LAYOUTS}."
         )
     keep = completion_ids != -100
     if completion_mask is not None:
@@ -148,7 +157,11 @@ def from_first_difference(completion_ids: Tensor, completion_mask: Tensor | None
     ids = torch.where(keep, completion_ids, -100)
     columns = ids.size(1)
     count = ids.size(0) // 2
-    both = ids.view(2, count, columns) if pairs == "halves" else ids.view(count, 2, columns).transpose(0, 1)
+    both = (
+        ids.view(2, count, columns)
+        if pairs == "halves"
+        else ids.view(count, 2, columns).transpose(0, 1)
+    )
     started = ((both[0] != both[1]).cumsum(-1) > 0)[None].expand_as(both)
     started = (started if pairs == "halves" else started.transpose(0, 1)).reshape(ids.shape)
     return keep & started

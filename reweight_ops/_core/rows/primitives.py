@@ -12,7 +12,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FUNCTIONAL)
+_MODES = (
+    torch._C._TorchDispatchModeKey.FAKE,
+    torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)
 
 
 def is_traced(t: Tensor) -> bool:
@@ -59,9 +63,24 @@ class Weighing(NamedTuple):
 #: The metrics that :attr:`RowPrimitives.metrics` can find, in this order: means over
 #: rows; sums and extrema; means over sequences of the shares of their rows.
 METRICS = (
-    "entropy", "kl", "low", "high", "region", "ratio", "approx_kl", "weight", "skipped", "largest ratio", "tokens", "sequences", "low_min",
-    "high_max", "sequence low", "sequence high", "sequence region",
-)  # fmt: skip
+    "entropy",
+    "kl",
+    "low",
+    "high",
+    "region",
+    "ratio",
+    "approx_kl",
+    "weight",
+    "skipped",
+    "largest ratio",
+    "tokens",
+    "sequences",
+    "low_min",
+    "high_max",
+    "sequence low",
+    "sequence high",
+    "sequence region",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +90,15 @@ class RowPrimitives:
     * ``mask(ids, mask, denominator, run)`` takes ids and masks of shape ``[N]`` or
       ``[S, run]`` with any strides.
     * ``weigh(masked, run, weighing, scale, factor, terms) -> [terms,
-      N]`` multiplies by ``scale`` (a number or a 0-d tensor), and in term 0 also by ``factor``.
+      N]`` multiplies by ``scale`` (a number or a 0-d tensor), and in term 0 also by
+      ``factor``.
     * ``ratio(masked, run, logp, old_logp, params, normalize) -> (log_ratio [N], means
       [S])`` gives all rows of a sequence its mean of ``logp -
-      old_logp``, between ``params[0]`` and ``params[1]``. An ``old_logp`` of None is 0. Without ``normalize``
-      it is the sum.
+      old_logp``, between ``params[0]`` and ``params[1]``. An ``old_logp`` of None is 0.
+      Without ``normalize`` it is the sum.
     * ``adjoint(masked, run, d_ratio, d_logp, params, means, normalize,
-      shared)`` adds to ``d_logp`` the part of ``d_ratio`` that flows through it. Without ``shared``
-      a row gets only its own part.
+      shared)`` adds to ``d_logp`` the part of ``d_ratio`` that flows through it.
+      Without ``shared`` a row gets only its own part.
     * ``metrics(masked, run, monitor, params, leaves, names) -> (sums [M, 2], values
       [M])`` computes the named :data:`METRICS`. ``monitor`` is a
       :class:`~reweight_ops._core.formula.monitor.Monitor`. ``leaves`` are those of a
@@ -91,6 +111,13 @@ class RowPrimitives:
 
     mask: Callable[[Tensor, Tensor | None, Tensor | None, int], Masked]
     weigh: Callable[[Masked, int, Weighing, Any, Tensor | None, int], Tensor]
-    ratio: Callable[[Masked, int, Tensor, Tensor | None, Tensor, bool], tuple[Tensor, Tensor]] | None = None
+    ratio: (
+        Callable[[Masked, int, Tensor, Tensor | None, Tensor, bool], tuple[Tensor, Tensor]] | None
+    ) = None
     adjoint: Callable[[Masked, int, Tensor, Tensor, Tensor, Tensor, bool, bool], None] | None = None
-    metrics: Callable[[Masked, int, Any, Tensor, dict[str, Tensor], tuple[str, ...]], tuple[Tensor, Tensor]] | None = None
+    metrics: (
+        Callable[
+            [Masked, int, Any, Tensor, dict[str, Tensor], tuple[str, ...]], tuple[Tensor, Tensor]
+        ]
+        | None
+    ) = None

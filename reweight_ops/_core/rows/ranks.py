@@ -31,16 +31,20 @@ _STATE, _OP, _FIRST = 0, 1, 2
 #: A larger number means that it runs a graph (:func:`graph_for`).
 CALLS, FAILED, TRACES = 0, 1, 2
 
-_pending = local()  # the groups of this thread's call whose other ranks it has not met yet
+# the groups of this thread's call whose other ranks it has not met yet
+_pending = local()
 
 
 def check_group(op: str, name: str, group: Any) -> None:
-    """Raise unless ``group`` is a process group of which this process is a member, or None."""
+    """Raise unless ``group`` is a process group of which this process is a member, or
+    None.
+    """
     if group is None:
         return
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         raise InvalidCall(
-            f"{op}: {name} is a {type(group).__name__}, expected a torch.distributed.ProcessGroup, such as device_mesh.get_group('tp')."
+            f"{op}: {name} is a {type(group).__name__}, expected a "
+            "torch.distributed.ProcessGroup, such as device_mesh.get_group('tp')."
         )
 
 
@@ -58,11 +62,15 @@ def announced(op: str, groups: Mapping[str, Any], device: torch.device) -> Itera
     """
     before = getattr(_pending, "groups", [])
     _pending.groups = [
-        group for group in groups.values() if group is not None and dist.is_available() and isinstance(group, dist.ProcessGroup)
+        group
+        for group in groups.values()
+        if group is not None and dist.is_available() and isinstance(group, dist.ProcessGroup)
     ]
     try:
         yield
-    except Exception:  # any error is raised again: the others must not wait for this rank until the group's timeout
+    # any error is raised again: the others must not wait for this rank until the
+    # group's timeout
+    except Exception:
         for group in _pending.groups:
             with suppress(ReweightOpsError):  # the error to raise is this rank's own
                 gathered(op, group, _facts(op, {}, FAILED, device))
@@ -72,7 +80,12 @@ def announced(op: str, groups: Mapping[str, Any], device: torch.device) -> Itera
 
 
 def agreed(
-    op: str, group: Any, device: torch.device, same: Mapping[str, int], own: Mapping[str, int], state: int = CALLS
+    op: str,
+    group: Any,
+    device: torch.device,
+    same: Mapping[str, int],
+    own: Mapping[str, int],
+    state: int = CALLS,
 ) -> dict[str, tuple[int, ...]]:
     """Return ``own`` of every rank, by name.
 
@@ -86,13 +99,21 @@ def agreed(
     mine = told[size_and_rank(group)[1]]
     for rank, theirs in enumerate(told):
         if theirs[_STATE] == FAILED:
-            raise ReweightOpsError(f"{op}: rank {rank} of the group raised before its part of this call; see its own error.")
+            raise ReweightOpsError(
+                f"{op}: rank {rank} of the group raised before its part of this call; see its "
+                "own error."
+            )
     for rank, theirs in enumerate(told):
         if theirs[_OP] != mine[_OP]:
             raise InvalidCall(
-                f"{op}: rank {rank} of the group is in another call: all ranks of a group must make the same calls in the same order."
+                f"{op}: rank {rank} of the group is in another call: all ranks of a group must "
+                "make the same calls in the same order."
             )
-    found = {name: tuple(theirs[at] for theirs in told) for at, name in enumerate(facts, _FIRST) if name in own}
+    found = {
+        name: tuple(theirs[at] for theirs in told)
+        for at, name in enumerate(facts, _FIRST)
+        if name in own
+    }
     if state == TRACES:
         return found
     if any(theirs[_STATE] == TRACES for theirs in told):
@@ -100,18 +121,24 @@ def agreed(
     for rank, theirs in enumerate(told):
         if theirs[_STATE] > TRACES and theirs[_STATE] != graph_for(found):
             raise InvalidCall(
-                f"{op}: rank {rank} of the group runs a graph of torch.compile for other numbers than the ranks have: {found}. Shards may "
+                f"{op}: rank {rank} of the group runs a graph of torch.compile for other "
+                f"numbers than the ranks have: {found}. Shards may "
                 "change their sizes on all ranks at once, or after torch._dynamo.reset()."
             )
     for at, name in enumerate(same, _FIRST):
         values = [theirs[at] for theirs in told]
         if len(set(values)) > 1:
-            raise InvalidCall(f"{op}: the ranks of the group differ in {name}, rank by rank: {', '.join(map(str, values))}.")
+            raise InvalidCall(
+                f"{op}: the ranks of the group differ in {name}, rank by rank: "
+                f"{', '.join(map(str, values))}."
+            )
     return found
 
 
 def graph_for(found: Mapping[str, tuple[int, ...]]) -> int:
-    """Return the state of a rank whose graph was traced for these results of :func:`agreed`."""
+    """Return the state of a rank whose graph was traced for these results of
+    :func:`agreed`.
+    """
     return TRACES + 1 + zlib.crc32(repr(dict(found)).encode())
 
 
@@ -138,7 +165,8 @@ def waiting(op: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise ReweightOpsError(
-            f"{op}: the other ranks of the group did not take part: one has raised, died, or made another call. [{error}]"
+            f"{op}: the other ranks of the group did not take part: one has raised, died, or "
+            f"made another call. [{error}]"
         ) from error
 
 

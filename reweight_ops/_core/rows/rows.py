@@ -42,9 +42,12 @@ class Rows:
     tensors: dict[str, Any] = field(repr=False)
     ids: Tensor | None = None  # [N] int64, IGNORE_INDEX where not kept
     prompts: Groups | None = None  # groups of sequences: those of one prompt
-    primitives: RowPrimitives | None = None  # the backend's primitives that found keep, denominator and ids
+    # the backend's primitives that found keep, denominator and ids
+    primitives: RowPrimitives | None = None
     masked: Masked | None = None  # what they found
-    trust: Tensor | None = None  # []: 1, or NaN where the device finds that sequences or groups are malformed and nothing waits for it
+    # []: 1, or NaN where the device finds that sequences or groups are malformed and
+    # nothing waits for it
+    trust: Tensor | None = None
     across: Across | None = None  # ranks that have more tokens of the same sequences
 
     @property
@@ -66,10 +69,27 @@ class Rows:
 
     def without_inputs(self) -> Rows:
         """Return the same rows without the arguments of the call."""
-        return self if not self.tensors else Rows(
-            self.op, self.shape, self.device, self.dtype, self.keep, self.denominator, self.sequences, self.segments, {}, self.ids,
-            self.prompts, self.primitives, self.masked, self.trust, self.across,
-        )  # fmt: skip
+        return (
+            self
+            if not self.tensors
+            else Rows(
+                self.op,
+                self.shape,
+                self.device,
+                self.dtype,
+                self.keep,
+                self.denominator,
+                self.sequences,
+                self.segments,
+                {},
+                self.ids,
+                self.prompts,
+                self.primitives,
+                self.masked,
+                self.trust,
+                self.across,
+            )
+        )
 
     def total(self, x: Tensor) -> Tensor:
         """Return the sum of ``[N]`` as a 0-d tensor. It includes the rows of other
@@ -89,9 +109,15 @@ class Rows:
 
         Without a valid row a divisor of 0 is right, and the loss is 0.
         """
-        if is_readable(self.keep) and isinstance(value, (int, float)) and value == 0 and bool(self.keep.any()):
+        if (
+            is_readable(self.keep)
+            and isinstance(value, (int, float))
+            and value == 0
+            and bool(self.keep.any())
+        ):
             raise self.error(
-                f"{name} is 0, but rows are valid: pass how many there are in the whole batch, or None for those of this call."
+                f"{name} is 0, but rows are valid: pass how many there are in the whole batch, "
+                "or None for those of this call."
             )
 
     def check_ids(self, vocab_total: int) -> None:
@@ -110,7 +136,10 @@ class Rows:
 
     def need_sequences(self, why: str) -> Groups:
         if self.sequences is None:
-            raise self.error(f"{why} needs sequences: pass [B, T] tensors, or cu_seqlens, or sequence_ids with num_sequences.")
+            raise self.error(
+                f"{why} needs sequences: pass [B, T] tensors, or cu_seqlens, or sequence_ids "
+                "with num_sequences."
+            )
         return self.sequences
 
     def need_prompts(self, why: str, group_size: int | None = None) -> Groups:
@@ -124,13 +153,17 @@ class Rows:
             assert self.prompts is not None
             return self.prompts
         if count % group_size:
-            raise self.error(f"{why}: {count} sequences are not a multiple of group_size = {group_size}.")
+            raise self.error(
+                f"{why}: {count} sequences are not a multiple of group_size = {group_size}."
+            )
         return Groups(count // group_size, length=group_size)
 
     def unflatten(self, x: Tensor) -> Tensor:
         return x.view(self.shape)
 
-    def flatten_per_token(self, name: str, value: Any, *, logps: bool = False, differentiable: bool = False) -> Tensor:
+    def flatten_per_token(
+        self, name: str, value: Any, *, logps: bool = False, differentiable: bool = False
+    ) -> Tensor:
         """Return a per-row argument as ``[N]`` in the row dtype.
 
         It may have the token shape or the sequence shape, or be a constant. Any other
@@ -147,7 +180,11 @@ class Rows:
         value = plain(value)
         self._check(name, value, logps, differentiable)
         flat = self._flat(name, value)
-        if not torch.compiler.is_compiling() and flat.is_inference() and not torch.is_inference_mode_enabled():
+        if (
+            not torch.compiler.is_compiling()
+            and flat.is_inference()
+            and not torch.is_inference_mode_enabled()
+        ):
             flat = flat.clone()  # autograd refuses to save an inference tensor
         return flat.to(self.dtype).contiguous()
 
@@ -155,16 +192,28 @@ class Rows:
         """Return whether a per-row argument has one value per token, which may differ
         inside a sequence.
         """
-        short = self.sequences is not None and self.sequences.index is None and self.sequences.length < 2
+        short = (
+            self.sequences is not None
+            and self.sequences.index is None
+            and self.sequences.length < 2
+        )
         return value.dim() > 0 and not short and tuple(value.shape) in (self.shape, (self.count,))
 
     def _check(self, name: str, value: Tensor, logps: bool, differentiable: bool) -> None:
         if value.device != self.device:
-            raise self.error(f"{name} is on {value.device}, the logits or log-probs are on {self.device}.")
+            raise self.error(
+                f"{name} is on {value.device}, the logits or log-probs are on {self.device}."
+            )
         if logps and value.dtype not in (torch.float32, torch.float64):
-            raise self.error(f"{name} is {value.dtype}: log-probs in 16 bits lose the ratio; compute them with .float().")
+            raise self.error(
+                f"{name} is {value.dtype}: log-probs in 16 bits lose the ratio; compute them "
+                "with .float()."
+            )
         if logps and value.requires_grad and not differentiable:
-            raise self.error(f"{name} requires grad, but no gradient flows to stored log-probs: pass it detached.")
+            raise self.error(
+                f"{name} requires grad, but no gradient flows to stored log-probs: pass it "
+                "detached."
+            )
 
     def _flat(self, name: str, value: Tensor) -> Tensor:
         shape, rows = tuple(value.shape), self.shape
@@ -175,7 +224,9 @@ class Rows:
             return value.reshape(-1)
         if packed:
             assert self.sequences is not None
-            if shape in ((self.sequences.count, 1), (self.sequences.count,)) and shape != (self.count,):
+            if shape in ((self.sequences.count, 1), (self.sequences.count,)) and shape != (
+                self.count,
+            ):
                 spread = self.sequences.spread(value.reshape(-1))
                 return spread if self.trust is None else spread * self.trust
             expected = f"({self.count},) per token, or ({self.sequences.count}, 1) per sequence"
@@ -183,7 +234,9 @@ class Rows:
             head = rows[:-1]
             if shape in (head, (*head, 1)):
                 return value.reshape(*head, 1).expand(rows).reshape(-1)
-            expected = f"{rows} per token" + (f", or {head} or {(*head, 1)} per sequence" if head else ", or a number")
+            expected = f"{rows} per token" + (
+                f", or {head} or {(*head, 1)} per sequence" if head else ", or a number"
+            )
         raise self.error(f"{name} has shape {shape}; the rows are {rows}, so expected {expected}.")
 
 
@@ -204,12 +257,29 @@ class RowLayout(NamedTuple):
         return RUN if self.sequences is None else self.sequences.length
 
     def rows(
-        self, found: Masked, tensors: dict[str, Any], segments: Groups | None = None, prompts: Groups | None = None, trust: Tensor | None = None
-    ) -> Rows:  # fmt: skip
+        self,
+        found: Masked,
+        tensors: dict[str, Any],
+        segments: Groups | None = None,
+        prompts: Groups | None = None,
+        trust: Tensor | None = None,
+    ) -> Rows:
         return Rows(
-            self.op, self.shape, self.device, self.dtype, found.keep, found.counted, self.sequences, segments, tensors, found.ids, prompts,
-            self.primitives, found, trust,
-        )  # fmt: skip
+            self.op,
+            self.shape,
+            self.device,
+            self.dtype,
+            found.keep,
+            found.counted,
+            self.sequences,
+            segments,
+            tensors,
+            found.ids,
+            prompts,
+            self.primitives,
+            found,
+            trust,
+        )
 
 
 def _mask(op: str, name: str, mask: Any, shape: tuple[int, ...], tensors: dict[str, Any]) -> Tensor:
@@ -218,12 +288,22 @@ def _mask(op: str, name: str, mask: Any, shape: tuple[int, ...], tensors: dict[s
     return mask.reshape(-1) != 0
 
 
-def _shape_error(op: str, name: str, mask: Any, shape: tuple[int, ...], tensors: Mapping[str, Any]) -> InvalidCall:
+def _shape_error(
+    op: str, name: str, mask: Any, shape: tuple[int, ...], tensors: Mapping[str, Any]
+) -> InvalidCall:
     got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-    return InvalidCall(f"{op}: {name} has shape {got}, expected {shape} like the rows. {describe(tensors)}")
+    return InvalidCall(
+        f"{op}: {name} has shape {got}, expected {shape} like the rows. {describe(tensors)}"
+    )
 
 
-def _sequences(op: str, shape: tuple[int, ...], device: torch.device, tensors: dict[str, Any], structure: Structure) -> Groups | None:
+def _sequences(
+    op: str,
+    shape: tuple[int, ...],
+    device: torch.device,
+    tensors: dict[str, Any],
+    structure: Structure,
+) -> Groups | None:
     """Return the sequences of a call.
 
     A row whose sequence id is out of range is in no sequence here. Such an id is an
@@ -232,35 +312,55 @@ def _sequences(op: str, shape: tuple[int, ...], device: torch.device, tensors: d
     cu: Tensor | None
     ids: Tensor | None
     count: int | None
-    cu, ids, count = tensors.get("cu_seqlens"), tensors.get("sequence_ids"), tensors.get("num_sequences")
+    cu, ids, count = (
+        tensors.get("cu_seqlens"),
+        tensors.get("sequence_ids"),
+        tensors.get("num_sequences"),
+    )
     n = math.prod(shape)
     if cu is not None and ids is not None:
         raise InvalidCall(f"{op}: pass cu_seqlens or sequence_ids, not both. {describe(tensors)}")
     if (ids is None) != (count is None):
         raise InvalidCall(
-            f"{op}: sequence_ids and num_sequences go together (an int, so that nothing waits for the GPU). {describe(tensors)}"
+            f"{op}: sequence_ids and num_sequences go together (an int, so that nothing waits "
+            f"for the GPU). {describe(tensors)}"
         )
     if cu is not None:
         structure.tensor("cu_seqlens", cu, device)
         if cu.dim() != 1 or cu.numel() < 2:
-            raise InvalidCall(f"{op}: cu_seqlens must be of shape [S + 1], S at least 1. {describe(tensors)}")
+            raise InvalidCall(
+                f"{op}: cu_seqlens must be of shape [S + 1], S at least 1. {describe(tensors)}"
+            )
         if math.prod(shape[:-1]) != 1:
-            raise InvalidCall(f"{op}: cu_seqlens needs packed rows, [N] or [1, N], not {shape}. {describe(tensors)}")
+            raise InvalidCall(
+                f"{op}: cu_seqlens needs packed rows, [N] or [1, N], not {shape}. "
+                f"{describe(tensors)}"
+            )
         structure.offsets("cu_seqlens", cu, n)
         position = torch.arange(n, device=device, dtype=cu.dtype)
-        return Groups(cu.numel() - 1, index=torch.searchsorted(cu[1:].contiguous(), position, right=True))
+        return Groups(
+            cu.numel() - 1, index=torch.searchsorted(cu[1:].contiguous(), position, right=True)
+        )
     if ids is not None and count is not None:
         structure.tensor("sequence_ids", ids, device)
         structure.count("num_sequences", count)
         if tuple(ids.shape) not in (shape, (n,)):
-            raise InvalidCall(f"{op}: sequence_ids has shape {tuple(ids.shape)}, expected {shape}. {describe(tensors)}")
+            raise InvalidCall(
+                f"{op}: sequence_ids has shape {tuple(ids.shape)}, expected {shape}. "
+                f"{describe(tensors)}"
+            )
         index = ids.reshape(-1).long()
         return Groups(count, index=torch.where((index >= 0) & (index < count), index, count))
     return Groups(math.prod(shape[:-1]), length=shape[-1]) if len(shape) >= 2 else None
 
 
 def _segments(
-    op: str, shape: tuple[int, ...], device: torch.device, sequences: Groups | None, tensors: dict[str, Any], structure: Structure
+    op: str,
+    shape: tuple[int, ...],
+    device: torch.device,
+    sequences: Groups | None,
+    tensors: dict[str, Any],
+    structure: Structure,
 ) -> Groups | None:
     """Return the segments of a call. A segment is a run of equal ``segment_ids`` inside
     one sequence.
@@ -270,7 +370,10 @@ def _segments(
         return None
     structure.tensor("segment_ids", segment_ids, device)
     if tuple(segment_ids.shape) != shape:
-        raise InvalidCall(f"{op}: segment_ids has shape {tuple(segment_ids.shape)}, expected {shape}. {describe(tensors)}")
+        raise InvalidCall(
+            f"{op}: segment_ids has shape {tuple(segment_ids.shape)}, expected {shape}. "
+            f"{describe(tensors)}"
+        )
     flat, n = segment_ids.reshape(-1), math.prod(shape)
     position = torch.arange(n, device=flat.device)
     owner = (
@@ -283,17 +386,29 @@ def _segments(
     return Groups(n, index=start.cumsum(0) - 1)
 
 
-def _prompts(op: str, device: torch.device, sequences: Groups | None, tensors: dict[str, Any], structure: Structure) -> Groups | None:
+def _prompts(
+    op: str,
+    device: torch.device,
+    sequences: Groups | None,
+    tensors: dict[str, Any],
+    structure: Structure,
+) -> Groups | None:
     ids, count = tensors.get("group_ids"), tensors.get("num_groups")
     if (ids is None) != (count is None):
-        raise InvalidCall(f"{op}: group_ids and num_groups go together (an int, so that nothing waits for the GPU). {describe(tensors)}")
+        raise InvalidCall(
+            f"{op}: group_ids and num_groups go together (an int, so that nothing waits for the "
+            f"GPU). {describe(tensors)}"
+        )
     if ids is None or count is None:
         return None
     structure.tensor("group_ids", ids, device)
     structure.count("num_groups", count)
     total = 0 if sequences is None else sequences.count
     if ids.numel() != total or ids.dim() != 1:
-        raise InvalidCall(f"{op}: group_ids must be of shape [S], one for each of the {total} sequences. {describe(tensors)}")
+        raise InvalidCall(
+            f"{op}: group_ids must be of shape [S], one for each of the {total} sequences. "
+            f"{describe(tensors)}"
+        )
     structure.indices("group_ids", ids, count, "num_groups")
     index = ids.long()
     return Groups(count, index=torch.where((index >= 0) & (index < count), index, count))
@@ -315,7 +430,10 @@ def resolve_rows(
     the backend, if given, do the work for ids of sequences of equal length.
     """
     if not shape:
-        raise InvalidCall(f"{op}: the rows have no dimension; expected completion_ids of shape [N] or [B, T]. {describe(tensors)}")
+        raise InvalidCall(
+            f"{op}: the rows have no dimension; expected completion_ids of shape [N] or [B, T]. "
+            f"{describe(tensors)}"
+        )
     for name, t in tensors.items():
         if (
             isinstance(t, Tensor)
@@ -323,18 +441,32 @@ def resolve_rows(
             and not torch.compiler.is_compiling()
             and not is_fake(t)
         ):
-            raise UnsupportedRequest(f"{op}: {name} is a {type(t).__name__}; tensor subclasses are not supported, pass the local tensor.")
-        if isinstance(t, Tensor) and not torch.compiler.is_compiling() and t.is_neg():  # kernels receive addresses
-            raise UnsupportedRequest(f"{op}: {name} is a lazy negation (Tensor.is_neg); pass {name}.resolve_neg().")
+            raise UnsupportedRequest(
+                f"{op}: {name} is a {type(t).__name__}; tensor subclasses are not supported, "
+                "pass the local tensor."
+            )
+        # kernels receive addresses
+        if isinstance(t, Tensor) and not torch.compiler.is_compiling() and t.is_neg():
+            raise UnsupportedRequest(
+                f"{op}: {name} is a lazy negation (Tensor.is_neg); pass {name}.resolve_neg()."
+            )
     over = across(op, tensors.get("sequence_group"))
     structure = Structure(op, tensors, validate)
     sequences = _sequences(op, shape, device, tensors, structure)
     if over is not None:
         primitives = None  # the row kernels know the rows of one rank only
-        sequences = None if sequences is None else Groups(sequences.count, sequences.length, sequences.index, over)
+        sequences = (
+            None
+            if sequences is None
+            else Groups(sequences.count, sequences.length, sequences.index, over)
+        )
     segments = _segments(op, shape, device, sequences, tensors, structure)
     prompts = _prompts(op, device, sequences, tensors, structure)
-    if primitives is not None and math.prod(shape) > 0 and (sequences is None or sequences.index is None):
+    if (
+        primitives is not None
+        and math.prod(shape) > 0
+        and (sequences is None or sequences.index is None)
+    ):
         layout = RowLayout(op, shape, device, dtype, sequences, primitives)
         found = _masked(layout, tensors)
         if found is not None:
@@ -345,7 +477,11 @@ def resolve_rows(
     if tensors.get("completion_mask") is not None:
         masks.append(_mask(op, "completion_mask", tensors["completion_mask"], shape, tensors))
     if sequences is not None and sequences.index is not None:
-        _check_sequence_ids(structure, tensors, [*masks, *([] if ids is None else [ids.reshape(-1) != IGNORE_INDEX])])
+        _check_sequence_ids(
+            structure,
+            tensors,
+            [*masks, *([] if ids is None else [ids.reshape(-1) != IGNORE_INDEX])],
+        )
         masks.append(sequences.index < sequences.count)
     if ids is not None:
         ids = ids.reshape(-1).long()
@@ -361,8 +497,20 @@ def resolve_rows(
     if tensors.get("denominator_mask") is not None:
         denominator = _mask(op, "denominator_mask", tensors["denominator_mask"], shape, tensors)
     return Rows(
-        op, shape, device, dtype, keep, denominator, sequences, segments, tensors, ids, prompts, trust=structure.trust(dtype), across=over
-    )  # fmt: skip
+        op,
+        shape,
+        device,
+        dtype,
+        keep,
+        denominator,
+        sequences,
+        segments,
+        tensors,
+        ids,
+        prompts,
+        trust=structure.trust(dtype),
+        across=over,
+    )
 
 
 def _check_sequence_ids(structure: Structure, tensors: dict[str, Any], masks: list[Tensor]) -> None:
@@ -372,7 +520,11 @@ def _check_sequence_ids(structure: Structure, tensors: dict[str, Any], masks: li
     index, count = tensors.get("sequence_ids"), tensors.get("num_sequences")
     if index is not None and count is not None:
         structure.indices(
-            "sequence_ids", index.reshape(-1), count, "num_sequences", functools.reduce(torch.logical_and, masks) if masks else None
+            "sequence_ids",
+            index.reshape(-1),
+            count,
+            "num_sequences",
+            functools.reduce(torch.logical_and, masks) if masks else None,
         )
 
 
@@ -406,7 +558,12 @@ def _masked(layout: RowLayout, tensors: Mapping[str, Any]) -> Masked | None:
 
 
 def _check_ids(
-    op: str, ids: Tensor, vocab_total: int, validate: bool, tensors: dict[str, Any], bounds: tuple[int, int] | None = None
+    op: str,
+    ids: Tensor,
+    vocab_total: int,
+    validate: bool,
+    tensors: dict[str, Any],
+    bounds: tuple[int, int] | None = None,
 ) -> None:
     if bounds is not None and bounds[0] >= 0 and bounds[1] < vocab_total:
         return
@@ -419,5 +576,6 @@ def _check_ids(
     if bool(bad.any()):
         row = int(bad.nonzero()[0, 0])
         raise InvalidCall(
-            f"{op}: completion_ids[{row}] (flat) is {int(ids[row])}, expected 0 to {vocab_total - 1}, or {IGNORE_INDEX} for an ignored row. {describe(tensors)}"
+            f"{op}: completion_ids[{row}] (flat) is {int(ids[row])}, expected 0 to "
+            f"{vocab_total - 1}, or {IGNORE_INDEX} for an ignored row. {describe(tensors)}"
         )

@@ -28,7 +28,12 @@ def is_readable(t: Tensor) -> bool:
     It may if that causes no wait for a device, no graph break, and no choice between
     the tensors of ``vmap``.
     """
-    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(t) and not is_wrapped(t)
+    return (
+        t.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not is_fake(t)
+        and not is_wrapped(t)
+    )
 
 
 class Structure:
@@ -52,7 +57,8 @@ class Structure:
             raise self.error(f"{name} is on {value.device}, the rows are on {device}.")
 
     def count(self, name: str, value: Any) -> None:
-        """Check that a number of groups is an int, so that nothing waits for a device."""
+        """Check that a number of groups is an int, so that nothing waits
+        for a device."""
         if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool) or value < 0:
             raise self.error(f"{name} is {value!r}, expected an int of at least 0.")
 
@@ -63,15 +69,22 @@ class Structure:
             return
         values = cu.tolist()
         if values[0] != 0:
-            raise self.error(f"{name}[0] is {values[0]}, expected 0: rows before the first offset are in no sequence; mask ignored rows.")
+            raise self.error(
+                f"{name}[0] is {values[0]}, expected 0: rows before the first offset are in no "
+                "sequence; mask ignored rows."
+            )
         if values != sorted(values):
             at = next(i for i in range(1, len(values)) if values[i] < values[i - 1])
-            raise self.error(f"{name}[{at}] is {values[at]}, less than {name}[{at - 1}] = {values[at - 1]}.")
+            raise self.error(
+                f"{name}[{at}] is {values[at]}, less than {name}[{at - 1}] = {values[at - 1]}."
+            )
         if values[-1] > rows:
             at = next(i for i, value in enumerate(values) if value > rows)
             raise self.error(f"{name}[{at}] is {values[at]}, but there are {rows} rows.")
 
-    def indices(self, name: str, index: Tensor, count: int, total: str, where: Tensor | None = None) -> None:
+    def indices(
+        self, name: str, index: Tensor, count: int, total: str, where: Tensor | None = None
+    ) -> None:
         """Check that indices (of the rows ``where``, or of all rows) lie in
         ``[0, count)``. ``total`` is the name of ``count``.
         """
@@ -89,7 +102,8 @@ class Structure:
         elif bool(bad.any()):
             row = int(bad.nonzero()[0, 0])
             raise self.error(
-                f"{name}[{row}] (flat) is {int(index[row])}, outside [0, {total} = {count}); an ignored row has completion_mask 0 or id -100."
+                f"{name}[{row}] (flat) is {int(index[row])}, outside [0, {total} = {count}); an "
+                "ignored row has completion_mask 0 or id -100."
             )
 
     def require(self, ok: Tensor) -> None:
@@ -104,7 +118,9 @@ class Structure:
         """
         if self._flag is None:
             return None
-        return torch.full((), torch.nan, dtype=dtype, device=self._flag.device).masked_fill(self._flag, 1.0)
+        return torch.full((), torch.nan, dtype=dtype, device=self._flag.device).masked_fill(
+            self._flag, 1.0
+        )
 
     def _reads(self, t: Tensor) -> bool:
         return t.device.type != "meta" and (self._validate or is_readable(t))

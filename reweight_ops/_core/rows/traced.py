@@ -57,14 +57,23 @@ def summed_over(x: Tensor, op: str, group: str) -> Tensor:
 
 @_op(lambda ids, *args: torch.empty_like(ids))
 def met(
-    ids: Tensor, lists: Sequence[Tensor], op: str, group: str, names: str, numbers: Sequence[int], own: int, expected: Sequence[int]
+    ids: Tensor,
+    lists: Sequence[Tensor],
+    op: str,
+    group: str,
+    names: str,
+    numbers: Sequence[int],
+    own: int,
+    expected: Sequence[int],
 ) -> Tensor:
     """Return ``ids`` after the ranks have agreed.
 
     All that reads the result comes after the exchange. ``lists`` holds ids that are the
     same on every rank.
     """
-    same = dict(zip(names.split(","), numbers, strict=True)) | {"completion_ids and masks": ranks.digest(lists)}
+    same = dict(zip(names.split(","), numbers, strict=True)) | {
+        "completion_ids and masks": ranks.digest(lists)
+    }
     state = ranks.graph_for({"columns": tuple(expected)})
     ranks.agreed(op, _of_name(group), ids.device, same, {"columns": own}, state)
     return ids.clone()
@@ -77,6 +86,8 @@ def columns_of_ranks(op: str, group: str, device: str, names: str, own: int) -> 
     if key not in _told:
         _told.clear()
         same: Mapping[str, int] = dict.fromkeys(names.split(","), 0)
-        found = ranks.agreed(op, _of_name(group), torch.device(device), same, {"columns": own}, ranks.TRACES)
+        found = ranks.agreed(
+            op, _of_name(group), torch.device(device), same, {"columns": own}, ranks.TRACES
+        )
         _told[key] = found["columns"]
     return _told[key]

@@ -41,7 +41,11 @@ def describe(node: Any) -> Any:
     if node is None or isinstance(node, (bool, int, float, str)):
         return "constant", node
     if dataclasses.is_dataclass(node):
-        return "part", type(node), tuple([(f.name, describe(getattr(node, f.name))) for f in dataclasses.fields(node)])
+        return (
+            "part",
+            type(node),
+            tuple([(f.name, describe(getattr(node, f.name))) for f in dataclasses.fields(node)]),
+        )
     return "constant", None  # the caller's own function: nothing follows from it
 
 
@@ -50,7 +54,9 @@ def rebuild(description: Any) -> Any:
     kind, *rest = description
     if kind == "tensor":
         dimensions, requires_grad = rest
-        return torch.empty((0,) * dimensions, dtype=torch.float32, device="meta", requires_grad=requires_grad)
+        return torch.empty(
+            (0,) * dimensions, dtype=torch.float32, device="meta", requires_grad=requires_grad
+        )
     if kind == "tuple":
         return tuple(rebuild(x) for x in rest)
     if kind == "constant":
@@ -72,7 +78,14 @@ def with_tensors(node: Any, dtype: torch.dtype, device: torch.device) -> Any:
         return tuple([with_tensors(x, dtype, device) for x in node])
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         found = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
-        return dataclasses.replace(node, **{name: with_tensors(x, dtype, device) for name, x in found.items() if _takes_inputs(x)})
+        return dataclasses.replace(
+            node,
+            **{
+                name: with_tensors(x, dtype, device)
+                for name, x in found.items()
+                if _takes_inputs(x)
+            },
+        )
     return as_tensor(node, dtype, device)
 
 
@@ -87,6 +100,7 @@ def _takes_inputs(node: Any) -> bool:
     elif dataclasses.is_dataclass(node):
         parts = tuple([getattr(node, f.name) for f in dataclasses.fields(node)])
     found = False
-    for part in parts:  # a loop, because older versions of torch.compile cannot trace any() of this
+    # a loop, because older versions of torch.compile cannot trace any() of this
+    for part in parts:
         found = found or _takes_inputs(part)
     return found

@@ -31,7 +31,8 @@ class GroupContrast(Reduction):
 
     A score is minus the mean of the token loss over the valid tokens. ::
 
-        loss = -1/Q Σ_q { Σ_{i in q+} ω_i·s_i / Σ_{i in q+} ω_i  -  τ·log( 1/|q-| Σ_{j in q-} exp(s_j/τ) ) }
+        loss = -1/Q Σ_q { Σ_{i in q+} ω_i·s_i / Σ_{i in q+} ω_i  -  τ·log( 1/|q-| Σ_{j
+        in q-} exp(s_j/τ) ) }
 
     ``q+`` are the sequences of prompt q with an advantage (label, reward) above 0, and
     ``q-`` the others. ``ω_i = exp((1 - L_i/L_max)/λ)`` prefers short positives. A
@@ -57,9 +58,14 @@ class GroupContrast(Reduction):
 
     def __post_init__(self) -> None:
         if self.preference not in ("length", "advantages"):
-            raise InvalidCall(f"GroupContrast: preference is {self.preference!r}, expected 'length' or 'advantages'.")
+            raise InvalidCall(
+                f"GroupContrast: preference is {self.preference!r}, expected 'length' or "
+                "'advantages'."
+            )
         if self.preference == "advantages" and self.max_length is not None:
-            raise InvalidCall("GroupContrast: max_length has no effect with preference='advantages'.")
+            raise InvalidCall(
+                "GroupContrast: max_length has no effect with preference='advantages'."
+            )
 
     @property
     def reads_groups(self) -> bool:
@@ -91,13 +97,26 @@ class GroupContrast(Reduction):
         else:
             # The prompt's largest value is subtracted. It cancels in the normalisation,
             # and no exp overflows.
-            preferred = torch.where(positive, total / lengths.clamp(min=1), -math.inf) / self.length_temperature
+            preferred = (
+                torch.where(positive, total / lengths.clamp(min=1), -math.inf)
+                / self.length_temperature
+            )
             top = prompts.spread(prompts.max(preferred))
-            omega = torch.exp(torch.where(positive, preferred - torch.where(top > -math.inf, top, 0), 0))
+            omega = torch.exp(
+                torch.where(positive, preferred - torch.where(top > -math.inf, top, 0), 0)
+            )
         omega = torch.where(positive, omega, 0)
-        gain = omega / prompts.spread(prompts.sum(omega)).clamp(min=torch.finfo(rows.dtype).tiny) * scores
-        loss = self._soft_maximum(prompts, scores, negative) / prompts.spread(negatives).clamp(min=1)
-        per_sequence = torch.where(both & positive, -gain, 0) + torch.where(both & negative, loss, 0)
+        gain = (
+            omega
+            / prompts.spread(prompts.sum(omega)).clamp(min=torch.finfo(rows.dtype).tiny)
+            * scores
+        )
+        loss = self._soft_maximum(prompts, scores, negative) / prompts.spread(negatives).clamp(
+            min=1
+        )
+        per_sequence = torch.where(both & positive, -gain, 0) + torch.where(
+            both & negative, loss, 0
+        )
         spread = sequences.spread(per_sequence / lengths.clamp(min=1)) / count
         return torch.where(rows.keep, spread, 0)
 
@@ -107,8 +126,12 @@ class GroupContrast(Reduction):
         longest = self.max_length
         if longest is None:
             if sequences.index is not None:
-                raise rows.error("GroupContrast over packed sequences has no padded length: give max_length.")
-            rows.refuse_across("GroupContrast", "knows only the padded length of one rank's part: give max_length.")
+                raise rows.error(
+                    "GroupContrast over packed sequences has no padded length: give max_length."
+                )
+            rows.refuse_across(
+                "GroupContrast", "knows only the padded length of one rank's part: give max_length."
+            )
             longest = sequences.length
         # The constant 1/λ cancels in the normalisation. Without it no exp overflows,
         # and equal lengths have exactly equal weights.
@@ -120,11 +143,15 @@ class GroupContrast(Reduction):
         """
         counts = prompts.sum(negative.to(scores.dtype))
         if is_infinite(self.temperature):
-            return prompts.spread(prompts.sum(torch.where(negative, scores, 0)) / counts.clamp(min=1))
+            return prompts.spread(
+                prompts.sum(torch.where(negative, scores, 0)) / counts.clamp(min=1)
+            )
         scaled = torch.where(negative, scores, -math.inf) / self.temperature
         top = prompts.spread(prompts.max(scaled.detach()))
         top = torch.where(top > -math.inf, top, 0)
-        total = prompts.sum(torch.where(negative, torch.exp(torch.where(negative, scaled, 0) - top), 0))
+        total = prompts.sum(
+            torch.where(negative, torch.exp(torch.where(negative, scaled, 0) - top), 0)
+        )
         mean = torch.where(counts > 0, total / counts.clamp(min=1), 1)
         result: Tensor = self.temperature * (prompts.spread(mean.log()) + top)
         return result
@@ -138,7 +165,8 @@ class GroupClassification(Reduction):
 
     A score is minus the mean of the token loss. ::
 
-        loss = 1/Q Σ_q { log(1 + Σ_{j in q-} exp(s_j/τ)) + log(1 + Σ_{i in q+} exp(-s_i/τ)) }
+        loss = 1/Q Σ_q { log(1 + Σ_{j in q-} exp(s_j/τ)) + log(1 + Σ_{i in q+}
+        exp(-s_i/τ)) }
 
     ``q+`` are the sequences of prompt q with a mean advantage (label, reward) above 0.
     A prompt that has only positives, or only negatives, adds 0. It counts in Q, the
@@ -171,13 +199,23 @@ class GroupClassification(Reduction):
         scores, lengths = -sequences.sum(weighted), sequences.sum(rows.keep.to(rows.dtype))
         present = lengths > 0
         positive = present & (sequences.sum(torch.where(rows.keep, adv, 0)) > 0)
-        sides = [(positive, -scores / self.temperature), (present & ~positive, scores / self.temperature)]
+        sides = [
+            (positive, -scores / self.temperature),
+            (present & ~positive, scores / self.temperature),
+        ]
         both = torch.stack([prompts.sum(side.to(rows.dtype)) for side, _ in sides]).amin(0) > 0
-        total = sum((self._log_one_plus(prompts, side, x) for side, x in sides), torch.zeros_like(both, dtype=rows.dtype))
+        total = sum(
+            (self._log_one_plus(prompts, side, x) for side, x in sides),
+            torch.zeros_like(both, dtype=rows.dtype),
+        )
         count = (prompts.sum(present.to(rows.dtype)) > 0).sum().clamp(min=1)
         # A prompt's loss is split equally among its sequences, and a sequence's share
         # among its tokens.
-        share = torch.where(both | total.isnan(), total, 0) / prompts.sum(present.to(rows.dtype)).clamp(min=1) / count
+        share = (
+            torch.where(both | total.isnan(), total, 0)
+            / prompts.sum(present.to(rows.dtype)).clamp(min=1)
+            / count
+        )
         per_sequence = prompts.spread(share) / lengths.clamp(min=1)
         return torch.where(rows.keep, sequences.spread(per_sequence), 0)
 
@@ -192,7 +230,8 @@ class GroupClassification(Reduction):
 @ranged
 @dataclass(frozen=True)
 class HingeConstraint(Reduction):
-    """A squared-hinge constraint on the mean: ``sg(strength·max(K - bound, 0))·K``, with ``K`` the term's token mean over this call.
+    """A squared-hinge constraint on the mean: ``sg(strength·max(K - bound, 0))·K``,
+    with ``K`` the term's token mean over this call.
 
     Its gradient is that of ``strength/2·max(K - bound, 0)²``. It is 0 while ``K`` is
     below the bound.
@@ -208,7 +247,9 @@ class HingeConstraint(Reduction):
         return TokenMean(per_call=True).row_weights(rows, divisors)
 
     def contributions(self, rows: Rows, weighted: Tensor, adv: Tensor | None) -> Tensor:
-        result: Tensor = weighted * (self.strength * (rows.total(weighted.detach()) - self.bound).clamp(min=0))
+        result: Tensor = weighted * (
+            self.strength * (rows.total(weighted.detach()) - self.bound).clamp(min=0)
+        )
         return result
 
 

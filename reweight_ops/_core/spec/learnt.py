@@ -1,4 +1,6 @@
-"""Hyper-parameters that are tensors, and those among them that require grad where no gradient reaches: an option without effect is an error."""
+"""Hyper-parameters that are tensors, and those among them that require grad where no
+gradient reaches: an option without effect is an error.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from ..formula.trace import COMPARISONS, Expr, Traced
 
 
 def tensors_of(node: Any, path: str = "") -> dict[str, Tensor]:
-    """The tensors of a spec or of a part, by the dotted names that ``replace`` takes."""
+    """The tensors of a spec or of a part, by the dotted names that
+    ``replace`` takes."""
     if isinstance(node, Tensor):
         return {path: node}
     if isinstance(node, tuple):
@@ -22,30 +25,49 @@ def tensors_of(node: Any, path: str = "") -> dict[str, Tensor]:
         children = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
     else:
         return {}
-    return {name: t for head, child in children.items() for name, t in tensors_of(child, f"{path}.{head}".lstrip(".")).items()}
+    return {
+        name: t
+        for head, child in children.items()
+        for name, t in tensors_of(child, f"{path}.{head}".lstrip(".")).items()
+    }
 
 
 def refuse(owner: str, tensors: dict[str, Tensor], why: str) -> None:
     """Raise for a tensor that requires grad."""
     for name, value in tensors.items():
         if value.requires_grad:
-            raise InvalidCall(f"{owner}: {name} requires grad, but no gradient reaches it: {why}. Pass {name.rpartition('.')[2]}.detach().")
+            raise InvalidCall(
+                f"{owner}: {name} requires grad, but no gradient reaches it: {why}. Pass "
+                f"{name.rpartition('.')[2]}.detach()."
+            )
 
 
 def stopped_in(formula: Rule | TokenWeight, traced: Traced, path: str) -> dict[str, Tensor]:
-    """The tensors among a formula's hyper-parameters that its result has no gradient by."""
+    """The tensors among a formula's hyper-parameters that its result has no gradient
+    by.
+    """
     moving = _moving(traced.result)
-    return {f"{path}.{n}": v for n, v in formula.parameters().items() if isinstance(v, Tensor) and n not in moving}
+    return {
+        f"{path}.{n}": v
+        for n, v in formula.parameters().items()
+        if isinstance(v, Tensor) and n not in moving
+    }
 
 
 def detached_formula(formula: Formula) -> dict[str, Tensor]:
     """The tensors of formulas that stand for hyper-parameters."""
     inner = {n: v for n, v in formula.parameters().items() if isinstance(v, TokenWeight)}
-    return {name: t for n, v in inner.items() for name, t in tensors_of(v, f"{formula.name}.{n}").items()}
+    return {
+        name: t
+        for n, v in inner.items()
+        for name, t in tensors_of(v, f"{formula.name}.{n}").items()
+    }
 
 
 def _moving(result: Expr) -> set[str]:
-    """The hyper-parameters that a gradient reaches: neither beneath a stop nor in a condition alone."""
+    """The hyper-parameters that a gradient reaches: neither beneath a stop nor in a
+    condition alone.
+    """
     found: set[str] = set()
     seen: set[int] = set()
     waiting = [result]

@@ -45,7 +45,9 @@ class Score(PairPart):
 
     def scores(self, s: Sequences, logps: Tensor, ref_logps: Tensor | None) -> Tensor:
         """Return the scores ``[S]`` from the sums."""
-        raise NotImplementedError(f"{type(self).__name__} defines no scores(self, s, logps, ref_logps)")
+        raise NotImplementedError(
+            f"{type(self).__name__} defines no scores(self, s, logps, ref_logps)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,10 +41,14 @@ class LogRatio(Score):
 
     def __post_init__(self) -> None:
         if self.divergence not in DIVERGENCES:
-            raise InvalidCall(f"LogRatio: divergence is {self.divergence!r}, expected one of {', '.join(DIVERGENCES)}.")
+            raise InvalidCall(
+                f"LogRatio: divergence is {self.divergence!r}, expected one of "
+                f"{', '.join(DIVERGENCES)}."
+            )
         if self.alpha != 1.0 and self.divergence != "alpha_divergence":
             raise InvalidCall(
-                f"LogRatio: alpha belongs to divergence='alpha_divergence'; with {self.divergence!r} it would have no effect."
+                "LogRatio: alpha belongs to divergence='alpha_divergence'; with "
+                f"{self.divergence!r} it would have no effect."
             )
 
     def needs(self) -> tuple[str, ...]:
@@ -60,7 +64,11 @@ class LogRatio(Score):
 
     def scores(self, s: Sequences, logps: Tensor, ref_logps: Tensor | None) -> Tensor:
         assert ref_logps is not None
-        log_t = logps - (ref_logps if isinstance(self.gamma, (int, float)) and self.gamma == 1 else self.gamma * ref_logps)
+        log_t = logps - (
+            ref_logps
+            if isinstance(self.gamma, (int, float)) and self.gamma == 1
+            else self.gamma * ref_logps
+        )
         if self.divergence == "forward_kl":
             return -torch.expm1(-log_t)
         if self.divergence == "js_divergence":

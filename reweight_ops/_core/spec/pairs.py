@@ -62,7 +62,8 @@ class PairSpec:
             require_tuple("PairSpec", field, getattr(self, field))
         if not self.terms or any(not isinstance(t, PairTerm) for t in self.terms):
             raise InvalidCall(
-                f"PairSpec: terms is {self.terms!r}, expected at least one PairTerm. Write {_WHERE}.PairTerm(loss=..., coef=...)."
+                f"PairSpec: terms is {self.terms!r}, expected at least one PairTerm. Write "
+                f"{_WHERE}.PairTerm(loss=..., coef=...)."
             )
         require_part("PairSpec", "score", self.score, Score, _WHERE)
         for w in self.weights:
@@ -70,7 +71,9 @@ class PairSpec:
         if not torch.compiler.is_compiling():  # a graph has no use for a tensor's flag
             refuse("PairSpec", tensors_of(self.weights, "weights"), "weights are detached")
         if self.tokens not in TOKENS:
-            raise InvalidCall(f"PairSpec: tokens is {self.tokens!r}, expected one of {', '.join(TOKENS)}.")
+            raise InvalidCall(
+                f"PairSpec: tokens is {self.tokens!r}, expected one of {', '.join(TOKENS)}."
+            )
 
     @property
     def parts(self) -> tuple[PairPart, ...]:

@@ -13,8 +13,17 @@ from ..formula.base import RULES, WEIGHTS, Rule, TokenWeight
 def require_tuple(owner: str, field: str, value: Any) -> None:
     """Raise unless the parts are a tuple. A spec is compared and kept by its value."""
     if not isinstance(value, tuple):
-        meant = f"tuple({field})" if isinstance(value, list) else f"({field.rstrip('s')},)" if field != "penalties" else "(penalty,)"
-        raise InvalidCall(f"{owner}: {field} is a {type(value).__name__}, expected a tuple: {field}={meant}.{called(value)}")
+        meant = (
+            f"tuple({field})"
+            if isinstance(value, list)
+            else f"({field.rstrip('s')},)"
+            if field != "penalties"
+            else "(penalty,)"
+        )
+        raise InvalidCall(
+            f"{owner}: {field} is a {type(value).__name__}, expected a tuple: "
+            f"{field}={meant}.{called(value)}"
+        )
 
 
 def require_name(owner: str, value: Any) -> None:
@@ -23,20 +32,29 @@ def require_name(owner: str, value: Any) -> None:
         raise InvalidCall(f"{owner}: name is {value!r}, expected a str or None.")
 
 
-def require_part(owner: str, field: str, value: Any, kind: type, where: str = "rw", word: str = "is") -> None:
+def require_part(
+    owner: str, field: str, value: Any, kind: type, where: str = "rw", word: str = "is"
+) -> None:
     """Raise if a value is not a part of the kind.
 
     ``where`` is the namespace of its classes. The registry names rules and weights.
     """
     if not isinstance(value, kind):
-        raise InvalidCall(f"{owner}: {field} {word} {value!r}, expected a {kind.__name__}.{called(value) or _named(value, kind, where)}")
+        raise InvalidCall(
+            f"{owner}: {field} {word} {value!r}, expected a "
+            f"{kind.__name__}.{called(value) or _named(value, kind, where)}"
+        )
 
 
 def called(value: Any) -> str:
     """Return a hint if the value is a class or a function whose result is meant."""
     if isinstance(value, type):
         return f" It is a class: write {value.__name__}(...)."
-    return f" It is a function: call it, {value.__name__}(...)." if callable(value) and hasattr(value, "__name__") else ""
+    return (
+        f" It is a function: call it, {value.__name__}(...)."
+        if callable(value) and hasattr(value, "__name__")
+        else ""
+    )
 
 
 def _named(value: Any, kind: type, where: str) -> str:
@@ -50,7 +68,11 @@ def _named(value: Any, kind: type, where: str) -> str:
     else:
         known = {_snake(cls.__name__): f"{where}.{cls.__name__}(...)" for cls in _below(kind)}
     near = difflib.get_close_matches(_snake(value), known, n=1)
-    return f" Write {known[near[0]]}." if near else f" A name is none: the classes are {', '.join(sorted(known.values()))}."
+    return (
+        f" Write {known[near[0]]}."
+        if near
+        else f" A name is none: the classes are {', '.join(sorted(known.values()))}."
+    )
 
 
 def _snake(name: str) -> str:

@@ -76,22 +76,37 @@ class PolicyLossSpec:
         for field, kind in (("surrogate", Rule), ("ratio", Ratio), ("reduction", Reduction)):
             require_part("PolicyLossSpec", field, getattr(self, field), kind)
         if self.surrogate.kind == "penalty":
-            raise InvalidCall(f"PolicyLossSpec: {self.surrogate.name!r} is a penalty; give it as Penalty(rule, coef).")
+            raise InvalidCall(
+                f"PolicyLossSpec: {self.surrogate.name!r} is a penalty; give it as "
+                "Penalty(rule, coef)."
+            )
         for p in self.penalties:
             if not isinstance(p, Penalty) or p.rule.kind == "surrogate":
                 raise InvalidCall(
-                    f"PolicyLossSpec: penalties holds {p!r}, expected Penalty(rule, coef) with a rule of kind 'penalty'.{_bare(p)}"
+                    f"PolicyLossSpec: penalties holds {p!r}, expected Penalty(rule, coef) with "
+                    f"a rule of kind 'penalty'.{_bare(p)}"
                 )
             if p.reduction is not None and not (self.reduction.scalar and p.reduction.scalar):
-                raise InvalidCall("PolicyLossSpec: a penalty's own reduction and NoReduction exclude each other: the loss has one shape.")
+                raise InvalidCall(
+                    "PolicyLossSpec: a penalty's own reduction and NoReduction exclude each "
+                    "other: the loss has one shape."
+                )
         for w in self.weights:
             require_part("PolicyLossSpec", "weights", w, TokenWeight, word="holds")
         if isinstance(self.reduction, NoReduction) and self.reduction.weight is not None:
             raise InvalidCall("PolicyLossSpec: NoReduction takes no weight.")
         # Formulas are traced now and kept. A call, and torch.compile above it, only
         # reads the results.
-        object.__setattr__(self, "_reductions", (self.reduction, *[p.reduction or self.reduction for p in self.penalties]))
-        object.__setattr__(self, "_reduction_of_term", (0, *[k if p.reduction else 0 for k, p in enumerate(self.penalties, 1)]))
+        object.__setattr__(
+            self,
+            "_reductions",
+            (self.reduction, *[p.reduction or self.reduction for p in self.penalties]),
+        )
+        object.__setattr__(
+            self,
+            "_reduction_of_term",
+            (0, *[k if p.reduction else 0 for k, p in enumerate(self.penalties, 1)]),
+        )
         object.__setattr__(self, "_values", self._find_values())
         if torch.compiler.is_compiling():
             for name, fact in getattr(_described, _facts_of(describe(self))).items():
@@ -115,7 +130,7 @@ class PolicyLossSpec:
         object.__setattr__(self, "_unbounded", self._find_unbounded())
         object.__setattr__(self, "_weights_read_groups", self._find_weights_read_groups())
 
-    # --- what follows from the fields ---------------------------------------------------------------------------------------
+    # --- what follows from the fields -------------------------------------------------
     @property
     def requires(self) -> frozenset[str]:
         """Return the leaves that the formulas read. Tracing finds them."""
@@ -128,7 +143,11 @@ class PolicyLossSpec:
     @property
     def all_weights(self) -> tuple[TokenWeight, ...]:
         """Return the weights of the terms and those that reductions use."""
-        own = [r.weight for r in (self.reduction, *(p.reduction for p in self.penalties)) if r is not None and r.weight is not None]
+        own = [
+            r.weight
+            for r in (self.reduction, *(p.reduction for p in self.penalties))
+            if r is not None and r.weight is not None
+        ]
         return (*self.weights, *own)
 
     @property
@@ -145,7 +164,8 @@ class PolicyLossSpec:
 
     @property
     def couples_rows(self) -> bool:
-        """Return whether a row's coefficients depend on the statistics of other rows."""
+        """Return whether a row's coefficients depend on the statistics of
+        other rows."""
         formulas = (*self.all_weights, *self._inner_formulas())
         batch = any(trace_weight(type(w)).uses_batch for w in formulas)
         return self.ratio.level != "token" or batch or any(r.coupled for r in self.reductions)
@@ -168,12 +188,14 @@ class PolicyLossSpec:
 
     @property
     def monitor(self) -> Monitor | None:
-        """Return what metrics evaluate in a row, or None if no kernel can evaluate it."""
+        """Return what metrics evaluate in a row, or None if no kernel can
+        evaluate it."""
         return self._monitor  # type: ignore[attr-defined,no-any-return]
 
     @property
     def program_text(self) -> str | None:
-        """Return :attr:`program` in the form that crosses the boundary of a custom op."""
+        """Return :attr:`program` in the form that crosses the boundary of
+        a custom op."""
         return self._program_text  # type: ignore[attr-defined,no-any-return]
 
     @property
@@ -208,31 +230,61 @@ class PolicyLossSpec:
         """Return the hyper-parameters that are tensors, by the names that
         :meth:`replace` takes.
         """
-        found: dict[str, Tensor] | None = vars(self).get("_tensors")  # a spec that a compiled graph has built has none
+        # a spec that a compiled graph has built has none
+        found: dict[str, Tensor] | None = vars(self).get("_tensors")
         return tensors_of(self) if found is None else found
 
     def _refuse_learnt(self) -> None:
         """Raise for a hyper-parameter that requires grad but would get no gradient."""
-        rules = {"surrogate": self.surrogate} | {f"penalties.{at}.rule": p.rule for at, p in enumerate(self.penalties)}
+        rules = {"surrogate": self.surrogate} | {
+            f"penalties.{at}.rule": p.rule for at, p in enumerate(self.penalties)
+        }
         for path, rule in rules.items():
-            refuse("PolicyLossSpec", stopped_in(rule, trace_rule(type(rule)), path), "the formula detaches it")
+            refuse(
+                "PolicyLossSpec",
+                stopped_in(rule, trace_rule(type(rule)), path),
+                "the formula detaches it",
+            )
         for at, w in enumerate(self.weights):
             path = f"weights.{at}"
             if w.detach:
-                refuse("PolicyLossSpec", tensors_of(w, path), "the weight is detached, unless detach=False")
+                refuse(
+                    "PolicyLossSpec",
+                    tensors_of(w, path),
+                    "the weight is detached, unless detach=False",
+                )
             else:
-                refuse("PolicyLossSpec", stopped_in(w, trace_weight(type(w)), path), "the formula detaches it")
+                refuse(
+                    "PolicyLossSpec",
+                    stopped_in(w, trace_weight(type(w)), path),
+                    "the formula detaches it",
+                )
         for reduction in self.reductions:
             owner = type(reduction).__name__
-            refuse(owner, tensors_of(reduction.weight, "weight"), "a reduction's weight is detached")
+            refuse(
+                owner, tensors_of(reduction.weight, "weight"), "a reduction's weight is detached"
+            )
             for name in reduction.detaches:
-                refuse(owner, tensors_of(getattr(reduction, name), name), "the reduction detaches it")
+                refuse(
+                    owner, tensors_of(getattr(reduction, name), name), "the reduction detaches it"
+                )
         for formula in (*self.rules, *self.all_weights):
-            refuse("PolicyLossSpec", detached_formula(formula), "a formula in the place of a number is detached")
+            refuse(
+                "PolicyLossSpec",
+                detached_formula(formula),
+                "a formula in the place of a number is detached",
+            )
 
     def _find_unbounded(self) -> bool:
-        traced = [(r, trace_rule(type(r))) for r in self.rules] + [(w, trace_weight(type(w))) for w in self.all_weights]
-        return any(not self._is_bounded(x.args[0], formula) for formula, t in traced for x in walk(t.result) if x.op in ("exp", "expm1"))
+        traced = [(r, trace_rule(type(r))) for r in self.rules] + [
+            (w, trace_weight(type(w))) for w in self.all_weights
+        ]
+        return any(
+            not self._is_bounded(x.args[0], formula)
+            for formula, t in traced
+            for x in walk(t.result)
+            if x.op in ("exp", "expm1")
+        )
 
     def _is_bounded(self, x: Expr, formula: Rule | TokenWeight) -> bool:
         if x.op == "leaf":
@@ -245,7 +297,9 @@ class PolicyLossSpec:
         return all(isinstance(b, (int, float)) and abs(b) <= _LARGEST_EXPONENT for b in bounds)
 
     def _find_weights_read_groups(self) -> bool:
-        return any(trace_weight(type(w)).reads_groups for w in (*self.all_weights, *self._inner_formulas()))
+        return any(
+            trace_weight(type(w)).reads_groups for w in (*self.all_weights, *self._inner_formulas())
+        )
 
     def _find_requires(self) -> frozenset[str]:
         found: set[str] = set()
@@ -303,7 +357,10 @@ class PolicyLossSpec:
             return None
         try:
             return Monitor.of([type(rule) for rule in self.rules])
-        except (TypeError, AttributeError):  # a user's clipped() may do something that only torch can do
+        except (
+            TypeError,
+            AttributeError,
+        ):  # a user's clipped() may do something that only torch can do
             return None
 
     def _own_program(self) -> Program:
@@ -331,9 +388,14 @@ class PolicyLossSpec:
                 return f"the weight {w.name!r} is not detached"
         for r in self.reductions:
             if r.coupled:
-                return f"{type(r).__name__} couples tokens: their coefficients depend on all of them"
+                return (
+                    f"{type(r).__name__} couples tokens: their coefficients depend on all of them"
+                )
             if r.weight is not None and not reads_stored_only(r.weight):
-                return f"a reduction is over the weight {r.weight.name!r}, which reads current statistics"
+                return (
+                    f"a reduction is over the weight {r.weight.name!r}, which reads current "
+                    "statistics"
+                )
         if self._inner_formulas():
             return f"a hyper-parameter is the formula {self._inner_formulas()[0].name!r}"
         values: list[Any] = [*self.ratio.bounds(), *(p.coef for p in self.penalties)]
@@ -345,7 +407,7 @@ class PolicyLossSpec:
             return "a hyper-parameter requires grad"
         return None
 
-    # --- variations ---------------------------------------------------------------------------------------------------------
+    # --- variations -------------------------------------------------------------------
     def replace(self, **fields: Any) -> PolicyLossSpec:
         """Return a copy with other fields. Dotted names reach inside.
 
@@ -369,15 +431,25 @@ class PolicyLossSpec:
 def _bare(penalty: Any) -> str:
     """A hint for a rule that stands without its coefficient."""
     if isinstance(penalty, str):
-        return f" Write rw.Penalty(rw.rules.RULES[{penalty!r}](), coef)." if penalty in RULES else ""
+        return (
+            f" Write rw.Penalty(rw.rules.RULES[{penalty!r}](), coef)." if penalty in RULES else ""
+        )
     kind = penalty if isinstance(penalty, type) else type(penalty)
     return f" Write rw.Penalty({kind.__name__}(...), coef)." if issubclass(kind, Rule) else ""
 
 
 #: The facts that :meth:`PolicyLossSpec._find_facts` finds.
 _FACTS = (
-    "_requires", "_moving", "_unsupported_reason", "_program", "_stored_program", "_monitor", "_program_text", "_unbounded", "_weights_read_groups",
-)  # fmt: skip
+    "_requires",
+    "_moving",
+    "_unsupported_reason",
+    "_program",
+    "_stored_program",
+    "_monitor",
+    "_program_text",
+    "_unbounded",
+    "_weights_read_groups",
+)
 
 
 class _Described:
@@ -388,7 +460,8 @@ class _Described:
 
 _described = _Described()
 _attributes: dict[Any, str] = {}  # by description
-_serial = itertools.count()  # not len(_attributes): two threads may describe one at the same time
+# not len(_attributes): two threads may describe one at the same time
+_serial = itertools.count()
 
 
 @torch.compiler.assume_constant_result
@@ -397,7 +470,11 @@ def _facts_of(description: Any) -> str:
     # above.
     if description not in _attributes:
         spec = rebuild(description)
-        object.__setattr__(spec, "_reductions", (spec.reduction, *[p.reduction or spec.reduction for p in spec.penalties]))
+        object.__setattr__(
+            spec,
+            "_reductions",
+            (spec.reduction, *[p.reduction or spec.reduction for p in spec.penalties]),
+        )
         spec._find_facts()
         name = f"facts{next(_serial)}"
         setattr(_described, name, {fact: getattr(spec, fact) for fact in _FACTS})
@@ -411,12 +488,20 @@ def _replaced(node: Any, path: list[str], value: Any, whole: str) -> Any:
     head, *rest = path
     if isinstance(node, tuple):
         if not head.isdigit() or int(head) >= len(node):
-            raise InvalidCall(f"replace: {whole!r}: {head!r} is not a position in a tuple of {len(node)}.")
+            raise InvalidCall(
+                f"replace: {whole!r}: {head!r} is not a position in a tuple of {len(node)}."
+            )
         at = int(head)
         return (*node[:at], _replaced(node[at], rest, value, whole), *node[at + 1 :])
     if not dataclasses.is_dataclass(node) or head not in {f.name for f in dataclasses.fields(node)}:
-        known = ", ".join(f.name for f in dataclasses.fields(node)) if dataclasses.is_dataclass(node) else "none"
-        raise InvalidCall(f"replace: {whole!r}: {type(node).__name__} has no field {head!r}; it has: {known}.")
+        known = (
+            ", ".join(f.name for f in dataclasses.fields(node))
+            if dataclasses.is_dataclass(node)
+            else "none"
+        )
+        raise InvalidCall(
+            f"replace: {whole!r}: {type(node).__name__} has no field {head!r}; it has: {known}."
+        )
     return dataclasses.replace(node, **{head: _replaced(getattr(node, head), rest, value, whole)})  # type: ignore[type-var]
 
 
@@ -425,7 +510,9 @@ def reads_stored_only(weight: TokenWeight) -> bool:
     current policy.
     """
     inner = (v for v in weight.parameters().values() if isinstance(v, TokenWeight))
-    return trace_weight(type(weight)).leaves.isdisjoint(DIFFERENTIABLE_FIELDS) and all(map(reads_stored_only, inner))
+    return trace_weight(type(weight)).leaves.isdisjoint(DIFFERENTIABLE_FIELDS) and all(
+        map(reads_stored_only, inner)
+    )
 
 
 def resolved(formula: Any, resolve: Any) -> Any:
@@ -434,5 +521,15 @@ def resolved(formula: Any, resolve: Any) -> Any:
 
     It is returned as it is if it has none.
     """
-    rows = {name: v for name, v in formula.parameters().items() if isinstance(v, TokenWeight) or (isinstance(v, Tensor) and v.dim() > 0)}
-    return dataclasses.replace(formula, **{name: resolve(f"{formula.name}.{name}", v) for name, v in rows.items()}) if rows else formula
+    rows = {
+        name: v
+        for name, v in formula.parameters().items()
+        if isinstance(v, TokenWeight) or (isinstance(v, Tensor) and v.dim() > 0)
+    }
+    return (
+        dataclasses.replace(
+            formula, **{name: resolve(f"{formula.name}.{name}", v) for name, v in rows.items()}
+        )
+        if rows
+        else formula
+    )

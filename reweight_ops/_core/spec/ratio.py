@@ -38,7 +38,9 @@ class Ratio:
 
     def __post_init__(self) -> None:
         if self.against not in ("old", "ref"):
-            raise InvalidCall(f"{type(self).__name__}: against is {self.against!r}, expected 'old' or 'ref'.")
+            raise InvalidCall(
+                f"{type(self).__name__}: against is {self.against!r}, expected 'old' or 'ref'."
+            )
 
     def bounds(self) -> tuple[Any, Any]:
         return self.clamp if isinstance(self.clamp, tuple) else (-self.clamp, self.clamp)
@@ -63,11 +65,14 @@ class Ratio:
         """
         if self.one_advantage and isinstance(advantages, Tensor) and rows.is_per_token(advantages):
             raise rows.error(
-                f"{type(self).__name__} takes one advantage per sequence, these are one per token: pass [B] or [B, 1] (of packed rows [S, 1]); "
+                f"{type(self).__name__} takes one advantage per sequence, these are one per "
+                "token: pass [B] or [B, 1] (of packed rows [S, 1]); "
                 "if they repeat one value over the tokens, pass the first of each sequence."
             )
 
-    def log_ratio(self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None) -> Tensor:
+    def log_ratio(
+        self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None
+    ) -> Tensor:
         """Return ``[N]`` from ``[N]``. Ignored rows contribute nothing.
 
         ``adv`` is None for a loss that reads no advantages.
@@ -76,7 +81,12 @@ class Ratio:
 
     def _clamped(self, log_ratio: Tensor) -> Tensor:
         low, high = self.bounds()
-        if not isinstance(low, Tensor) and not isinstance(high, Tensor) and low == -math.inf and high == math.inf:
+        if (
+            not isinstance(low, Tensor)
+            and not isinstance(high, Tensor)
+            and low == -math.inf
+            and high == math.inf
+        ):
             return log_ratio
         if isinstance(low, Tensor) or isinstance(high, Tensor):
             low, high = number_like(low, log_ratio), number_like(high, log_ratio)
@@ -94,7 +104,8 @@ class TokenRatio(Ratio):
 @ranged
 @dataclass(frozen=True)
 class SequenceRatio(Ratio):
-    """``log_ratio_t = mean over the sequence of (logp - old_logp)`` (the sum with ``normalize=False``). GSPO, arXiv:2507.18071, eq. 7.
+    """``log_ratio_t = mean over the sequence of (logp - old_logp)`` (the sum with
+    ``normalize=False``). GSPO, arXiv:2507.18071, eq. 7.
 
     With ``gradient="sequence"`` the gradient flows through the mean to every token
     (GSPO). With ``"token"`` the ratio is ``sg(mean) + logp_t - sg(logp_t)``, and each
@@ -109,7 +120,10 @@ class SequenceRatio(Ratio):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.gradient not in ("sequence", "token"):
-            raise InvalidCall(f"{type(self).__name__}: gradient is {self.gradient!r}, expected 'sequence' or 'token'.")
+            raise InvalidCall(
+                f"{type(self).__name__}: gradient is {self.gradient!r}, expected 'sequence' or "
+                "'token'."
+            )
 
     def _groups(self, rows: Rows) -> Groups:
         return rows.need_sequences("SequenceRatio")
@@ -117,7 +131,9 @@ class SequenceRatio(Ratio):
     def _drift(self, logp: Tensor, old_logp: Tensor, adv: Tensor | None) -> Tensor:
         return logp - old_logp
 
-    def log_ratio(self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None) -> Tensor:
+    def log_ratio(
+        self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None
+    ) -> Tensor:
         groups = self._groups(rows)
         total = groups.sum(torch.where(rows.keep, self._drift(logp, old_logp, adv), 0))
         if self.normalize:
@@ -134,7 +150,9 @@ class SequenceRatio(Ratio):
 @ranged
 @dataclass(frozen=True)
 class SegmentRatio(SequenceRatio):
-    """:class:`SequenceRatio` over segments: runs of equal ``segment_ids`` inside a sequence."""
+    """:class:`SequenceRatio` over segments: runs of equal ``segment_ids`` inside a
+    sequence.
+    """
 
     level = "segment"
 
@@ -157,9 +175,13 @@ class CumulativeRatio(Ratio):
 
     level = "prefix"
 
-    def log_ratio(self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None) -> Tensor:
+    def log_ratio(
+        self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None
+    ) -> Tensor:
         rows.need_sequences("CumulativeRatio")
-        rows.refuse_across("CumulativeRatio", "sums the tokens before each, and sees those of one rank.")
+        rows.refuse_across(
+            "CumulativeRatio", "sums the tokens before each, and sees those of one rank."
+        )
         total = BatchStatistics(rows).seq_cumsum((logp - old_logp).detach())
         own = torch.where(logp.isfinite(), logp, 0)
         return self._clamped(total + (own - own.detach()))
@@ -207,7 +229,9 @@ class BatchMeanRatio(Ratio):
 
     negative_only: bool = False
 
-    def log_ratio(self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None) -> Tensor:
+    def log_ratio(
+        self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None
+    ) -> Tensor:
         chosen = rows.keep
         if self.negative_only:
             assert adv is not None, "negative_only reads advantages"
@@ -231,7 +255,9 @@ class CenteredRatio(Ratio):
 
     scale: Annotated[Number, Interval("(0, inf)", words=("std",))] = 1.0
 
-    def log_ratio(self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None) -> Tensor:
+    def log_ratio(
+        self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None
+    ) -> Tensor:
         drift = torch.where(rows.keep, logp - old_logp, 0)
         count = rows.total(rows.keep).clamp(min=1)
         centred = drift - rows.total(drift.detach()) / count

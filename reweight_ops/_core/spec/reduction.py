@@ -50,7 +50,9 @@ class Reduction:
     coupled: ClassVar[bool] = False
 
     def check(self, rows: Rows) -> None:
-        """Raise if the call's rows lack what this reduction needs, before anything is computed."""
+        """Raise if the call's rows lack what this reduction needs, before anything is
+        computed.
+        """
 
     @property
     def reads_groups(self) -> bool:
@@ -65,7 +67,9 @@ class Reduction:
 
     def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
         """Return ``[N]`` in the row dtype. It is 0 in an ignored row."""
-        raise NotImplementedError(f"{type(self).__name__} defines no row_weights(self, rows, divisors, weight)")
+        raise NotImplementedError(
+            f"{type(self).__name__} defines no row_weights(self, rows, divisors, weight)"
+        )
 
     def contributions(self, rows: Rows, weighted: Tensor, adv: Tensor | None) -> Tensor:
         """Return ``[N]`` whose sum is the term's loss, from the weighted token losses
@@ -74,7 +78,9 @@ class Reduction:
         Only a coupled reduction has contributions. They are exact under autograd.
         """
         old = " (it has shares(), the old name)" if hasattr(self, "shares") else ""
-        raise NotImplementedError(f"{type(self).__name__} defines no contributions(self, rows, weighted, adv){old}")
+        raise NotImplementedError(
+            f"{type(self).__name__} defines no contributions(self, rows, weighted, adv){old}"
+        )
 
 
 def _need_weight(reduction: Reduction) -> None:
@@ -160,21 +166,35 @@ class SequenceMean(Reduction):
 
     def __post_init__(self) -> None:
         if self.per not in ("token_mean", "token_sum", "constant"):
-            raise InvalidCall(f"SequenceMean: per is {self.per!r}, expected 'token_mean', 'token_sum' or 'constant'.")
+            raise InvalidCall(
+                f"SequenceMean: per is {self.per!r}, expected 'token_mean', 'token_sum' or "
+                "'constant'."
+            )
         if self.count not in ("all", "nonempty"):
-            raise InvalidCall(f"SequenceMean: count is {self.count!r}, expected 'all' or 'nonempty'.")
+            raise InvalidCall(
+                f"SequenceMean: count is {self.count!r}, expected 'all' or 'nonempty'."
+            )
         if self.horizon is not None and self.per != "constant":
-            raise InvalidCall(f"SequenceMean: horizon has no effect with per={self.per!r}; it belongs to per='constant'.")
+            raise InvalidCall(
+                f"SequenceMean: horizon has no effect with per={self.per!r}; it belongs to "
+                "per='constant'."
+            )
         _need_weight(self)
 
     def weighing(self, rows: Rows, divisors: Divisors) -> Weighing | None:
         if self.weight is not None:
             return None
         sequences = rows.need_sequences("SequenceMean")
-        given: Literal["rows", "sequences"] | float | Tensor | None = divisors.num_sequences_in_batch
+        given: Literal["rows", "sequences"] | float | Tensor | None = (
+            divisors.num_sequences_in_batch
+        )
         if given is None:
             given = max(sequences.count, 1) if self.count == "all" else "sequences"
-        horizon = (sequences.length if self.horizon is None else self.horizon) if self.per == "constant" else None
+        horizon = (
+            (sequences.length if self.horizon is None else self.horizon)
+            if self.per == "constant"
+            else None
+        )
         return Weighing(given, self.per == "token_mean", horizon)
 
     def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
@@ -191,12 +211,21 @@ class SequenceMean(Reduction):
         else:
             keep = _over(keep, (lengths > 0).sum().clamp(min=1))
         if self.per == "token_mean":
-            return sequences.divide(keep, lengths.clamp(min=1) if weight is None else torch.where(lengths > 0, lengths, 1))
+            return sequences.divide(
+                keep,
+                lengths.clamp(min=1) if weight is None else torch.where(lengths > 0, lengths, 1),
+            )
         if self.per == "constant":
             if self.horizon is None and sequences.index is not None:
-                raise rows.error("SequenceMean(per='constant') over packed sequences has no padded length: give horizon.")
+                raise rows.error(
+                    "SequenceMean(per='constant') over packed sequences has no padded length: "
+                    "give horizon."
+                )
             if self.horizon is None:
-                rows.refuse_across("SequenceMean(per='constant')", "knows only the padded length of one rank's part: give horizon.")
+                rows.refuse_across(
+                    "SequenceMean(per='constant')",
+                    "knows only the padded length of one rank's part: give horizon.",
+                )
             return _over(keep, self.horizon if self.horizon is not None else sequences.length)
         return keep
 
@@ -204,7 +233,8 @@ class SequenceMean(Reduction):
 @ranged
 @dataclass(frozen=True)
 class PromptMean(Reduction):
-    """The mean over prompts of the mean over all tokens of a prompt's responses (ScaleRL's prompt average, arXiv:2510.13786).
+    """The mean over prompts of the mean over all tokens of a prompt's responses
+    (ScaleRL's prompt average, arXiv:2510.13786).
 
     Prompts are runs of ``group_size`` sequences, or the call's ``group_ids``. A prompt
     without a token in the call does not count.
@@ -224,7 +254,8 @@ class PromptMean(Reduction):
         prompts = rows.need_prompts("PromptMean", self.group_size)
         sizes = prompts.sum(sequences.count_rows(rows.denominator, rows.dtype))
         per_sequence = prompts.divide(
-            torch.ones(sequences.count, dtype=rows.dtype, device=rows.device), sizes.clamp(min=1) * (sizes > 0).sum().clamp(min=1)
+            torch.ones(sequences.count, dtype=rows.dtype, device=rows.device),
+            sizes.clamp(min=1) * (sizes > 0).sum().clamp(min=1),
         )
         return torch.where(rows.keep, sequences.spread(per_sequence), 0)
 
@@ -242,15 +273,21 @@ class FromFunction(Reduction):
 
     def __post_init__(self) -> None:
         if not callable(self.fn):
-            raise InvalidCall(f"FromFunction: fn is {self.fn!r}, expected a function of (per_token_loss, mask).")
+            raise InvalidCall(
+                f"FromFunction: fn is {self.fn!r}, expected a function of (per_token_loss, mask)."
+            )
 
     def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
         rows.refuse_across("FromFunction", "sees only this rank's rows.")
         with torch.enable_grad():
-            probe = torch.zeros(rows.shape, dtype=rows.dtype, device=rows.device, requires_grad=True)
+            probe = torch.zeros(
+                rows.shape, dtype=rows.dtype, device=rows.device, requires_grad=True
+            )
             total = self.fn(probe, rows.unflatten(rows.keep.to(rows.dtype)))
             if total.dim() != 0:
-                raise rows.error(f"FromFunction: fn returned shape {tuple(total.shape)}, expected one number.")
+                raise rows.error(
+                    f"FromFunction: fn returned shape {tuple(total.shape)}, expected one number."
+                )
             (weights,) = torch.autograd.grad(total, probe)
         return torch.where(rows.keep, weights.reshape(-1), 0)
 

@@ -1,28 +1,35 @@
 """TRL's ``GRPOTrainer`` (1.15 and later) on our ops, as a subclass or a patch.
 
-Two hooks. The default one computes per-token log-probs and entropies and keeps every loss, metric and scaling of TRL.
-``fuse_loss=True`` computes the whole loss and thereby any of our methods::
+Two hooks. The default one computes per-token log-probs and entropies and keeps every
+loss, metric and scaling of TRL. ``fuse_loss=True`` computes the whole loss and thereby
+any of our methods::
 
-    trainer = ReweightGRPOTrainer(model=..., reward_funcs=..., args=GRPOConfig(...), train_dataset=...)
-    trainer = ReweightGRPOTrainer(..., fuse_loss=True)                                        # TRL's loss, fused
-    trainer = ReweightGRPOTrainer(..., reweight=rw.weights.AdvantageReweighting(alpha=0.3))   # TRL's loss, reweighted
-    trainer = ReweightGRPOTrainer(..., spec=rw.methods.gspo_token())                          # another loss
-    trainer = ReweightGRPOTrainer(..., spec=[rw.methods.lopti("low"), rw.methods.lopti("high")])   # GRPOConfig(num_iterations=2)
-    trainer = ReweightGRPOTrainer(..., recipe="canon")                                        # all that a paper trains with
-    trainer = ReweightGRPOTrainer(..., advantages="qae")                                      # TRL's loss, other advantages
+    trainer = ReweightGRPOTrainer(model=..., reward_funcs=..., args=GRPOConfig(...),
+    train_dataset=...) trainer = ReweightGRPOTrainer(..., fuse_loss=True)
+    # TRL's loss, fused trainer = ReweightGRPOTrainer(...,
+    reweight=rw.weights.AdvantageReweighting(alpha=0.3))   # TRL's loss, reweighted
+    trainer = ReweightGRPOTrainer(..., spec=rw.methods.gspo_token())
+    # another loss trainer = ReweightGRPOTrainer(..., spec=[rw.methods.lopti("low"),
+    rw.methods.lopti("high")])   # GRPOConfig(num_iterations=2) trainer =
+    ReweightGRPOTrainer(..., recipe="canon")                                        #
+    all that a paper trains with trainer = ReweightGRPOTrainer(..., advantages="qae")
+    # TRL's loss, other advantages
 
     with patch_trl(fuse_loss=True):      # scripts that build GRPOTrainer themselves
         main()
-    with patch_trl(heads=True):          # any trainer: the head that GRPO, RLOO, DPO, KTO, SFT and AsyncGRPO share, and distillation
-        main()
+    with patch_trl(heads=True):          # any trainer: the head that GRPO, RLOO, DPO,
+        KTO, SFT and AsyncGRPO share, and distillation main()
 
-Both work from hidden states and the head's weight (``rw.linear_token_logps``, ``rw.linear_policy_loss``), so that ``[B, T, V]`` logits never
-exist, as in stock TRL. Heads that are more than a weight (``lm_head="auto"``: any that the linear ops do not know) go through their logits.
-A LoRA adapter on the head, which TRL refuses because its fused head would ignore it, is trained.
+Both work from hidden states and the head's weight (``rw.linear_token_logps``,
+``rw.linear_policy_loss``), so that ``[B, T, V]`` logits never exist, as in stock TRL.
+Heads that are more than a weight (``lm_head="auto"``: any that the linear ops do not
+know) go through their logits. A LoRA adapter on the head, which TRL refuses because its
+fused head would ignore it, is trained.
 
-**What it leaves to TRL** is never silent: ``trainer.delegated_calls`` counts it by reason, ``trainer.fused_calls`` counts what ran
-here, and each reason is reported once by a warning. With ``spec=`` or ``reweight=`` handing over would train another method, so it is
-an error.
+**What it leaves to TRL** is never silent: ``trainer.delegated_calls`` counts it by
+reason, ``trainer.fused_calls`` counts what ran here, and each reason is reported once
+by a warning. With ``spec=`` or ``reweight=`` handing over would train another method,
+so it is an error.
 """
 
 from __future__ import annotations
@@ -49,27 +56,52 @@ from ...errors import BackendUnavailable, InvalidCall, UnsupportedRequest
 from ...rules.penalties import EntropyBonus
 from ..patching import Counts, Patch, Replacement, check_signature, source_digest
 from ..trainers import check_version
-from .spec import Normalized, normalize, resolve_passes, spec_of_trainer, with_weights, without_bonus
+from .spec import (
+    Normalized,
+    normalize,
+    resolve_passes,
+    spec_of_trainer,
+    with_weights,
+    without_bonus,
+)
 
 try:
     import trl
     from trl.trainer.grpo_trainer import GRPOTrainer
 except ImportError as error:
-    raise BackendUnavailable("reweight_ops.integrations.trl needs TRL: pip install 'trl>=1.15'") from error
+    raise BackendUnavailable(
+        "reweight_ops.integrations.trl needs TRL: pip install 'trl>=1.15'"
+    ) from error
 
 from .divergence import divergence_replacements
-from .head import HeadOutput, adapters_on_head_allowed, adapts_head, choose_head, fused_forward, linear_unsupported_reason, logits_of
+from .head import (
+    HeadOutput,
+    adapters_on_head_allowed,
+    adapts_head,
+    choose_head,
+    fused_forward,
+    linear_unsupported_reason,
+    logits_of,
+)
 from .heads import head_replacements
 from .probe import Form, Prober
 from .rollout import Rollout, choose_recipe, settled
 
-#: The leading parameters of the two methods that are overridden; any further one must be optional.
+#: The leading parameters of the two methods that are overridden; any further one must
+#: be optional.
 _SIGNATURES = {
     "_get_per_token_logps_and_entropies": (
-        "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy", "compute_aux_loss",
+        "self",
+        "model",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+        "batch_size",
+        "compute_entropy",
+        "compute_aux_loss",
     ),
     "_compute_loss": ("self", "model", "inputs"),
-}  # fmt: skip
+}
 
 #: The signatures of the further methods that a recipe needs.
 _ROLLOUT_SIGNATURES = {
@@ -77,23 +109,40 @@ _ROLLOUT_SIGNATURES = {
     "_generate_and_score_completions": ("self", "inputs"),
 }
 
-#: Source of the ``_compute_loss`` that ``fuse_loss=True`` reproduces: TRL 1.15.0 and 1.16.0.
+#: Source of the ``_compute_loss`` that ``fuse_loss=True`` reproduces: TRL 1.15.0 and
+#: 1.16.0.
 _KNOWN_LOSSES = ("80295546bbdbf6f7",)
 
 #: The loss's metrics in TRL's log.
 _METRICS = (
-    "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "clip_ratio/low_min", "clip_ratio/high_max",
+    "kl",
+    "entropy",
+    "clip_ratio/low_mean",
+    "clip_ratio/high_mean",
+    "clip_ratio/region_mean",
+    "clip_ratio/low_min",
+    "clip_ratio/high_max",
     "cispo_clip_ratio",
-)  # fmt: skip
+)
 
 _MULTIMODAL = (
-    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles", "image_sizes", "token_type_ids",
-    "mm_token_type_ids", "image_position_ids",
-)  # fmt: skip
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
 
 
 def check_signatures(trainer_class: type) -> None:
-    """Raise :class:`BackendUnavailable` if TRL's methods are not the ones that this module overrides."""
+    """Raise :class:`BackendUnavailable` if TRL's methods are not the ones that this
+    module overrides.
+    """
     for name, expected in (_SIGNATURES | _ROLLOUT_SIGNATURES).items():
         check_signature(f"TRL {trl.__version__}", trainer_class, name, expected)
 
@@ -122,16 +171,26 @@ class Options:
     @property
     def own_method(self) -> bool:
         """Return whether the loss is not TRL's."""
-        of_recipe = self.recipe is not None and bool(self.recipe.spec or self.recipe.sample_weights or self.recipe.keywords)
+        of_recipe = self.recipe is not None and bool(
+            self.recipe.spec or self.recipe.sample_weights or self.recipe.keywords
+        )
         return self.spec is not None or bool(self.weights) or of_recipe
 
 
 class Hooks:
     """The two hooks for one trainer. ``original`` is TRL's method, bound."""
 
-    def __init__(self, trainer: Any, options: Options, original_loss: Callable[..., Any], total: Counts | None = None) -> None:
+    def __init__(
+        self,
+        trainer: Any,
+        options: Options,
+        original_loss: Callable[..., Any],
+        total: Counts | None = None,
+    ) -> None:
         if options.spec is not None and options.recipe is not None and options.recipe.spec:
-            raise InvalidCall(f"spec= and recipe {options.recipe.name!r} both set the loss; give one of them.")
+            raise InvalidCall(
+                f"spec= and recipe {options.recipe.name!r} both set the loss; give one of them."
+            )
         self.options = options
         self.rollout = None if options.recipe is None else Rollout(trainer, options.recipe)
         self.fused = options.fuse_loss or options.own_method
@@ -139,15 +198,24 @@ class Hooks:
         self.head = choose_head(options.lm_head, options.consume_logits)
         self.prober = Prober()
         self.counts = Counts("TRL", total)
-        trainer.fused_calls, trainer.delegated_calls = self.counts.fused_calls, self.counts.delegated_calls
-        if self.fused and not self.passes and self._of_recipe is None and source_digest(original_loss) not in _KNOWN_LOSSES:
+        trainer.fused_calls, trainer.delegated_calls = (
+            self.counts.fused_calls,
+            self.counts.delegated_calls,
+        )
+        if (
+            self.fused
+            and not self.passes
+            and self._of_recipe is None
+            and source_digest(original_loss) not in _KNOWN_LOSSES
+        ):
             warnings.warn(
-                f"TRL {trl.__version__} has a loss that fuse_loss=True was not checked against: it may lack what TRL added. "
+                f"TRL {trl.__version__} has a loss that fuse_loss=True was not checked against: "
+                "it may lack what TRL added. "
                 "The default hook (fuse_loss=False) keeps TRL's own loss.",
                 stacklevel=3,
             )
 
-    # --- log-probs and entropies ----------------------------------------------------------------------------------------------
+    # --- log-probs and entropies ------------------------------------------------------
     def token_logps(
         self,
         trainer: Any,
@@ -168,24 +236,52 @@ class Hooks:
         chunks = {"batch_size": batch_size, "compute_entropy": compute_entropy}
         if reason is not None:
             self._leave_to_trl(trainer, model, reason)
-            return original(model, input_ids, attention_mask, logits_to_keep, **chunks, compute_aux_loss=compute_aux_loss, **multimodal)  # type: ignore[no-any-return]
+            return original(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                **chunks,
+                compute_aux_loss=compute_aux_loss,
+                **multimodal,
+            )  # type: ignore[no-any-return]
         form = self._linear_form(trainer, model)
         if form is not None:
             self.counts.ran("linear_token_logps")
             mask = attention_mask[:, -logits_to_keep:]
-            batches = iter(zip(*(torch.split(x, batch_size or len(x)) for x in (input_ids[:, -logits_to_keep:], mask)), strict=True))
+            batches = iter(
+                zip(
+                    *(
+                        torch.split(x, batch_size or len(x))
+                        for x in (input_ids[:, -logits_to_keep:], mask)
+                    ),
+                    strict=True,
+                )
+            )
 
             def compute(hidden: Tensor, head: dict[str, Any]) -> HeadOutput:
                 ids, mask = next(batches)
-                options = {"completion_mask": mask, "return_entropy": compute_entropy, **self._head_options(trainer)}
-                found = linear_token_logps(hidden, head.pop("lm_head_weight"), ids, compact_rows=True, **head, **options)
-                return HeadOutput(log_probs=found[0] if compute_entropy else found, entropy=found[1] if compute_entropy else None)
+                options = {
+                    "completion_mask": mask,
+                    "return_entropy": compute_entropy,
+                    **self._head_options(trainer),
+                }
+                found = linear_token_logps(
+                    hidden, head.pop("lm_head_weight"), ids, compact_rows=True, **head, **options
+                )
+                return HeadOutput(
+                    log_probs=found[0] if compute_entropy else found,
+                    entropy=found[1] if compute_entropy else None,
+                )
 
             with fused_forward(trainer, model, logits_to_keep, form, compute):
                 return original(model, input_ids, attention_mask, logits_to_keep, **chunks)  # type: ignore[no-any-return]
         self.counts.ran("token_logps")
         parts = []
-        for ids, mask in zip(*(torch.split(x, batch_size or len(x)) for x in (input_ids, attention_mask)), strict=True):
+        for ids, mask in zip(
+            *(torch.split(x, batch_size or len(x)) for x in (input_ids, attention_mask)),
+            strict=True,
+        ):
             parts.append(
                 token_logps(
                     logits_of(trainer, model, ids, mask, logits_to_keep),
@@ -200,8 +296,10 @@ class Hooks:
         logps, entropies = (torch.cat(x) for x in zip(*parts, strict=True))
         return logps, entropies if compute_entropy else None, None
 
-    # --- the loss -------------------------------------------------------------------------------------------------------------
-    def loss(self, trainer: Any, original: Callable[..., Any], model: Any, inputs: dict[str, Any]) -> Tensor:
+    # --- the loss ---------------------------------------------------------------------
+    def loss(
+        self, trainer: Any, original: Callable[..., Any], model: Any, inputs: dict[str, Any]
+    ) -> Tensor:
         """Return the loss of one micro-batch, scaled as TRL scales it, and log TRL's
         metrics.
         """
@@ -212,7 +310,8 @@ class Hooks:
         if reason is not None:
             if self.options.own_method:
                 raise UnsupportedRequest(
-                    f"spec=, reweight= or recipe= cannot be combined with {reason}; TRL alone would train another method."
+                    f"spec=, reweight= or recipe= cannot be combined with {reason}; TRL alone "
+                    "would train another method."
                 )
             self._leave_to_trl(trainer, model, reason)
             return original(model, inputs)  # type: ignore[no-any-return]
@@ -237,12 +336,19 @@ class Hooks:
             bare, scaling = self._normalized(trainer, without_bonus(spec), inputs, train)
             scaling.pop("loss_scale", None)
             policy = policy_loss_from_logps(
-                out.per_token_logps, inputs["advantages"], spec=bare, entropies=out.entropies, **data, **scaling
+                out.per_token_logps,
+                inputs["advantages"],
+                spec=bare,
+                entropies=out.entropies,
+                **data,
+                **scaling,
             )
             _log_bonus(trainer, "train" if train else "eval", policy.loss)
         return out.loss
 
-    def _policy_loss(self, trainer: Any, model: Any, inputs: dict[str, Any], options: dict[str, Any]) -> PolicyLossOutput:
+    def _policy_loss(
+        self, trainer: Any, model: Any, inputs: dict[str, Any], options: dict[str, Any]
+    ) -> PolicyLossOutput:
         """Return the loss of the completions, without logits if the head allows it."""
         ids, advantages = inputs["completion_ids"], inputs["advantages"]
         all_ids = torch.cat([inputs["prompt_ids"], ids], dim=1)
@@ -251,15 +357,35 @@ class Hooks:
         if form is None:
             self.counts.ran("policy_loss")
             logits = logits_of(trainer, model, all_ids, all_mask, ids.size(1))
-            return policy_loss(logits, ids, advantages, drop_last=True, consume_logits=self.options.consume_logits, **options)
+            return policy_loss(
+                logits,
+                ids,
+                advantages,
+                drop_last=True,
+                consume_logits=self.options.consume_logits,
+                **options,
+            )
         self.counts.ran("linear_policy_loss")
         found: list[PolicyLossOutput] = []
 
         def compute(hidden: Tensor, head: dict[str, Any]) -> HeadOutput:
-            found.append(linear_policy_loss(hidden, head.pop("lm_head_weight"), ids, advantages, compact_rows=True, **head, **options))
+            found.append(
+                linear_policy_loss(
+                    hidden,
+                    head.pop("lm_head_weight"),
+                    ids,
+                    advantages,
+                    compact_rows=True,
+                    **head,
+                    **options,
+                )
+            )
             return HeadOutput(loss=found[0].loss)
 
-        with fused_forward(trainer, model, ids.size(1), form, compute), trainer.accelerator.autocast():
+        with (
+            fused_forward(trainer, model, ids.size(1), form, compute),
+            trainer.accelerator.autocast(),
+        ):
             loss = model(input_ids=all_ids, attention_mask=all_mask, fused_lm_head=True).loss
         # This is the loss as the wrapped model returns it. DDP and FSDP may have put
         # their own node around it.
@@ -275,12 +401,17 @@ class Hooks:
         if self.head == "logits":
             return None
         reason = linear_unsupported_reason(trainer, model)
-        form = Form(unsupported_reason=reason) if reason is not None else self.prober.form(trainer, model)
+        form = (
+            Form(unsupported_reason=reason)
+            if reason is not None
+            else self.prober.form(trainer, model)
+        )
         if form.unsupported_reason is None:
             return form
         if self.head == "linear":
             raise UnsupportedRequest(
-                f"lm_head='linear' is impossible with {form.unsupported_reason}; lm_head='auto' or 'logits' builds the logits."
+                f"lm_head='linear' is impossible with {form.unsupported_reason}; lm_head='auto' "
+                "or 'logits' builds the logits."
             )
         self.counts.warn_once(f"reweight_ops builds the logits: {form.unsupported_reason}.")
         return None
@@ -302,7 +433,9 @@ class Hooks:
         return with_weights(spec, self.options.weights) if self.options.weights else spec
 
     @staticmethod
-    def _normalized(trainer: Any, spec: PolicyLossSpec, inputs: dict[str, Any], train: bool) -> Normalized:
+    def _normalized(
+        trainer: Any, spec: PolicyLossSpec, inputs: dict[str, Any], train: bool
+    ) -> Normalized:
         return normalize(
             spec,
             accumulation_steps=trainer.current_gradient_accumulation_steps if train else 1,
@@ -313,7 +446,9 @@ class Hooks:
 
     def _leave_to_trl(self, trainer: Any, model: Any, reason: str) -> None:
         if adapts_head(trainer, model):
-            raise UnsupportedRequest(f"{reason} is left to TRL, whose fused head would ignore the adapter on lm_head.")
+            raise UnsupportedRequest(
+                f"{reason} is left to TRL, whose fused head would ignore the adapter on lm_head."
+            )
         self.counts.left(reason)
 
 
@@ -357,7 +492,9 @@ def _log_bonus(trainer: Any, mode: str, policy: Tensor) -> None:
     """Log what TRL also logs with an entropy bonus: the loss without it, and its
     coefficient.
     """
-    trainer._metrics[mode]["policy_loss"].append(trainer.accelerator.gather(policy.detach()).nanmean().item())
+    trainer._metrics[mode]["policy_loss"].append(
+        trainer.accelerator.gather(policy.detach()).nanmean().item()
+    )
     if mode == "train" and trainer.accelerator.sync_gradients:
         trainer._metrics[mode]["entropy_coef"].append(trainer.entropy_coef)
 
@@ -367,21 +504,32 @@ class ReweightGRPOTrainer(GRPOTrainer):
 
     Args:
         fuse_loss: compute the whole loss instead of log-probs and entropies only.
-        spec: train with this loss instead of TRL's: a spec, a method's name, or one for each of ``num_iterations`` passes over a rollout.
-            GRPOConfig's options of TRL's own loss must then be left alone; ``beta`` must be the spec's coefficient (TRL computes
-            reference log-probs by it). A ``TokenMean`` divides by the tokens of the accumulation window, as TRL's dapo does.
-        reweight: token weights on top of the loss. Both ``spec`` and ``reweight`` imply ``fuse_loss``.
-        recipe: train with a :class:`reweight_ops.Recipe`, or one by name: its reward transform, advantages, sample weights, schedule and spec. It sets
-            GRPOConfig's ``num_iterations`` and ``beta`` where they are the defaults. What it reads beside what TRL has (``correct``,
-            ``reference_rewards``, ...) are the columns of reward functions of these names; one of weight 0 is not a reward.
-        rewards, advantages, sample_weights: such a line in place of the recipe's, or without one: of a recipe by name (``advantages="qae"``), or
-            by itself (``advantages="rw.advantages.qae(rewards, quantile=0.6, group_size=group_size)"``).
+        spec: train with this loss instead of TRL's: a spec, a method's name, or one for
+            each of ``num_iterations`` passes over a rollout. GRPOConfig's options of
+            TRL's own loss must then be left alone; ``beta`` must be the spec's
+            coefficient (TRL computes reference log-probs by it). A ``TokenMean``
+            divides by the tokens of the accumulation window, as TRL's dapo does.
+        reweight: token weights on top of the loss. Both ``spec`` and ``reweight`` imply
+            ``fuse_loss``.
+        recipe: train with a :class:`reweight_ops.Recipe`, or one by name: its reward
+            transform, advantages, sample weights, schedule and spec. It sets
+            GRPOConfig's ``num_iterations`` and ``beta`` where they are the defaults.
+            What it reads beside what TRL has (``correct``, ``reference_rewards``, ...)
+            are the columns of reward functions of these names; one of weight 0 is not a
+            reward.
+        rewards, advantages, sample_weights: such a line in place of the recipe's, or
+            without one: of a recipe by name (``advantages="qae"``), or by itself
+            (``advantages="rw.advantages.qae(rewards, quantile=0.6,
+            group_size=group_size)"``).
         backend: as in :func:`reweight_ops.policy_loss`.
-        lm_head: ``"linear"``: from hidden states and the head's weight, without logits; ``"logits"``: through the model's logits; ``"auto"``:
-            linear where the head is a plain ``nn.Linear`` (also one that ``modules_to_save`` trains) with at most one plain LoRA adapter, and a
-            probe of the model's own forward finds its logits to be the head's (scaled and soft-capped at most).
-        consume_logits: write the gradient over the logits (so ``lm_head="logits"``); saves one tensor of their size. For models whose
-            forward does not need its own logits in backward (autograd raises otherwise).
+        lm_head: ``"linear"``: from hidden states and the head's weight, without logits;
+            ``"logits"``: through the model's logits; ``"auto"``: linear where the head
+            is a plain ``nn.Linear`` (also one that ``modules_to_save`` trains) with at
+            most one plain LoRA adapter, and a probe of the model's own forward finds
+            its logits to be the head's (scaled and soft-capped at most).
+        consume_logits: write the gradient over the logits (so ``lm_head="logits"``);
+            saves one tensor of their size. For models whose forward does not need its
+            own logits in backward (autograd raises otherwise).
 
     Attributes:
         fused_calls: a Counter of the calls that ran here, by op.
@@ -403,7 +551,9 @@ class ReweightGRPOTrainer(GRPOTrainer):
         sample_weights: str | None = None,
         **kwargs: Any,
     ) -> None:
-        chosen = choose_recipe(recipe, rewards=rewards, advantages=advantages, sample_weights=sample_weights)
+        chosen = choose_recipe(
+            recipe, rewards=rewards, advantages=advantages, sample_weights=sample_weights
+        )
         given = inspect.signature(GRPOTrainer.__init__).bind_partial(self, *args, **kwargs)
         config = settled(given.arguments.get("args"), chosen)
         if config is not None:
@@ -413,8 +563,12 @@ class ReweightGRPOTrainer(GRPOTrainer):
         options = Options(fuse_loss, spec, reweight, backend, consume_logits, lm_head, chosen)
         self._reweight_hooks = Hooks(self, options, GRPOTrainer._compute_loss)
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return self._reweight_hooks.token_logps(self, super()._get_per_token_logps_and_entropies, *args, **kwargs)
+    def _get_per_token_logps_and_entropies(
+        self, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self._reweight_hooks.token_logps(
+            self, super()._get_per_token_logps_and_entropies, *args, **kwargs
+        )
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         found = super()._calculate_rewards(*args, **kwargs)
@@ -440,18 +594,23 @@ def _grpo_replacements(options: Options, total: Counts) -> list[Replacement]:
 
     @functools.wraps(logps)
     def patched_logps(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(trainer, ReweightGRPOTrainer):  # reached through super(): it has its own hooks
+        # reached through super(): it has its own hooks
+        if isinstance(trainer, ReweightGRPOTrainer):
             return logps(trainer, *args, **kwargs)
         return hooks(trainer).token_logps(trainer, logps.__get__(trainer), *args, **kwargs)
 
-    @functools.wraps(loss)  # a subclass of ours still finds by it whether it knows TRL's loss
+    # a subclass of ours still finds by it whether it knows TRL's loss
+    @functools.wraps(loss)
     def patched_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Any:
         if isinstance(trainer, ReweightGRPOTrainer):
             return loss(trainer, model, inputs)
         return hooks(trainer).loss(trainer, loss.__get__(trainer), model, inputs)
 
     functions = zip(_SIGNATURES.items(), (patched_logps, patched_loss), strict=True)
-    return [Replacement(GRPOTrainer, name, function, expected) for (name, expected), function in functions]
+    return [
+        Replacement(GRPOTrainer, name, function, expected)
+        for (name, expected), function in functions
+    ]
 
 
 def patch_trl(
@@ -464,25 +623,38 @@ def patch_trl(
     consume_logits: bool = False,
     lm_head: str = "auto",
 ) -> Patch:
-    """Put the hooks of :class:`ReweightGRPOTrainer` into ``GRPOTrainer`` itself, for scripts that build it.
+    """Put the hooks of :class:`ReweightGRPOTrainer` into ``GRPOTrainer`` itself, for
+    scripts that build it.
 
-    ``heads=True`` replaces the head function that all of TRL's trainers share instead, and the divergence of its distillation trainer; it takes
-    ``backend`` only. The two are independent: enter both patches for GRPO's hooks and the others' head.
+    ``heads=True`` replaces the head function that all of TRL's trainers share instead,
+    and the divergence of its distillation trainer; it takes ``backend`` only. The two
+    are independent: enter both patches for GRPO's hooks and the others' head.
 
-    Returns a patch with ``undo()``, ``fused_calls`` and ``delegated_calls``, also a context manager. Subclasses that override a hooked method keep theirs.
-    TRL's constructor still refuses an adapter on the head.
+    Returns a patch with ``undo()``, ``fused_calls`` and ``delegated_calls``, also a
+    context manager. Subclasses that override a hooked method keep theirs. TRL's
+    constructor still refuses an adapter on the head.
 
     Raises:
-        InvalidCall: an option that ``heads=True`` does not read, or TRL is patched already.
+        InvalidCall: an option that ``heads=True`` does not read, or TRL is patched
+            already.
         BackendUnavailable: TRL's functions are not the ones that are replaced here.
     """
     options = Options(fuse_loss, spec, reweight, backend, consume_logits, lm_head)
     total = Counts("TRL")
     if not heads:
         return Patch(LIBRARY, _grpo_replacements(options, total), total)
-    ignored = [f.name for f in dataclasses.fields(options) if f.name != "backend" and getattr(options, f.name) != f.default]
+    ignored = [
+        f.name
+        for f in dataclasses.fields(options)
+        if f.name != "backend" and getattr(options, f.name) != f.default
+    ]
     if ignored:
         raise InvalidCall(
-            f"patch_trl: heads=True does not read {', '.join(ignored)}, which are GRPO's: enter a second patch_trl(...) for them."
+            f"patch_trl: heads=True does not read {', '.join(ignored)}, which are GRPO's: enter "
+            "a second patch_trl(...) for them."
         )
-    return Patch(LIBRARY, [*head_replacements(backend, total), *divergence_replacements(backend, total)], total)
+    return Patch(
+        LIBRARY,
+        [*head_replacements(backend, total), *divergence_replacements(backend, total)],
+        total,
+    )

@@ -1,6 +1,8 @@
-"""The divergence of TRL's ``DistillationTrainer`` from the hidden states of student and teacher, on our op.
+"""The divergence of TRL's ``DistillationTrainer`` from the hidden states of student and
+teacher, on our op.
 
-It is ``ChunkedDivergenceFunction``, which TRL 1.16 has by name in the trainer's module and 1.15 imports from its kernels at every call.
+It is ``ChunkedDivergenceFunction``, which TRL 1.16 has by name in the trainer's module
+and 1.15 imports from its kernels at every call.
 """
 
 from __future__ import annotations
@@ -19,9 +21,20 @@ from ..._core.losses.linear_distillation import linear_token_divergence
 from ..patching import Counts, Replacement
 
 _PARAMETERS = (
-    "ctx", "student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias", "beta", "temperature",
-    "student_logit_scale", "student_final_logit_softcapping", "teacher_logit_scale", "teacher_final_logit_softcapping",
-)  # fmt: skip
+    "ctx",
+    "student_hidden",
+    "student_weight",
+    "student_bias",
+    "teacher_hidden",
+    "teacher_weight",
+    "teacher_bias",
+    "beta",
+    "temperature",
+    "student_logit_scale",
+    "student_final_logit_softcapping",
+    "teacher_logit_scale",
+    "teacher_final_logit_softcapping",
+)
 
 
 class ChunkedDivergence:
@@ -49,22 +62,41 @@ class ChunkedDivergence:
         teacher_logit_scale: float = 1.0,
         teacher_final_logit_softcapping: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """``(divergence, the student's entropy)``, ``[N]`` fp32 each; the gradient flows to the student, the entropy has none.
+        """``(divergence, the student's entropy)``, ``[N]`` fp32 each; the gradient
+        flows to the student, the entropy has none.
 
-        ``beta`` 0: KL(teacher ‖ student), 1: KL(student ‖ teacher), between: ``β·KL(teacher ‖ m) + (1-β)·KL(student ‖ m)`` with
-        ``m = (1-β)·student + β·teacher``. Logits are fp32, as TRL's; the entropy is one projection of the student more.
+        ``beta`` 0: KL(teacher ‖ student), 1: KL(student ‖ teacher), between:
+        ``β·KL(teacher ‖ m) + (1-β)·KL(student ‖ m)`` with
+        ``m = (1-β)·student + β·teacher``. Logits are fp32, as TRL's; the entropy is one
+        projection of the student more.
         """
-        student_head, teacher_head = (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias)
+        student_head, teacher_head = (
+            (student_hidden, student_weight, student_bias),
+            (teacher_hidden, teacher_weight, teacher_bias),
+        )
         reason = _unsupported_reason(student_head, teacher_head)
         if reason is not None:
             self.counts.left(reason)
             result: tuple[Tensor, Tensor] = self.original.apply(
-                student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, beta, temperature,
-                student_logit_scale, student_final_logit_softcapping, teacher_logit_scale, teacher_final_logit_softcapping,
-            )  # fmt: skip
+                student_hidden,
+                student_weight,
+                student_bias,
+                teacher_hidden,
+                teacher_weight,
+                teacher_bias,
+                beta,
+                temperature,
+                student_logit_scale,
+                student_final_logit_softcapping,
+                teacher_logit_scale,
+                teacher_final_logit_softcapping,
+            )
             return result
         self.counts.ran("linear_token_divergence")
-        kinds: dict[float, dict[str, Any]] = {0.0: {"kind": "forward_kl"}, 1.0: {"kind": "reverse_kl"}}
+        kinds: dict[float, dict[str, Any]] = {
+            0.0: {"kind": "forward_kl"},
+            1.0: {"kind": "reverse_kl"},
+        }
         kind = kinds.get(float(beta), {"kind": "generalized_jsd", "beta": beta})
         hidden, weight, bias = _projected(*student_head)
         teacher = _projected(*(None if x is None else x.detach() for x in teacher_head))  # type: ignore[arg-type]
@@ -77,11 +109,22 @@ class ChunkedDivergence:
             "backend": self.backend,
         }
         with torch.autocast(hidden.device.type, enabled=False):
-            other = HiddenLogits(*teacher, logit_scale=teacher_logit_scale, logits_dtype=torch.float32)
-            divergence = linear_token_divergence(hidden, weight, other, other_softcap=teacher_final_logit_softcapping, **kind, **student)
+            other = HiddenLogits(
+                *teacher, logit_scale=teacher_logit_scale, logits_dtype=torch.float32
+            )
+            divergence = linear_token_divergence(
+                hidden,
+                weight,
+                other,
+                other_softcap=teacher_final_logit_softcapping,
+                **kind,
+                **student,
+            )
             with torch.no_grad():
                 any_token = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
-                found = linear_token_stats(hidden, weight, any_token, stats=("entropies",), **student)
+                found = linear_token_stats(
+                    hidden, weight, any_token, stats=("entropies",), **student
+                )
         return divergence, found.entropies  # type: ignore[return-value]
 
 
@@ -89,7 +132,8 @@ _Head = tuple[Tensor, Tensor, Tensor | None]
 
 
 def _dtype(hidden: Tensor) -> torch.dtype:
-    """Return the dtype in which TRL projects: autocast's, or that of the hidden states."""
+    """Return the dtype in which TRL projects: autocast's, or that of the
+    hidden states."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
@@ -121,7 +165,8 @@ def divergence_replacements(backend: str, counts: Counts) -> list[Replacement]:
     owner: Any = distillation_trainer
     name = "ChunkedDivergenceFunction"
     if not hasattr(owner, name):
-        with contextlib.suppress(ImportError):  # without Triton TRL 1.15 has no such trainer
+        # without Triton TRL 1.15 has no such trainer
+        with contextlib.suppress(ImportError):
             owner = importlib.import_module("trl.kernels.chunked_divergence")
         if not hasattr(owner, name):
             return []

@@ -1,8 +1,9 @@
 """The language-model head of a TRL model in two ways: its logits, or its hidden states
 and weight without logits.
 
-The second way replaces the model's ``forward`` for the duration of one call, as TRL's own fused head replaces it for good: the loss is computed
-inside the wrapped model's forward, so that what DDP, FSDP, PEFT and autocast do around a forward is done here too.
+The second way replaces the model's ``forward`` for the duration of one call, as TRL's
+own fused head replaces it for good: the loss is computed inside the wrapped model's
+forward, so that what DDP, FSDP, PEFT and autocast do around a forward is done here too.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ def adapters_on_head_allowed(cast_lm_head_to_fp32: bool) -> Iterator[None]:
     """Allow an adapter on the head. TRL's constructor refuses it because TRL's fused
     head would ignore it; ours does not.
 
-    Its refusal of an adapter under ``cast_lm_head_to_fp32`` stands: that replaces the head's forward.
+    Its refusal of an adapter under ``cast_lm_head_to_fp32`` stands: that replaces the
+    head's forward.
     """
     if cast_lm_head_to_fp32 or not hasattr(grpo_trainer, "BaseTunerLayer"):
         yield
@@ -96,8 +98,14 @@ def _module_unsupported_reason(head: Any) -> str | None:
     if isinstance(head, LoraLinear):
         return _module_unsupported_reason(head.base_layer) or _lora_unsupported_reason(head)
     kind = type(head)
-    if not isinstance(head, torch.nn.Linear) or kind.forward is not torch.nn.Linear.forward or not head.weight.is_floating_point():
-        return f"a head of class {kind.__module__}.{kind.__qualname__}, which is not a plain nn.Linear"
+    if (
+        not isinstance(head, torch.nn.Linear)
+        or kind.forward is not torch.nn.Linear.forward
+        or not head.weight.is_floating_point()
+    ):
+        return (
+            f"a head of class {kind.__module__}.{kind.__qualname__}, which is not a plain nn.Linear"
+        )
     return "a head that is offloaded" if head.weight.is_meta else None
 
 
@@ -122,9 +130,15 @@ def _active_adapters(head: Any) -> list[str]:
 
 
 def _saved_module(wrapper: Any) -> Any:
-    """The copy of the head that a ``modules_to_save`` adapter trains, or the original where adapters are off."""
+    """The copy of the head that a ``modules_to_save`` adapter trains, or the original
+    where adapters are off.
+    """
     active = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
-    return wrapper.original_module if wrapper.disable_adapters or not active else wrapper.modules_to_save[active[0]]
+    return (
+        wrapper.original_module
+        if wrapper.disable_adapters or not active
+        else wrapper.modules_to_save[active[0]]
+    )
 
 
 def decoder(base: Any) -> Any:
@@ -145,36 +159,51 @@ def head_keywords(base: Any, hidden: Tensor, form: Any) -> dict[str, Any]:
     if isinstance(head, LoraLinear):
         active = [] if head.disable_adapters or head.merged else _active_adapters(head)
         if active:
-            # PEFT may keep adapters in fp32 beside a 16-bit head; the linear ops take factors in hidden's dtype or a wider one.
+            # PEFT may keep adapters in fp32 beside a 16-bit head; the linear ops take
+            # factors in hidden's dtype or a wider one.
             factors: list[Any] = [head.lora_A[active[0]], head.lora_B[active[0]]]
-            a, b = (whole(f.weight).to(torch.promote_types(f.weight.dtype, hidden.dtype)) for f in factors)
+            a, b = (
+                whole(f.weight).to(torch.promote_types(f.weight.dtype, hidden.dtype))
+                for f in factors
+            )
             lora = Lora(a, b, float(head.scaling[active[0]]))
         head = head.base_layer
     return {
-        "lm_head_weight": whole(head.weight), "lm_head_bias": whole(head.bias), "lora": lora, "logit_scale": form.scale,
+        "lm_head_weight": whole(head.weight),
+        "lm_head_bias": whole(head.bias),
+        "lora": lora,
+        "logit_scale": form.scale,
         "softcap": form.softcap,
-    }  # fmt: skip
+    }
 
 
 def scale_and_softcap(config: Any) -> tuple[float, float | None]:
     """Return the number by which a model multiplies its logits, under the names of
     model families, and its soft cap.
     """
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse Glimmer, Falcon-H1
+    # Cohere, Muse Glimmer, Falcon-H1
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         scale = getattr(config, name, None)
-        if isinstance(scale, (int, float)):  # MPT has names here, which its forward ignores
+        # MPT has names here, which its forward ignores
+        if isinstance(scale, (int, float)):
             break
     else:
-        scale = getattr(config, "logits_scaling", None)  # Granite and MiniCPM3 divide, HyperCLOVA X multiplies
+        # Granite and MiniCPM3 divide, HyperCLOVA X multiplies
+        scale = getattr(config, "logits_scaling", None)
         scale = 1.0 if scale is None else scale if config.model_type == "hyperclovax" else 1 / scale
     return float(scale), getattr(config, "final_logit_softcapping", None)
 
 
 @contextlib.contextmanager
 def fused_forward(
-    trainer: Any, model: Any, keep: int, form: Any, compute: Callable[[Tensor, dict[str, Any]], HeadOutput]
+    trainer: Any,
+    model: Any,
+    keep: int,
+    form: Any,
+    compute: Callable[[Tensor, dict[str, Any]], HeadOutput],
 ) -> Iterator[None]:
-    """While this is entered, ``model(..., fused_lm_head=True)`` returns ``compute(hidden, head keywords)``: the hidden states ``[B, keep, D]``
+    """While this is entered, ``model(..., fused_lm_head=True)`` returns
+    ``compute(hidden, head keywords)``: the hidden states ``[B, keep, D]``
     that predict the last ``keep`` tokens."""
     base = base_model(trainer, model)
     original = base.__dict__.get("forward")
@@ -186,7 +215,9 @@ def fused_forward(
         kwargs["use_cache"] = False
         hidden = predicting(decoder(base)(*args, **kwargs).last_hidden_state, keep)
         hidden = hidden.to(base.get_output_embeddings().weight.device)
-        with torch.autocast(hidden.device.type, enabled=False) if fp32 else contextlib.nullcontext():
+        with (
+            torch.autocast(hidden.device.type, enabled=False) if fp32 else contextlib.nullcontext()
+        ):
             hidden = hidden.float() if fp32 else hidden
             return compute(hidden, head_keywords(base, hidden, form))
 
@@ -200,13 +231,22 @@ def fused_forward(
             base.forward = original
 
 
-def logits_of(trainer: Any, model: Any, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
-    """``[B, keep + 1, V]`` by the model's original forward; the last position predicts nothing (``drop_last=True``)."""
+def logits_of(
+    trainer: Any, model: Any, input_ids: Tensor, attention_mask: Tensor, keep: int
+) -> Tensor:
+    """``[B, keep + 1, V]`` by the model's original forward; the last position predicts
+    nothing (``drop_last=True``).
+    """
     base = base_model(trainer, model)
-    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    inputs: dict[str, Any] = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "use_cache": False,
+    }
     if "logits_to_keep" in inspect.signature(base.forward).parameters:
         inputs["logits_to_keep"] = keep + 1
-    # TRL patches forward with its fused head; without `fused_lm_head=True` that is the original forward.
+    # TRL patches forward with its fused head; without `fused_lm_head=True` that is the
+    # original forward.
     with trainer.accelerator.autocast(), fp32_head(base, trainer.args.cast_lm_head_to_fp32):
         logits: Tensor = model(**inputs).logits
     # A slice of everything would still cost a copy in backward.
@@ -215,7 +255,9 @@ def logits_of(trainer: Any, model: Any, input_ids: Tensor, attention_mask: Tenso
 
 @contextlib.contextmanager
 def fp32_head(base: Any, enabled: bool) -> Iterator[None]:
-    """TRL's ``cast_lm_head_to_fp32`` under autocast, which would cast the head's matmul back; TRL's fused head leaves autocast too."""
+    """TRL's ``cast_lm_head_to_fp32`` under autocast, which would cast the head's matmul
+    back; TRL's fused head leaves autocast too.
+    """
     if not enabled:
         yield
         return

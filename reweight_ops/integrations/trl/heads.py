@@ -1,6 +1,8 @@
-"""The one head function that TRL's GRPO, RLOO, DPO, KTO, SFT and AsyncGRPO trainers share (``add_fused_lm_head``), on our ops.
+"""The one head function that TRL's GRPO, RLOO, DPO, KTO, SFT and AsyncGRPO trainers
+share (``add_fused_lm_head``), on our ops.
 
-It is ``trl.trainer.utils._ChunkedLogProbFunction``: hidden states and the head's weight to log-probs and what else the trainer asked for.
+It is ``trl.trainer.utils._ChunkedLogProbFunction``: hidden states and the head's weight
+to log-probs and what else the trainer asked for.
 """
 
 from __future__ import annotations
@@ -16,16 +18,31 @@ from ..._core.losses.linear import linear_token_stats
 from ..patching import Counts, Replacement
 
 _PARAMETERS = (
-    "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale", "outputs",
-)  # fmt: skip
+    "ctx",
+    "hidden",
+    "weight",
+    "bias",
+    "targets",
+    "temperature",
+    "chunk_size",
+    "final_logit_softcapping",
+    "logit_scale",
+    "outputs",
+)
 #: TRL's name of a result to ours, in the order in which TRL's function returns them.
 _STATS = {
-    "log_probs": "logps", "entropy": "entropies", "log_sum_sq_probs": "log_sum_p_sq", "mean_logits": "mean_logits", "is_top1": "is_top1",
-}  # fmt: skip
+    "log_probs": "logps",
+    "entropy": "entropies",
+    "log_sum_sq_probs": "log_sum_p_sq",
+    "mean_logits": "mean_logits",
+    "is_top1": "is_top1",
+}
 
 
 class ChunkedLogProb:
-    """Stands in for TRL's autograd function: ``apply`` of the same arguments and results, counted."""
+    """Stands in for TRL's autograd function: ``apply`` of the same arguments and
+    results, counted.
+    """
 
     def __init__(self, backend: str, counts: Counts, original: Any) -> None:
         self.backend = backend
@@ -44,17 +61,27 @@ class ChunkedLogProb:
         logit_scale: float = 1.0,
         outputs: Sequence[str] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
     ) -> tuple[Tensor | None, ...]:
-        """``(log-probs, entropy, log Σp², mean of the scaled logits, is top-1)``, ``[N]`` each, None where not asked for.
+        """``(log-probs, entropy, log Σp², mean of the scaled logits, is top-1)``,
+        ``[N]`` each, None where not asked for.
 
         If several tokens are the likeliest, each of them is top-1; in TRL only the
         first is.
-        ``chunk_size``, TRL's width of a tile, is not read: the op bounds its own chunks.
+        ``chunk_size``, TRL's width of a tile, is not read: the op bounds its own
+        chunks.
         """
         reason = _unsupported_reason(hidden, weight, outputs)
         if reason is not None:
             self.counts.left(reason)
             result: tuple[Tensor | None, ...] = self.original.apply(
-                hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
+                hidden,
+                weight,
+                bias,
+                targets,
+                temperature,
+                chunk_size,
+                final_logit_softcapping,
+                logit_scale,
+                outputs,
             )
             return result
         self.counts.ran("linear_token_stats")
@@ -69,7 +96,9 @@ class ChunkedLogProb:
         }
         asked = {"log_probs", *outputs}
         stats = [ours for theirs, ours in _STATS.items() if theirs in asked]
-        found = linear_token_stats(hidden, weight, targets, stats=stats, backend=self.backend, **options)
+        found = linear_token_stats(
+            hidden, weight, targets, stats=stats, backend=self.backend, **options
+        )
         return tuple(getattr(found, name) for name in _STATS.values())
 
 
@@ -93,7 +122,9 @@ def head_replacements(backend: str, counts: Counts) -> list[Replacement]:
     """
     utils: Any = trl.trainer.utils
     head = ChunkedLogProb(backend, counts, utils._ChunkedLogProbFunction)
-    replacements = [Replacement(utils, "_ChunkedLogProbFunction", head, _PARAMETERS, read_from="forward")]
+    replacements = [
+        Replacement(utils, "_ChunkedLogProbFunction", head, _PARAMETERS, read_from="forward")
+    ]
     on_triton = getattr(utils, "_use_triton", None)
     if on_triton is not None:  # TRL 1.15 drops them on every device
 

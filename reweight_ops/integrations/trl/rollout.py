@@ -25,35 +25,69 @@ from .spec import check_updates
 
 #: The quantities that a trainer has itself.
 _HAS = (
-    "rewards", "rewards_per_func", "group_size", "lengths", "completion_ids", "completion_mask", "old_per_token_logps", "ref_per_token_logps",
-    "sampling_per_token_logps", "entropies", "mean_entropies", "step", "total_steps",
-)  # fmt: skip
+    "rewards",
+    "rewards_per_func",
+    "group_size",
+    "lengths",
+    "completion_ids",
+    "completion_mask",
+    "old_per_token_logps",
+    "ref_per_token_logps",
+    "sampling_per_token_logps",
+    "entropies",
+    "mean_entropies",
+    "step",
+    "total_steps",
+)
 #: The quantities that a reward function of that name can return: one number per
 #: completion.
 _COLUMNS = ("correct", "reference_rewards", "greedy_rewards", "labels", "returns", "start_values")
 
 
 def choose_recipe(recipe: Recipe | str | None, **lines: str | None) -> Recipe | None:
-    """The recipe, by itself or by name, with the lines that are given in place of its own: each a line, or the name of the recipe whose line it is.
+    """The recipe, by itself or by name, with the lines that are given in place of its
+    own: each a line, or the name of the recipe whose line it is.
 
     Raises:
         InvalidCall: there is no such recipe, or it has no such line.
         UnsupportedRequest: the recipe is not of this trainer.
     """
-    named = {text for text in lines.values() if text is not None and text.replace("-", "_").isidentifier()}
-    own = {stage: getattr(lookup(text), stage) if text in named else text for stage, text in lines.items() if text is not None}
+    named = {
+        text
+        for text in lines.values()
+        if text is not None and text.replace("-", "_").isidentifier()
+    }
+    own = {
+        stage: getattr(lookup(text), stage) if text in named else text
+        for stage, text in lines.items()
+        if text is not None
+    }
     for stage, text in own.items():
         if not text:
-            raise InvalidCall(f"recipe {lines[stage]!r} has no {stage}: give a line, or a recipe that has.")
+            raise InvalidCall(
+                f"recipe {lines[stage]!r} has no {stage}: give a line, or a recipe that has."
+            )
     if recipe is None and not own:
         return None
-    base = Recipe(name="your own") if recipe is None else lookup(recipe) if isinstance(recipe, str) else recipe
+    base = (
+        Recipe(name="your own")
+        if recipe is None
+        else lookup(recipe)
+        if isinstance(recipe, str)
+        else recipe
+    )
     chosen = dataclasses.replace(base, **own)  # type: ignore[arg-type]
     if chosen.loss:
-        raise UnsupportedRequest(f"recipe {chosen.name!r} is not of GRPOTrainer: its loss is {chosen.loss}. Its to_own_loop() runs.")
+        raise UnsupportedRequest(
+            f"recipe {chosen.name!r} is not of GRPOTrainer: its loss is {chosen.loss}. Its "
+            "to_own_loop() runs."
+        )
     if chosen.setup:
         state = ", ".join(chosen.setup)
-        raise UnsupportedRequest(f"recipe {chosen.name!r} keeps a state from step to step ({state}), which GRPOTrainer has no place for.")
+        raise UnsupportedRequest(
+            f"recipe {chosen.name!r} keeps a state from step to step ({state}), which "
+            "GRPOTrainer has no place for."
+        )
     return chosen
 
 
@@ -67,7 +101,10 @@ def settled(config: Any, recipe: Recipe | None) -> Any:
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
     updates = recipe.stand_ins()
     coefficients = [p.coef for p in updates[0].penalties if "ref_logp" in updates[0].requires]
-    for name, value in (("num_iterations", len(updates)), ("beta", coefficients[0] if coefficients else 0.0)):
+    for name, value in (
+        ("num_iterations", len(updates)),
+        ("beta", coefficients[0] if coefficients else 0.0),
+    ):
         if getattr(config, name) == defaults[name]:
             setattr(config, name, value)
     return config
@@ -77,7 +114,8 @@ class Rollout:
     """A recipe in one trainer.
 
     Raises:
-        InvalidCall: the recipe reads what this trainer does not have, or GRPOConfig sets what would have no effect.
+        InvalidCall: the recipe reads what this trainer does not have, or GRPOConfig
+            sets what would have no effect.
     """
 
     def __init__(self, trainer: Any, recipe: Recipe) -> None:
@@ -87,25 +125,44 @@ class Rollout:
         columns = [name for name in recipe.reads if name not in _HAS]
         for name in columns:
             if name not in _COLUMNS:
-                raise UnsupportedRequest(f"recipe {recipe.name!r} reads {name}, which GRPOTrainer does not have. Its to_own_loop() runs.")
+                raise UnsupportedRequest(
+                    f"recipe {recipe.name!r} reads {name}, which GRPOTrainer does not have. Its "
+                    "to_own_loop() runs."
+                )
             if name not in trainer.reward_func_names:
                 raise InvalidCall(
-                    f"recipe {recipe.name!r} reads {name}: give a reward function of that name, of weight 0 in reward_weights if it is not a reward."
+                    f"recipe {recipe.name!r} reads {name}: give a reward function of that name, "
+                    "of weight 0 in reward_weights if it is not a reward."
                 )
         self._columns = columns
         if recipe.advantages:
             defaults = {f.name: f.default for f in dataclasses.fields(trainer.args)}
-            ignored = [n for n in ("scale_rewards", "multi_objective_aggregation") if getattr(trainer.args, n) != defaults[n]]
+            ignored = [
+                n
+                for n in ("scale_rewards", "multi_objective_aggregation")
+                if getattr(trainer.args, n) != defaults[n]
+            ]
             if ignored:
-                raise InvalidCall(f"GRPOConfig's {', '.join(ignored)} would have no effect: the advantages are {recipe.advantages}.")
+                raise InvalidCall(
+                    f"GRPOConfig's {', '.join(ignored)} would have no effect: the advantages "
+                    f"are {recipe.advantages}."
+                )
         if recipe.spec:
             check_updates(recipe.stand_ins(), trainer.args)
         before = {name for line in recipe.stages.values() for name in reads(line)}
-        self._reads = before | {name for line in (recipe.spec, *recipe.keywords.values()) if line for name in reads(line)}
-        # A spec that reads old log-probs does without on-policy, where TRL does not compute them; a line needs their numbers.
-        self._measured = bool(before & {"old_per_token_logps"} or self._reads & {"entropies", "mean_entropies"})
+        self._reads = before | {
+            name
+            for line in (recipe.spec, *recipe.keywords.values())
+            if line
+            for name in reads(line)
+        }
+        # A spec that reads old log-probs does without on-policy, where TRL does not
+        # compute them; a line needs their numbers.
+        self._measured = bool(
+            before & {"old_per_token_logps"} or self._reads & {"entropies", "mean_entropies"}
+        )
 
-    # --- a whole rollout ------------------------------------------------------------------------------------------------------
+    # --- a whole rollout --------------------------------------------------------------
     def keep_rewards(self, rewards_per_func: Tensor) -> Tensor:
         """Keep the rewards of all processes that TRL's ``_calculate_rewards`` has
         returned.
@@ -122,7 +179,9 @@ class Rollout:
         own |= {"completion_mask": mask, "lengths": mask.sum(-1)}
         everywhere = {name: _gathered(trainer, x) for name, x in own.items() if name in self._reads}
         values: dict[str, Any] = {**everywhere, **self._rewarded(trainer), **_progress(trainer)}
-        values["group_size"] = trainer.num_generations if mode == "train" else trainer.num_generations_eval
+        values["group_size"] = (
+            trainer.num_generations if mode == "train" else trainer.num_generations_eval
+        )
         with torch.no_grad():
             made = self.recipe.prepare(**values)
         self._schedules[mode] = made.pop("schedule", None)
@@ -131,7 +190,10 @@ class Rollout:
         start = trainer.accelerator.process_index * rows
         for name, x in made.items():
             if not torch.is_tensor(x) or len(x) != rows * trainer.accelerator.num_processes:
-                raise InvalidCall(f"recipe {self.recipe.name!r}: its {name} are not a tensor with one number per completion.")
+                raise InvalidCall(
+                    f"recipe {self.recipe.name!r}: its {name} are not a tensor with one number "
+                    "per completion."
+                )
             if name == "advantages":
                 # A completion without a score has no effect, as in TRL.
                 unscored = values["rewards"].isnan()
@@ -148,17 +210,33 @@ class Rollout:
         if not self._measured:
             return {}
         if output.get("pixel_values") is not None:
-            raise UnsupportedRequest(f"recipe {self.recipe.name!r} reads the rollout's statistics, which are not computed with images.")
+            raise UnsupportedRequest(
+                f"recipe {self.recipe.name!r} reads the rollout's statistics, which are not "
+                "computed with images."
+            )
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
         attention = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
         args = trainer.args
-        batch = args.per_device_train_batch_size if trainer.model.training else args.per_device_eval_batch_size
+        batch = (
+            args.per_device_train_batch_size
+            if trainer.model.training
+            else args.per_device_eval_batch_size
+        )
         with torch.no_grad():
             logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
-                trainer.model, ids, attention, output["completion_ids"].size(1), batch_size=batch, compute_entropy=True
+                trainer.model,
+                ids,
+                attention,
+                output["completion_ids"].size(1),
+                batch_size=batch,
+                compute_entropy=True,
             )
         mean = (entropies * mask).sum(-1) / mask.sum(-1).clamp(min=1)
-        return {"old_per_token_logps": output.get("old_per_token_logps", logps), "entropies": entropies, "mean_entropies": mean}
+        return {
+            "old_per_token_logps": output.get("old_per_token_logps", logps),
+            "entropies": entropies,
+            "mean_entropies": mean,
+        }
 
     def _rewarded(self, trainer: Any) -> dict[str, Tensor]:
         """Return the rewards of all processes by their names in lines. A function of
@@ -168,10 +246,12 @@ class Rollout:
         by_function, weights = self._rewards, trainer.reward_weights.to(self._rewards.device)
         total = (by_function * weights).nansum(1)
         total[by_function.isnan().all(1)] = torch.nan
-        columns = {name: by_function[:, trainer.reward_func_names.index(name)] for name in self._columns}
+        columns = {
+            name: by_function[:, trainer.reward_func_names.index(name)] for name in self._columns
+        }
         return {"rewards": total, "rewards_per_func": by_function[:, weights != 0], **columns}
 
-    # --- a mini-batch of it ---------------------------------------------------------------------------------------------------
+    # --- a mini-batch of it -----------------------------------------------------------
     def values(self, trainer: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the values that lines read of a mini-batch."""
         mode = "train" if trainer.model.training else "eval"
@@ -190,7 +270,9 @@ class Rollout:
 
     def keywords(self, trainer: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the further keywords of the loss."""
-        lines = self.recipe.keywords or ({"token_weights": "sample_weights"} if self.recipe.sample_weights else {})
+        lines = self.recipe.keywords or (
+            {"token_weights": "sample_weights"} if self.recipe.sample_weights else {}
+        )
         values = self.values(trainer, inputs)
         return {name: run(line, values) for name, line in lines.items()}
 
@@ -213,7 +295,9 @@ def _gathered(trainer: Any, x: Tensor) -> Tensor:
 
 
 def _log_advantages(trainer: Any, advantages: Tensor) -> None:
-    """In place of TRL's own, which are the last that its log has; a completion with one a token has their sum."""
+    """In place of TRL's own, which are the last that its log has; a completion with one
+    a token has their sum.
+    """
     log = trainer._logs["advantages"]
     for _ in range(min(len(advantages), len(log))):
         log.pop()

@@ -19,15 +19,28 @@ from ..._core.spec.reduction import Reduction, TokenMean
 from ...errors import InvalidCall
 from ...rules.penalties import EntropyBonus
 
-#: GRPOConfig fields that describe TRL's own loss; they mean nothing to a spec given by the user. ``beta`` is checked apart.
+#: GRPOConfig fields that describe TRL's own loss; they mean nothing to a spec given by
+#: the user. ``beta`` is checked apart.
 LOSS_FIELDS = (
-    "loss_type", "epsilon", "epsilon_high", "delta", "importance_sampling_level", "use_bias_correction_kl", "top_entropy_quantile",
-    "entropy_coef", "use_adaptive_entropy", "sapo_temperature_pos", "sapo_temperature_neg", "off_policy_mask_threshold",
-)  # fmt: skip
+    "loss_type",
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "importance_sampling_level",
+    "use_bias_correction_kl",
+    "top_entropy_quantile",
+    "entropy_coef",
+    "use_adaptive_entropy",
+    "sapo_temperature_pos",
+    "sapo_temperature_neg",
+    "off_policy_mask_threshold",
+)
 
 
 class Normalized(NamedTuple):
-    """A spec ready for one micro-batch: with the keywords of :func:`~reweight_ops.policy_loss` that normalize it."""
+    """A spec ready for one micro-batch: with the keywords of
+    :func:`~reweight_ops.policy_loss` that normalize it.
+    """
 
     spec: PolicyLossSpec
     keywords: dict[str, Any]
@@ -67,20 +80,25 @@ def with_weights(spec: PolicyLossSpec, weights: tuple[TokenWeight, ...]) -> Poli
 @lru_cache(maxsize=32)
 def without_bonus(spec: PolicyLossSpec) -> PolicyLossSpec:
     """Return the spec without its entropy bonus, which TRL logs as ``policy_loss``."""
-    return dataclasses.replace(spec, penalties=tuple(p for p in spec.penalties if not isinstance(p.rule, EntropyBonus)))
+    return dataclasses.replace(
+        spec, penalties=tuple(p for p in spec.penalties if not isinstance(p.rule, EntropyBonus))
+    )
 
 
 def resolve_passes(spec: Any, args: Any) -> tuple[PolicyLossSpec, ...]:
-    """The user's ``spec=``: one for every update, or one for each of the ``num_iterations`` passes over a rollout.
+    """The user's ``spec=``: one for every update, or one for each of the
+    ``num_iterations`` passes over a rollout.
 
     Raises:
-        InvalidCall: the count of passes is wrong, or GRPOConfig sets options of TRL's loss that the spec would ignore.
+        InvalidCall: the count of passes is wrong, or GRPOConfig sets options of TRL's
+            loss that the spec would ignore.
     """
     given: Sequence[Any] = spec if isinstance(spec, (tuple, list)) else (spec,)
     passes = tuple(method(s) if isinstance(s, str) else s for s in given)
     if not all(isinstance(s, PolicyLossSpec) for s in passes):
         raise InvalidCall(
-            f"spec is {spec!r}, expected a PolicyLossSpec, the name of a method, or one of them for each pass over a rollout."
+            f"spec is {spec!r}, expected a PolicyLossSpec, the name of a method, or one of them "
+            "for each pass over a rollout."
         )
     check_updates(passes, args)
     return passes
@@ -94,18 +112,25 @@ def check_updates(passes: Sequence[PolicyLossSpec], args: Any) -> None:
     """
     if len(passes) not in (1, args.num_iterations):
         raise InvalidCall(
-            f"spec has {len(passes)} passes over each rollout, GRPOConfig.num_iterations is {args.num_iterations}; make them equal."
+            f"spec has {len(passes)} passes over each rollout, GRPOConfig.num_iterations is "
+            f"{args.num_iterations}; make them equal."
         )
     if len(passes) > 1 and args.steps_per_generation % args.gradient_accumulation_steps:
         raise InvalidCall(
-            f"each of the {len(passes)} passes is to end with an optimizer step: GRPOConfig.steps_per_generation={args.steps_per_generation} "
+            f"each of the {len(passes)} passes is to end with an optimizer step: "
+            f"GRPOConfig.steps_per_generation={args.steps_per_generation} "
             f"must be a multiple of gradient_accumulation_steps={args.gradient_accumulation_steps}."
         )
     defaults = {f.name: f.default for f in dataclasses.fields(args)}
-    ignored = [f"{name}={getattr(args, name)!r}" for name in LOSS_FIELDS if getattr(args, name) != defaults[name]]
+    ignored = [
+        f"{name}={getattr(args, name)!r}"
+        for name in LOSS_FIELDS
+        if getattr(args, name) != defaults[name]
+    ]
     if ignored:
         raise InvalidCall(
-            f"a spec of your own replaces TRL's loss, so GRPOConfig's {', '.join(ignored)} would have no effect: put it into the spec."
+            f"a spec of your own replaces TRL's loss, so GRPOConfig's {', '.join(ignored)} "
+            "would have no effect: put it into the spec."
         )
     for s in passes:
         _check_beta(s, args.beta)
@@ -115,24 +140,37 @@ def _check_beta(spec: PolicyLossSpec, beta: float) -> None:
     coefficients = [p.coef for p in spec.penalties if not isinstance(p.rule, EntropyBonus)]
     if "ref_logp" in spec.requires and beta == 0:
         raise InvalidCall(
-            f"the spec {spec.name!r} reads reference log-probs, which TRL computes only with beta != 0: give GRPOConfig the spec's {coefficients}."
+            f"the spec {spec.name!r} reads reference log-probs, which TRL computes only with "
+            f"beta != 0: give GRPOConfig the spec's {coefficients}."
         )
     if beta != 0 and not any(isinstance(c, Tensor) or c == beta for c in coefficients):
-        raise InvalidCall(f"GRPOConfig.beta={beta} would have no effect: the spec {spec.name!r} has penalty coefficients {coefficients}.")
+        raise InvalidCall(
+            f"GRPOConfig.beta={beta} would have no effect: the spec {spec.name!r} has penalty "
+            f"coefficients {coefficients}."
+        )
 
 
 def normalize(
-    spec: PolicyLossSpec, *, accumulation_steps: int, num_items: Tensor, num_processes: int, steps_per_generation: int
+    spec: PolicyLossSpec,
+    *,
+    accumulation_steps: int,
+    num_items: Tensor,
+    num_processes: int,
+    steps_per_generation: int,
 ) -> Normalized:
-    """TRL's normalization of one micro-batch (``accumulation_steps``: of the current window; in evaluation all counts are 1).
+    """TRL's normalization of one micro-batch (``accumulation_steps``: of the current
+    window; in evaluation all counts are 1).
 
-    A mean over ``num_items_in_batch`` (dapo, cispo) divides by the tokens of one accumulation window on one process; what each
-    micro-batch normalizes by itself (all other loss types, and the entropy bonus of every type) is averaged over the window.
+    A mean over ``num_items_in_batch`` (dapo, cispo) divides by the tokens of one
+    accumulation window on one process; what each micro-batch normalizes by itself (all
+    other loss types, and the entropy bonus of every type) is averaged over the window.
     """
     window = [_over_window(r) for r in spec.reductions]
     keywords: dict[str, Any] = {}
     if any(window):
-        keywords["num_items_in_batch"] = num_items.clamp(min=1.0) / num_processes * accumulation_steps / steps_per_generation
+        keywords["num_items_in_batch"] = (
+            num_items.clamp(min=1.0) / num_processes * accumulation_steps / steps_per_generation
+        )
     if not window[0]:
         keywords["loss_scale"] = 1 / accumulation_steps
     alike = accumulation_steps == 1 or not spec.penalties
@@ -145,7 +183,9 @@ def _over_window(reduction: Reduction) -> bool:
 
 @lru_cache(maxsize=32)
 def _rescaled(spec: PolicyLossSpec, steps: int) -> PolicyLossSpec:
-    """Penalties whose normalization differs in kind from the surrogate's, relative to the surrogate's ``loss_scale``."""
+    """Penalties whose normalization differs in kind from the surrogate's, relative to
+    the surrogate's ``loss_scale``.
+    """
     surrogate = _over_window(spec.reduction)
     factor = 1 / steps if surrogate else steps
 

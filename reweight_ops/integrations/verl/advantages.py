@@ -20,10 +20,12 @@ _GIVEN = frozenset({"rewards", "lengths", "completion_mask"})
 #: Estimators that take one reward per token, and the discount of verl's configuration.
 _OF_TOKENS = ("reinforce_plus_plus",)
 _REASONS = {
-    "gdpo": "it reads rewards one by one, and verl hands over their sum: verl's own is adv_estimator=gdpo",
+    "gdpo": "it reads rewards one by one, and verl hands over their sum: verl's own is "
+    "adv_estimator=gdpo",
     "remax": "it needs greedy_rewards, which verl samples for its own adv_estimator=remax only",
 }
-#: Settings of verl's algorithm configuration that its estimators read, with their defaults.
+#: Settings of verl's algorithm configuration that its estimators read, with their
+#: defaults.
 _SETTINGS: dict[str, Any] = {"gamma": 1.0, "lam": 1.0, "norm_adv_by_std_in_grpo": True}
 
 
@@ -32,7 +34,9 @@ def _function(estimator: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _open(estimator: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The parameters that a caller still gives, without those that a ``partial`` has given."""
+    """The parameters that a caller still gives, without those that a ``partial`` has
+    given.
+    """
     bound = estimator.keywords if isinstance(estimator, functools.partial) else {}
     return {n: p for n, p in inspect.signature(estimator).parameters.items() if n not in bound}
 
@@ -42,7 +46,11 @@ def unsupported_reason(estimator: Callable[..., Any]) -> str | None:
     reason = _REASONS.get(_function(estimator).__name__)
     if reason is not None:
         return reason
-    needed = [n for n, p in _open(estimator).items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    needed = [
+        n
+        for n, p in _open(estimator).items()
+        if p.default is p.empty and p.kind is not p.VAR_KEYWORD
+    ]
     missing = [n for n in needed if n not in _GIVEN]
     if missing:
         return f"it needs {', '.join(missing)}, which verl does not pass to an estimator"
@@ -55,29 +63,39 @@ def entry_unsupported_reason(entry: Entry) -> str | None:
 
 
 def _check_settings(name: str, estimator: Callable[..., Any], config: Any) -> dict[str, Any]:
-    """The keywords that verl's ``algorithm`` configuration sets; what would have no effect is an error."""
+    """The keywords that verl's ``algorithm`` configuration sets; what would have no
+    effect is an error.
+    """
     open_ = _open(estimator)
     given, found = {n: config.get(n, default) for n, default in _SETTINGS.items()}, {}
     if _function(estimator).__name__ in _OF_TOKENS and "gamma" in open_:
         found["gamma"] = given.pop("gamma")
-    if _function(estimator).__name__ == "grpo" and "scale_rewards" in open_ and not given.pop("norm_adv_by_std_in_grpo"):
+    if (
+        _function(estimator).__name__ == "grpo"
+        and "scale_rewards" in open_
+        and not given.pop("norm_adv_by_std_in_grpo")
+    ):
         found["scale_rewards"] = "none"
     ignored = [f"algorithm.{n}={v!r}" for n, v in given.items() if v != _SETTINGS[n]]
     if ignored:
         raise InvalidCall(
-            f"{name} replaces verl's estimator, so {', '.join(ignored)} would have no effect: register one with these settings."
+            f"{name} replaces verl's estimator, so {', '.join(ignored)} would have no effect: "
+            "register one with these settings."
         )
     return found
 
 
 def estimator_fn(name: str, estimator: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """An estimator of :mod:`reweight_ops.advantages`, or a ``functools.partial`` of one, as verl's registry calls it.
+    """An estimator of :mod:`reweight_ops.advantages`, or a ``functools.partial`` of
+    one, as verl's registry calls it.
 
-    A completion's reward is the sum of its tokens' (with verl's KL where that is in the rewards). Groups are verl's ``uid``. Both results are the advantages,
-    ``[B, T]``, 0 where ``response_mask`` is.
+    A completion's reward is the sum of its tokens' (with verl's KL where that is in the
+    rewards). Groups are verl's ``uid``. Both results are the advantages, ``[B, T]``, 0
+    where ``response_mask`` is.
 
     Raises:
-        UnsupportedRequest: verl does not hand over what the estimator needs; the reason is named.
+        UnsupportedRequest: verl does not hand over what the estimator needs; the reason
+            is named.
     """
     reason = unsupported_reason(estimator)
     if reason is not None:
@@ -99,13 +117,20 @@ def estimator_fn(name: str, estimator: Callable[..., Any]) -> Callable[..., tupl
             "lengths": keep.sum(-1),
             "completion_mask": keep,
         }
-        given = {n: data[n] for n in open_ if n in data} | ({} if config is None else _check_settings(name, estimator, config))
+        given = {n: data[n] for n in open_ if n in data} | (
+            {} if config is None else _check_settings(name, estimator, config)
+        )
         if of_groups:
             if index is None:
-                raise InvalidCall(f"{name} compares completions of a prompt, and the batch has no uid.")
+                raise InvalidCall(
+                    f"{name} compares completions of a prompt, and the batch has no uid."
+                )
             prompts: dict[Any, int] = {}
             place = [prompts.setdefault(uid, len(prompts)) for uid in index.tolist()]
-            given |= {"group_ids": torch.tensor(place, device=response_mask.device), "num_groups": len(prompts)}
+            given |= {
+                "group_ids": torch.tensor(place, device=response_mask.device),
+                "num_groups": len(prompts),
+            }
         advantages = estimator(**given)
         whole = advantages[:, None] if advantages.dim() == 1 else advantages
         spread = torch.where(keep, whole, 0)

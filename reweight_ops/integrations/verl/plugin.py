@@ -1,6 +1,8 @@
-"""What verl loads (entry point group ``verl.plugins``): importing this registers every method and advantage estimator.
+"""What verl loads (entry point group ``verl.plugins``): importing this registers every
+method and advantage estimator.
 
-verl logs a plugin that fails at the debug level only, and then knows no ``rw_...`` name; so the reason is a warning here.
+verl logs a plugin that fails at the debug level only, and then knows no ``rw_...``
+name; so the reason is a warning here.
 """
 
 import warnings

@@ -1,5 +1,5 @@
-"""The CPU kernels against fp64 at every instruction-set level and dtype, by the package's
-accuracy criterion alone.
+"""The CPU kernels against fp64 at every instruction-set level and dtype, by the
+package's accuracy criterion alone.
 """
 
 import math
@@ -26,7 +26,11 @@ def level(request):
 
 
 @pytest.mark.parametrize(
-    ("kind", "softmax"), [*contract.KINDS, *((kind, softmax) for kind in ("wide", "far") for softmax in ("plain", "cold"))]
+    ("kind", "softmax"),
+    [
+        *contract.KINDS,
+        *((kind, softmax) for kind in ("wide", "far") for softmax in ("plain", "cold")),
+    ],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_statistics_and_gradient(level, dtype, softmax, kind):
@@ -51,36 +55,56 @@ def test_gradients_keep_their_sign_and_order(level):
 
 
 def test_exponential_where_everything_is_in_range(level):
-    """Two columns d apart: log-probs are -log(1 + e^d), for d over the whole range of fp32's exponential."""
+    """Two columns d apart: log-probs are -log(1 + e^d), for d over the whole range of
+    fp32's exponential.
+    """
     d = torch.cat([torch.linspace(-110, 0, 5001), -torch.logspace(-7, 0, 500)])
     z = torch.stack([torch.zeros_like(d), d], 1)
-    got = cpu.token_stats(z, torch.ones(len(d), dtype=torch.int64), torch.ones(1), SoftmaxParams(2), ("logp", "max_logp"))
+    got = cpu.token_stats(
+        z,
+        torch.ones(len(d), dtype=torch.int64),
+        torch.ones(1),
+        SoftmaxParams(2),
+        ("logp", "max_logp"),
+    )
     truth = torch.log_softmax(z.double(), -1)
     error = (got.T.double() - truth.flip(1)).abs() / (2.0**-24 * (1 + truth.flip(1).abs()))
     assert error.max() <= 4, f"{error.max():.2f} roundings at d = {d[error.max(1).values.argmax()]}"
 
 
 def test_half_precision_is_converted_exactly(level):
-    """Every finite bf16 and fp16 number is read and written: with V = 1, lse is the logit
-    itself.
+    """Every finite bf16 and fp16 number is read and written: with V = 1, lse is the
+    logit itself.
     """
     for dtype in (torch.bfloat16, torch.float16):
         z = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
         z = z[z.isfinite() & (z.abs().float() < 1e4) & ((z == 0) | (z.abs().float() >= 2.0**-24))]
         wide = z[:, None].expand(-1, 70).contiguous()
-        got = cpu.token_stats(wide, torch.zeros(len(z), dtype=torch.int64), torch.ones(1), SoftmaxParams(70), ("lse",))[0]
+        got = cpu.token_stats(
+            wide, torch.zeros(len(z), dtype=torch.int64), torch.ones(1), SoftmaxParams(70), ("lse",)
+        )[0]
         truth = z.double() + math.log(70)
         assert ((got.double() - truth).abs() <= 4 * 2.0**-24 * (5 + truth.abs())).all()
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_one_rounding_of_the_gradient(level, dtype):
-    """16-bit gradients are the fp64 ones rounded once, within an eighth of a unit: ties and near-ties may fall either way."""
+    """16-bit gradients are the fp64 ones rounded once, within an eighth of a unit: ties
+    and near-ties may fall either way.
+    """
     z, ids = rows(8, 4099, DTYPES[dtype], "plain")
     stats = cpu.token_stats(z, ids, torch.ones(1), SoftmaxParams(4099), STATS)
     d_logp = torch.full((8,), 0.75)
     out = torch.empty_like(z)
-    cpu.token_grad(z, ids, torch.ones(1), SoftmaxParams(4099), dict(zip(STATS, stats, strict=True)), {"logp": d_logp}, out)
+    cpu.token_grad(
+        z,
+        ids,
+        torch.ones(1),
+        SoftmaxParams(4099),
+        dict(zip(STATS, stats, strict=True)),
+        {"logp": d_logp},
+        out,
+    )
     truth = gradient(z.double(), ids, torch.ones(8, dtype=torch.float64), {"logp": d_logp})
     mantissa = 8 if dtype == "bf16" else 11
     smallest = torch.finfo(DTYPES[dtype]).smallest_normal

@@ -1,5 +1,5 @@
-"""The CPU kernels on unusual inputs: infinities, NaN, layouts, shards, threads; and what
-the Python layer refuses.
+"""The CPU kernels on unusual inputs: infinities, NaN, layouts, shards, threads; and
+what the Python layer refuses.
 """
 
 import math
@@ -80,7 +80,9 @@ def test_zero_gradient_rows_get_exact_zeros(level, dtype):
 def test_a_zero_weight_selects_zero(level):
     """Never 0 * inf: a term without weight may overflow."""
     z, ids = rows(2, 100, torch.float32, "plain")
-    inputs = RowInputs(torch.tensor([[0.0, 1.0]]), torch.tensor([-1e30, -2.0]), torch.tensor([math.inf, 1.0]))
+    inputs = RowInputs(
+        torch.tensor([[0.0, 1.0]]), torch.tensor([-1e30, -2.0]), torch.tensor([math.inf, 1.0])
+    )
     params = torch.tensor([-math.inf, math.inf, 1.0, 0.2, 0.2, math.inf])
     out = torch.full_like(z, math.nan)
     got = cpu.token_loss_grad(z, ids, ONE, SoftmaxParams(100), inputs, CLIP[0], params, out)
@@ -117,8 +119,8 @@ def test_expanded_logits_are_read_but_never_written():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_depends_on_itself_alone(level, dtype, threads):
-    """A row has the same bits alone, anywhere in a batch, with any number of threads, in
-    place or not, for any statistics.
+    """A row has the same bits alone, anywhere in a batch, with any number of threads,
+    in place or not, for any statistics.
     """
     n, v = 48, 5003
     z, ids = rows(n, v, dtype, "plain")
@@ -136,28 +138,32 @@ def test_a_row_depends_on_itself_alone(level, dtype, threads):
         clone = z.clone()
         loss_grad(clone, ids, out=clone, temperature=t)
         assert torch.equal(clone, want)
-    assert torch.equal(want_rows[0], want_stats["logp"]), "one pass and the statistics must agree: the on-policy ratio is exactly 1"
+    assert torch.equal(want_rows[0], want_stats["logp"]), (
+        "one pass and the statistics must agree: the on-policy ratio is exactly 1"
+    )
     for names in (("logp",), ("logp", "entropy"), ("lse", "logp")):
         for name, value in stats_of(z[7:8], ids[7:8], names, temperature=t[7:8]).items():
             assert torch.equal(value, want_stats[name][7:8])
 
 
 def test_several_threads_at_once(threads):
-    """The GIL is released, so that calls from Python threads overlap; each result must be
-    as if alone.
+    """The GIL is released, so that calls from Python threads overlap; each result must
+    be as if alone.
     """
     threads(2)
     batches = [rows(40, 5003, torch.bfloat16, "plain", seed=k) for k in range(4)]
     want = [loss_grad(z, ids) for z, ids in batches]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5):
-            for (got_rows, got), (want_rows, want_grad) in zip(pool.map(lambda b: loss_grad(*b), batches), want, strict=True):
+            for (got_rows, got), (want_rows, want_grad) in zip(
+                pool.map(lambda b: loss_grad(*b), batches), want, strict=True
+            ):
                 assert torch.equal(got_rows, want_rows) and torch.equal(got, want_grad)
 
 
 def test_large_outputs_of_their_own_are_the_same_bits(level):
-    """From 8 MiB on, a new gradient is streamed past the caches. Aligned or not, it equals
-    one written in place.
+    """From 8 MiB on, a new gradient is streamed past the caches. Aligned or not, it
+    equals one written in place.
     """
     z, ids = rows(40, 65600, torch.float32, "plain")
     assert z.numel() * 4 > 8 << 20
@@ -165,7 +171,9 @@ def test_large_outputs_of_their_own_are_the_same_bits(level):
         inside = z[:, :columns].clone()
         ids = ids.clamp(max=columns - 1)
         for program in (CLIP, BONUS):
-            _, fresh = loss_grad(z[:, :columns], ids, program=program, out=torch.full((40, columns), math.nan))
+            _, fresh = loss_grad(
+                z[:, :columns], ids, program=program, out=torch.full((40, columns), math.nan)
+            )
             own = inside.clone()
             loss_grad(own, ids, program=program, out=own)
             assert torch.equal(fresh, own)
@@ -205,13 +213,27 @@ def test_bad_arguments_do_not_reach_the_kernel():
         "out is": lambda: loss_grad(z, ids, out=torch.empty(4, 61)),
         "out is ": lambda: loss_grad(z, ids, out=torch.empty(4, 60, dtype=torch.bfloat16)),
         "overlaps": lambda: overlap(ids),
-        "coefficient logp": lambda: cpu.token_grad(z, ids, ONE, SoftmaxParams(60), good, {"logp": torch.ones(3)}, torch.empty_like(z)),
+        "coefficient logp": lambda: cpu.token_grad(
+            z, ids, ONE, SoftmaxParams(60), good, {"logp": torch.ones(3)}, torch.empty_like(z)
+        ),
         "'entropy' is needed": lambda: cpu.token_grad(
-            z, ids, ONE, SoftmaxParams(60), {"logp": good["logp"], "lse": good["lse"]}, {**one, "entropy": one["logp"]}, z
+            z,
+            ids,
+            ONE,
+            SoftmaxParams(60),
+            {"logp": good["logp"], "lse": good["lse"]},
+            {**one, "entropy": one["logp"]},
+            z,
         ),
         "params is": lambda: loss_grad(z, ids, program=(CLIP[0], CLIP[1][:-1])),
         "adv is": lambda: cpu.token_loss_grad(
-            z, ids, ONE, SoftmaxParams(60), RowInputs(torch.ones(1, 4), None, torch.ones(5)), *CLIP, torch.empty_like(z)
+            z,
+            ids,
+            ONE,
+            SoftmaxParams(60),
+            RowInputs(torch.ones(1, 4), None, torch.ones(5)),
+            *CLIP,
+            torch.empty_like(z),
         ),
         "row weights are": lambda: cpu.token_loss_grad(
             z, ids, ONE, SoftmaxParams(60), RowInputs(torch.ones(2, 4)), *CLIP, torch.empty_like(z)
@@ -229,7 +251,10 @@ def overlap(ids):
 
 def test_levels():
     info = _C.build_info()
-    assert set(info["supported_levels"]) <= set(info["levels"]) and _C.level() == info["supported_levels"][-1]
+    assert (
+        set(info["supported_levels"]) <= set(info["levels"])
+        and _C.level() == info["supported_levels"][-1]
+    )
     with pytest.raises(ValueError, match="not built"):
         _C.set_level("v9")
     missing = [name for name in info["levels"] if name not in info["supported_levels"]]

@@ -37,7 +37,9 @@ print(json.dumps(found))
 
 def test_extra_memory():
     root = ROOT
-    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=root, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     growth = json.loads(done.stdout.splitlines()[-1])
     assert len(growth) == 2 * (2 * 5 + 2)
@@ -45,4 +47,6 @@ def test_extra_memory():
         new_gradient = "drop-in" in name and name.startswith("loss")
         # 3 % of 16 MiB is 0.5 MiB: [N] vectors, allocator slack, lazily touched stacks.
         assert share <= (1.03 if new_gradient else 0.03), f"{name}: {share:.3f} times the logits"
-        assert not new_gradient or share > 0.9, f"{name}: {share:.3f}: the gradient was not seen, so nothing was measured"
+        assert not new_gradient or share > 0.9, (
+            f"{name}: {share:.3f}: the gradient was not seen, so nothing was measured"
+        )

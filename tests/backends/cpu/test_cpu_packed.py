@@ -18,7 +18,14 @@ def level(request):
 
 
 @pytest.mark.parametrize(
-    ("kind", "softmax"), [("plain", "per_row"), ("peaked", "cold"), ("shifted", "plain"), ("low", "plain"), ("plain", "softcap")]
+    ("kind", "softmax"),
+    [
+        ("plain", "per_row"),
+        ("peaked", "cold"),
+        ("shifted", "plain"),
+        ("low", "plain"),
+        ("plain", "softcap"),
+    ],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_accuracy(level, dtype, softmax, kind):

@@ -1,4 +1,5 @@
-"""Masks and row weights of the C++ backend are bitwise those of PyTorch's operations."""
+"""Masks and row weights of the C++ backend are bitwise those of PyTorch's
+operations."""
 
 import dataclasses
 import itertools
@@ -46,7 +47,9 @@ def tensors(shape, dtype, seed=0):
 
 
 def rows_of(shape, data, primitives):
-    return resolve_rows("op", shape, torch.device("cpu"), torch.float32, data, 50, False, primitives)
+    return resolve_rows(
+        "op", shape, torch.device("cpu"), torch.float32, data, 50, False, primitives
+    )
 
 
 def both(shape, **data):
@@ -59,7 +62,9 @@ def both(shape, **data):
 def test_masks(shape, dtype):
     ids, mask, denominator = tensors(shape, dtype)
     for i, m, d in itertools.product(layouts(ids), layouts(mask), (None, *layouts(denominator))):
-        found, want = both(shape, completion_ids=i.int() if i is ids else i, completion_mask=m, denominator_mask=d)
+        found, want = both(
+            shape, completion_ids=i.int() if i is ids else i, completion_mask=m, denominator_mask=d
+        )
         for name in ("ids", "keep", "denominator"):
             assert torch.equal(getattr(found, name), getattr(want, name)), name
         run = shape[-1] if len(shape) > 1 else RUN
@@ -74,7 +79,9 @@ def test_what_is_not_zero():
     mask = torch.tensor([values])
     found, want = both((1, 6), completion_ids=torch.arange(6)[None], completion_mask=mask)
     assert found.keep.tolist() == want.keep.tolist() == [False, False, True, True, True, True]
-    complex_one, _ = both((1, 6), completion_ids=torch.arange(6)[None], completion_mask=mask.to(torch.complex64))
+    complex_one, _ = both(
+        (1, 6), completion_ids=torch.arange(6)[None], completion_mask=mask.to(torch.complex64)
+    )
     assert complex_one.keep.tolist() == found.keep.tolist()
 
 
@@ -94,10 +101,20 @@ def test_ids_out_of_range_are_errors(bad):
         messages.append(str(error.value))
     assert messages[0] == messages[1] and f"is {bad}" in messages[0]
     mask = ids == 0
-    assert both((2, 3), completion_ids=ids, completion_mask=mask)[0].keep.tolist() == mask.reshape(-1).tolist()
+    assert (
+        both((2, 3), completion_ids=ids, completion_mask=mask)[0].keep.tolist()
+        == mask.reshape(-1).tolist()
+    )
 
 
-NUMBERS = [None, 7, 0.3, torch.tensor(7), torch.tensor(2.7, dtype=torch.float64), torch.tensor(3.0, dtype=torch.bfloat16)]
+NUMBERS = [
+    None,
+    7,
+    0.3,
+    torch.tensor(7),
+    torch.tensor(2.7, dtype=torch.float64),
+    torch.tensor(3.0, dtype=torch.bfloat16),
+]
 REDUCTIONS = [
     (rw.TokenMean(), "num_items_in_batch"),
     (rw.TokenSum(), None),
@@ -116,11 +133,19 @@ def test_weights(shape, reduction, divisor):
     other = rw.TokenMean(per_call=True)
     spec = rw.methods.grpo(beta=0.1).replace(reduction=reduction)
     for extra, given, scale, u, counted in itertools.product(
-        (False, True), NUMBERS if divisor else [None], (1.0, 0.3, torch.tensor(0.7)), (None, factor), (None, denominator)
+        (False, True),
+        NUMBERS if divisor else [None],
+        (1.0, 0.3, torch.tensor(0.7)),
+        (None, factor),
+        (None, denominator),
     ):
         if counted is not None and (isinstance(reduction, rw.TokenSum) or given is not None):
             continue
-        kind = spec.with_penalty(rw.Penalty(rw.rules.RULES["entropy_bonus"](), 0.1, other)) if extra else spec
+        kind = (
+            spec.with_penalty(rw.Penalty(rw.rules.RULES["entropy_bonus"](), 0.1, other))
+            if extra
+            else spec
+        )
         options = {"loss_scale": scale, "token_weights": u, **({divisor: given} if divisor else {})}
         results = []
         for rows in both(shape, completion_ids=ids, completion_mask=mask, denominator_mask=counted):
@@ -135,6 +160,14 @@ def test_weights(shape, reduction, divisor):
 def test_a_number_with_a_gradient_keeps_it():
     scale = torch.tensor(2.0, requires_grad=True)
     z = torch.zeros(2, 3, 7, requires_grad=True)
-    out = rw.policy_loss(z, torch.zeros(2, 3, dtype=torch.long), 1.0, spec="reinforce", loss_scale=2.0, plan="two_pass", backend="cpu")
+    out = rw.policy_loss(
+        z,
+        torch.zeros(2, 3, dtype=torch.long),
+        1.0,
+        spec="reinforce",
+        loss_scale=2.0,
+        plan="two_pass",
+        backend="cpu",
+    )
     rows = dataclasses.replace(out._call, loss_scale=scale).row_weights()
     assert rows.requires_grad

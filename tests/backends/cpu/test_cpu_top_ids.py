@@ -1,4 +1,6 @@
-"""The likeliest ids from the sweep of the statistics: what a stable sort of the row says, at every instruction-set level and dtype."""
+"""The likeliest ids from the sweep of the statistics: what a stable sort of the row
+says, at every instruction-set level and dtype.
+"""
 
 import math
 
@@ -26,12 +28,21 @@ def level(request):
 def sorted_ids(z, k):
     """Largest first, NaN before all, of equal ones the lowest."""
     order = torch.where(z.isnan(), 2, 1).long() * 2
-    by_value = z.double().nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf).sort(dim=-1, descending=True, stable=True).indices
-    return by_value.gather(-1, order.gather(-1, by_value).sort(dim=-1, descending=True, stable=True).indices)[:, :k]
+    by_value = (
+        z.double()
+        .nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
+        .sort(dim=-1, descending=True, stable=True)
+        .indices
+    )
+    return by_value.gather(
+        -1, order.gather(-1, by_value).sort(dim=-1, descending=True, stable=True).indices
+    )[:, :k]
 
 
 def adversarial(v, dtype):
-    """Rows in which every column is a candidate, all are equal, equal ones are in different blocks, and worse."""
+    """Rows in which every column is a candidate, all are equal, equal ones are in
+    different blocks, and worse.
+    """
     g = torch.Generator().manual_seed(v)
     plain = torch.randn(v, generator=g)
     climb = torch.arange(v) / v * 8 - 4
@@ -41,7 +52,20 @@ def adversarial(v, dtype):
     early[: v // 3], early[v // 3 :] = 2.0, -math.inf
     nans, infs, low = plain.clone(), plain.clone(), plain - 1e4
     nans[[v // 3, v - 1]], infs[[v // 2, v - 1]] = math.nan, math.inf
-    every = [plain, climb, -climb, torch.zeros(v), ties, -ties, late, early, torch.full((v,), -math.inf), nans, infs, low]
+    every = [
+        plain,
+        climb,
+        -climb,
+        torch.zeros(v),
+        ties,
+        -ties,
+        late,
+        early,
+        torch.full((v,), -math.inf),
+        nans,
+        infs,
+        low,
+    ]
     every += [
         torch.full((v,), math.nan),
         torch.where(torch.arange(v) % 2 == 0, 0.0, -0.0),
@@ -56,25 +80,38 @@ def search(z, k, softcap=math.inf, ids=None, temperature=1.0, start=0, total=0):
     heat = torch.tensor([temperature])
     table, found = load("cpu").top_stats(z, ids, heat, softmax, STATS, k)
     # The statistics are bit for bit those of a call without the search.
-    torch.testing.assert_close(table, load("cpu").token_stats(z, ids, heat, softmax, STATS), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        table, load("cpu").token_stats(z, ids, heat, softmax, STATS), rtol=0, atol=0, equal_nan=True
+    )
     return found
 
 
 @pytest.mark.parametrize("softcap", [math.inf, 2.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_ids_of_adversarial_rows(level, dtype, softcap):
-    for v, k in ((1, 1), (7, 7), (33, 5), (257, 64), (BLOCK, 1), (2 * BLOCK + 77, 20), (5 * BLOCK + 1, 128)):
+    for v, k in (
+        (1, 1),
+        (7, 7),
+        (33, 5),
+        (257, 64),
+        (BLOCK, 1),
+        (2 * BLOCK + 77, 20),
+        (5 * BLOCK + 1, 128),
+    ):
         z = adversarial(v, dtype)
         assert torch.equal(search(z, k, softcap), sorted_ids(z, k)), (v, k)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_ids_as_torch(level, dtype):
-    """Of rows without ties, in an order that is one: as :func:`top_ids`, ignored rows and shards included."""
+    """Of rows without ties, in an order that is one: as :func:`top_ids`, ignored rows
+    and shards included.
+    """
     g = torch.Generator().manual_seed(3)
     v, k = 3 * BLOCK + 5, 17
     steps = torch.stack([torch.randperm(v, generator=g) for _ in range(8)])
-    z = steps.float() * 1e-3 if dtype == torch.float32 else steps.to(torch.int16).view(dtype)  # distinct positive 16-bit numbers
+    # distinct positive 16-bit numbers
+    z = steps.float() * 1e-3 if dtype == torch.float32 else steps.to(torch.int16).view(dtype)
     ids = torch.tensor([0, -100, 5, 1000 + v, 3, 2, 1000, 7])
     softmax = SoftmaxParams(v, math.inf, 1000, 2000 + v)
     found = search(z, k, ids=ids, temperature=0.7, start=1000, total=2000 + v)
@@ -89,7 +126,9 @@ def test_rows_with_padding_strides_and_threads(level):
         found = []
         for threads in (1, 4):
             torch.set_num_threads(threads)
-            found.append(rw.token_stats(z, torch.zeros(40, 3, dtype=torch.int64), **options).topk_ids)
+            found.append(
+                rw.token_stats(z, torch.zeros(40, 3, dtype=torch.int64), **options).topk_ids
+            )
     finally:
         torch.set_num_threads(before)
     want = sorted_ids(z[..., : BLOCK + 3].flatten(0, 1), 9).view(40, 3, 9)
@@ -97,26 +136,45 @@ def test_rows_with_padding_strides_and_threads(level):
 
 
 def test_an_id_that_is_no_token_has_the_ids_of_its_row():
-    """No call gets here on a CPU: the row has no statistics, but ids as by torch.topk."""
+    """No call gets here on a CPU: the row has no statistics, but ids as
+    by torch.topk."""
     z = torch.randn(2, 300, generator=torch.Generator().manual_seed(5))
     assert torch.equal(search(z, 3, ids=torch.tensor([300, -1])), sorted_ids(z, 3))
 
 
 def test_which_calls_read_once(monkeypatch):
-    """No torch.topk up to ``most_top``, from logits and from hidden states; explain says so."""
-    most, z, ids = load("cpu").most_top, torch.randn(3, 4, 300), torch.zeros(3, 4, dtype=torch.int64)
+    """No torch.topk up to ``most_top``, from logits and from hidden states; explain
+    says so.
+    """
+    most, z, ids = (
+        load("cpu").most_top,
+        torch.randn(3, 4, 300),
+        torch.zeros(3, 4, dtype=torch.int64),
+    )
     calls = []
-    monkeypatch.setattr("reweight_ops._core.engine.picked_ops.top_ids", lambda *args: calls.append(1) or top_ids(*args))
+    monkeypatch.setattr(
+        "reweight_ops._core.engine.picked_ops.top_ids",
+        lambda *args: calls.append(1) or top_ids(*args),
+    )
     hidden, weight = torch.randn(3, 4, 8), torch.randn(300, 8)
-    for k, backend, read_again in ((most, "cpu", False), (most + 1, "cpu", True), (2, "reference", True)):
+    for k, backend, read_again in (
+        (most, "cpu", False),
+        (most + 1, "cpu", True),
+        (2, "reference", True),
+    ):
         options = dict(stats=("topk_ids", "topk_logps"), top_k=k, backend=backend)
-        for op, args in ((rw.token_stats, (z, ids)), (rw.linear_token_stats, (hidden, weight, ids))):
+        for op, args in (
+            (rw.token_stats, (z, ids)),
+            (rw.linear_token_stats, (hidden, weight, ids)),
+        ):
             calls.clear()
             found = op(*args, **options)
             assert bool(calls) == read_again and found.topk_ids.shape == (3, 4, k)
             assert (found.topk_logps.diff(dim=-1) <= 0).all()
             said = rw.explain(op, *args, **options)
-            assert (said.top_k == "in the read of the statistics") == (not read_again) and said.top_k in str(said)
+            assert (said.top_k == "in the read of the statistics") == (
+                not read_again
+            ) and said.top_k in str(said)
     assert rw.explain(rw.token_stats, z, ids, backend="cpu").top_k is None
 
 

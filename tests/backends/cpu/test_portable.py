@@ -18,7 +18,10 @@ from reweight_ops._core.backends.native import DTYPES
 
 _C = pytest.importorskip("reweight_ops._C")
 #: The compiler, and the command that runs its output.
-PROCESSORS = {"here": ("g++", []), "arm64": ("aarch64-linux-gnu-g++", ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"])}
+PROCESSORS = {
+    "here": ("g++", []),
+    "arm64": ("aarch64-linux-gnu-g++", ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"]),
+}
 DEFINES = ["-DRW_HAS_PORTABLE", "-DRW_LEVEL=portable"]
 
 
@@ -34,8 +37,19 @@ def primitives(request, tmp_path_factory):
         ROOT / "tests/backends/cpu/portable.cpp",
         *(ROOT / "csrc/cpu" / name for name in ("dispatch.cpp", "kernels.cpp", "divergence.cpp")),
     ]
-    flags = [*_C.build_info()["flags"].split(), "-Werror", "-Wno-psabi", *DEFINES, f"-I{ROOT / 'csrc'}"]
-    done = subprocess.run([compiler, *flags, *map(str, sources), "-o", str(program)], capture_output=True, text=True, check=False)
+    flags = [
+        *_C.build_info()["flags"].split(),
+        "-Werror",
+        "-Wno-psabi",
+        *DEFINES,
+        f"-I{ROOT / 'csrc'}",
+    ]
+    done = subprocess.run(
+        [compiler, *flags, *map(str, sources), "-o", str(program)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return [*emulator, str(program)]
 
@@ -55,15 +69,29 @@ def test_statistics_gradient_and_likeliest_ids(primitives, dtype, kind, softcap)
         z, ids = rows(n, v, dtype, kind, seed=v)
         derivatives = torch.randn(4, n, generator=torch.Generator().manual_seed(v))
         arguments = [str(DTYPES[dtype]), str(n), str(v), str(softcap), str(temperature)]
-        done = subprocess.run([*primitives, *arguments], input=data(z) + data(ids) + data(derivatives), capture_output=True, check=True)
+        done = subprocess.run(
+            [*primitives, *arguments],
+            input=data(z) + data(ids) + data(derivatives),
+            capture_output=True,
+            check=True,
+        )
         cut, end = 5 * n * 4, 5 * n * 4 + z.numel() * z.element_size()
-        got = dict(zip(STATS, torch.frombuffer(bytearray(done.stdout[:cut]), dtype=torch.float32).view(5, n), strict=True))
+        got = dict(
+            zip(
+                STATS,
+                torch.frombuffer(bytearray(done.stdout[:cut]), dtype=torch.float32).view(5, n),
+                strict=True,
+            )
+        )
         out = torch.frombuffer(bytearray(done.stdout[cut:end]), dtype=dtype).view(n, v)
         found = torch.frombuffer(bytearray(done.stdout[end:]), dtype=torch.int64).view(n, -1)
         assert torch.equal(found, z.sort(dim=-1, descending=True, stable=True).indices[:, :5])
 
         each = torch.full((n,), temperature)
-        exact, single = statistics(z.double(), ids, each.double(), softcap), statistics(z.float(), ids, each, softcap)
+        exact, single = (
+            statistics(z.double(), ids, each.double(), softcap),
+            statistics(z.float(), ids, each, softcap),
+        )
         for name in STATS:
             assert_values(got[name], single[name], exact[name], f"{name} at V = {v}")
         by = dict(zip(("logp", "entropy", "lse", "log_sum_p_sq"), derivatives, strict=True))

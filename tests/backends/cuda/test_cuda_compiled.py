@@ -21,7 +21,10 @@ def compiled(tmp_path_factory):
     def get(kernel, dtype="bf16"):
         if (kernel, dtype) not in made:
             target = folder / f"{kernel}_{dtype}.fatbin"
-            made[kernel, dtype] = target, nvcc.compile_kernels(CSRC, kernel, dtype, nvcc.archs(), target)
+            made[kernel, dtype] = (
+                target,
+                nvcc.compile_kernels(CSRC, kernel, dtype, nvcc.archs(), target),
+            )
         return made[kernel, dtype]
 
     return get
@@ -29,7 +32,11 @@ def compiled(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("kernel", "dtype"),
-    [pytest.param(k, d, marks=() if d == "bf16" else pytest.mark.slow) for d in nvcc.DTYPES for k in nvcc.KERNELS],
+    [
+        pytest.param(k, d, marks=() if d == "bf16" else pytest.mark.slow)
+        for d in nvcc.DTYPES
+        for k in nvcc.KERNELS
+    ],
 )
 def test_no_kernel_spills_on_any_target(compiled, kernel, dtype):
     """A spill fails the build, and ``auto`` would then install without CUDA kernels. No
@@ -58,7 +65,8 @@ NEEDED = {
 }
 
 
-#: Statistics, gradient and loss, with and without a soft cap and rows at any address; statistics and gradient of packed rows.
+#: Statistics, gradient and loss, with and without a soft cap and rows at any address;
+#: statistics and gradient of packed rows.
 STREAMING = 14
 
 
@@ -77,19 +85,23 @@ def problems(sass: str, count: int) -> list[str]:
 
 
 def loops(function: str) -> list[list[str]]:
-    """The instructions of each innermost loop, from the target of a backward branch to the
-    branch.
+    """The instructions of each innermost loop, from the target of a backward branch to
+    the branch.
 
     They include waits and rebasing.
     """
-    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", function)]
+    code = [
+        (int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", function)
+    ]
     places = {at: i for i, (at, _) in enumerate(code)}
     ends = []
     for i, (at, text) in enumerate(code):
         target = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
         if target and int(target[1], 16) < at:
             ends.append((places[int(target[1], 16)], i))
-    inner = [(a, b) for a, b in ends if not any((a, b) != (c, d) and a <= c and d <= b for c, d in ends)]
+    inner = [
+        (a, b) for a, b in ends if not any((a, b) != (c, d) and a <= c and d <= b for c, d in ends)
+    ]
     return [[text for _, text in code[a : b + 1]] for a, b in inner]
 
 
@@ -106,7 +118,10 @@ def kind_of(loop: list[str]) -> str | None:
     """Kind of a loop in which a thread has 4 or 8 vectors of 8 logits, with one
     exponential each.
     """
-    count = {name: sum(name in text for text in loop) for name in ("MUFU.EX2", "MNMX", "HMNMX", "STS", "STG")}
+    count = {
+        name: sum(name in text for text in loop)
+        for name in ("MUFU.EX2", "MNMX", "HMNMX", "STS", "STG")
+    }
     if count["MUFU.EX2"] not in (32, 33, 64):
         return None
     if not count["STS"] and not count["STG"]:
@@ -120,14 +135,18 @@ def too_many(sass: str, kernel: str) -> list[str]:
     """Problems of a kernel's loops over whole tiles: too many instructions, narrow
     accesses, a 64-bit division.
     """
-    (function,) = (f for f in re.split(r"Function : ", sass)[1:] if re.search(rf"\d{kernel}", f.split()[0]))
+    (function,) = (
+        f for f in re.split(r"Function : ", sass)[1:] if re.search(rf"\d{kernel}", f.split()[0])
+    )
     by_kind = {kind_of(loop): loop for loop in loops(function)}
     found = [f"{kernel}: no loop of {kind}" for kind in LEAN_KERNELS[kernel] - by_kind.keys()]
     for kind in LEAN_KERNELS[kernel] & by_kind.keys():
         loop, name = by_kind[kind], f"{kernel}, {kind}"
         logits = sum("MUFU.EX2" in x for x in loop) // 32 * 32
         if len(loop) > LEAN[kind] * logits:
-            found.append(f"{name}: {len(loop) / logits:.2f} instructions a logit, at most {LEAN[kind]}")
+            found.append(
+                f"{name}: {len(loop) / logits:.2f} instructions a logit, at most {LEAN[kind]}"
+            )
         # A row's constants may have other loads.
         loads = [x for x in loop if re.search(r"\b(LDG|LDS)\.", x)]
         if sum(".128" in x for x in loads) != logits // 8 or any(".U16" in x for x in loads):
@@ -142,7 +161,9 @@ def test_sass_has_wide_accesses_and_no_local_memory(compiled):
         sass = nvcc.sass(compiled(kernel)[0], SASS_ARCH)
         assert problems(sass, functions) == [], kernel
         if kernel == "streaming":
-            assert [fault for kernel in list(LEAN_KERNELS)[:2] for fault in too_many(sass, kernel)] == []
+            assert [
+                fault for kernel in list(LEAN_KERNELS)[:2] for fault in too_many(sass, kernel)
+            ] == []
 
 
 def test_sass_of_the_ring(compiled):
@@ -175,7 +196,12 @@ def planted(tmp_path):
     return get
 
 
-TOO_FEW_REGISTERS = ("streaming", "streaming.cu", "RW_KERNEL(kThreads, kRuleBlocks<kFull>)", "RW_KERNEL(kThreads, 5)")
+TOO_FEW_REGISTERS = (
+    "streaming",
+    "streaming.cu",
+    "RW_KERNEL(kThreads, kRuleBlocks<kFull>)",
+    "RW_KERNEL(kThreads, 5)",
+)
 
 
 @pytest.mark.slow
@@ -183,24 +209,42 @@ def test_a_spill_fails_the_build(planted):
     with pytest.raises(RuntimeError, match="spill"):
         planted(*TOO_FEW_REGISTERS)
     lenient = [f for f in nvcc.FLAGS if "Werror" not in f]
-    assert any("local memory" in p for p in problems(planted(*TOO_FEW_REGISTERS, lenient), STREAMING))
+    assert any(
+        "local memory" in p for p in problems(planted(*TOO_FEW_REGISTERS, lenient), STREAMING)
+    )
 
 
 @pytest.mark.slow
 def test_the_gate_sees_narrow_accesses(planted):
-    assert any("no LDG" in p for p in problems(planted("streaming", "gradient.h", "v[u] = load16(x", "v[u] = load_elements(x"), STREAMING))
+    assert any(
+        "no LDG" in p
+        for p in problems(
+            planted("streaming", "gradient.h", "v[u] = load16(x", "v[u] = load_elements(x"),
+            STREAMING,
+        )
+    )
 
 
 @pytest.mark.slow
 def test_the_gate_sees_lost_messages(planted):
-    assert any("no STAS" in p for p in problems(planted("ring", "ring.cu", "if (lane < slice.slices.count) {", "if (false) {"), 2))
+    assert any(
+        "no STAS" in p
+        for p in problems(
+            planted("ring", "ring.cu", "if (lane < slice.slices.count) {", "if (false) {"), 2
+        )
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "text", "bug", "seen"),
     [
-        ("elements.h", "kBoundsPairs = std::is_same_v<T, Bf16>", "kBoundsPairs = false", "no loop of gradient with entropy"),
+        (
+            "elements.h",
+            "kBoundsPairs = std::is_same_v<T, Bf16>",
+            "kBoundsPairs = false",
+            "no loop of gradient with entropy",
+        ),
         (
             "ring.cu",
             "for (int t = from; t < whole; ++t) {\n        wait",

@@ -69,7 +69,9 @@ def test_token_loss_grad(cuda, dtype, softmax, bonus):
         contract.check_token_loss_grad(cuda, dtype, 12, v, softmax, bonus)
 
 
-@pytest.mark.parametrize(("name", "weight"), [*zip(own_rules(), [*own_weights()] * 3, strict=False)])
+@pytest.mark.parametrize(
+    ("name", "weight"), [*zip(own_rules(), [*own_weights()] * 3, strict=False)]
+)
 def test_every_rule_and_weight(cuda, name, weight):
     """Rows and gradients of the same derivatives, against the reference in fp32."""
     n, v = 8, 700
@@ -77,7 +79,9 @@ def test_every_rule_and_weight(cuda, name, weight):
     g = torch.Generator().manual_seed(1)
     logp = statistics(z, ids, torch.ones(n))["logp"]
     old, ref, sampling = (logp + 0.3 * torch.randn(n, generator=g) for _ in range(3))
-    inputs = RowInputs(torch.rand(2, n, generator=g), old, torch.randn(n, generator=g), ref, sampling)
+    inputs = RowInputs(
+        torch.rand(2, n, generator=g), old, torch.randn(n, generator=g), ref, sampling
+    )
     program = Program.of((name, "k3"), ((weight, "all"),))
     rule, weight = own_rules()[name], own_weights()[weight]
 
@@ -89,11 +93,22 @@ def test_every_rule_and_weight(cuda, name, weight):
         params = torch.tensor([-20.0, 20.0, 1.0, *values(rule), 0.1, 20.0, 10.0, *values(weight)])
     except TypeError:  # a hyper-parameter without default
         params = torch.tensor(
-            [-20.0, 20.0, 1.0, *[0.5] * len(rule.parameter_names()), 0.1, 20.0, 10.0, *[0.5] * len(weight.parameter_names())]
+            [
+                -20.0,
+                20.0,
+                1.0,
+                *[0.5] * len(rule.parameter_names()),
+                0.1,
+                20.0,
+                10.0,
+                *[0.5] * len(weight.parameter_names()),
+            ]
         )
     out, want_out = torch.full_like(z, math.nan), torch.full_like(z, math.nan)
     got = cuda.token_loss_grad(z, ids, ONE, SoftmaxParams(v), inputs, program, params, out)
-    want = reference.token_loss_grad(z, ids, ONE, SoftmaxParams(v), inputs, program, params, want_out)
+    want = reference.token_loss_grad(
+        z, ids, ONE, SoftmaxParams(v), inputs, program, params, want_out
+    )
     torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
     torch.testing.assert_close(out, want_out, rtol=2e-5, atol=2e-6)
     assert (out != 0).any()
@@ -149,8 +164,8 @@ def test_offsets_beyond_two_to_the_31(cuda):
 
 
 def test_a_row_depends_on_itself_alone(cuda, schedule, dtype):
-    """A row has the same bits alone, anywhere in a batch, under every schedule, in place
-    or not, for any statistics.
+    """A row has the same bits alone, anywhere in a batch, under every schedule, in
+    place or not, for any statistics.
     """
     n, v = 9, 2563  # four or five rows per block
     z, ids = rows(n, v, dtype, "plain")
@@ -158,7 +173,9 @@ def test_a_row_depends_on_itself_alone(cuda, schedule, dtype):
     ids[4] = IGNORE_INDEX
     want_rows, want = loss_grad(cuda, z, ids, temperature=t)
     want_stats = stats_of(cuda, z, ids, temperature=t)
-    assert torch.equal(want_rows[0], want_stats["logp"]), "one pass and the statistics must agree: the on-policy ratio is exactly 1"
+    assert torch.equal(want_rows[0], want_stats["logp"]), (
+        "one pass and the statistics must agree: the on-policy ratio is exactly 1"
+    )
     assert torch.equal(want_rows[1], want_stats["entropy"])
     truth = statistics(z.double(), ids.clamp(min=0), t.double())["logp"]
     assert ((want_stats["logp"] - truth).abs() < 1e-4)[ids != IGNORE_INDEX].all()
@@ -194,8 +211,8 @@ def test_the_target_of_a_sure_row(cuda):
 
 
 def test_no_bias_from_the_rounded_scale(cuda):
-    """log2(e)/T in fp32 sharpens every row by the same factor. The mean error of many rows
-    shows what the rounding of each row hides.
+    """log2(e)/T in fp32 sharpens every row by the same factor. The mean error of many
+    rows shows what the rounding of each row hides.
     """
     n, v = 64, 2563
     z, ids = rows(n, v, torch.float32, "plain")
@@ -207,7 +224,9 @@ def test_no_bias_from_the_rounded_scale(cuda):
     truth = statistics(z.double(), ids, t.double().expand(n))
     for name in ("logp", "lse"):
         error = got[name].double() - truth[name]
-        assert error.mean().abs() <= 4 * error.std() / math.sqrt(n), f"{name}: {error.mean():.3g} ± {error.std() / math.sqrt(n):.3g}"
+        assert error.mean().abs() <= 4 * error.std() / math.sqrt(n), (
+            f"{name}: {error.mean():.3g} ± {error.std() / math.sqrt(n):.3g}"
+        )
 
 
 def test_gradients_keep_their_sign_and_order(cuda):
@@ -222,7 +241,9 @@ def test_no_rows(cuda, shape):
 def test_a_long_row(cuda):
     """Qwen's vocabulary, by the criterion."""
     z, ids = rows(2, 151936, torch.bfloat16, "plain")
-    exact, single = (statistics(z.to(d), ids, torch.ones(2, dtype=d)) for d in (torch.float64, torch.float32))
+    exact, single = (
+        statistics(z.to(d), ids, torch.ones(2, dtype=d)) for d in (torch.float64, torch.float32)
+    )
     got = stats_of(cuda, z, ids)
     for name in STATS:
         assert_values(got[name], single[name], exact[name], name)
@@ -245,7 +266,9 @@ def test_bad_arguments_do_not_reach_the_kernel(cuda):
         "the last dimension": lambda: stats_of(cuda, z.T, torch.zeros(60, dtype=torch.int64)),
         "ids is": lambda: stats_of(cuda, z, ids[:3]),
         "vocab_size is 61": lambda: stats_of(cuda, z, ids, softmax=SoftmaxParams(61)),
-        "overwrite each other": lambda: loss_grad(cuda, z[:1].expand(4, 60), ids, out=z[:1].expand(4, 60)),
+        "overwrite each other": lambda: loss_grad(
+            cuda, z[:1].expand(4, 60), ids, out=z[:1].expand(4, 60)
+        ),
     }.items():
         with pytest.raises(InvalidCall, match=message):
             call()
@@ -255,7 +278,14 @@ def test_bad_arguments_do_not_reach_the_kernel(cuda):
 
 
 @pytest.mark.parametrize(
-    ("kind", "softmax"), [("plain", "per_row"), ("peaked", "cold"), ("shifted", "plain"), ("low", "plain"), ("plain", "softcap")]
+    ("kind", "softmax"),
+    [
+        ("plain", "per_row"),
+        ("peaked", "cold"),
+        ("shifted", "plain"),
+        ("low", "plain"),
+        ("plain", "softcap"),
+    ],
 )
 def test_packed_rows_are_as_accurate(cuda, dtype, softmax, kind):
     for v in (1, 9, 2563):

@@ -1,5 +1,5 @@
-"""Tests of the tests: the tests of the emulated kernels must find every planted bug. And
-sanitizers.
+"""Tests of the tests: the tests of the emulated kernels must find every planted bug.
+And sanitizers.
 """
 
 import multiprocessing
@@ -13,9 +13,17 @@ import pytest
 from cuda_emulation.build import SANITIZE, build, compiler
 from paths import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels"),
+]
 
-STREAMING, RING, DIVERGENCE, SURE = "test_cuda_emulated.py", "test_cuda_ring.py", "test_cuda_divergence.py", "test_cuda_sure.py"
+STREAMING, RING, DIVERGENCE, SURE = (
+    "test_cuda_emulated.py",
+    "test_cuda_ring.py",
+    "test_cuda_divergence.py",
+    "test_cuda_sure.py",
+)
 SCALE, PROGRAM = "test_cuda_scale.py", "test_cuda_program.py"
 
 #: name: (file, text, text with the bug). Bugs of the streaming kernel, of code that
@@ -65,9 +73,7 @@ MUTANTS = {
     "packed rows of one length": ("../common/primitives.h", "call.bounds[call.rows + i] - call.bounds[i] : call", "call.bounds[call.rows] - call.bounds[0] : call"),
     "the scale's rounding ignored": ("partial.h", "rounding / kLog2e * mean * kLn2", "0.0"),
 }  # fmt: skip
-WALK = (
-    "for (int from = 0; from < slice.slices.count; ++from) sums = merge(sums, as_partial(load_shared(&stage.sent[from].sums)), row.scale);"
-)
+WALK = "for (int from = 0; from < slice.slices.count; ++from) sums = merge(sums, as_partial(load_shared(&stage.sent[from].sums)), row.scale);"
 
 #: Bugs of the ring kernel: its waits, its pipeline, its slices, its target.
 RING_MUTANTS = {
@@ -256,7 +262,14 @@ IN_FP32 = {
 }
 
 #: The tests that must find each bug.
-ALL_MUTANTS = {**MUTANTS, **RING_MUTANTS, **DIVERGENCE_MUTANTS, **SURE_MUTANTS, **SCALE_MUTANTS, **PROGRAM_MUTANTS}
+ALL_MUTANTS = {
+    **MUTANTS,
+    **RING_MUTANTS,
+    **DIVERGENCE_MUTANTS,
+    **SURE_MUTANTS,
+    **SCALE_MUTANTS,
+    **PROGRAM_MUTANTS,
+}
 FOUND_BY = {
     **dict.fromkeys(MUTANTS, STREAMING),
     **dict.fromkeys(RING_MUTANTS, RING),
@@ -267,24 +280,45 @@ FOUND_BY = {
 }
 
 # Bugs that are not observable here, and why each is right or harmless:
-# * wait_group() for reads only. The end of a kernel completes its writes; a block must only outlive the reading of its shared memory.
-# * No barrier of the cluster at the end (there is none). A block has waited for everything that is sent to it, so no block writes to one that has ended.
-# * Expecting the sums of slices after they have been sent. The phase cannot end before the arrival that announces them.
-# * Gradients of a row before the statistics of the next one. This is slower, with the same results.
+# * wait_group() for reads only. The end of a kernel completes its writes; a block must
+# only outlive the reading of its shared memory.
+# * No barrier of the cluster at the end (there is none). A block has waited for
+# everything that is sent to it, so no block writes to one that has ended.
+# * Expecting the sums of slices after they have been sent. The phase cannot end before
+# the arrival that announces them.
+# * Gradients of a row before the statistics of the next one. This is slower, with the
+# same results.
 # * Every block putting a row's outputs instead of the first: the same values.
-# * Two tensors, a block that takes all rows from its first on: each is written again, with the same bits.
+# * Two tensors, a block that takes all rows from its first on: each is written again,
+# with the same bits.
 # * Two tensors, the number of blocks: it affects only speed.
-# * Two tensors, an empty sum rebased from its maximum of -inf: the bound of the shift makes the factor 0, and its sums are.
-# * Two tensors, a NaN among the first's logits if the table is of other logits: a bound of the exponent makes it -200. The statistics of such a row are NaN.
-# * A thread that has seen only masked logits sums them again: they have no mass, however they are summed.
-# * publish_barriers(), acquire.cluster in wait_for_cluster(), L2 hints, the text of the assembly: the emulator does not execute them. The test of
-#   the SASS in test_cuda_compiled.py sees the instructions; only a GPU and its racecheck can show that they suffice.
+# * Two tensors, an empty sum rebased from its maximum of -inf: the bound of the shift
+# makes the factor 0, and its sums are.
+# * Two tensors, a NaN among the first's logits if the table is of other logits: a bound
+# of the exponent makes it -200. The statistics of such a row are NaN.
+# * A thread that has seen only masked logits sums them again: they have no mass,
+# however they are summed.
+# * publish_barriers(), acquire.cluster in wait_for_cluster(), L2 hints, the text of the
+# assembly: the emulator does not execute them. The test of
+#   the SASS in test_cuda_compiled.py sees the instructions; only a GPU and its
+#   racecheck can show that they suffice.
 
 
 def run_tests(module: Path, *files: str, **environment: str) -> subprocess.CompletedProcess:
     paths = [str(ROOT / "tests/backends/cuda" / file) for file in files]
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *paths],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            *paths,
+        ],
         capture_output=True,
         text=True,
         timeout=900,
@@ -296,7 +330,15 @@ def run_tests(module: Path, *files: str, **environment: str) -> subprocess.Compl
 #: Importing PyTorch takes longer than most bugs need to show: children are forked from
 #: a process that has imported it.
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["pytest", "torch", "reweight_ops.kernels", "reweight_ops._core.backends.reference", "reweight_ops.testing"])
+FORK.set_forkserver_preload(
+    [
+        "pytest",
+        "torch",
+        "reweight_ops.kernels",
+        "reweight_ops._core.backends.reference",
+        "reweight_ops.testing",
+    ]
+)
 
 
 def run_forked(module: Path, file: str, log: Path) -> None:
@@ -305,7 +347,21 @@ def run_forked(module: Path, file: str, log: Path) -> None:
         os.dup2(to.fileno(), 1)
         os.dup2(to.fileno(), 2)
     os.chdir(ROOT)
-    sys.exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(ROOT / "tests/backends/cuda" / file)])))
+    sys.exit(
+        int(
+            pytest.main(
+                [
+                    "-x",
+                    "-q",
+                    "-p",
+                    "no:cacheprovider",
+                    "-p",
+                    "no:xdist",
+                    str(ROOT / "tests/backends/cuda" / file),
+                ]
+            )
+        )
+    )
 
 
 def test_without_a_bug_everything_passes():
@@ -320,11 +376,14 @@ def test_a_planted_bug_is_found(name, tmp_path):
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     path = tmp_path / "csrc/cuda" / file
     source = path.read_text()
-    assert source.count(text) == 1, f"the text of mutant {name!r} is there {source.count(text)} times"
+    assert source.count(text) == 1, (
+        f"the text of mutant {name!r} is there {source.count(text)} times"
+    )
     path.write_text(source.replace(text, bug))
     dtypes = ("f32",) if name in IN_FP32 else ("bf16",)
     (tmp_path / "build").mkdir()
-    for made in build(dtypes=dtypes).parents[1].glob("*.o"):  # objects that the bug does not change are reused
+    # objects that the bug does not change are reused
+    for made in build(dtypes=dtypes).parents[1].glob("*.o"):
         (tmp_path / "build" / made.name).symlink_to(made)
     module = build(tmp_path / "csrc", folder=tmp_path / "build", dtypes=dtypes)
     log = tmp_path / "log"
@@ -337,10 +396,17 @@ def test_a_planted_bug_is_found(name, tmp_path):
 
 @pytest.mark.parametrize("file", [STREAMING, RING, DIVERGENCE, SURE, SCALE, PROGRAM])
 def test_sanitizers(file):
-    """Reads and writes outside of rows and of shared memory, and undefined behavior, under AddressSanitizer and UBSan."""
-    # also libstdc++: the sanitizer must know how exceptions are thrown before the first one is thrown.
+    """Reads and writes outside of rows and of shared memory, and undefined behavior,
+    under AddressSanitizer and UBSan.
+    """
+    # also libstdc++: the sanitizer must know how exceptions are thrown before the first
+    # one is thrown.
     libraries = [
-        subprocess.run([*(compiler() or "").split(), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        subprocess.run(
+            [*(compiler() or "").split(), f"-print-file-name={name}"],
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")
     ]
     if not all(Path(library).is_absolute() for library in libraries):

@@ -1,4 +1,6 @@
-"""Loss programs of the emulated CUDA kernels: random rules, programs wider than a warp, in both kernels, under every schedule."""
+"""Loss programs of the emulated CUDA kernels: random rules, programs wider than a warp,
+in both kernels, under every schedule.
+"""
 
 from __future__ import annotations
 
@@ -49,10 +51,23 @@ def test_a_level_wider_than_a_warp(cuda, schedule):
     table = build_table(loss_graph(program))
     ends = [0, *table.levels]
     assert max(b - a for a, b in itertools.pairwise(ends)) > 32
-    params = [-20.0, 20.0, 1.0, 0.2, 0.2, math.inf, *[0.1, 20.0, 0.2, 20.0, 10.0] * 4, *[0.01 * k for k in range(22)]]
+    params = [
+        -20.0,
+        20.0,
+        1.0,
+        0.2,
+        0.2,
+        math.inf,
+        *[0.1, 20.0, 0.2, 20.0, 10.0] * 4,
+        *[0.01 * k for k in range(22)],
+    ]
     z, ids = rows(6, 300, torch.float32, "plain")
     g = torch.Generator().manual_seed(0)
-    old, adv, ref = torch.randn(6, generator=g) * 0.1 - 6, torch.randn(6, generator=g), torch.randn(6, generator=g) * 0.3 - 6
+    old, adv, ref = (
+        torch.randn(6, generator=g) * 0.1 - 6,
+        torch.randn(6, generator=g),
+        torch.randn(6, generator=g) * 0.3 - 6,
+    )
     inputs = RowInputs(torch.rand(terms, 6, generator=g), old, adv, ref)
     assert_like_the_reference(cuda, z, ids, inputs, program, params)
 
@@ -62,8 +77,12 @@ def test_on_policy(cuda, schedule):
     remains.
     """
     z, ids = rows(6, 300, torch.float32, "plain")
-    inputs = RowInputs(torch.ones(1, 6), None, torch.randn(6, generator=torch.Generator().manual_seed(0)))
-    assert_like_the_reference(cuda, z, ids, inputs, Program.of(("clip",)), [-20.0, 20.0, 1.0, 0.2, 0.2, math.inf])
+    inputs = RowInputs(
+        torch.ones(1, 6), None, torch.randn(6, generator=torch.Generator().manual_seed(0))
+    )
+    assert_like_the_reference(
+        cuda, z, ids, inputs, Program.of(("clip",)), [-20.0, 20.0, 1.0, 0.2, 0.2, math.inf]
+    )
 
 
 def assert_like_the_reference(cuda, z, ids, inputs, program, params):
@@ -71,7 +90,19 @@ def assert_like_the_reference(cuda, z, ids, inputs, program, params):
     for primitives in (cuda, reference):
         out = torch.full_like(z, math.nan)
         found.append(
-            (primitives.token_loss_grad(z, ids, contract.ONE, SoftmaxParams(300), inputs, program, torch.tensor(params), out), out)
+            (
+                primitives.token_loss_grad(
+                    z,
+                    ids,
+                    contract.ONE,
+                    SoftmaxParams(300),
+                    inputs,
+                    program,
+                    torch.tensor(params),
+                    out,
+                ),
+                out,
+            )
         )
     torch.testing.assert_close(found[0], found[1], rtol=2e-5, atol=2e-6)
 
@@ -80,4 +111,6 @@ def test_more_registers_than_fit_are_refused(cuda):
     many = Program.of(("k3",) * 100)
     assert "registers, one pass holds 320" in cuda.program_unsupported_reason(many)
     with pytest.raises(InvalidCall, match="registers"):
-        contract.loss_grad(cuda, *rows(2, 30, torch.float32, "plain"), program=(many, torch.zeros(2 + 300)))
+        contract.loss_grad(
+            cuda, *rows(2, 30, torch.float32, "plain"), program=(many, torch.zeros(2 + 300))
+        )

@@ -100,21 +100,40 @@ def batch(n, v, dtype, padding=0, seed=0):
     return z, ids, adv
 
 
-def loss_grad(cuda, z, ids, adv, program=PROGRAMS["entropy"], softmax=None, temperature=None, out=None, inputs=None):
+def loss_grad(
+    cuda,
+    z,
+    ids,
+    adv,
+    program=PROGRAMS["entropy"],
+    softmax=None,
+    temperature=None,
+    out=None,
+    inputs=None,
+):
     n = ids.numel()
     out = aligned(z.shape, z.dtype) if out is None else out
     temperature = torch.linspace(0.7, 1.4, n) if temperature is None else temperature
     weights = torch.ones(len(program[0].terms), n)
     given = RowInputs(weights, torch.linspace(-3, 0, n), adv) if inputs is None else inputs
     return cuda.token_loss_grad(
-        z, ids, temperature, softmax or SoftmaxParams(z.size(-1)), given, program[0], torch.tensor(program[1]), out
+        z,
+        ids,
+        temperature,
+        softmax or SoftmaxParams(z.size(-1)),
+        given,
+        program[0],
+        torch.tensor(program[1]),
+        out,
     ), out
 
 
 def same(a, b):
     """Bitwise equal: NaN is NaN, and a zero has its sign."""
     kinds = {4: torch.int32, 2: torch.int16}
-    return torch.equal(a.contiguous().view(kinds[a.itemsize]), b.contiguous().view(kinds[b.itemsize]))
+    return torch.equal(
+        a.contiguous().view(kinds[a.itemsize]), b.contiguous().view(kinds[b.itemsize])
+    )
 
 
 def by_streaming(emulator, cuda, *args, **keywords):
@@ -136,7 +155,9 @@ CASES = [
     for s in SHAPES
     for d in DTYPES
     for k in SCHEDULES
-    if d == "bf16" or (k == "random" and s not in ("four", "eight")) or s in ("none", "part of a tile")
+    if d == "bf16"
+    or (k == "random" and s not in ("four", "eight"))
+    or s in ("none", "part of a tile")
 ]
 
 
@@ -149,7 +170,9 @@ def test_as_the_streaming_kernel(emulator, cuda, dtype, shape, schedule):
     z, ids, adv = batch(n, v, dtype, padding=5)
     softmax = SoftmaxParams(v)
     want_rows, want = by_streaming(emulator, cuda, z, ids, adv, softmax=softmax)
-    assert (want[..., v:] == 0).all() and (want[ids == IGNORE_INDEX] == 0).all() and (want != 0).any()
+    assert (
+        (want[..., v:] == 0).all() and (want[ids == IGNORE_INDEX] == 0).all() and (want != 0).any()
+    )
     got_rows, got = by_ring(emulator, cuda, schedule, 1, z, ids, adv, softmax=softmax)
     assert same(got_rows, want_rows) and same(got, want)
     clone = aligned(z.shape, dtype)
@@ -162,7 +185,8 @@ def test_as_the_streaming_kernel(emulator, cuda, dtype, shape, schedule):
 @pytest.mark.parametrize("schedule", ["late", "random", "skew"])
 @pytest.mark.parametrize("shape", ["part of a tile", "two blocks", "two blocks, part ahead"])
 def test_many_rows(emulator, cuda, shape, schedule, seed):
-    """Enough rows for every ring and stage to be reused several times, in one cluster."""
+    """Enough rows for every ring and stage to be reused several times, in
+    one cluster."""
     v = width(SHAPES[shape][0], torch.bfloat16)
     n = 40 if shape == "part of a tile" else 14
     z, ids, adv = batch(n, v, torch.bfloat16, seed=seed)
@@ -175,7 +199,9 @@ def test_many_rows(emulator, cuda, shape, schedule, seed):
 @pytest.mark.parametrize("schedule", ["random", "skew"])
 @pytest.mark.parametrize("case", ["plain", "entropy", "softcap", "squares"])
 def test_every_gradient(emulator, cuda, dtype, case, schedule, monkeypatch):
-    """Each form of the sweep, over two blocks, with the target in every slice and in the tail."""
+    """Each form of the sweep, over two blocks, with the target in every slice and in
+    the tail.
+    """
     v = width(SHAPES["two blocks"][0], dtype, tail=1)
     z, ids, adv = batch(8, v, dtype)
     ids[0], ids[2], ids[7] = 0, v // 2 + 8, v - 2
@@ -183,10 +209,14 @@ def test_every_gradient(emulator, cuda, dtype, case, schedule, monkeypatch):
     program = PROGRAMS.get(case, PROGRAMS["entropy"])
     if case == "squares":
         compiled = cuda.compiled  # as for a rule that reads log_sum_p_sq
-        monkeypatch.setattr(cuda, "compiled", lambda *a: (*compiled(*a)[:2], True, *compiled(*a)[3:]))
+        monkeypatch.setattr(
+            cuda, "compiled", lambda *a: (*compiled(*a)[:2], True, *compiled(*a)[3:])
+        )
     softmax = SoftmaxParams(v, 12.0 if case == "softcap" else math.inf)
     want_rows, want = by_streaming(emulator, cuda, z, ids, adv, program=program, softmax=softmax)
-    got_rows, got = by_ring(emulator, cuda, schedule, 1, z, ids, adv, program=program, softmax=softmax)
+    got_rows, got = by_ring(
+        emulator, cuda, schedule, 1, z, ids, adv, program=program, softmax=softmax
+    )
     assert same(got_rows, want_rows) and same(got, want)
 
 
@@ -196,26 +226,49 @@ def test_every_rule(emulator, cuda, name):
     z, ids = rows(n, v, torch.float32, "plain")
     g = torch.Generator().manual_seed(1)
     old, ref, sampling = (torch.randn(n, generator=g) - 3 for _ in range(3))
-    inputs = RowInputs(torch.rand(1, n, generator=g), old, torch.randn(n, generator=g), ref, sampling)
+    inputs = RowInputs(
+        torch.rand(1, n, generator=g), old, torch.randn(n, generator=g), ref, sampling
+    )
     values = [0.5] * len(own_rules()[name].parameter_names())
     program = Program.of((name,)), [*CLAMP, 1.0, *values]
     want_rows, want = by_streaming(emulator, cuda, z, ids, None, program=program, inputs=inputs)
-    got_rows, got = by_ring(emulator, cuda, "random", 1, z, ids, None, program=program, inputs=inputs)
+    got_rows, got = by_ring(
+        emulator, cuda, "random", 1, z, ids, None, program=program, inputs=inputs
+    )
     assert same(got_rows, want_rows) and same(got, want)
 
 
 def test_accuracy_over_eight_blocks(emulator, cuda):
-    """The criterion against fp64, so that not everything depends on the streaming kernel."""
+    """The criterion against fp64, so that not everything depends on the streaming
+    kernel.
+    """
     v, n = width(41001, torch.bfloat16), 4
     z, ids = rows(n, v, torch.bfloat16, "plain")
     t, adv = torch.tensor([0.8]), torch.tensor([1.0, -1.0, 2.0, 0.5])
-    inputs = RowInputs(torch.ones(1, n), None, adv)  # on-policy: the coefficient is -adv
-    got, out = by_ring(emulator, cuda, "random", 1, z, ids, adv, program=PROGRAMS["plain"], temperature=t, inputs=inputs)
-    exact, single = (statistics(z.to(d), ids, t.to(d).expand(n)) for d in (torch.float64, torch.float32))
+    # on-policy: the coefficient is -adv
+    inputs = RowInputs(torch.ones(1, n), None, adv)
+    got, out = by_ring(
+        emulator,
+        cuda,
+        "random",
+        1,
+        z,
+        ids,
+        adv,
+        program=PROGRAMS["plain"],
+        temperature=t,
+        inputs=inputs,
+    )
+    exact, single = (
+        statistics(z.to(d), ids, t.to(d).expand(n)) for d in (torch.float64, torch.float32)
+    )
     for k, name in enumerate(("logp", "entropy")):
         assert_values(got[k], single[name], exact[name], name)
     assert torch.equal(got[4], -adv)
-    truth, base = (gradient(z.to(d), ids, t.to(d).expand(n), {"logp": -adv}) for d in (torch.float64, torch.float32))
+    truth, base = (
+        gradient(z.to(d), ids, t.to(d).expand(n), {"logp": -adv})
+        for d in (torch.float64, torch.float32)
+    )
     assert_gradient(out, base, truth, adv.abs() / t, ids)
 
 
@@ -237,7 +290,9 @@ def test_statistics_agree(emulator, cuda, dtype, shape):
     inputs = RowInputs(torch.ones(1, n), logp, torch.ones(n))
     for logits, kernel in ((z, "ring"), (z, "streaming"), (odd, "auto")):
         emulator.set_kernel(kernel)
-        got, _ = loss_grad(cuda, logits, ids, None, program=PROGRAMS["plain"], temperature=one, inputs=inputs)
+        got, _ = loss_grad(
+            cuda, logits, ids, None, program=PROGRAMS["plain"], temperature=one, inputs=inputs
+        )
         assert torch.equal(got[0], logp) and (got[4] == -1).all(), kernel
 
 
@@ -276,7 +331,12 @@ def test_all_rows_out(emulator, cuda):
 
 
 def why(cuda, emulator, z, out=None):
-    call = cuda.call(z, torch.zeros(z.numel() // max(z.size(-1), 1), dtype=torch.int64), torch.ones(1), SoftmaxParams(z.size(-1)))
+    call = cuda.call(
+        z,
+        torch.zeros(z.numel() // max(z.size(-1), 1), dtype=torch.int64),
+        torch.ones(1),
+        SoftmaxParams(z.size(-1)),
+    )
     out = z if out is None else out
     return emulator.ring_unsupported_reason(call, out.data_ptr(), cuda.out_rows(z, out))
 
@@ -284,7 +344,9 @@ def why(cuda, emulator, z, out=None):
 def test_the_rule(emulator, cuda):
     z = torch.zeros(4, 1024, dtype=torch.bfloat16)
     assert why(cuda, emulator, z) == ""
-    assert why(cuda, emulator, torch.zeros(4, 1024 * 257, dtype=torch.bfloat16)[:, : 1024 * 256]) == "", "262144 columns in 16 bits"
+    assert (
+        why(cuda, emulator, torch.zeros(4, 1024 * 257, dtype=torch.bfloat16)[:, : 1024 * 256]) == ""
+    ), "262144 columns in 16 bits"
     assert why(cuda, emulator, torch.zeros(4, 262144)) == "", "as many in 32 bits"
     assert why(cuda, emulator, torch.zeros(1, 393216)) == ""
     odd = torch.zeros(4, 1025, dtype=torch.bfloat16)
@@ -307,7 +369,9 @@ def test_the_rule(emulator, cuda):
     assert why(cuda, emulator, torch.zeros(1, 32768, dtype=torch.bfloat16)) == ""
     assert "does not fit" in why(cuda, emulator, torch.zeros(1, 32776, dtype=torch.bfloat16))
     emulator.set_device(9, 2 * 16400 + 2816, 2)
-    assert "3 tiles of 16 KiB in each, 2 fit" in why(cuda, emulator, z), "one of the next row, and one in motion"
+    assert "3 tiles of 16 KiB in each, 2 fit" in why(cuda, emulator, z), (
+        "one of the next row, and one in motion"
+    )
     emulator.set_device(9, 227 << 10, 0)
     assert "cannot run a cluster of 1 blocks" in why(cuda, emulator, z)
     emulator.set_kernel("streaming")

@@ -3,7 +3,13 @@
 import pytest
 import torch
 from cuda_emulation.fixtures import SCHEDULES, emulated
-from scale_rows import DTYPES, FACTORS, check_scaling, check_untouched_at_one, check_what_no_kernel_takes
+from scale_rows import (
+    DTYPES,
+    FACTORS,
+    check_scaling,
+    check_untouched_at_one,
+    check_what_no_kernel_takes,
+)
 
 from reweight_ops.errors import InvalidCall
 

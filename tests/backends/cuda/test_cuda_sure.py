@@ -1,5 +1,5 @@
-"""Sure tokens and large offsets in the emulated CUDA kernels: log-prob and gradient keep
-their digits.
+"""Sure tokens and large offsets in the emulated CUDA kernels: log-prob and gradient
+keep their digits.
 
 tests/support/sure_rows.py has the bound.
 """
@@ -47,7 +47,9 @@ def one_pass(primitives, z, ids, adv=None):
     adv = torch.ones(n) if adv is None else adv
     columns = -(-z.size(-1) * z.itemsize // 16) * 16 // z.itemsize
     out = torch.full((n, columns), math.nan, dtype=z.dtype)[:, : z.size(-1)]
-    rows = primitives.token_loss_grad(z, ids, ONE, SoftmaxParams(z.size(-1)), RowInputs(torch.ones(1, n), None, adv), *PLAIN, out)
+    rows = primitives.token_loss_grad(
+        z, ids, ONE, SoftmaxParams(z.size(-1)), RowInputs(torch.ones(1, n), None, adv), *PLAIN, out
+    )
     return rows, out
 
 
@@ -64,7 +66,9 @@ def target_gradient(out, ids):
 
 
 def tolerance(dtype):
-    """A gradient is also rounded to its dtype; in fp16, numbers below its range are lost."""
+    """A gradient is also rounded to its dtype; in fp16, numbers below its range are
+    lost.
+    """
     return sure_rows.TOLERANCE + torch.finfo(dtype).eps / 2
 
 
@@ -90,12 +94,27 @@ def test_statistics_and_gradient(kernels, dtype, vocab):
     _module, primitives = kernels
     rows = sure_rows.sure_rows(vocab, dtype)
     names = ("logp", "max_logp", "lse", "entropy", "log_sum_p_sq")
-    stats = dict(zip(names, primitives.token_stats(rows.logits, rows.ids, ONE, SoftmaxParams(vocab), names), strict=True))
+    stats = dict(
+        zip(
+            names,
+            primitives.token_stats(rows.logits, rows.ids, ONE, SoftmaxParams(vocab), names),
+            strict=True,
+        )
+    )
     out = torch.full_like(rows.logits, math.nan)
-    primitives.token_grad(rows.logits, rows.ids, ONE, SoftmaxParams(vocab), stats, {"logp": -torch.ones(rows.ids.numel())}, out)
+    primitives.token_grad(
+        rows.logits,
+        rows.ids,
+        ONE,
+        SoftmaxParams(vocab),
+        stats,
+        {"logp": -torch.ones(rows.ids.numel())},
+        out,
+    )
     assert_kept(rows, stats["logp"], out, dtype)
     assert torch.equal(stats["max_logp"], stats["logp"])
-    # Σp² is (1 - δ)² and less than e^-2δ; the entropy is at least δ·(1 + margin). Both vanish with the log-prob.
+    # Σp² is (1 - δ)² and less than e^-2δ; the entropy is at least δ·(1 + margin). Both
+    # vanish with the log-prob.
     z = rows.logits.double()
     p = (z - z.amax(-1, keepdim=True)).exp()
     p = p / p.sum(-1, keepdim=True)
@@ -106,8 +125,8 @@ def test_statistics_and_gradient(kernels, dtype, vocab):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_same_bits(kernels, schedule):
-    """Every kernel and thread that sums again gives the same bits: with a ring that holds
-    part of the next row, in blocks of two slices.
+    """Every kernel and thread that sums again gives the same bits: with a ring that
+    holds part of the next row, in blocks of two slices.
     """
     module, primitives = kernels
     module.set_schedule(schedule, 3)
@@ -120,7 +139,9 @@ def test_the_same_bits(kernels, schedule):
     for kernel in ("streaming", "ring"):
         module.set_kernel(kernel)
         found[kernel] = one_pass(primitives, z, ids)
-    assert torch.equal(found["ring"][0], found["streaming"][0]) and torch.equal(found["ring"][1], found["streaming"][1])
+    assert torch.equal(found["ring"][0], found["streaming"][0]) and torch.equal(
+        found["ring"][1], found["streaming"][1]
+    )
     assert torch.equal(found["ring"][0][0], logp)
 
 
@@ -129,33 +150,63 @@ def test_the_same_bits(kernels, schedule):
 def test_one_value_everywhere(kernels, value, kernel):
     module, primitives = kernels
     module.set_kernel(kernel)
-    for dtype, vocab in ((torch.float32, 9), (torch.float32, 5003), (torch.bfloat16, 9), (torch.bfloat16, 5003)):
-        z, ids = aligned(torch.full((3, vocab), value, dtype=dtype)), torch.tensor([0, 4, vocab - 1])
+    for dtype, vocab in (
+        (torch.float32, 9),
+        (torch.float32, 5003),
+        (torch.bfloat16, 9),
+        (torch.bfloat16, 5003),
+    ):
+        z, ids = (
+            aligned(torch.full((3, vocab), value, dtype=dtype)),
+            torch.tensor([0, 4, vocab - 1]),
+        )
         got, out = one_pass(primitives, z, ids)
         assert got[0].tolist() == pytest.approx([-math.log(vocab)] * 3, rel=1e-6)
         assert got[1].tolist() == pytest.approx([math.log(vocab)] * 3, rel=1e-6)
         want = torch.full((3, vocab), 1 / vocab, dtype=torch.float64)
         want[torch.arange(3), ids] -= 1
-        torch.testing.assert_close(out.double(), want, rtol=float(torch.finfo(dtype).eps) + 1e-6, atol=0)
+        torch.testing.assert_close(
+            out.double(), want, rtol=float(torch.finfo(dtype).eps) + 1e-6, atol=0
+        )
         names = ("logp", "lse", "lse_low")
-        stats = dict(zip(names, primitives.token_stats(z, ids, ONE, SoftmaxParams(vocab), names), strict=True))
+        stats = dict(
+            zip(
+                names, primitives.token_stats(z, ids, ONE, SoftmaxParams(vocab), names), strict=True
+            )
+        )
         logp, lse = stats["logp"], stats["lse"]
-        assert torch.equal(logp, got[0]) and lse.tolist() == pytest.approx([float(z[0, 0]) + math.log(vocab)] * 3)
+        assert torch.equal(logp, got[0]) and lse.tolist() == pytest.approx(
+            [float(z[0, 0]) + math.log(vocab)] * 3
+        )
         by_primitive = torch.full_like(z, math.nan)
-        primitives.token_grad(z, ids, ONE, SoftmaxParams(vocab), stats, {"logp": -torch.ones(3)}, by_primitive)
-        torch.testing.assert_close(by_primitive.double(), want, rtol=float(torch.finfo(dtype).eps) + 1e-6, atol=0)
+        primitives.token_grad(
+            z, ids, ONE, SoftmaxParams(vocab), stats, {"logp": -torch.ones(3)}, by_primitive
+        )
+        torch.testing.assert_close(
+            by_primitive.double(), want, rtol=float(torch.finfo(dtype).eps) + 1e-6, atol=0
+        )
         if abs(value) < 1e38:  # otherwise there is no log-sum-exp
             cold = torch.full((1,), 0.7)
-            stats = dict(zip(names, primitives.token_stats(z, ids, cold, SoftmaxParams(vocab), names), strict=True))
-            primitives.token_grad(z, ids, cold, SoftmaxParams(vocab), stats, {"logp": -torch.ones(3)}, by_primitive)
-            torch.testing.assert_close(by_primitive.double(), want / 0.7, rtol=float(torch.finfo(dtype).eps) + 1e-6, atol=0)
+            stats = dict(
+                zip(
+                    names,
+                    primitives.token_stats(z, ids, cold, SoftmaxParams(vocab), names),
+                    strict=True,
+                )
+            )
+            primitives.token_grad(
+                z, ids, cold, SoftmaxParams(vocab), stats, {"logp": -torch.ones(3)}, by_primitive
+            )
+            torch.testing.assert_close(
+                by_primitive.double(), want / 0.7, rtol=float(torch.finfo(dtype).eps) + 1e-6, atol=0
+            )
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e4, 3e5, 1e7])
 @pytest.mark.parametrize("vocab", [257, 5003])
 def test_offsets(kernels, vocab, offset):
-    """Logits that keep their differences at an offset keep their log-probs and gradients,
-    judged by the row in fp32.
+    """Logits that keep their differences at an offset keep their log-probs and
+    gradients, judged by the row in fp32.
     """
     module, primitives = kernels
     rows = sure_rows.sure_rows(vocab, torch.float32, offset)
@@ -168,9 +219,13 @@ def test_offsets(kernels, vocab, offset):
 @pytest.mark.parametrize("offset", [0.0, 1000.0, -9000.0, 60000.0])
 @pytest.mark.parametrize("vocab", [257, 5003])
 def test_an_offset_costs_no_digits(kernels, vocab, offset):
-    """Logits that are multiples of 1/64 keep their differences exactly: statistics and gradient are those of no offset, to fp32's last digits."""
+    """Logits that are multiples of 1/64 keep their differences exactly: statistics and
+    gradient are those of no offset, to fp32's last digits.
+    """
     module, primitives = kernels
-    z = (torch.randn(4, vocab, generator=torch.Generator().manual_seed(vocab)) * 3 * 64).round() / 64
+    z = (
+        torch.randn(4, vocab, generator=torch.Generator().manual_seed(vocab)) * 3 * 64
+    ).round() / 64
     ids = torch.tensor([0, 1, vocab // 2, vocab - 1])
     truth = torch.log_softmax(z.double(), -1)
     entropy = -(truth.exp() * truth).sum(-1)
@@ -185,7 +240,8 @@ def test_an_offset_costs_no_digits(kernels, vocab, offset):
 
 
 def test_masks_far_below_a_sure_token(kernels):
-    """Warps that see only masked logits have nothing to sum again; the few others do."""
+    """Warps that see only masked logits have nothing to sum again; the
+    few others do."""
     module, primitives = kernels
     for dtype in (torch.float32, torch.bfloat16):
         vocab = 20011

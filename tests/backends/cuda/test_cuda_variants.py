@@ -1,4 +1,5 @@
-"""Compile-time variants of the ring (csrc/cuda/variants.h), emulated under every schedule.
+"""Compile-time variants of the ring (csrc/cuda/variants.h), emulated under every
+schedule.
 
 They have the bits of the streaming kernel, and no deadlock.
 """
@@ -12,12 +13,17 @@ from test_cuda_ring import SHAPES, batch, by_ring, by_streaming, same, width
 from bench.gpu_variants import VARIANTS, defines
 from reweight_ops._core.backends.native import Native
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels"),
+]
 
 #: Variants that change a wait, an order or a count. The emulation does not see cache
 #: hints and the number of blocks.
 WAITS = {
-    name: settings for name, settings in VARIANTS.items() if any(s in settings for s in ("KEEP", "DIRECT", "STORES", "NEIGHBOURS", "ROWS"))
+    name: settings
+    for name, settings in VARIANTS.items()
+    if any(s in settings for s in ("KEEP", "DIRECT", "STORES", "NEIGHBOURS", "ROWS"))
 }
 WAITS |= {
     "no store in flight": "RING_STORES=0",
@@ -41,7 +47,10 @@ def variant(request):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("shape", ["none", "part of a tile", "a tile", "ten tiles", "two blocks", "two blocks, part ahead"])
+@pytest.mark.parametrize(
+    "shape",
+    ["none", "part of a tile", "a tile", "ten tiles", "two blocks", "two blocks, part ahead"],
+)
 def test_as_the_streaming_kernel(variant, shape, schedule):
     module, primitives = variant
     v = width(SHAPES[shape][0], torch.bfloat16, tail=3)

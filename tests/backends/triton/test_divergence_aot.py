@@ -28,7 +28,9 @@ def aot(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("target", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90", "gfx942"])
+@pytest.mark.parametrize(
+    "target", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90", "gfx942"]
+)
 def test_compiles_without_spills_and_streams_16_bytes_at_a_time(aot, target):
     compiled = aot("compile", target)
     assert len(compiled) == 6  # two pairs of dtypes; statistics, gradient, both

@@ -1,6 +1,8 @@
-"""The Triton backend against an independent fp64 oracle: autograd through log_softmax and the rules' formulas.
+"""The Triton backend against an independent fp64 oracle: autograd through log_softmax
+and the rules' formulas.
 
-By the package's criterion (tests/support/criterion.py) and nothing looser. Runs in Triton's interpreter, or on a GPU if there is one.
+By the package's criterion (tests/support/criterion.py) and nothing looser. Runs in
+Triton's interpreter, or on a GPU if there is one.
 """
 
 from __future__ import annotations
@@ -16,12 +18,29 @@ from built_in import own_rules
 
 pytest.importorskip("triton")
 
-from triton_oracle import DEVICE, Batch, check_grad, check_loss_grad, check_stats, default_params, run_loss_grad, run_stats, small_config
+from triton_oracle import (
+    DEVICE,
+    Batch,
+    check_grad,
+    check_loss_grad,
+    check_stats,
+    default_params,
+    run_loss_grad,
+    run_stats,
+    small_config,
+)
 
 from reweight_ops._core.backends import triton_cache as triton_programs
 from reweight_ops._core.backends import triton_launch
 from reweight_ops._core.backends import triton_token as backend
-from reweight_ops._core.backends.base import DERIVATIVES, LOSS_ROWS, STATS, Request, RowInputs, SoftmaxParams
+from reweight_ops._core.backends.base import (
+    DERIVATIVES,
+    LOSS_ROWS,
+    STATS,
+    Request,
+    RowInputs,
+    SoftmaxParams,
+)
 from reweight_ops._core.backends.select import load
 from reweight_ops._core.formula.loss_program import Program
 from reweight_ops._core.formula.triton import program_py
@@ -31,7 +50,10 @@ from reweight_ops.triton_kernels.config import VARIANTS, bytes_in_flight, config
 
 ROWS = 12
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-RICH = Program.of(("clip", "k3", "entropy_bonus"), (("current_advantage_reweighting", "surrogate"), ("probability_band", "all")))
+RICH = Program.of(
+    ("clip", "k3", "entropy_bonus"),
+    (("current_advantage_reweighting", "surrogate"), ("probability_band", "all")),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -45,12 +67,12 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(backend, "config_for", small_config)
 
 
-# --- batches --------------------------------------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------
 
 
 def make(dtype=torch.float32, n=ROWS, v=400, program=RICH, seed=0, **change) -> Batch:
-    """Logits with outliers, targets with real mass, both sides of the clip, and both sides
-    of the clamp.
+    """Logits with outliers, targets with real mass, both sides of the clip, and both
+    sides of the clamp.
     """
     g = torch.Generator().manual_seed(seed)
     logits = (torch.randn(n, v, generator=g) * 2.5).to(dtype)
@@ -58,7 +80,9 @@ def make(dtype=torch.float32, n=ROWS, v=400, program=RICH, seed=0, **change) -> 
     ids[::2] = logits[::2].float().argmax(-1)
     logits[0, ids[0]] = 40.0  # p = 1 to fp32
     logits[1] *= 4
-    batch = Batch(logits, ids, torch.tensor([0.8]), SoftmaxParams(v), None, program, default_params(program))
+    batch = Batch(
+        logits, ids, torch.tensor([0.8]), SoftmaxParams(v), None, program, default_params(program)
+    )
     batch = dataclasses.replace(batch, **change)
     n = batch.ids.numel()
     logp = torch.nan_to_num(batch.statistics(torch.float32)["logp"], neginf=-30.0)
@@ -112,12 +136,17 @@ CONDITIONS = {
     "-inf": minus_infinity,
     "softcap": lambda dtype: make(dtype, softmax=SoftmaxParams(400, softcap=5.0)),
     "softcap and -inf": lambda dtype: make(
-        dtype, logits=minus_infinity(dtype).logits, ids=minus_infinity(dtype).ids, softmax=SoftmaxParams(400, softcap=30.0)
+        dtype,
+        logits=minus_infinity(dtype).logits,
+        ids=minus_infinity(dtype).ids,
+        softmax=SoftmaxParams(400, softcap=30.0),
     ),
     "a temperature each row": lambda dtype: make(dtype, temperature=torch.linspace(0.3, 2.5, ROWS)),
     "a large common shift": lambda dtype: make(dtype, logits=make(dtype).logits + 300),
     "a very large common shift": lambda dtype: make(dtype, logits=make(dtype).logits + 3e4),
-    "padded vocabulary": lambda dtype: make(dtype, softmax=SoftmaxParams(350), ids=make(dtype).ids % 350),
+    "padded vocabulary": lambda dtype: make(
+        dtype, softmax=SoftmaxParams(350), ids=make(dtype).ids % 350
+    ),
     "an odd vocabulary": lambda dtype: make(dtype, v=397),
     "a tiny vocabulary": lambda dtype: make(dtype, v=3),
 }
@@ -140,7 +169,10 @@ def test_rules(name):
 
 @pytest.mark.parametrize(
     "program",
-    [Program.of(("clip", "k1", "k2", "entropy_bonus")), Program.of(("cispo", "k3_corrected"), (("truncated_importance", "surrogate"),))],
+    [
+        Program.of(("clip", "k1", "k2", "entropy_bonus")),
+        Program.of(("cispo", "k3_corrected"), (("truncated_importance", "surrogate"),)),
+    ],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_programs(program, dtype):
@@ -178,7 +210,7 @@ def test_on_policy_is_ratio_one_and_keeps_its_gradient():
     assert torch.equal(run_loss_grad(batch)[0], rows)
 
 
-# --- what must be bitwise -------------------------------------------------------------------------------------------------------
+# --- what must be bitwise -------------------------------------------------------------
 
 
 def split(monkeypatch, yes: bool) -> None:
@@ -192,25 +224,49 @@ def test_splitting_rows_changes_no_bit(dtype, in_place, small_tiles, monkeypatch
     primitive of whole rows always one.
     """
     n, v = 6, 1000  # 4 segments of 256 columns and, with padding, 3 chunks of 512
-    batch = make(dtype, n=n, v=v + 300, softmax=SoftmaxParams(v), ids=torch.tensor([3, 999, IGNORE_INDEX, 600, v + 1, 511]))
+    batch = make(
+        dtype,
+        n=n,
+        v=v + 300,
+        softmax=SoftmaxParams(v),
+        ids=torch.tensor([3, 999, IGNORE_INDEX, 600, v + 1, 511]),
+    )
     given = [x.to(DEVICE) for x in (batch.logits, batch.ids, batch.temperature)]
     derivatives = {name: torch.linspace(-1, 2, n, device=DEVICE) for name in DERIVATIVES}
     launched = []
     launch = triton_launch.launch
-    monkeypatch.setattr(triton_launch, "launch", lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), launch(kernel, *a, **k))[1])
+    monkeypatch.setattr(
+        triton_launch,
+        "launch",
+        lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), launch(kernel, *a, **k))[1],
+    )
 
     def run(yes: bool):
         split(monkeypatch, yes)
         stats = backend.token_stats(*given, batch.softmax, STATS)
         out = given[0].clone() if in_place else torch.full_like(given[0], math.nan)
-        backend.token_grad(out if in_place else given[0], *given[1:], batch.softmax, dict(zip(STATS, stats, strict=True)), derivatives, out)
+        backend.token_grad(
+            out if in_place else given[0],
+            *given[1:],
+            batch.softmax,
+            dict(zip(STATS, stats, strict=True)),
+            derivatives,
+            out,
+        )
         return (stats, out, *run_loss_grad(batch, in_place))
 
     whole = run(False)
     assert launched == ["stats_kernel", "gradient_kernel", "loss_grad_kernel"]
     launched.clear()
     cut = run(True)
-    assert launched == ["partial_kernel", "stats_kernel", "gradient_kernel", "partial_kernel", "merge_kernel", "loss_grad_kernel"]
+    assert launched == [
+        "partial_kernel",
+        "stats_kernel",
+        "gradient_kernel",
+        "partial_kernel",
+        "merge_kernel",
+        "loss_grad_kernel",
+    ]
     for one, other in zip(whole, cut, strict=True):
         assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
 
@@ -220,7 +276,9 @@ def test_a_row_is_the_same_bits_wherever_it_stands(small_tiles):
     rows, out = run_loss_grad(batch)
     order = torch.tensor([7, 2, 2, 9, 0])
     inputs = RowInputs(*(None if x is None else x[..., order].contiguous() for x in batch.inputs))
-    moved = dataclasses.replace(batch, logits=batch.logits[order], ids=batch.ids[order], inputs=inputs)
+    moved = dataclasses.replace(
+        batch, logits=batch.logits[order], ids=batch.ids[order], inputs=inputs
+    )
     moved_rows, moved_out = run_loss_grad(moved)
     assert torch.equal(moved_rows, rows[:, order])
     assert torch.equal(moved_out, out[order])
@@ -233,7 +291,7 @@ def test_both_primitives_give_the_same_logp(small_tiles):
     assert torch.equal(run_stats(batch, ("logp",))["logp"], rows[0])
 
 
-# --- NaN rows, shards, nothing to do ----------------------------------------------------------------------------------------------
+# --- NaN rows, shards, nothing to do --------------------------------------------------
 
 
 @pytest.mark.parametrize("bad_logit", ["nan", "+inf", "all -inf", "nan in the last tile"])
@@ -245,7 +303,9 @@ def test_a_nan_row_is_nan_and_alone(bad_logit, softcap, small_tiles):
     if bad_logit == "all -inf":
         batch.logits[4] = -math.inf
     else:
-        batch.logits[4, 399 if "last" in bad_logit else 17] = math.inf if bad_logit == "+inf" else math.nan
+        batch.logits[4, 399 if "last" in bad_logit else 17] = (
+            math.inf if bad_logit == "+inf" else math.nan
+        )
     rows, out = run_loss_grad(batch)
     assert rows[:, 4].isnan().all()
     assert out[4].isnan().all()
@@ -253,16 +313,19 @@ def test_a_nan_row_is_nan_and_alone(bad_logit, softcap, small_tiles):
     assert torch.equal(rows[:, others], healthy[:, others])
     assert torch.equal(out[others], healthy_out[others])
     for name, values in run_stats(batch).items():
-        empty = name == "lse_low" and bad_logit == "all -inf"  # a shard of a row may be empty
+        # a shard of a row may be empty
+        empty = name == "lse_low" and bad_logit == "all -inf"
         assert values[4] == -math.inf if empty else values[4].isnan()
         assert values[others].isfinite().all()
 
 
 def test_a_nan_row_is_nan_also_where_the_rule_only_compares():
-    """Every comparison with NaN is false, so that clip would call the row clipped, without
-    a gradient. Padding still stays zero.
+    """Every comparison with NaN is false, so that clip would call the row clipped,
+    without a gradient. Padding still stays zero.
     """
-    batch = make(n=8, program=Program.of(("clip",)), softmax=SoftmaxParams(350), ids=make(n=8).ids % 350)
+    batch = make(
+        n=8, program=Program.of(("clip",)), softmax=SoftmaxParams(350), ids=make(n=8).ids % 350
+    )
     batch.logits = batch.logits.clone()
     batch.logits[4, 17] = math.nan
     rows, out = run_loss_grad(batch)
@@ -283,7 +346,13 @@ def test_the_targets_slope_keeps_its_digits_as_p_goes_to_1():
     out = torch.full((24, 2), math.nan, device=DEVICE)
     given = {k: v.to(DEVICE) for k, v in stats.items()}
     backend.token_grad(
-        logits.to(DEVICE), ids.to(DEVICE), torch.ones(1, device=DEVICE), SoftmaxParams(2), given, {"logp": one.to(DEVICE)}, out
+        logits.to(DEVICE),
+        ids.to(DEVICE),
+        torch.ones(1, device=DEVICE),
+        SoftmaxParams(2),
+        given,
+        {"logp": one.to(DEVICE)},
+        out,
     )
     want = -torch.expm1(logp.double())
     assert ((out[:, 0].cpu().double() - want).abs() <= 8 * 2.0**-24 * want).all()
@@ -321,7 +390,13 @@ def test_two_shards_are_one_vocabulary():
         given = {k: v.to(DEVICE) for k, v in whole.items()}
         derivatives = {"logp": g.to(DEVICE), "entropy": -g.to(DEVICE)}
         backend.token_grad(
-            part.logits.to(DEVICE), batch.ids.to(DEVICE), batch.temperature.to(DEVICE), part.softmax, given, derivatives, out
+            part.logits.to(DEVICE),
+            batch.ids.to(DEVICE),
+            batch.temperature.to(DEVICE),
+            part.softmax,
+            given,
+            derivatives,
+            out,
         )
         outs.append(out.cpu())
     assert torch.allclose(outs[0], torch.cat(outs[1:], -1), rtol=0, atol=16 * 2.0**-24)
@@ -333,7 +408,14 @@ def test_no_rows_and_no_rows_with_gradient():
     assert backend.token_stats(empty, ids, t, SoftmaxParams(8), STATS).shape == (len(STATS), 0)
     inputs = RowInputs(torch.empty(1, 0, device=DEVICE), adv=torch.empty(0, device=DEVICE))
     rows = backend.token_loss_grad(
-        empty, ids, t, SoftmaxParams(8), inputs, Program.of(("reinforce",)), default_params(Program.of(("reinforce",))).to(DEVICE), empty
+        empty,
+        ids,
+        t,
+        SoftmaxParams(8),
+        inputs,
+        Program.of(("reinforce",)),
+        default_params(Program.of(("reinforce",))).to(DEVICE),
+        empty,
     )
     assert rows.shape == (len(LOSS_ROWS), 0)
     batch = make(program=Program.of(("clip",)))
@@ -346,7 +428,9 @@ def test_no_rows_and_no_rows_with_gradient():
 def test_masked_rows_are_not_read_by_token_grad():
     batch = make()
     batch.logits = torch.full_like(batch.logits, math.nan)
-    zeros = {k: torch.zeros(ROWS, device=DEVICE) for k in ("logp", "lse", "entropy", "log_sum_p_sq")}
+    zeros = {
+        k: torch.zeros(ROWS, device=DEVICE) for k in ("logp", "lse", "entropy", "log_sum_p_sq")
+    }
     out = torch.full(batch.logits.shape, math.nan, device=DEVICE)
     backend.token_grad(
         batch.logits.to(DEVICE),
@@ -360,7 +444,7 @@ def test_masked_rows_are_not_read_by_token_grad():
     assert torch.equal(out.cpu(), torch.zeros(ROWS, 400))
 
 
-# --- user rules -----------------------------------------------------------------------------------------------------------------
+# --- user rules -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -414,7 +498,9 @@ def test_the_cache_mends_a_short_file_and_serves_many_processes(tmp_path):
     path.unlink()
     del sys.modules[module.__name__]
     context = multiprocessing.get_context("fork")
-    children = [context.Process(target=triton_programs.load_source, args=(text, tmp_path)) for _ in range(4)]
+    children = [
+        context.Process(target=triton_programs.load_source, args=(text, tmp_path)) for _ in range(4)
+    ]
     for child in children:
         child.start()
     for child in children:
@@ -431,14 +517,17 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert triton_programs.cache_folder().name == "reweight_ops"
 
 
-# --- reasons and launch shapes --------------------------------------------------------------------------------------------------
+# --- reasons and launch shapes --------------------------------------------------------
 
 
 def test_reasons():
     request = Request("token_stats", torch.device(DEVICE), torch.float32)
     assert load("triton").unsupported_reason(request) is None
     assert "float64" in load("triton").unsupported_reason(request._replace(dtype=torch.float64))
-    assert "xpu" in load("triton").unsupported_reason(request._replace(device=torch.device("xpu"))) or triton_launch.interpreted()
+    assert (
+        "xpu" in load("triton").unsupported_reason(request._replace(device=torch.device("xpu")))
+        or triton_launch.interpreted()
+    )
 
 
 @pytest.mark.parametrize("shapes", sorted(VARIANTS))
@@ -461,7 +550,9 @@ def test_launch_shapes(columns, itemsize, shapes, monkeypatch):
         assert max(config.stats.threads, config.one_pass.threads) <= config.slots
 
 
-@pytest.mark.parametrize("columns, itemsize", [(32000, 2), (151936, 2), (262144, 2), (32000, 4), (151936, 4)])
+@pytest.mark.parametrize(
+    "columns, itemsize", [(32000, 2), (151936, 2), (262144, 2), (32000, 4), (151936, 4)]
+)
 def test_enough_bytes_are_in_flight(columns, itemsize):
     """An H200 needs 26 KiB a processor (4.3 TB/s, 0.8 us, 132 processors)."""
     config = config_for(columns, itemsize)

@@ -1,6 +1,8 @@
-"""The code of a GPU, compiled without one: no spills, 16-byte loads and stores, no needless compilation.
+"""The code of a GPU, compiled without one: no spills, 16-byte loads and stores, no
+needless compilation.
 
-Each test starts a separate process (tests/support/aot.py): Triton decides at import whether it interprets or compiles.
+Each test starts a separate process (tests/support/aot.py): Triton decides at import
+whether it interprets or compiles.
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ def assert_sound(compiled: list[dict], streaming: dict[str, tuple[int, int]]) ->
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_primitive_and_dtype_compiles_without_spills_and_streams_16_bytes_at_a_time(aot, target):
+def test_every_primitive_and_dtype_compiles_without_spills_and_streams_16_bytes_at_a_time(
+    aot, target
+):
     compiled = aot("compile", target)
     assert {(k["kernel"], k["dtype"]) for k in compiled} == {
         (kernel, dtype)
@@ -64,8 +68,8 @@ def test_every_primitive_and_dtype_compiles_without_spills_and_streams_16_bytes_
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_variants_compile(aot, target):
-    """Split rows, a softcap, and unaligned rows: the latter may load narrowly, but do not
-    spill.
+    """Split rows, a softcap, and unaligned rows: the latter may load narrowly, but do
+    not spill.
     """
     compiled = aot("variants", target)
     assert {"partial_kernel", "merge_kernel", "gradient_kernel"} <= {k["kernel"] for k in compiled}
@@ -83,8 +87,12 @@ def test_loads_come_early_and_logits_cost_few_instructions(aot):
     ]  # fmt: skip
     for loop in found:
         assert loop["logits"] == 32
-        # The gradient primitive has all four derivatives here, and holds them with its tiles.
-        assert loop["last_load"] < (0.5 if loop["kernel"] == "gradient_kernel" else 0.25) * loop["instructions"], loop
+        # The gradient primitive has all four derivatives here, and holds them with its
+        # tiles.
+        assert (
+            loop["last_load"]
+            < (0.5 if loop["kernel"] == "gradient_kernel" else 0.25) * loop["instructions"]
+        ), loop
         assert loop["instructions"] <= 9.7 * loop["logits"], loop
 
 
@@ -97,8 +105,8 @@ def test_every_shape_compiles_without_spills(aot, target):
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_scaling_compiles_twice_a_dtype_and_streams_16_bytes_at_a_time(aot, target):
-    """Once for gradients without gaps and once for others. Four loads and four stores are
-    what a thread has in flight.
+    """Once for gradients without gaps and once for others. Four loads and four stores
+    are what a thread has in flight.
     """
     compiled = aot("scales", target)
     assert sorted(k["dtype"] for k in compiled) == sorted(["bfloat16", "float16", "float32"] * 2)
@@ -125,7 +133,9 @@ def test_packed_rows_compile_without_spills(aot, target):
     compiled = aot("packed", target)
     names = [(k["kernel"], k["dtype"]) for k in compiled]
     assert {name: names.count(name) for name in names} == {
-        (kernel, dtype): 4 for kernel in ("packed_stats_kernel", "packed_gradient_kernel") for dtype in ("bfloat16", "float16", "float32")
+        (kernel, dtype): 4
+        for kernel in ("packed_stats_kernel", "packed_gradient_kernel")
+        for dtype in ("bfloat16", "float16", "float32")
     }
     assert_sound(compiled, {})
 
@@ -139,6 +149,8 @@ def test_the_spill_gate_fires(aot, target):
 
 
 def test_nothing_recompiles_that_need_not(aot):
-    """Temperature, hyper-parameters, softcap, N, lengths, strides, V, a temperature per row, on-policy or not, the rows' addresses."""
+    """Temperature, hyper-parameters, softcap, N, lengths, strides, V, a temperature per
+    row, on-policy or not, the rows' addresses.
+    """
     counts = aot("count")
     assert counts == {"gradient_kernel": 1, "loss_grad_kernel": 1, "stats_kernel": 1}

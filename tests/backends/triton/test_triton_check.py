@@ -23,7 +23,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def test_by_the_criterion(method, dtype):
     found = run_case(Case("triton", method, dtype, DEVICE), 131)
     assert found.passed, found
-    assert found.backend == "triton" and found.plan == ("two_pass" if method == "gspo_token" else "one_pass")
+    assert found.backend == "triton" and found.plan == (
+        "two_pass" if method == "gspo_token" else "one_pass"
+    )
 
 
 #: Ops whose kernels no other test of this folder runs.
@@ -35,11 +37,17 @@ _FIRST = {
 
 @pytest.mark.parametrize(
     ("op", "what"),
-    [pytest.param(op, what, marks=() if (op, what) in _FIRST else pytest.mark.slow) for op, whats in OPS.items() for what in whats],
+    [
+        pytest.param(op, what, marks=() if (op, what) in _FIRST else pytest.mark.slow)
+        for op, whats in OPS.items()
+        for what in whats
+    ],
 )
 def test_ops_by_the_criterion(op, what):
     dtype = torch.bfloat16 if "teacher" in what else torch.float32
-    found = compare_op(OPS[op][what], make_op_batch((2, 3), 131, dtype, DEVICE), backend="triton", loss_scale=64.0)
+    found = compare_op(
+        OPS[op][what], make_op_batch((2, 3), 131, dtype, DEVICE), backend="triton", loss_scale=64.0
+    )
     assert found.passed, found
 
 

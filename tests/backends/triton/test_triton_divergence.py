@@ -35,7 +35,11 @@ def small_tiles(monkeypatch):
 
 @pytest.mark.parametrize(
     ("case", "kind", "dtype"),
-    [("shifted", "forward_kl", F32), ("close", "reverse_kl", F32), ("cap", "symmetric_cross_entropy", BF16)],
+    [
+        ("shifted", "forward_kl", F32),
+        ("close", "reverse_kl", F32),
+        ("cap", "symmetric_cross_entropy", BF16),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
@@ -48,28 +52,42 @@ def test_accuracy(case, kind, dtype, split, monkeypatch):
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F32), (F32, BF16)], ids=str)
 def test_splitting_rows_changes_no_bit(dtypes, in_place, monkeypatch):
     """Also, it launches only its slots, their merge and the gradient."""
-    n, v = 5, 1003  # 4 segments; the last tile and the last vector are not whole, and padding follows
+    # 4 segments; the last tile and the last vector are not whole, and padding follows
+    n, v = 5, 1003
     g = torch.Generator().manual_seed(0)
     x, y = (4 * torch.randn(n, v + 300, generator=g).to(DEVICE) for _ in range(2))
     x[2, 40:300] = -math.inf
     ids = torch.tensor([0, IGNORE_INDEX, 0, 0, 0], device=DEVICE)
     t = torch.linspace(0.5, 1.5, n, device=DEVICE)
     softmax = SoftmaxParams(v)
-    derivatives = torch.tensor([[1.0, 0, -1, 0.5, 0], [0, 1, 0, -0.5, 0], [1, 1, 1, 0, 0]], device=DEVICE)
+    derivatives = torch.tensor(
+        [[1.0, 0, -1, 0.5, 0], [0, 1, 0, -0.5, 0], [1, 1, 1, 0, 0]], device=DEVICE
+    )
     launched = []
     launch = tokens.launch
-    monkeypatch.setattr(tokens, "launch", lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), launch(kernel, *a, **k))[1])
+    monkeypatch.setattr(
+        tokens,
+        "launch",
+        lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), launch(kernel, *a, **k))[1],
+    )
 
     def run(yes: bool):
         monkeypatch.setattr(tokens, "processors", lambda device: 10**6 if yes else 0)
         logits = x.to(dtypes[0])
-        two = DivergenceInputs(logits, y.to(dtypes[1]), ids, t, t.flip(0).contiguous(), softmax, softmax)
+        two = DivergenceInputs(
+            logits, y.to(dtypes[1]), ids, t, t.flip(0).contiguous(), softmax, softmax
+        )
         table = backend.divergence_stats(two)
         out = logits.clone() if in_place else torch.full_like(logits, math.nan)
-        backend.divergence_grad(two._replace(logits=out) if in_place else two, table, derivatives, out)
+        backend.divergence_grad(
+            two._replace(logits=out) if in_place else two, table, derivatives, out
+        )
         fused = logits.clone() if in_place else torch.full_like(logits, math.nan)
         both = backend.divergence_loss_grad(
-            two._replace(logits=fused) if in_place else two, torch.ones(3, device=DEVICE), derivatives[0], fused
+            two._replace(logits=fused) if in_place else two,
+            torch.ones(3, device=DEVICE),
+            derivatives[0],
+            fused,
         )
         return table, out, both, fused
 

@@ -1,5 +1,5 @@
-"""Packed rows in Triton's interpreter: the criterion of rows of logits, and their bits if
-the launch shapes are the same.
+"""Packed rows in Triton's interpreter: the criterion of rows of logits, and their bits
+if the launch shapes are the same.
 """
 
 import packed_rows
@@ -35,7 +35,9 @@ def test_accuracy(kind, softmax, dtype, v):
     packed_rows.check_accuracy(triton, DTYPES[dtype], 12, v, softmax, kind)
 
 
-@pytest.mark.parametrize(("dtype", "longest"), [("fp32", 140), *(pytest.param(d, 1900, marks=slow) for d in DTYPES)])
+@pytest.mark.parametrize(
+    ("dtype", "longest"), [("fp32", 140), *(pytest.param(d, 1900, marks=slow) for d in DTYPES)]
+)
 def test_each_row_is_as_alone(dtype, longest):
     packed_rows.check_each_row_alone(triton, DTYPES[dtype], longest)
 

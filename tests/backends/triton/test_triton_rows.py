@@ -1,4 +1,6 @@
-"""Kernels on rows against PyTorch's operations: masks, row weights, sequence ratios, and losses on stored rows (in Triton's interpreter)."""
+"""Kernels on rows against PyTorch's operations: masks, row weights, sequence ratios,
+and losses on stored rows (in Triton's interpreter).
+"""
 
 import itertools
 
@@ -14,7 +16,9 @@ from reweight_ops._core.rows.rows import RUN
 from reweight_ops.testing import make_batch
 
 pytest.importorskip("triton")
-TRITON = select.unsupported_reason("triton", select.Request("token_stats", torch.device("cpu"), torch.float32))
+TRITON = select.unsupported_reason(
+    "triton", select.Request("token_stats", torch.device("cpu"), torch.float32)
+)
 pytestmark = pytest.mark.skipif(TRITON is not None, reason=str(TRITON))
 SHAPE, VOCAB = (3, 5), 13
 
@@ -56,11 +60,17 @@ def number(x):
 REDUCTIONS = {
     "token mean": (rw.TokenMean(), {}),
     "token mean of a number": (rw.TokenMean(), {"num_items_in_batch": 7}),
-    "token mean of an integer tensor": (rw.TokenMean(), {"num_items_in_batch": number(7), "loss_scale": number(3.0)}),
+    "token mean of an integer tensor": (
+        rw.TokenMean(),
+        {"num_items_in_batch": number(7), "loss_scale": number(3.0)},
+    ),
     "token sum": (rw.TokenSum(), {"loss_scale": 0.5}),
     "sequence mean": (rw.SequenceMean(), {"loss_scale": number(0.25)}),
     "sequence mean over the non-empty": (rw.SequenceMean(count="nonempty"), {}),
-    "sequence mean of sums": (rw.SequenceMean(per="token_sum"), {"num_sequences_in_batch": number(2.0)}),
+    "sequence mean of sums": (
+        rw.SequenceMean(per="token_sum"),
+        {"num_sequences_in_batch": number(2.0)},
+    ),
     "padded length": (rw.SequenceMean(per="constant"), {}),
     "horizon": (rw.SequenceMean(per="constant", horizon=11), {"num_sequences_in_batch": 5}),
 }
@@ -76,21 +86,28 @@ def test_row_weights(name, plan):
     factor = torch.rand(SHAPE, generator=torch.Generator().manual_seed(1))
     denominator = torch.ones(SHAPE, dtype=torch.bool)
     denominator[0, 1:3] = False
-    assert_same(batch, spec=spec, plan=plan, token_weights=factor, denominator_mask=denominator, **options)
+    assert_same(
+        batch, spec=spec, plan=plan, token_weights=factor, denominator_mask=denominator, **options
+    )
     own = spec.with_penalty(rw.Penalty(RULES["entropy_bonus"](), 0.1, rw.TokenMean(per_call=True)))
     assert_same(batch, spec=own, plan=plan, token_weights=factor, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.int64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.int32, torch.int64, torch.float32, torch.bfloat16]
+)
 def test_masks_of_any_dtype_and_strides(dtype):
     spec = rw.methods.dapo()
     batch = batch_of(spec)
     assert_same(batch | {"completion_mask": batch["completion_mask"].to(dtype)}, spec=spec)
     wide = {
-        name: torch.cat([torch.full_like(batch[name], 1), batch[name]], 1)[:, SHAPE[1] :] for name in ("completion_ids", "completion_mask")
+        name: torch.cat([torch.full_like(batch[name], 1), batch[name]], 1)[:, SHAPE[1] :]
+        for name in ("completion_ids", "completion_mask")
     }
     assert not wide["completion_ids"].is_contiguous()
-    assert_same(batch | wide | {"completion_ids": wide["completion_ids"].to(torch.int32)}, spec=spec)
+    assert_same(
+        batch | wide | {"completion_ids": wide["completion_ids"].to(torch.int32)}, spec=spec
+    )
     assert_same(batch | {name: t.t().contiguous().t() for name, t in wide.items()}, spec=spec)
 
 
@@ -98,11 +115,18 @@ def test_rows_without_sequences_and_with_two_dimensions_of_them():
     spec = rw.methods.dapo()
     assert_same(batch_of(spec, (RUN + 3,)), spec=spec)
     batch = batch_of(spec, (4, 5))
-    reshaped = {name: t.reshape(2, 2, *t.shape[1:]) for name, t in batch.items() if torch.is_tensor(t) and t.dim() and t.size(0) == 4}
+    reshaped = {
+        name: t.reshape(2, 2, *t.shape[1:])
+        for name, t in batch.items()
+        if torch.is_tensor(t) and t.dim() and t.size(0) == 4
+    }
     assert_same(batch | reshaped, spec=spec)
 
 
-@pytest.mark.parametrize("gradient, normalize, clamp", list(itertools.product(("sequence", "token"), (True, False), (20.0, 0.05))))
+@pytest.mark.parametrize(
+    "gradient, normalize, clamp",
+    list(itertools.product(("sequence", "token"), (True, False), (20.0, 0.05))),
+)
 def test_sequence_ratios(gradient, normalize, clamp):
     ratio = rw.SequenceRatio(gradient=gradient, normalize=normalize, clamp=clamp)
     spec = rw.methods.gspo(epsilon_low=0.2, epsilon_high=0.2, beta=0.05).replace(ratio=ratio)
@@ -129,7 +153,9 @@ def test_random_losses_on_stored_rows(given):
             leaves["log_ratio"] = 0.5 * (leaves["logp"] - leaves["ref_logp"])
         names = loss_graph(drawn.program, given).names
         rows = {name: x.float() for name, x in leaves.items()}
-        got = select.load("triton").evaluate_rows(drawn.program, drawn.params.float(), rows, drawn.row_weights.float(), names)
+        got = select.load("triton").evaluate_rows(
+            drawn.program, drawn.params.float(), rows, drawn.row_weights.float(), names
+        )
         judged += drawn.check(got, names, leaves, 2.0**-24, 1.0)
         asked += got.numel()
     assert judged > 0.6 * asked, "most values are finite and have a bound"

@@ -1,11 +1,19 @@
-"""Scaling of finished gradients in Triton: in the interpreter, or on a GPU if there is one."""
+"""Scaling of finished gradients in Triton: in the interpreter, or on a GPU if there is
+one.
+"""
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from scale_rows import DTYPES, FACTORS, check_scaling, check_untouched_at_one, check_what_no_kernel_takes
+from scale_rows import (
+    DTYPES,
+    FACTORS,
+    check_scaling,
+    check_untouched_at_one,
+    check_what_no_kernel_takes,
+)
 from triton_oracle import DEVICE
 
 from reweight_ops._core.backends import triton_scale as backend

@@ -30,7 +30,9 @@ REINFORCE = Program.of(("reinforce",))
 
 
 def measure(rows, temperature: float = 1.0):
-    """``(logp, logp, 1 - p, 1 - p)`` of statistics, one pass, the gradient primitive and one pass."""
+    """``(logp, logp, 1 - p, 1 - p)`` of statistics, one pass, the gradient primitive
+    and one pass.
+    """
     n, vocab = rows.logits.shape
     logits, ids = rows.logits.to(DEVICE), rows.ids.to(DEVICE)
     given = (logits, ids, torch.full((1,), temperature, device=DEVICE), SoftmaxParams(vocab))
@@ -39,12 +41,16 @@ def measure(rows, temperature: float = 1.0):
     out, fused = torch.empty_like(logits), torch.empty_like(logits)
     backend.token_grad(*given, {"logp": logp, "lse": lse, "lse_low": low}, {"logp": one}, out)
     inputs = RowInputs(one[None], adv=-one)  # the loss of REINFORCE is logp then
-    found = backend.token_loss_grad(*given, inputs, REINFORCE, default_params(REINFORCE).to(DEVICE), fused)
+    found = backend.token_loss_grad(
+        *given, inputs, REINFORCE, default_params(REINFORCE).to(DEVICE), fused
+    )
     slopes = [g.gather(-1, ids[:, None])[:, 0].float().cpu() * temperature for g in (out, fused)]
     return logp.cpu(), found[0].cpu(), *slopes
 
 
-@pytest.mark.parametrize("vocab, dtype, offset, tiles, split", CASES, ids=lambda x: str(x).removeprefix("torch."))
+@pytest.mark.parametrize(
+    "vocab, dtype, offset, tiles, split", CASES, ids=lambda x: str(x).removeprefix("torch.")
+)
 def test_sure_rows_keep_log_prob_and_gradient(vocab, dtype, offset, tiles, split, monkeypatch):
     if tiles == "small":
         monkeypatch.setattr(backend, "config_for", small_config)
@@ -53,7 +59,8 @@ def test_sure_rows_keep_log_prob_and_gradient(vocab, dtype, offset, tiles, split
     logp, fused_logp, slope, fused_slope = measure(rows)
     assert torch.equal(logp, fused_logp)
     assert worst(logp, rows.logp) <= TOLERANCE
-    # A gradient is rounded to the dtype of the logits: gradients that fp16 or bf16 cannot hold are not checked.
+    # A gradient is rounded to the dtype of the logits: gradients that fp16 or bf16
+    # cannot hold are not checked.
     kept = rows.one_minus_p >= torch.finfo(dtype).tiny
     assert worst(slope[kept], rows.one_minus_p[kept]) <= TOLERANCE
     assert worst(fused_slope[kept], rows.one_minus_p[kept]) <= TOLERANCE
@@ -64,7 +71,9 @@ def test_sure_rows_keep_log_prob_and_gradient(vocab, dtype, offset, tiles, split
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
 def test_large_common_offsets_are_none(offset, dtype, temperature):
     logits = torch.full((1, 9), offset).to(dtype)
-    rows = type(sure_rows(9))(logits, torch.tensor([4]), torch.tensor([-9.0]).log(), torch.tensor([8 / 9]))
+    rows = type(sure_rows(9))(
+        logits, torch.tensor([4]), torch.tensor([-9.0]).log(), torch.tensor([8 / 9])
+    )
     logp, _, slope, fused_slope = measure(rows, temperature)
     assert logp.item() == pytest.approx(-2.1972246, rel=1e-6)
     assert slope.item() == pytest.approx(8 / 9, rel=4e-3 if dtype == torch.bfloat16 else 1e-6)

@@ -1,5 +1,5 @@
-"""The chunks of the linear head: sizes, positions of rows, kept logits, dropped rows, and
-the dtype of gradient sums.
+"""The chunks of the linear head: sizes, positions of rows, kept logits, dropped rows,
+and the dtype of gradient sums.
 """
 
 import json
@@ -44,12 +44,14 @@ def gemms(monkeypatch):
     return seen
 
 
-# --- sizes ------------------------------------------------------------------------------------------------------------------------
+# --- sizes ----------------------------------------------------------------------------
 @pytest.mark.parametrize("rows", [0, 1, 255, 256, 257, 700, 2048, 8192, 100_000])
 @pytest.mark.parametrize("row_bytes", [64, 64000, 303872, 10**9])
 @pytest.mark.parametrize("budget", [None, 1 << 20, 1 << 30])
 def test_default_chunks(rows, row_bytes, budget):
-    """Within the budget (or 256 rows), multiples of 64 with little padding; kept logits stay within the budget."""
+    """Within the budget (or 256 rows), multiples of 64 with little padding; kept logits
+    stay within the budget.
+    """
     size, keep = chunking(rows, row_bytes, CPU, None, budget)
     limit = max(min(budget or 96 << 20, 96 << 20) // row_bytes, 256)
     assert 1 <= size <= max(limit, 1)
@@ -65,17 +67,19 @@ def test_default_chunks(rows, row_bytes, budget):
 
 def test_explicit_chunks_keep_nothing_by_default():
     assert chunking(100, 8, CPU, 7) == (7, 0)
-    assert chunking(100, 8, CPU, 7, 8 * 7 * 4) == (7, 21)  # four chunks fit, one of them is the working one
+    # four chunks fit, one of them is the working one
+    assert chunking(100, 8, CPU, 7, 8 * 7 * 4) == (7, 21)
     assert chunking(100, 8, CPU, 7, 8 * 100) == (7, 100)
     assert chunking(5, 8, CPU, 7) == (7, 5)
     assert balanced(10, 4) == 4 and balanced(9, 4) == 3
 
 
-# --- positions of rows -------------------------------------------------------------------------------------------------------------
+# --- positions of rows ----------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_row_is_the_same_bits_wherever_it_stands(backend, dtype):  # docs/semantics.md: S31
-    """One row at every position of 75 rows in chunks of 32, of which the last is padded:
-    log-prob, entropy and gradient.
+# docs/semantics.md: S31
+def test_a_row_is_the_same_bits_wherever_it_stands(backend, dtype):
+    """One row at every position of 75 rows in chunks of 32, of which the last is
+    padded: log-prob, entropy and gradient.
     """
     g = torch.Generator().manual_seed(0)
     n, width, vocab = 75, 96, 1031
@@ -86,7 +90,9 @@ def test_a_row_is_the_same_bits_wherever_it_stands(backend, dtype):  # docs/sema
     for place in range(n):
         order = [*range(1, place + 1), 0, *range(place + 1, n)]
         h = rows[order].requires_grad_()
-        logps, entropies = rw.linear_token_logps(h, weight, ids[order], chunk_rows=32, return_entropy=True, backend=backend)
+        logps, entropies = rw.linear_token_logps(
+            h, weight, ids[order], chunk_rows=32, return_entropy=True, backend=backend
+        )
         (grad,) = torch.autograd.grad(logps.sum() + entropies.sum(), h)
         found.append((logps[place].item(), entropies[place].item(), tuple(grad[place].tolist())))
     assert len(set(found)) == 1
@@ -102,7 +108,10 @@ def test_a_gradient_is_the_same_bits_whichever_other_rows_have_a_coefficient(bac
     weight, rows = torch.randn(vocab, width, generator=g), torch.randn(n, width, generator=g)
     ids, found = torch.randint(vocab, (n,), generator=g), []
     for with_gradient in ([1], [1, 2], [1, 2, 3, 7, 40, 41, 42], range(n)):
-        h, upstream = rows.clone().requires_grad_(), torch.zeros(n).index_fill(0, torch.tensor(with_gradient), 1.0)
+        h, upstream = (
+            rows.clone().requires_grad_(),
+            torch.zeros(n).index_fill(0, torch.tensor(with_gradient), 1.0),
+        )
         logps = rw.linear_token_logps(h, weight, ids, chunk_rows=32, backend=backend)
         (grad,) = torch.autograd.grad(logps, h, upstream)
         found.append(tuple(grad[1].tolist()))
@@ -114,19 +123,24 @@ def test_chunk_sizes_agree(backend):  # docs/semantics.md: S31
     d = make(torch.float32)
     want = rw.linear_token_logps(d["hidden"].double(), d["weight"].double(), d["ids"])
     for size in (1, 2, 5, 16, 1000):
-        got = rw.linear_token_logps(d["hidden"], d["weight"], d["ids"], chunk_rows=size, backend=backend)
+        got = rw.linear_token_logps(
+            d["hidden"], d["weight"], d["ids"], chunk_rows=size, backend=backend
+        )
         torch.testing.assert_close(got.double(), want, rtol=0, atol=4e-6)
 
 
-# --- kept logits --------------------------------------------------------------------------------------------------------------------
+# --- kept logits ----------------------------------------------------------------------
 @pytest.mark.parametrize("spec", ["grpo", "gspo"])
 @pytest.mark.parametrize(
-    ("chunks_kept", "forward_rows"), [(0, [4] * 6 + [3] + [4] * 6 + [3]), (2, [4] * 6 + [3] + [4] * 4 + [3]), (7, [4] * 6 + [3])]
+    ("chunks_kept", "forward_rows"),
+    [(0, [4] * 6 + [3] + [4] * 6 + [3]), (2, [4] * 6 + [3] + [4] * 4 + [3]), (7, [4] * 6 + [3])],
 )
 def test_kept_logits_are_not_computed_again(gemms, chunks_kept, forward_rows, spec):
     d = make()
     budget = 4 * V * 8 * (chunks_kept + 1) if chunks_kept else None
-    out = from_hidden(d, spec, plan="two_pass", chunk_rows=4, memory_budget=budget, compact_rows=False)
+    out = from_hidden(
+        d, spec, plan="two_pass", chunk_rows=4, memory_budget=budget, compact_rows=False
+    )
     same(out, from_logits(d, spec, plan="two_pass"), [d["hidden"], d["weight"], d["bias"]])
     assert gemms["forward"] == forward_rows
 
@@ -134,7 +148,10 @@ def test_kept_logits_are_not_computed_again(gemms, chunks_kept, forward_rows, sp
 def test_a_second_backward_computes_again_what_the_first_wrote_over(gemms):
     d = make()
     out = from_hidden(d, plan="two_pass", chunk_rows=4, memory_budget=1 << 30, compact_rows=False)
-    first, second = (torch.autograd.grad(out.loss, [d["hidden"], d["weight"]], retain_graph=True) for _ in range(2))
+    first, second = (
+        torch.autograd.grad(out.loss, [d["hidden"], d["weight"]], retain_graph=True)
+        for _ in range(2)
+    )
     assert len(gemms["forward"]) == 2 * 7
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
@@ -143,32 +160,40 @@ def test_a_second_backward_computes_again_what_the_first_wrote_over(gemms):
 def test_nothing_is_kept_without_a_gradient(monkeypatch):
     made = []
     original = Chunk.__init__
-    monkeypatch.setattr(Chunk, "__init__", lambda self, *args: made.append(1) or original(self, *args))
+    monkeypatch.setattr(
+        Chunk, "__init__", lambda self, *args: made.append(1) or original(self, *args)
+    )
     d = make()
     for grad in (False, True):
         made.clear()
         with torch.set_grad_enabled(grad):
-            rw.linear_token_logps(d["hidden"], d["weight"], d["ids"], memory_budget=1 << 30, chunk_rows=4)
+            rw.linear_token_logps(
+                d["hidden"], d["weight"], d["ids"], memory_budget=1 << 30, chunk_rows=4
+            )
         assert len(made) == (7 if grad else 1)
 
 
-# --- rows that matter -----------------------------------------------------------------------------------------------------------------
+# --- rows that matter -----------------------------------------------------------------
 @pytest.mark.parametrize("memory_budget", [None, 4 * V * 8 * 3, 1 << 30])
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 def test_metrics_count_the_rows_of_the_gemms(gemms, plan, memory_budget):
-    """40 % of the rows have no advantage and some are ignored: the metrics count the rows
-    of the GEMMs, whatever was kept.
+    """40 % of the rows have no advantage and some are ignored: the metrics count the
+    rows of the GEMMs, whatever was kept.
     """
     d = make()
     d["adv"][torch.rand(B, T, generator=torch.Generator().manual_seed(3)) < 0.4] = 0
     lora = rw.Lora(
-        torch.randn(2, D, dtype=torch.float64, requires_grad=True), torch.randn(V, 2, dtype=torch.float64, requires_grad=True), 0.5
+        torch.randn(2, D, dtype=torch.float64, requires_grad=True),
+        torch.randn(V, 2, dtype=torch.float64, requires_grad=True),
+        0.5,
     )
     merged = {**d, "weight": d["weight"] + lora.scale * lora.b @ lora.a}
     options = dict(completion_mask=d["mask"], plan=plan, backend="reference")
     ours = from_hidden(d, chunk_rows=4, memory_budget=memory_budget, lora=lora, **options)
     metrics = ours.metrics.as_floats()
-    same(ours, from_logits(merged, **options), [d["hidden"], d["weight"], d["bias"], lora.a, lora.b])
+    same(
+        ours, from_logits(merged, **options), [d["hidden"], d["weight"], d["bias"], lora.a, lora.b]
+    )
     kept = d["mask"].sum().item()
     assert metrics["rows_dropped_forward"] == B * T - kept
     if memory_budget is None or plan == "one_pass":
@@ -178,10 +203,24 @@ def test_metrics_count_the_rows_of_the_gemms(gemms, plan, memory_budget):
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 7, 100])
 @pytest.mark.parametrize(
-    "with_gradient", [[], [0], [39], [0, 1, 2, 3], [5, 6, 7, 30, 38, 39], [*range(1, 40)], [*range(0, 40, 2)], [*range(40)]], ids=str
+    "with_gradient",
+    [
+        [],
+        [0],
+        [39],
+        [0, 1, 2, 3],
+        [5, 6, 7, 30, 38, 39],
+        [*range(1, 40)],
+        [*range(0, 40, 2)],
+        [*range(40)],
+    ],
+    ids=str,
 )
 def test_compacting_in_place_moves_every_row(monkeypatch, with_gradient, rows_at_once):
-    chunk, index = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), torch.tensor(with_gradient, dtype=torch.int64)
+    chunk, index = (
+        torch.randn(40, 6, generator=torch.Generator().manual_seed(0)),
+        torch.tensor(with_gradient, dtype=torch.int64),
+    )
     monkeypatch.setitem(linear_gemms._BLOCK, "cpu", rows_at_once * 6 * 4 + 5)
     want = chunk[index]
     got = compacted(chunk, index)
@@ -214,7 +253,13 @@ def test_row_index_in_any_order():
     d = make()
     index = torch.randperm(B * T, generator=torch.Generator().manual_seed(0))
     index = index[d["mask"].flatten()[index]]
-    ours = from_hidden(d, completion_mask=d["mask"], row_index=index, chunk_rows=4, temperature=torch.rand(B, T, dtype=torch.float64) + 0.5)
+    ours = from_hidden(
+        d,
+        completion_mask=d["mask"],
+        row_index=index,
+        chunk_rows=4,
+        temperature=torch.rand(B, T, dtype=torch.float64) + 0.5,
+    )
     assert ours.metrics["rows_dropped_forward"] == (~d["mask"]).sum()
     same(
         from_hidden(d, completion_mask=d["mask"], row_index=index, chunk_rows=4),
@@ -223,7 +268,7 @@ def test_row_index_in_any_order():
     )
 
 
-# --- the dtype of sums ------------------------------------------------------------------------------------------------------------------
+# --- the dtype of sums ----------------------------------------------------------------
 def weight_gradient(h, w, ids, **options):
     return torch.autograd.grad(rw.linear_token_logps(h, w, ids, **options).sum(), w)[0]
 
@@ -243,7 +288,9 @@ def test_fp32_sums_round_once(chunk_rows):
     truth = weight_gradient(h.double(), w.detach().double().requires_grad_(), ids)
 
     def error(**options):
-        return ((weight_gradient(h, w, ids, **options).double() - truth).norm() / truth.norm()).item()
+        return (
+            (weight_gradient(h, w, ids, **options).double() - truth).norm() / truth.norm()
+        ).item()
 
     one = error(chunk_rows=256)
     assert error(chunk_rows=chunk_rows, accumulate_dtype=torch.float32) < 1.15 * one
@@ -251,20 +298,30 @@ def test_fp32_sums_round_once(chunk_rows):
 
 
 def test_autocast_keeps_an_fp32_weights_gradient_in_fp32():
-    """``F.linear`` under autocast returns bf16 values in an fp32 tensor. Here the sum is
-    never rounded to bf16.
+    """``F.linear`` under autocast returns bf16 values in an fp32 tensor. Here the sum
+    is never rounded to bf16.
     """
     h, w, ids = bf16_problem()
     w = w.detach().float().requires_grad_()
     truth = weight_gradient(h.double(), w.detach().double().requires_grad_(), ids)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = weight_gradient(h.float(), w, ids, chunk_rows=16)
-        eager = torch.autograd.grad(rw.token_logps(torch.nn.functional.linear(h.float(), w), ids).sum(), w)[0]
-    assert got.dtype == torch.float32 and not torch.equal(got, got.bfloat16().float()) and torch.equal(eager, eager.bfloat16().float())
+        eager = torch.autograd.grad(
+            rw.token_logps(torch.nn.functional.linear(h.float(), w), ids).sum(), w
+        )[0]
+    assert (
+        got.dtype == torch.float32
+        and not torch.equal(got, got.bfloat16().float())
+        and torch.equal(eager, eager.bfloat16().float())
+    )
     assert (got - truth).norm() < (eager - truth).norm()
 
 
-@pytest.mark.parametrize("options", [{"accumulate_dtype": torch.float16}, {"memory_budget": 0}, {"chunk_rows": 2.5}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"accumulate_dtype": torch.float16}, {"memory_budget": 0}, {"chunk_rows": 2.5}],
+    ids=str,
+)
 def test_wrong_options(options):
     h, w, ids = bf16_problem()
     with pytest.raises(rw.InvalidCall, match=next(iter(options))):
@@ -276,13 +333,15 @@ def test_wrong_options(options):
 def test_runs_are_equal_to_the_bit(backend, dtype, plan):
     d = make(dtype)
     d["adv"][0] = 0
-    options = dict(backend=backend, plan=plan, chunk_rows=4, completion_mask=d["mask"], loss_scale=8.0)
+    options = dict(
+        backend=backend, plan=plan, chunk_rows=4, completion_mask=d["mask"], loss_scale=8.0
+    )
     inputs = [d["hidden"], d["weight"], d["bias"]]
     runs = [torch.autograd.grad(from_hidden(d, **options).loss, inputs) for _ in range(3)]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------
 SCRIPT = """
 import json, torch
 import reweight_ops as rw
@@ -310,14 +369,19 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of resident memory is read from Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(),
+    reason="the peak of resident memory is read from Linux's /proc",
+)
 def test_memory_is_one_chunk():
-    """Memory beyond the gradients is one chunk of eight, in both plans and dtypes, also if
-    rows are dropped.
+    """Memory beyond the gradients is one chunk of eight, in both plans and dtypes, also
+    if rows are dropped.
 
     It is all chunks if the budget lets two_pass keep them.
     """
-    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     for name, chunks in json.loads(done.stdout.splitlines()[-1]).items():
         if name.startswith("two_pass") and name.endswith("True"):

@@ -12,7 +12,11 @@ from reweight_ops import Lora
 from reweight_ops._core.backends.base import Request
 from reweight_ops._core.backends.select import unsupported_reason
 
-BACKENDS = [b for b in ("reference", "cpu") if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None]
+BACKENDS = [
+    b
+    for b in ("reference", "cpu")
+    if unsupported_reason(b, Request("token_stats", torch.device("cpu"), torch.float32)) is None
+]
 B, T, D, V, R = 2, 16, 8, 37, 3
 NAMES = ("hidden", "weight", "bias", "a", "b")
 VALUES = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -21,18 +25,32 @@ VALUES = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 def make(dtype=torch.float32):
     g = torch.Generator().manual_seed(0)
     sizes = {"hidden": (B, T, D), "weight": (V, D), "bias": (V,), "a": (R, D), "b": (V, R)}
-    made = {name: torch.randn(size, generator=g, dtype=torch.float64).to(dtype) for name, size in sizes.items()}
+    made = {
+        name: torch.randn(size, generator=g, dtype=torch.float64).to(dtype)
+        for name, size in sizes.items()
+    }
     return made, torch.randint(V, (B, T), generator=g), torch.randn(B, T, generator=g)
 
 
 def gradients(made, ids, adv, plan, backend, **options):
     leaves = {name: x.clone().requires_grad_() for name, x in made.items()}
-    head = dict(lm_head_bias=leaves["bias"], lora=Lora(leaves["a"], leaves["b"], 0.5), chunk_rows=5, backend=backend)
+    head = dict(
+        lm_head_bias=leaves["bias"],
+        lora=Lora(leaves["a"], leaves["b"], 0.5),
+        chunk_rows=5,
+        backend=backend,
+    )
     if plan == "logps":
-        total = rw.linear_token_logps(leaves["hidden"], leaves["weight"], ids, **head, **options).sum()
+        total = rw.linear_token_logps(
+            leaves["hidden"], leaves["weight"], ids, **head, **options
+        ).sum()
     else:
-        total = rw.linear_policy_loss(leaves["hidden"], leaves["weight"], ids, adv, spec="grpo", plan=plan, **head, **options).loss
-    return total.detach(), dict(zip(NAMES, torch.autograd.grad(total, [leaves[name] for name in NAMES]), strict=True))
+        total = rw.linear_policy_loss(
+            leaves["hidden"], leaves["weight"], ids, adv, spec="grpo", plan=plan, **head, **options
+        ).loss
+    return total.detach(), dict(
+        zip(NAMES, torch.autograd.grad(total, [leaves[name] for name in NAMES]), strict=True)
+    )
 
 
 def same(with_nan, healthy, out):
@@ -46,7 +64,8 @@ def same(with_nan, healthy, out):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("plan", ["logps", "one_pass", "two_pass"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_masked_rows_reach_no_gradient(backend, plan, dtype, value):  # docs/semantics.md: S32
+# docs/semantics.md: S32
+def test_masked_rows_reach_no_gradient(backend, plan, dtype, value):
     """Without compaction, which is the default on a GPU and under torch.compile."""
     made, ids, adv = make(dtype)
     mask = torch.ones(B, T, dtype=torch.bool)
@@ -72,7 +91,8 @@ def test_a_masked_row_that_row_index_names(plan, compact):
 @pytest.mark.parametrize("compact", [None, False, True])
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_without_a_coefficient_reach_no_gradient(backend, plan, compact):  # docs/semantics.md: S32
+# docs/semantics.md: S32
+def test_rows_without_a_coefficient_reach_no_gradient(backend, plan, compact):
     """One row of 32: too few to be dropped."""
     made, ids, adv = make()
     weights = torch.ones(B, T)
@@ -105,7 +125,9 @@ def test_compiled(plan):
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def loss(hidden, weight, ids, adv, mask):
-        return rw.linear_policy_loss(hidden, weight, ids, adv, spec="grpo", plan=plan, completion_mask=mask, chunk_rows=5).loss
+        return rw.linear_policy_loss(
+            hidden, weight, ids, adv, spec="grpo", plan=plan, completion_mask=mask, chunk_rows=5
+        ).loss
 
     leaves = [made[name].clone().requires_grad_() for name in ("hidden", "weight")]
     grads = torch.autograd.grad(loss(*leaves, ids, adv, mask), leaves)

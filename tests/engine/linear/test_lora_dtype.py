@@ -26,9 +26,13 @@ def make(dtype, lora_dtype=torch.float32):
 
 
 def peft_logits(p):
-    """As ``peft.tuners.lora.Linear.forward``: the head in its dtype, the term in the factors', the sum cast back."""
+    """As ``peft.tuners.lora.Linear.forward``: the head in its dtype, the term in the
+    factors', the sum cast back.
+    """
     head = F.linear(p["hidden"], p["weight"], p["bias"])
-    return (head + F.linear(F.linear(p["hidden"].to(p["a"].dtype), p["a"]), p["b"]) * 0.5).to(head.dtype)
+    return (head + F.linear(F.linear(p["hidden"].to(p["a"].dtype), p["a"]), p["b"]) * 0.5).to(
+        head.dtype
+    )
 
 
 def run(logps, parts, upstream):
@@ -37,7 +41,11 @@ def run(logps, parts, upstream):
 
 def exact(parts, ids, upstream):
     wide = {name: x.detach().double().requires_grad_() for name, x in parts.items()}
-    return run(torch.log_softmax(peft_logits(wide), -1).gather(-1, ids[:, None])[:, 0], wide, upstream.double())
+    return run(
+        torch.log_softmax(peft_logits(wide), -1).gather(-1, ids[:, None])[:, 0],
+        wide,
+        upstream.double(),
+    )
 
 
 def rms(x, want):
@@ -46,18 +54,34 @@ def rms(x, want):
 
 def ours(parts, ids, **options):
     lora = rw.Lora(parts["a"], parts["b"], 0.5)
-    return rw.linear_token_logps(parts["hidden"], parts["weight"], ids, lm_head_bias=parts["bias"], lora=lora, chunk_rows=24, **options)
+    return rw.linear_token_logps(
+        parts["hidden"],
+        parts["weight"],
+        ids,
+        lm_head_bias=parts["bias"],
+        lora=lora,
+        chunk_rows=24,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_fp32_factors_are_no_worse_than_the_models_own_logits(dtype, compact):
-    """Log-probs in bf16: rms 0.0118, where PEFT's own logits have 0.0137; with rounded factors it was 0.0228."""
+    """Log-probs in bf16: rms 0.0118, where PEFT's own logits have 0.0137; with rounded
+    factors it was 0.0228.
+    """
     parts, ids, upstream = make(dtype)
     upstream[::3] = 0  # rows that the backward GEMMs drop
     want = exact(parts, ids, upstream)
-    own = run(torch.log_softmax(peft_logits(parts).float(), -1).gather(-1, ids[:, None])[:, 0], parts, upstream)
-    got = run(ours(parts, ids, compact_rows=compact, accumulate_dtype=torch.float32), parts, upstream)
+    own = run(
+        torch.log_softmax(peft_logits(parts).float(), -1).gather(-1, ids[:, None])[:, 0],
+        parts,
+        upstream,
+    )
+    got = run(
+        ours(parts, ids, compact_rows=compact, accumulate_dtype=torch.float32), parts, upstream
+    )
     assert rms(got[0], want[0]) <= rms(own[0], want[0])
     for name, x, y, z in zip(parts, got[1], own[1], want[1], strict=True):
         assert x.dtype == parts[name].dtype
@@ -73,25 +97,39 @@ def test_fp32_logits_have_no_rounding_of_the_head():
 
 @pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
 def test_the_loss_and_second_derivatives_take_the_same_head(plan):
-    """fp64 factors with an fp32 head: exact, to show that every product is computed in the
-    wider dtype.
+    """fp64 factors with an fp32 head: exact, to show that every product is computed in
+    the wider dtype.
     """
     parts, ids, upstream = make(torch.float32, torch.float64)
     lora = rw.Lora(parts["a"], parts["b"], 0.5)
     out = rw.linear_policy_loss(
-        parts["hidden"], parts["weight"], ids, upstream, spec="reinforce", lm_head_bias=parts["bias"], lora=lora, plan=plan, chunk_rows=24
+        parts["hidden"],
+        parts["weight"],
+        ids,
+        upstream,
+        spec="reinforce",
+        lm_head_bias=parts["bias"],
+        lora=lora,
+        plan=plan,
+        chunk_rows=24,
     )
     wide = {name: x.detach().double().requires_grad_() for name, x in parts.items()}
     loss = rw.policy_loss(peft_logits(wide), ids, upstream.double(), spec="reinforce").loss
     create = plan == "two_pass"
-    found, want = (torch.autograd.grad(x, list(p.values()), create_graph=create) for x, p in ((out.loss, parts), (loss, wide)))
+    found, want = (
+        torch.autograd.grad(x, list(p.values()), create_graph=create)
+        for x, p in ((out.loss, parts), (loss, wide))
+    )
     for x, y in zip(found, want, strict=True):
         torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-6 * y.abs().max().item())
     if create:
         hvp, expected = (
-            torch.autograd.grad(sum(g.square().sum() for g in grads), p["a"])[0] for grads, p in ((found, parts), (want, wide))
+            torch.autograd.grad(sum(g.square().sum() for g in grads), p["a"])[0]
+            for grads, p in ((found, parts), (want, wide))
         )
-        torch.testing.assert_close(hvp, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
+        torch.testing.assert_close(
+            hvp, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item()
+        )
 
 
 def test_autocast_casts_factors_as_it_casts_the_head():
@@ -105,12 +143,20 @@ def test_autocast_casts_factors_as_it_casts_the_head():
 @pytest.mark.parametrize(
     ("dtypes", "message"),
     [
-        ((torch.float32, torch.bfloat16), "lora.b is torch.bfloat16 on cpu, expected torch.float32"),
-        ((torch.bfloat16, torch.bfloat16), "lora is torch.bfloat16, expected hidden's torch.float32 or a wider dtype"),
+        (
+            (torch.float32, torch.bfloat16),
+            "lora.b is torch.bfloat16 on cpu, expected torch.float32",
+        ),
+        (
+            (torch.bfloat16, torch.bfloat16),
+            "lora is torch.bfloat16, expected hidden's torch.float32 or a wider dtype",
+        ),
     ],
 )
 def test_factors_of_other_dtypes_are_refused(dtypes, message):
     parts, ids, _ = make(torch.float32)
-    parts["a"], parts["b"] = (parts[name].to(dtype) for name, dtype in zip("ab", dtypes, strict=True))
+    parts["a"], parts["b"] = (
+        parts[name].to(dtype) for name, dtype in zip("ab", dtypes, strict=True)
+    )
     with pytest.raises(rw.InvalidCall, match=message):
         ours(parts, ids)

@@ -1,7 +1,9 @@
 """AReaL 4aef98d8 (1.0.4): its log-probs, its PPO loss and what calls it, transcribed.
 
-From ``areal/utils/functional/vocab_parallel.py`` (one rank), ``functional.py`` (``apply_rejection_sampling`` by ratios, ``ppo_actor_loss_fn``) and
-``areal/trainer/ppo/actor.py`` (``grpo_loss_fn``, without logging). ``fsdp_engine`` and ``actor`` are modules, as the adapter patches them.
+From ``areal/utils/functional/vocab_parallel.py`` (one rank), ``functional.py``
+(``apply_rejection_sampling`` by ratios, ``ppo_actor_loss_fn``) and
+``areal/trainer/ppo/actor.py`` (``grpo_loss_fn``, without logging). ``fsdp_engine`` and
+``actor`` are modules, as the adapter patches them.
 """
 
 import sys
@@ -45,7 +47,9 @@ class RejectionSamplingResult:
 def per_sequence(x, mask, cu_seqlens):
     """Each token's sequence mean."""
     if x.dim() == 2:
-        return (torch.where(mask, x, 0.0).sum(1) / mask.sum(1).clamp(min=1)).unsqueeze(1).expand_as(x)
+        return (
+            (torch.where(mask, x, 0.0).sum(1) / mask.sum(1).clamp(min=1)).unsqueeze(1).expand_as(x)
+        )
     owner = torch.arange(len(cu_seqlens) - 1).repeat_interleave(cu_seqlens.diff())
     total = x.new_zeros(len(cu_seqlens) - 1).scatter_add(0, owner, torch.where(mask, x, 0.0))
     count = x.new_zeros(len(cu_seqlens) - 1).scatter_add(0, owner, mask.to(x.dtype)).clamp(min=1)
@@ -73,46 +77,90 @@ def ppo_actor_loss_fn(
 ):  # fmt: skip
     count, weight = loss_mask.count_nonzero() or 1, None
     if rejection_sampling is not None:
-        result = apply_rejection_sampling(proximal_logprobs, old_logprobs, loss_mask, cu_seqlens, rejection_sampling)
+        result = apply_rejection_sampling(
+            proximal_logprobs, old_logprobs, loss_mask, cu_seqlens, rejection_sampling
+        )
         loss_mask, weight = result.loss_mask, result.behave_imp_weight
     ratio = torch.where(loss_mask, torch.exp(logprobs - proximal_logprobs), 0)
     if importance_sampling_level == "sequence":
-        ratio = torch.where(loss_mask, per_sequence(logprobs - proximal_logprobs, loss_mask, cu_seqlens).exp(), 0.0)
+        ratio = torch.where(
+            loss_mask, per_sequence(logprobs - proximal_logprobs, loss_mask, cu_seqlens).exp(), 0.0
+        )
         advantages = torch.where(loss_mask, per_sequence(advantages, loss_mask, cu_seqlens), 0.0)
-    clipped = ratio.clamp(1 - eps_clip, 1 + (eps_clip if eps_clip_higher is None else eps_clip_higher))
+    clipped = ratio.clamp(
+        1 - eps_clip, 1 + (eps_clip if eps_clip_higher is None else eps_clip_higher)
+    )
     one, two = -advantages * ratio, -advantages * clipped
     loss = torch.max(one, two)
     if c_clip is not None:
         loss = torch.min(loss, torch.sign(advantages) * c_clip * advantages)
     if weight is not None:
         loss = loss * weight
-    stat = {"loss": loss.detach(), "importance_weight": ratio.detach(), "approx_kl": (logprobs - proximal_logprobs).detach()}
-    stat |= {"clip_mask": (one.detach() < two.detach()) & loss_mask, "dual_clip_mask": torch.zeros_like(loss_mask)}
+    stat = {
+        "loss": loss.detach(),
+        "importance_weight": ratio.detach(),
+        "approx_kl": (logprobs - proximal_logprobs).detach(),
+    }
+    stat |= {
+        "clip_mask": (one.detach() < two.detach()) & loss_mask,
+        "dual_clip_mask": torch.zeros_like(loss_mask),
+    }
     if weight is not None:
-        stat |= {"behave_imp_weight": weight, "behave_mask": (weight > 0) & loss_mask, "behave_approx_kl": None, "filtered_fraction": 0.0}
+        stat |= {
+            "behave_imp_weight": weight,
+            "behave_mask": (weight > 0) & loss_mask,
+            "behave_approx_kl": None,
+            "filtered_fraction": 0.0,
+        }
     return torch.where(loss_mask, loss, 0).sum() / count, stat
 
 
-def sapo_loss_fn(logprobs, old_logprobs, advantages, tau_pos, tau_neg, loss_mask, importance_sampling_level="token", cu_seqlens=None):
+def sapo_loss_fn(
+    logprobs,
+    old_logprobs,
+    advantages,
+    tau_pos,
+    tau_neg,
+    loss_mask,
+    importance_sampling_level="token",
+    cu_seqlens=None,
+):
     raise NotImplementedError
 
 
-fsdp_engine, actor = types.ModuleType("areal.engine.fsdp_engine"), types.ModuleType("areal.trainer.ppo.actor")
-vars(fsdp_engine).update(gather_logprobs=gather_logprobs, gather_logprobs_entropy=gather_logprobs_entropy)
+fsdp_engine, actor = (
+    types.ModuleType("areal.engine.fsdp_engine"),
+    types.ModuleType("areal.trainer.ppo.actor"),
+)
+vars(fsdp_engine).update(
+    gather_logprobs=gather_logprobs, gather_logprobs_entropy=gather_logprobs_entropy
+)
 vars(actor).update(ppo_actor_loss_fn=ppo_actor_loss_fn, sapo_loss_fn=sapo_loss_fn)
 
 
 def compute_logprobs_and_entropy(logits, input_ids, temperature):
     """The engine's: packed logits ``[T, V]`` and ids ``[1, T]``, rolled."""
     return fsdp_engine.gather_logprobs_entropy(
-        logits, torch.roll(input_ids, shifts=-1, dims=-1).squeeze(0), temperature=temperature, tp_group=None
+        logits,
+        torch.roll(input_ids, shifts=-1, dims=-1).squeeze(0),
+        temperature=temperature,
+        tp_group=None,
     )
 
 
 def grpo_loss_fn(
-    logprobs, input_data, eps_clip=0.2, eps_clip_higher=None, c_clip=None, rejection_sampling=None, level="token", use_sapo_loss=False
+    logprobs,
+    input_data,
+    eps_clip=0.2,
+    eps_clip_higher=None,
+    c_clip=None,
+    rejection_sampling=None,
+    level="token",
+    use_sapo_loss=False,
 ):
-    """``actor.grpo_loss_fn``: what it hands to the loss, and what its statistics ask of the result."""
+    """``actor.grpo_loss_fn``: what it hands to the loss, and what its statistics ask of
+    the result.
+    """
     data, mask = input_data, input_data["loss_mask"].bool()
     if use_sapo_loss:
         return actor.sapo_loss_fn(
@@ -134,7 +182,9 @@ def install(patch):
     """The modules that the adapter imports, while ``patch`` lasts."""
     names = ("areal", "areal.utils", "areal.utils.functional", "areal.utils.functional.functional")
     names += ("areal.engine", "areal.trainer", "areal.trainer.ppo")
-    modules = {name: types.ModuleType(name) for name in names} | {m.__name__: m for m in (fsdp_engine, actor)}
+    modules = {name: types.ModuleType(name) for name in names} | {
+        m.__name__: m for m in (fsdp_engine, actor)
+    }
     modules["areal.utils.functional.functional"].apply_rejection_sampling = apply_rejection_sampling
     modules["areal.engine"].fsdp_engine, modules["areal.trainer.ppo"].actor = fsdp_engine, actor
     for name, module in modules.items():

@@ -1,4 +1,6 @@
-"""AReaL's log-probs and its PPO loss by our ops, against a transcription of its own. CPU."""
+"""AReaL's log-probs and its PPO loss by our ops, against a transcription of its own.
+CPU.
+"""
 
 import importlib
 import math
@@ -30,7 +32,9 @@ def drawn():
 
 
 def streams(packed):
-    """Log-probs and data of three sequences: ``[T]`` with ``cu_seqlens``, or ``[3, 12]``; one advantage a sequence."""
+    """Log-probs and data of three sequences: ``[T]`` with ``cu_seqlens``, or
+    ``[3, 12]``; one advantage a sequence.
+    """
     g = drawn()
     shape = (sum(LENGTHS),) if packed else (3, 12)
     old = -3 * torch.rand(shape, generator=g)
@@ -62,8 +66,16 @@ def assert_same(theirs, ours):
 SPECS = {
     "ppo": (rw.methods.ppo(), {}),
     "asymmetric": (rw.methods.dapo(epsilon_high=0.6), {"eps_clip_higher": 0.6}),
-    "dual clip": (rw.PolicyLossSpec(surrogate=DualClip(clip_ratio_c=1.1), name="dual"), {"c_clip": 1.1}),
-    "sequence": (rw.PolicyLossSpec(surrogate=Clip(), ratio=rw.SequenceRatio(clamp=math.inf), name="sequence"), {"level": "sequence"}),
+    "dual clip": (
+        rw.PolicyLossSpec(surrogate=DualClip(clip_ratio_c=1.1), name="dual"),
+        {"c_clip": 1.1},
+    ),
+    "sequence": (
+        rw.PolicyLossSpec(
+            surrogate=Clip(), ratio=rw.SequenceRatio(clamp=math.inf), name="sequence"
+        ),
+        {"level": "sequence"},
+    ),
 }
 SAMPLING = {
     "none": None, "mask": RejectionSamplingConfig(upper=1.3), "both sides": RejectionSamplingConfig(upper=1.3, lower=0.8),
@@ -75,7 +87,9 @@ SAMPLING = {
 @pytest.mark.parametrize("sampling", SAMPLING)
 @pytest.mark.parametrize("name", SPECS)
 def test_their_loss(areal, name, sampling, packed):
-    """The spec that says what AReaL's options say, under AReaL's ``grpo_loss_fn``; rejection sampling is AReaL's in both."""
+    """The spec that says what AReaL's options say, under AReaL's ``grpo_loss_fn``;
+    rejection sampling is AReaL's in both.
+    """
     spec, options = SPECS[name]
     logprobs, data = streams(packed)
     theirs = run(logprobs, data, rejection_sampling=SAMPLING[sampling], **options)
@@ -88,7 +102,12 @@ def test_their_loss(areal, name, sampling, packed):
         ("loss", "importance_weight") if name != "sequence" else ("importance_weight",)
     )  # where AReaL has no loss of masked tokens to log
     for stat in names:
-        torch.testing.assert_close(torch.where(inside, ours[2][stat], 0), torch.where(inside, theirs[2][stat], 0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            torch.where(inside, ours[2][stat], 0),
+            torch.where(inside, theirs[2][stat], 0),
+            rtol=1e-5,
+            atol=1e-6,
+        )
     if name == "ppo":
         assert torch.equal(ours[2]["clip_mask"], theirs[2]["clip_mask"])
     assert ours[2].keys() == theirs[2].keys()
@@ -96,14 +115,22 @@ def test_their_loss(areal, name, sampling, packed):
 
 def test_the_streams_meet_the_branches(areal):
     logprobs, data = streams(True)
-    found = [run(logprobs, data, rejection_sampling=s, **options)[1] for _, options in SPECS.values() for s in SAMPLING.values()]
+    found = [
+        run(logprobs, data, rejection_sampling=s, **options)[1]
+        for _, options in SPECS.values()
+        for s in SAMPLING.values()
+    ]
     assert all((a - b).norm() > 1e-3 * a.norm() for i, a in enumerate(found) for b in found[:i])
 
 
 def test_decoupled_ppo_by_its_own_weight(areal):
-    """The catalogue's method against AReaL's loss with the weight that rejection sampling clamps."""
+    """The catalogue's method against AReaL's loss with the weight that rejection
+    sampling clamps.
+    """
     logprobs, data = streams(True)
-    theirs = run(logprobs, data, rejection_sampling=RejectionSamplingConfig(action="clamp", upper=1.1))
+    theirs = run(
+        logprobs, data, rejection_sampling=RejectionSamplingConfig(action="clamp", upper=1.1)
+    )
     with areal.patch_loss(rw.methods.decoupled_ppo(ratio_max=1.1), actor=oracle.actor):
         assert_same(theirs, run(logprobs, data))
 
@@ -135,14 +162,16 @@ def test_refusals(areal, spec, options, error, message):
         run(*streams(True), **options)
 
 
-# --- log-probs --------------------------------------------------------------------------------------------------------------------
+# --- log-probs ------------------------------------------------------------------------
 def through_the_engine():
     g = drawn()
     logits = torch.randn(26, V, generator=g).requires_grad_()
     ids = torch.randint(V, (1, 26), generator=g)
     logps, entropy = oracle.compute_logprobs_and_entropy(logits, ids, 0.7)
     share = torch.linspace(-1, 1, 26)
-    (grad,) = torch.autograd.grad((logps * share).sum() + 0.3 * (entropy * share.flip(0)).sum(), logits)
+    (grad,) = torch.autograd.grad(
+        (logps * share).sum() + 0.3 * (entropy * share.flip(0)).sum(), logits
+    )
     return logps.detach(), entropy.detach(), grad
 
 
@@ -150,7 +179,9 @@ def test_log_probs_and_entropies(areal):
     stock = through_the_engine()
     with areal.patch_logprobs(oracle.fsdp_engine) as patch:
         ours = through_the_engine()
-        only = oracle.fsdp_engine.gather_logprobs(torch.zeros(3, V), torch.zeros(3, dtype=torch.int32))
+        only = oracle.fsdp_engine.gather_logprobs(
+            torch.zeros(3, V), torch.zeros(3, dtype=torch.int32)
+        )
         assert patch.fused_calls == {"token_logps": 2} and not patch.delegated_calls
     for a, b in zip(stock, ours, strict=True):
         assert a.norm() > 1e-3 and (a - b).norm() <= 1e-6 * a.norm()
@@ -160,8 +191,13 @@ def test_log_probs_and_entropies(areal):
 
 def test_tensor_parallel_calls_are_left_to_areal(areal, monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
-    with areal.patch_logprobs(oracle.fsdp_engine) as patch, pytest.warns(UserWarning, match="leaves this to AReaL: tensor parallelism"):
-        oracle.fsdp_engine.gather_logprobs(torch.zeros(3, V), torch.zeros(3, dtype=torch.int64), tp_group="a group")
+    with (
+        areal.patch_logprobs(oracle.fsdp_engine) as patch,
+        pytest.warns(UserWarning, match="leaves this to AReaL: tensor parallelism"),
+    ):
+        oracle.fsdp_engine.gather_logprobs(
+            torch.zeros(3, V), torch.zeros(3, dtype=torch.int64), tp_group="a group"
+        )
     assert not patch.fused_calls and sum(patch.delegated_calls.values()) == 1
 
 

@@ -1,4 +1,6 @@
-"""Patching another library: checked, counted, undone, and loud about what it does not know."""
+"""Patching another library: checked, counted, undone, and loud about what it does not
+know.
+"""
 
 import importlib.metadata
 import re
@@ -9,7 +11,13 @@ import pytest
 
 import reweight_ops as rw
 from reweight_ops.integrations import trainers
-from reweight_ops.integrations.patching import Counts, Patch, Replacement, check_signature, source_digest
+from reweight_ops.integrations.patching import (
+    Counts,
+    Patch,
+    Replacement,
+    check_signature,
+    source_digest,
+)
 
 
 @pytest.fixture
@@ -50,7 +58,10 @@ def test_every_kind_of_attribute_comes_back_as_it_was(library):
 
 
 def test_undo_twice_and_after_an_error(library):
-    with pytest.raises(ZeroDivisionError), Patch("Lib", [Replacement(library.Trainer, "loss", ours)]) as patch:
+    with (
+        pytest.raises(ZeroDivisionError),
+        Patch("Lib", [Replacement(library.Trainer, "loss", ours)]) as patch,
+    ):
         1 / 0  # noqa: B018
     assert library.Trainer().loss(1) == "theirs"
     patch.undo()
@@ -79,7 +90,10 @@ def test_what_another_replaced_on_top_stays(library):
 
 def test_the_original_is_checked_first(library):
     for expected, message in (
-        (("self", "batch"), r"Trainer\.loss has the signature \(self, inputs, scale=1\), expected \(self, batch, optional"),
+        (
+            ("self", "batch"),
+            r"Trainer\.loss has the signature \(self, inputs, scale=1\), expected \(self, batch, optional",
+        ),
         (("self",), "expected"),  # `inputs` is required
     ):
         with pytest.raises(rw.BackendUnavailable, match=message):
@@ -123,16 +137,23 @@ def test_standing_of_a_version(version, standing):
 
 
 def test_standing_where_there_is_no_release():
-    assert trainers.named("slime, Miles").standing("0.1") == "compared with a transcription of slime 624b824a"
+    assert (
+        trainers.named("slime, Miles").standing("0.1")
+        == "compared with a transcription of slime 624b824a"
+    )
 
 
 def test_a_newer_version_warns_once(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "99.0")
     monkeypatch.setattr(trainers, "_reported", set())
-    with pytest.warns(UserWarning, match=r"TRL 99\.0 is newer than any that reweight_ops was tested with") as seen:
+    with pytest.warns(
+        UserWarning, match=r"TRL 99\.0 is newer than any that reweight_ops was tested with"
+    ) as seen:
         assert trainers.check_version("TRL") == trainers.check_version("TRL") == "TRL 99.0"
     assert len(seen) == 1
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: trainers.named("TRL").tested[-1])
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: trainers.named("TRL").tested[-1]
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trainers.check_version("TRL")
@@ -145,8 +166,14 @@ def test_every_integration_asks_for_its_trainers_version():
     from paths import ROOT
 
     folder = ROOT / "reweight_ops" / "integrations"
-    asked = {name for path in folder.rglob("*.py") for name in re.findall(r'check_version\("([^"]+)"\)', path.read_text())}
-    assert asked >= {t.name for t in trainers.TRAINERS.values() if t.tested} and asked <= set(trainers.TRAINERS)
+    asked = {
+        name
+        for path in folder.rglob("*.py")
+        for name in re.findall(r'check_version\("([^"]+)"\)', path.read_text())
+    }
+    assert asked >= {t.name for t in trainers.TRAINERS.values() if t.tested} and asked <= set(
+        trainers.TRAINERS
+    )
 
 
 def test_every_page_of_a_trainer_exists_and_names_its_hook():
@@ -154,7 +181,12 @@ def test_every_page_of_a_trainer_exists_and_names_its_hook():
 
     for trainer in trainers.TRAINERS.values():
         page = (ROOT / trainer.page).read_text()
-        assert trainer.hook.partition(":")[0].partition(" ")[0] in page and all(version in page for version in trainer.tested), trainer.name
-        assert bool(trainer.tested) != bool(trainer.commit) and trainer.commit.split(" ")[-1] in page, trainer.name
+        assert trainer.hook.partition(":")[0].partition(" ")[0] in page and all(
+            version in page for version in trainer.tested
+        ), trainer.name
+        assert (
+            bool(trainer.tested) != bool(trainer.commit) and trainer.commit.split(" ")[-1] in page
+        ), trainer.name
         examples = re.findall(r"`(examples/\w+\.\w+)`", page)
-        assert any((ROOT / example).exists() for example in examples), trainer.name  # a page may name the trainer's own too
+        # a page may name the trainer's own too
+        assert any((ROOT / example).exists() for example in examples), trainer.name

@@ -1,4 +1,6 @@
-"""A parameter that FSDP2 has sharded, made whole outside of its unit's forward: two processes (gloo) against one with both batches."""
+"""A parameter that FSDP2 has sharded, made whole outside of its unit's forward: two
+processes (gloo) against one with both batches.
+"""
 
 import datetime
 
@@ -17,7 +19,10 @@ RANKS, ROWS, D, V = 2, 12, 5, 23
 
 def data():
     g = torch.Generator().manual_seed(0)
-    x, y = torch.randn(ROWS, D, generator=g, dtype=torch.float64), torch.randint(V, (ROWS,), generator=g)
+    x, y = (
+        torch.randn(ROWS, D, generator=g, dtype=torch.float64),
+        torch.randint(V, (ROWS,), generator=g),
+    )
     return x, y, torch.randn(ROWS, generator=g, dtype=torch.float64)
 
 
@@ -29,7 +34,9 @@ class Policy(nn.Module):
         self.double()
 
     def forward(self, x, y, share):
-        """As in verl's fused models: the head is a unit of its own whose forward is never called."""
+        """As in verl's fused models: the head is a unit of its own whose forward is
+        never called.
+        """
         logps = rw.linear_token_logps(torch.tanh(self.body(x)), sharding.whole(self.head.weight), y)
         return (share * logps).sum() / ROWS
 
@@ -42,7 +49,11 @@ def whole_gradients():
 
 def process(rank, folder):
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=datetime.timedelta(seconds=60)
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=RANKS,
+        timeout=datetime.timedelta(seconds=60),
     )
     expected = whole_gradients()
     policy = Policy()
@@ -54,7 +65,9 @@ def process(rank, folder):
         (RANKS * policy(*part)).backward()  # FSDP averages over the ranks
     for name, parameter in policy.named_parameters():
         assert isinstance(parameter.grad, DTensor)
-        torch.testing.assert_close(parameter.grad.full_tensor(), expected[name], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            parameter.grad.full_tensor(), expected[name], rtol=1e-12, atol=1e-14
+        )
 
     weight = torch.randn(4, 2)
     hybrid = init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("replicate", "shard"))

@@ -1,6 +1,8 @@
-"""TRL before 1.15, as Axolotl and ms-swift have it: its real trainers, stock and under ``patch_logits_functions()``.
+"""TRL before 1.15, as Axolotl and ms-swift have it: its real trainers, stock and under
+``patch_logits_functions()``.
 
-The tests of this file run where an old TRL is imported. Its wheel is fetched into a folder and this file run with it by one slow test.
+The tests of this file run where an old TRL is imported. Its wheel is fetched into a
+folder and this file run with it by one slow test.
 """
 
 import importlib.metadata
@@ -15,7 +17,8 @@ from paths import ROOT
 from reweight_ops.integrations.logits import patch_logits_functions
 from reweight_ops.integrations.trainers import TRAINERS
 
-#: The versions, each with what its environment needs besides: the oldest runs on the libraries of its time only.
+#: The versions, each with what its environment needs besides: the oldest runs on the
+#: libraries of its time only.
 ENVIRONMENTS = {
     "0.15.2": (
         "transformers==4.49.0", "huggingface_hub==0.29.3", "tokenizers==0.21.0", "datasets==3.3.2", "accelerate==1.4.0", "multiprocess==0.70.16",
@@ -29,7 +32,9 @@ ENVIRONMENTS = {
 NAMES = {"0.15.2": ("GRPO", "DPO")}
 ALL_NAMES = ("GRPO", "RLOO", "DPO", "SFT")
 VERSION = os.environ.get("REWEIGHT_OPS_OLD_TRL")
-old = pytest.mark.skipif(VERSION is None, reason="runs with an old TRL: test_with_an_old_trl starts it")
+old = pytest.mark.skipif(
+    VERSION is None, reason="runs with an old TRL: test_with_an_old_trl starts it"
+)
 
 
 @pytest.mark.slow
@@ -52,8 +57,23 @@ def test_with_an_old_trl(version, tmp_path):
     if fetched.returncode:
         pytest.skip(f"no TRL {version} to be had: {fetched.stderr[-200:]}")
     paths = os.pathsep.join([str(tmp_path), str(ROOT / "tests" / "integrations" / "trl")])
-    environment = {**os.environ, "PYTHONPATH": paths, "REWEIGHT_OPS_OLD_TRL": version, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-m", "not slow"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "REWEIGHT_OPS_OLD_TRL": version,
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-m",
+        "not slow",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout[-4000:]
     assert f"{len(NAMES.get(version, ALL_NAMES)) + 1} passed" in done.stdout
@@ -61,7 +81,9 @@ def test_with_an_old_trl(version, tmp_path):
 
 @pytest.mark.skipif(VERSION is not None, reason="says nothing of an old TRL")
 def test_the_old_versions_that_are_named_are_those_that_run():
-    assert [v for v in TRAINERS["TRL by logits"].tested if v not in TRAINERS["TRL"].tested] == list(ENVIRONMENTS)
+    assert [v for v in TRAINERS["TRL by logits"].tested if v not in TRAINERS["TRL"].tested] == list(
+        ENVIRONMENTS
+    )
 
 
 def build(name, out):
@@ -83,20 +105,38 @@ def build(name, out):
     if name == "SFT":
         rows = Dataset.from_list([{"prompt": p, "completion": c} for p, c, _ in sums])
         args = trl.SFTConfig(**common, max_length=24, loss_type="dft")
-        return trl.SFTTrainer(model=model(), args=args, train_dataset=rows, processing_class=make_tokenizer())
+        return trl.SFTTrainer(
+            model=model(), args=args, train_dataset=rows, processing_class=make_tokenizer()
+        )
     if name == "DPO":
         rows = Dataset.from_list([{"prompt": p, "chosen": c, "rejected": r} for p, c, r in sums])
         args = trl.DPOConfig(**common, max_length=24)
-        return trl.DPOTrainer(model=model(), ref_model=model(1), args=args, train_dataset=rows, processing_class=make_tokenizer())
-    kind = {"GRPO": (trl.GRPOTrainer, trl.GRPOConfig), "RLOO": (trl.RLOOTrainer, trl.RLOOConfig)}[name]
+        return trl.DPOTrainer(
+            model=model(),
+            ref_model=model(1),
+            args=args,
+            train_dataset=rows,
+            processing_class=make_tokenizer(),
+        )
+    kind = {"GRPO": (trl.GRPOTrainer, trl.GRPOConfig), "RLOO": (trl.RLOOTrainer, trl.RLOOConfig)}[
+        name
+    ]
     args = kind[1](**common, num_generations=2, max_completion_length=12, temperature=0.9, beta=0.0)
     rewards = [lambda completions, **_: [float(len(set(c))) for c in completions]]
     rows = Dataset.from_list([{"prompt": p} for p, _, _ in sums])
-    return kind[0](model=model(), reward_funcs=rewards, args=args, train_dataset=rows, processing_class=make_tokenizer())
+    return kind[0](
+        model=model(),
+        reward_funcs=rewards,
+        args=args,
+        train_dataset=rows,
+        processing_class=make_tokenizer(),
+    )
 
 
 def metrics_kept(trainer):
-    """Those of training; TRL 0.15's GRPO has no others, and its DPO keeps them under another name."""
+    """Those of training; TRL 0.15's GRPO has no others, and its DPO keeps them under
+    another name.
+    """
     found = trainer._metrics if hasattr(trainer, "_metrics") else trainer._stored_metrics
     return found if VERSION == "0.15.2" and hasattr(trainer, "_metrics") else found["train"]
 
@@ -108,14 +148,20 @@ def loss_of(trainer, batch):
     loss = trainer.compute_loss(trainer.model, dict(batch))
     loss.backward()
     grads = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
-    return loss.item(), grads, {name: values[-1] for name, values in metrics.items() if name != "num_tokens"}
+    return (
+        loss.item(),
+        grads,
+        {name: values[-1] for name, values in metrics.items() if name != "num_tokens"},
+    )
 
 
 @old
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", NAMES.get(VERSION, ALL_NAMES))
 def test_every_trainer(name, tmp_path):
-    """Loss 1e-6, all gradients 1e-6 relative, metrics 1e-5; then two real steps under the patch."""
+    """Loss 1e-6, all gradients 1e-6 relative, metrics 1e-5; then two real steps under
+    the patch.
+    """
     trainer = build(name, str(tmp_path))
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()

@@ -1,7 +1,9 @@
 """NeMo-RL 7ea279ab around a loss, and its own, transcribed.
 
-From ``nemo_rl/algorithms/loss/`` (``interfaces.py``, ``loss_functions.py:ClippedPGLossFn``, ``utils.py:prepare_loss_input``,
-``wrapper.py:SequencePackingLossWrapper``) and ``nemo_rl/algorithms/utils.py`` (``calculate_kl``, ``masked_mean``); one rank, no filtering.
+From ``nemo_rl/algorithms/loss/`` (``interfaces.py``,
+``loss_functions.py:ClippedPGLossFn``, ``utils.py:prepare_loss_input``,
+``wrapper.py:SequencePackingLossWrapper``) and ``nemo_rl/algorithms/utils.py``
+(``calculate_kl``, ``masked_mean``); one rank, no filtering.
 """
 
 import enum
@@ -64,7 +66,11 @@ def calculate_kl(logprobs, reference, kind, input_clamp, output_clamp, weights=N
         if weights is not None:
             weights = torch.where(logr == clamped, weights, weights.detach())
         logr = clamped
-    kl = {"k1": lambda: -logr, "k2": lambda: logr.square() / 2, "k3": lambda: logr.exp() - 1 - logr}[kind]()
+    kl = {
+        "k1": lambda: -logr,
+        "k2": lambda: logr.square() / 2,
+        "k3": lambda: logr.exp() - 1 - logr,
+    }[kind]()
     if weights is not None:
         kl = weights * kl
     return kl if output_clamp is None else kl.clamp(min=-output_clamp, max=output_clamp)
@@ -80,14 +86,25 @@ class ClippedPGLossFn:
 
     def reduced(self, x, token_mask, sample_mask, seqs, toks):
         if self.loss_type == LossType.TOKEN_LEVEL:
-            return masked_mean(x, token_mask * sample_mask.unsqueeze(-1), global_normalization_factor=toks)
-        return masked_mean(masked_mean(x, token_mask, dim=-1), sample_mask, global_normalization_factor=seqs)
+            return masked_mean(
+                x, token_mask * sample_mask.unsqueeze(-1), global_normalization_factor=toks
+            )
+        return masked_mean(
+            masked_mean(x, token_mask, dim=-1), sample_mask, global_normalization_factor=seqs
+        )
 
     def weights(self, prev, generation, mask, token_mask):
         cfg = self.cfg
-        low, high = cfg.truncated_importance_sampling_ratio_min, cfg.truncated_importance_sampling_ratio
+        low, high = (
+            cfg.truncated_importance_sampling_ratio_min,
+            cfg.truncated_importance_sampling_ratio,
+        )
         drift = prev - generation
-        w = (drift * mask).sum(-1).exp().unsqueeze(-1) if cfg.sequence_level_importance_ratios else drift.exp()
+        w = (
+            (drift * mask).sum(-1).exp().unsqueeze(-1)
+            if cfg.sequence_level_importance_ratios
+            else drift.exp()
+        )
         if cfg.truncated_importance_sampling_type == "tis":
             w = w.clamp(min=low or 0.0, max=high)
         elif cfg.truncated_importance_sampling_type == "icepop":
@@ -105,7 +122,9 @@ class ClippedPGLossFn:
         prev = curr.detach() if cfg.force_on_policy_ratio else data["prev_logprobs"][:, 1:]
         token = lambda x: masked_mean(x, mask, global_normalization_factor=global_valid_toks).item()  # noqa: E731
         mixture = torch.log(0.5 * prev.exp() + 0.5 * generation.exp())
-        js = 0.5 * ((prev - mixture).exp() - (prev - mixture) - 1) + 0.5 * ((generation - mixture).exp() - (generation - mixture) - 1)
+        js = 0.5 * ((prev - mixture).exp() - (prev - mixture) - 1) + 0.5 * (
+            (generation - mixture).exp() - (generation - mixture) - 1
+        )
         kind = cfg.reference_policy_kl_type
         metrics = {
             "token_mult_prob_error": token(((generation - prev).abs() * mask).exp()),
@@ -119,7 +138,9 @@ class ClippedPGLossFn:
         if coef != 0:
             own = (curr - curr.detach()).exp()
             bounds = cfg.kl_input_clamp_value, cfg.kl_output_clamp_value
-            kl = coef * calculate_kl(curr, data["reference_policy_logprobs"][:, 1:], kind, *bounds, own)
+            kl = coef * calculate_kl(
+                curr, data["reference_policy_logprobs"][:, 1:], kind, *bounds, own
+            )
             kl = self.reduced(kl, token_mask, sample_mask, global_valid_seqs, global_valid_toks)
             metrics["kl_penalty"] = kl.item() / coef
         if cfg.force_on_policy_ratio:
@@ -129,21 +150,36 @@ class ClippedPGLossFn:
         else:
             log_ratios = curr - prev
             if cfg.sequence_level_importance_ratios:
-                log_ratios = masked_mean(log_ratios, token_mask, dim=-1).unsqueeze(-1).repeat(1, advantages.shape[1])
+                log_ratios = (
+                    masked_mean(log_ratios, token_mask, dim=-1)
+                    .unsqueeze(-1)
+                    .repeat(1, advantages.shape[1])
+                )
             ratios = log_ratios.exp()
             bounded = ratios.clamp(1 - cfg.ratio_clip_min, 1 + cfg.ratio_clip_max)
-        loss = -advantages * bounded.detach() * curr if cfg.use_cispo else torch.max(-advantages * ratios, -advantages * bounded)
+        loss = (
+            -advantages * bounded.detach() * curr
+            if cfg.use_cispo
+            else torch.max(-advantages * ratios, -advantages * bounded)
+        )
         if cfg.ratio_clip_c is not None:
-            loss = torch.where(advantages < 0, torch.min(loss, -advantages * cfg.ratio_clip_c), loss)
+            loss = torch.where(
+                advantages < 0, torch.min(loss, -advantages * cfg.ratio_clip_c), loss
+            )
         w = self.weights(prev, generation, mask, token_mask)
         if cfg.use_importance_sampling_correction:
             loss = w * loss
-        loss = self.reduced(loss, token_mask, sample_mask, global_valid_seqs, global_valid_toks) + kl
+        loss = (
+            self.reduced(loss, token_mask, sample_mask, global_valid_seqs, global_valid_toks) + kl
+        )
         metrics["approx_entropy"] = -token((curr - generation).detach().exp() * curr.detach())
         if not cfg.disable_ppo_ratio:
             metrics["probs_ratio"] = token(ratios.detach())
             inside = ratios.detach()[mask.bool()].tolist()
-            metrics |= {"probs_ratio_min": min(inside, default=math.inf), "probs_ratio_max": max(inside, default=-math.inf)}
+            metrics |= {
+                "probs_ratio_min": min(inside, default=math.inf),
+                "probs_ratio_max": max(inside, default=-math.inf),
+            }
         metrics["loss"] = loss.item()
         return loss, metrics
 
@@ -153,20 +189,31 @@ def prepare_loss_input(logits, data, loss_fn):
         return {"logits": logits}
     assert loss_fn.input_type == LossInputType.LOGPROB and not loss_fn.use_fused_linear_logprobs
     logps = logits.to(torch.float32)[:, :-1].log_softmax(-1)
-    return {"next_token_logprobs": logps.gather(-1, data["input_ids"][:, 1:].unsqueeze(-1)).squeeze(-1)}
+    return {
+        "next_token_logprobs": logps.gather(-1, data["input_ids"][:, 1:].unsqueeze(-1)).squeeze(-1)
+    }
 
 
 def loss_of(loss_fn, logits, data, seqs, toks):
-    """``LossPostProcessor``: logits, already over the temperature, to loss and metrics."""
-    return loss_fn(data=data, global_valid_seqs=seqs, global_valid_toks=toks, **prepare_loss_input(logits, data, loss_fn))
+    """``LossPostProcessor``: logits, already over the temperature, to
+    loss and metrics."""
+    return loss_fn(
+        data=data,
+        global_valid_seqs=seqs,
+        global_valid_toks=toks,
+        **prepare_loss_input(logits, data, loss_fn),
+    )
 
 
 def packed_loss_of(loss_fn, logits, data, seqs, toks, lengths, padded):
-    """``SequencePackingLossWrapper``: ``[1, T, V]`` of sequences padded to ``padded`` each, one at a time."""
+    """``SequencePackingLossWrapper``: ``[1, T, V]`` of sequences padded to ``padded``
+    each, one at a time.
+    """
     total, start = 0, 0
     for i, (length, room) in enumerate(zip(lengths, padded, strict=True)):
         one = {k: v[i : i + 1, :length] if v.ndim > 1 else v[i : i + 1] for k, v in data.items()}
-        if loss_fn.input_type == LossInputType.LOGPROB:  # from_parallel_logits_to_logprobs cuts what the padding has
+        # from_parallel_logits_to_logprobs cuts what the padding has
+        if loss_fn.input_type == LossInputType.LOGPROB:
             total = total + loss_of(loss_fn, logits.narrow(1, start, length), one, seqs, toks)[0]
         else:
             total = total + loss_of(loss_fn, logits.narrow(1, start, room), one, seqs, toks)[0]
@@ -176,8 +223,15 @@ def packed_loss_of(loss_fn, logits, data, seqs, toks, lengths, padded):
 
 def install(patch):
     """The module that the adapter imports, while ``patch`` lasts."""
-    names = ("nemo_rl", "nemo_rl.algorithms", "nemo_rl.algorithms.loss", "nemo_rl.algorithms.loss.interfaces")
+    names = (
+        "nemo_rl",
+        "nemo_rl.algorithms",
+        "nemo_rl.algorithms.loss",
+        "nemo_rl.algorithms.loss.interfaces",
+    )
     modules = {name: types.ModuleType(name) for name in names}
-    vars(modules[names[-1]]).update(LossType=LossType, MetricNormalizer=MetricNormalizer, LossInputType=LossInputType)
+    vars(modules[names[-1]]).update(
+        LossType=LossType, MetricNormalizer=MetricNormalizer, LossInputType=LossInputType
+    )
     for name, module in modules.items():
         patch.setitem(sys.modules, name, module)

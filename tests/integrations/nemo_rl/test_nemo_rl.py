@@ -1,4 +1,6 @@
-"""NeMo-RL's loss by our op, from logits and from log-probs, against a transcription of its own. CPU."""
+"""NeMo-RL's loss by our op, from logits and from log-probs, against a transcription of
+its own. CPU.
+"""
 
 import importlib
 import pickle
@@ -25,12 +27,20 @@ OPTIONS = {
 
 
 def options(name):
-    """The configuration of one row of the table; ``kind``, ``low`` and ``high`` are the correction's."""
+    """The configuration of one row of the table; ``kind``, ``low`` and ``high`` are the
+    correction's.
+    """
     given = dict(OPTIONS[name])
     kind, low, high = (given.pop(n, None) for n in ("kind", "low", "high"))
     if kind is not None or name == "correction":
-        given |= {"use_importance_sampling_correction": True, "truncated_importance_sampling_type": kind}
-        given |= {"truncated_importance_sampling_ratio": high, "truncated_importance_sampling_ratio_min": low}
+        given |= {
+            "use_importance_sampling_correction": True,
+            "truncated_importance_sampling_type": kind,
+        }
+        given |= {
+            "truncated_importance_sampling_ratio": high,
+            "truncated_importance_sampling_ratio_min": low,
+        }
     return oracle.ClippedPGLossConfig(**{"reference_policy_kl_penalty": 0.1} | given)
 
 
@@ -61,7 +71,9 @@ def batch():
     token_mask = ((at >= 3) & (at < torch.tensor([12, 7, 10, 12])[:, None])).float()
     with torch.no_grad():
         own = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    near = lambda scale: torch.nn.functional.pad((own + scale * torch.randn(own.shape, generator=g)).clamp(max=0), (1, 0))  # noqa: E731
+    near = lambda scale: torch.nn.functional.pad(
+        (own + scale * torch.randn(own.shape, generator=g)).clamp(max=0), (1, 0)
+    )  # noqa: E731
     data = {
         "input_ids": ids, "token_mask": token_mask, "sample_mask": torch.tensor([1.0, 1.0, 1.0, 0.0]), "advantages": torch.randn(B, S, generator=g),
         "prev_logprobs": near(0.3), "generation_logprobs": near(0.4), "reference_policy_logprobs": near(0.3),
@@ -86,7 +98,9 @@ def assert_same(theirs, ours):
 @pytest.mark.parametrize("logits", [False, True], ids=["log-probs", "logits"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_their_own_loss(nemo, batch, name, logits):
-    """Loss, gradient by the logits, and every metric, divided by the counts of a global batch."""
+    """Loss, gradient by the logits, and every metric, divided by the counts of a global
+    batch.
+    """
     cfg = options(name)
     theirs = run(oracle.ClippedPGLossFn(cfg), batch)
     loss_fn = nemo.PolicyLoss(master(cfg), logits=logits)
@@ -99,18 +113,25 @@ def test_their_own_loss(nemo, batch, name, logits):
 
 
 def test_the_batch_meets_the_branches(batch):
-    """No two rows of the table are the same loss, but for those that are: the comparison above would prove little."""
+    """No two rows of the table are the same loss, but for those that are: the
+    comparison above would prove little.
+    """
     losses = {name: run(oracle.ClippedPGLossFn(options(name)), batch) for name in OPTIONS}
     same = {frozenset(pair) for pair in (("grpo", "no bounds"), ("no kl", "kl in reward"))}
     for name, (value, grad, _) in losses.items():
         for other in set(losses) - {name}:
             if frozenset((name, other)) not in same:
-                moved = (grad - losses[other][1]).norm() > 1e-3 * grad.norm() or (value - losses[other][0]).abs() > 1e-3
+                moved = (grad - losses[other][1]).norm() > 1e-3 * grad.norm() or (
+                    value - losses[other][0]
+                ).abs() > 1e-3
                 assert moved, (name, other)
 
 
 def test_one_pass_from_logits(nemo):
-    assert nemo.PolicyLoss(master(options("grpo")), logits=True).spec.one_pass_unsupported_reason is None
+    assert (
+        nemo.PolicyLoss(master(options("grpo")), logits=True).spec.one_pass_unsupported_reason
+        is None
+    )
 
 
 @pytest.mark.parametrize("logits", [False, True], ids=["log-probs", "logits"])
@@ -118,14 +139,26 @@ def test_packed_sequences_of_which_each_is_padded(nemo, batch, logits):
     """``SequencePackingLossWrapper`` around both losses."""
     logits_in, data = batch
     lengths, padded = [12, 7, 10, 12], [14, 8, 10, 16]
-    data = data | {k: torch.where(torch.arange(S) < torch.tensor(lengths)[:, None], v, 0) for k, v in data.items() if v.ndim > 1}
+    data = data | {
+        k: torch.where(torch.arange(S) < torch.tensor(lengths)[:, None], v, 0)
+        for k, v in data.items()
+        if v.ndim > 1
+    }
     packed = torch.cat(
-        [torch.cat([logits_in[i, :n], logits_in.new_zeros(room - n, V)]) for i, (n, room) in enumerate(zip(lengths, padded, strict=True))]
+        [
+            torch.cat([logits_in[i, :n], logits_in.new_zeros(room - n, V)])
+            for i, (n, room) in enumerate(zip(lengths, padded, strict=True))
+        ]
     )[None]
     results = []
-    for loss_fn in (oracle.ClippedPGLossFn(options("sample mean")), nemo.PolicyLoss(master(options("sample mean")), logits=logits)):
+    for loss_fn in (
+        oracle.ClippedPGLossFn(options("sample mean")),
+        nemo.PolicyLoss(master(options("sample mean")), logits=logits),
+    ):
         value = oracle.packed_loss_of(loss_fn, packed, data, *COUNTS, lengths, padded)
-        results.append((value.detach(), torch.autograd.grad(value, logits_in, retain_graph=True)[0]))
+        results.append(
+            (value.detach(), torch.autograd.grad(value, logits_in, retain_graph=True)[0])
+        )
     assert_same(*results)
 
 
@@ -141,7 +174,9 @@ def test_numbers_of_masked_tokens_do_not_matter(nemo, batch):
     logits, data = batch
     loss_fn = nemo.PolicyLoss(master(options("tis")), logits=True)
     out = data["token_mask"] * data["sample_mask"][:, None] == 0
-    spoiled = {k: torch.where(out, torch.nan, v) if k.endswith("logprobs") else v for k, v in data.items()}
+    spoiled = {
+        k: torch.where(out, torch.nan, v) if k.endswith("logprobs") else v for k, v in data.items()
+    }
     clean, dirty = run(loss_fn, batch), run(loss_fn, (logits, spoiled))
     assert torch.equal(clean[1], dirty[1]) and clean[2] == dirty[2]
 
@@ -149,14 +184,19 @@ def test_numbers_of_masked_tokens_do_not_matter(nemo, batch):
 @pytest.mark.parametrize("logits", [False, True], ids=["log-probs", "logits"])
 @pytest.mark.parametrize("name", ["advantage_reweighting", "gspo", "luspo", "gmpo", "dppo_kl"])
 def test_a_method_by_name(nemo, batch, name, logits):
-    """The op's own call on the response rows, by the global counts, plus NeMo-RL's KL."""
+    """The op's own call on the response rows, by the global counts, plus
+    NeMo-RL's KL."""
     by_token = isinstance(rw.method(name).reduction, rw.TokenMean)
     cfg = oracle.ClippedPGLossConfig(token_level_loss=by_token, reference_policy_kl_penalty=0.0)
     loss, grad, _ = run(nemo.PolicyLoss(master(cfg), name, logits=logits), batch)
     z, data = batch
     after = {k: v[:, 1:] for k, v in data.items() if v.ndim > 1}
     mask = after["token_mask"] * data["sample_mask"][:, None]
-    advantages = (after["advantages"] * mask).sum(-1) / mask.sum(-1).clamp(min=1) if name == "gmpo" else after["advantages"]
+    advantages = (
+        (after["advantages"] * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+        if name == "gmpo"
+        else after["advantages"]
+    )
     count = {"num_items_in_batch": 41.0} if by_token else {"num_sequences_in_batch": 7.0}
     out = rw.policy_loss(z[:, :-1], after["input_ids"], advantages, spec=name, old_per_token_logps=after["prev_logprobs"], completion_mask=mask, unused="ignore", **count)  # fmt: skip
     assert_same((out.loss.detach(), torch.autograd.grad(out.loss, z)[0]), (loss, grad))
@@ -166,7 +206,10 @@ def test_a_method_by_name(nemo, batch, name, logits):
 
 def test_entropies_have_gradients_from_logits(nemo, batch):
     cfg = oracle.ClippedPGLossConfig(reference_policy_kl_penalty=0.0)
-    plain, bonus = (run(nemo.PolicyLoss(master(cfg), rw.methods.dapo(entropy_coef=c), logits=True), batch) for c in (0.0, 0.1))
+    plain, bonus = (
+        run(nemo.PolicyLoss(master(cfg), rw.methods.dapo(entropy_coef=c), logits=True), batch)
+        for c in (0.0, 0.1)
+    )
     assert (plain[1] - bonus[1]).norm() > 1e-3 * plain[1].norm()
 
 
@@ -178,7 +221,12 @@ def test_it_travels_to_the_workers(nemo, batch):
 
 TENSOR = {"dtensor_cfg": {"enabled": True, "tensor_parallel_size": 2, "context_parallel_size": 1}}
 MEGATRON = {
-    "megatron_cfg": {"enabled": True, "tensor_model_parallel_size": 1, "context_parallel_size": 2, "use_fused_linear_logprobs": True}
+    "megatron_cfg": {
+        "enabled": True,
+        "tensor_model_parallel_size": 1,
+        "context_parallel_size": 2,
+        "use_fused_linear_logprobs": True,
+    }
 }
 TOP_K = {"generation": {"top_k": 50, "top_p": 1.0}}
 
@@ -207,9 +255,15 @@ TOP_K = {"generation": {"top_k": 50, "top_p": 1.0}}
 )  # fmt: skip
 def test_refusals(nemo, policy, given, error, message):
     given = dict(given)
-    spec, logits, skip = given.pop("spec", None), given.pop("logits", False), given.pop("skip", False)
+    spec, logits, skip = (
+        given.pop("spec", None),
+        given.pop("logits", False),
+        given.pop("skip", False),
+    )
     with pytest.raises(error, match=message):
-        nemo.PolicyLoss(master(oracle.ClippedPGLossConfig(**given), policy, skip), spec, logits=logits)
+        nemo.PolicyLoss(
+            master(oracle.ClippedPGLossConfig(**given), policy, skip), spec, logits=logits
+        )
 
 
 def test_the_example(nemo, batch, monkeypatch):

@@ -1,7 +1,9 @@
 """What prime-rl 559b4477 has around a custom loss and in its fused head, transcribed.
 
-From ``src/prime_rl/trainer/rl/loss.py`` (``LossInputs``, ``LossOutputs``, ``compute_loss``, ``default_loss_fn``), ``docs/algorithms.md``
-(``ppo_clip_loss``), ``trainer/models/layers/lm_head.py``, ``lm_head_gemma.py`` and ``utils/utils.py`` (``import_object``).
+From ``src/prime_rl/trainer/rl/loss.py`` (``LossInputs``, ``LossOutputs``,
+``compute_loss``, ``default_loss_fn``), ``docs/algorithms.md`` (``ppo_clip_loss``),
+``trainer/models/layers/lm_head.py``, ``lm_head_gemma.py`` and ``utils/utils.py``
+(``import_object``).
 """
 
 import importlib
@@ -48,21 +50,35 @@ def default_loss(inputs, low=0.2, high=0.2, kl_tau=1e-3):
     log_ratio = inputs.trainer_logprobs - inputs.inference_logprobs
     moved = inputs.trainer_logprobs.exp() - inputs.inference_logprobs.exp()
     dropped = torch.where(inputs.advantages > 0, moved > high, moved < -low)
-    loss = -(inputs.loss_mask & ~dropped).float() * inputs.advantages * log_ratio.exp() + kl_tau * inputs.loss_mask * log_ratio**2
+    loss = (
+        -(inputs.loss_mask & ~dropped).float() * inputs.advantages * log_ratio.exp()
+        + kl_tau * inputs.loss_mask * log_ratio**2
+    )
     if inputs.loss_weights is not None:
         loss = loss * inputs.loss_weights
-    return LossOutputs(loss=loss.sum(), metrics={"is_masked": dropped[inputs.loss_mask].float().mean()})
+    return LossOutputs(
+        loss=loss.sum(), metrics={"is_masked": dropped[inputs.loss_mask].float().mean()}
+    )
 
 
 def compute_loss(fn, logprobs, inference, ref, advantages, masks, weights, scale):
-    """The rl component: per sample, summed, over the count of the global batch; metrics stacked."""
+    """The rl component: per sample, summed, over the count of the global batch; metrics
+    stacked.
+    """
     total, metrics = logprobs[0].sum() * 0.0, {}
     for i, lp in enumerate(logprobs):
         mask = masks[i] if weights is None else masks[i] & (weights[i] != 0)
         if weights is not None and not bool(mask.any()):
             continue
         out = fn(
-            LossInputs(lp, inference[i], None if ref is None else ref[i], advantages[i], mask, None if weights is None else weights[i])
+            LossInputs(
+                lp,
+                inference[i],
+                None if ref is None else ref[i],
+                advantages[i],
+                mask,
+                None if weights is None else weights[i],
+            )
         )
         total = total + out.loss
         for name, value in out.metrics.items():
@@ -85,7 +101,9 @@ class FusedOutputLinear(nn.Linear):
         self.chunk_size = chunk_size
 
     def forward(self, hidden_states, labels=None, temperature=None):
-        assert labels is not None, "FusedOutputLinear requires labels for chunked logprob computation"
+        assert labels is not None, (
+            "FusedOutputLinear requires labels for chunked logprob computation"
+        )
         assert temperature is not None, "FusedOutputLinear requires per-token temperatures"
         logits = (hidden_states @ self.weight.t()).float()
         if self.softcap is not None:
@@ -106,12 +124,23 @@ class GemmaFusedOutputLinear(FusedOutputLinear):
 
 def install(patch):
     """The modules that the adapter imports, while ``patch`` lasts."""
-    names = ("prime_rl", "prime_rl.trainer", "prime_rl.trainer.models", "prime_rl.trainer.models.layers", "prime_rl.trainer.rl")
+    names = (
+        "prime_rl",
+        "prime_rl.trainer",
+        "prime_rl.trainer.models",
+        "prime_rl.trainer.models.layers",
+        "prime_rl.trainer.rl",
+    )
     modules = {name: types.ModuleType(name) for name in names}
     contents = {
         "prime_rl.trainer.rl.loss": {"LossInputs": LossInputs, "LossOutputs": LossOutputs},
-        "prime_rl.trainer.models.layers.lm_head": {"FusedOutputLinear": FusedOutputLinear, "PrimeLmOutput": PrimeLmOutput},
-        "prime_rl.trainer.models.layers.lm_head_gemma": {"GemmaFusedOutputLinear": GemmaFusedOutputLinear},
+        "prime_rl.trainer.models.layers.lm_head": {
+            "FusedOutputLinear": FusedOutputLinear,
+            "PrimeLmOutput": PrimeLmOutput,
+        },
+        "prime_rl.trainer.models.layers.lm_head_gemma": {
+            "GemmaFusedOutputLinear": GemmaFusedOutputLinear
+        },
     }
     for name, members in contents.items():
         modules[name] = types.ModuleType(name)

@@ -1,4 +1,6 @@
-"""prime-rl's custom loss and fused head on our ops, against a transcription of what prime-rl has around them. CPU."""
+"""prime-rl's custom loss and fused head on our ops, against a transcription of what
+prime-rl has around them. CPU.
+"""
 
 import importlib
 
@@ -27,15 +29,30 @@ def prime():
 
 
 def sample_streams(weighted=False):
-    """Three packed samples, masked tokens whose sampler log-probs are NaN, and at least one masked token a sample."""
+    """Three packed samples, masked tokens whose sampler log-probs are NaN, and at least
+    one masked token a sample.
+    """
     g = torch.Generator().manual_seed(3)
     drawn = lambda scale=1.0: [scale * torch.randn(n, generator=g) for n in LENGTHS]  # noqa: E731
     logprobs = [(-1.5 * torch.rand(n, generator=g) - 0.05).requires_grad_() for n in LENGTHS]
     masks = [torch.rand(n, generator=g) > 0.25 for n in LENGTHS]
     masks[0][0] = masks[1][0] = masks[2][0] = False
-    near = lambda: [(x.detach() + 0.5 * e).clamp(max=-1e-3) for x, e in zip(logprobs, drawn(), strict=True)]  # noqa: E731
-    weights = [torch.rand(n, generator=g) * (torch.rand(n, generator=g) > 0.3) for n in LENGTHS] if weighted else None
-    return {"logprobs": logprobs, "inference": near(), "ref": near(), "advantages": drawn(), "masks": masks, "weights": weights}
+    near = lambda: [
+        (x.detach() + 0.5 * e).clamp(max=-1e-3) for x, e in zip(logprobs, drawn(), strict=True)
+    ]  # noqa: E731
+    weights = (
+        [torch.rand(n, generator=g) * (torch.rand(n, generator=g) > 0.3) for n in LENGTHS]
+        if weighted
+        else None
+    )
+    return {
+        "logprobs": logprobs,
+        "inference": near(),
+        "ref": near(),
+        "advantages": drawn(),
+        "masks": masks,
+        "weights": weights,
+    }
 
 
 def run(fn, streams):
@@ -56,15 +73,22 @@ def test_their_example_of_a_custom_loss(prime, weighted):
     theirs = run(oracle.ppo_clip_loss, streams)
     ours = run(lambda inputs: prime.loss(inputs, method="ppo", options={"epsilon": 0.2}), streams)
     assert_same(theirs, ours)
-    assert ours[2]["clip_ratio/region_mean"].shape == (3,) and ours[2]["clip_ratio/region_mean"].max() > 0
+    assert (
+        ours[2]["clip_ratio/region_mean"].shape == (3,)
+        and ours[2]["clip_ratio/region_mean"].max() > 0
+    )
     assert "tokens" not in ours[2]
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "rl_weights"])
 def test_their_default_loss(prime, weighted):
-    """``DefaultLossConfig``: the gradient; the value has the log-prob where theirs has the ratio."""
+    """``DefaultLossConfig``: the gradient; the value has the log-prob where theirs has
+    the ratio.
+    """
     spec = rw.PolicyLossSpec(
-        surrogate=DppoTV(ratio_max=float("inf")), penalties=(rw.Penalty(DriftK2(), 2e-3, rw.TokenMean()),), name="default"
+        surrogate=DppoTV(ratio_max=float("inf")),
+        penalties=(rw.Penalty(DriftK2(), 2e-3, rw.TokenMean()),),
+        name="default",
     )
     streams = sample_streams(weighted)
     theirs = run(oracle.default_loss, streams)
@@ -75,7 +99,10 @@ def test_their_default_loss(prime, weighted):
 def test_sampler_log_probs_that_are_no_numbers_where_nothing_is_trained(prime):
     streams = sample_streams()
     clean = run(prime.loss_fn("dapo"), streams)
-    streams["inference"] = [torch.where(m, x, torch.nan) for m, x in zip(streams["masks"], streams["inference"], strict=True)]
+    streams["inference"] = [
+        torch.where(m, x, torch.nan)
+        for m, x in zip(streams["masks"], streams["inference"], strict=True)
+    ]
     spoiled = run(prime.loss_fn("dapo"), streams)
     assert torch.equal(clean[0], spoiled[0]) and torch.equal(clean[1], spoiled[1])
 
@@ -88,15 +115,25 @@ def test_a_sample_without_tokens(prime):
 
 def test_a_sequence_ratio_and_the_references_log_probs(prime):
     """A sample is a sequence; penalties of the spec are the only ones."""
-    spec = rw.PolicyLossSpec(surrogate=Clip(), ratio=rw.SequenceRatio(), penalties=(rw.Penalty(K3(), 0.1),), name="gspo_token_mean")
+    spec = rw.PolicyLossSpec(
+        surrogate=Clip(),
+        ratio=rw.SequenceRatio(),
+        penalties=(rw.Penalty(K3(), 0.1),),
+        name="gspo_token_mean",
+    )
     streams = sample_streams(weighted=True)
 
     def theirs(inputs):
         mask, d = inputs.loss_mask, inputs.ref_logprobs - inputs.trainer_logprobs
-        drift = torch.where(mask, inputs.trainer_logprobs - inputs.inference_logprobs, 0).sum() / mask.sum()
+        drift = (
+            torch.where(mask, inputs.trainer_logprobs - inputs.inference_logprobs, 0).sum()
+            / mask.sum()
+        )
         ratio = drift.exp()
         pg = -torch.min(ratio * inputs.advantages, ratio.clamp(0.8, 1.2) * inputs.advantages)
-        return oracle.LossOutputs(((pg + 0.1 * (d.exp() - 1 - d)) * inputs.loss_weights)[mask].sum(), {})
+        return oracle.LossOutputs(
+            ((pg + 0.1 * (d.exp() - 1 - d)) * inputs.loss_weights)[mask].sum(), {}
+        )
 
     assert_same(run(theirs, streams), run(prime.loss_fn(spec), streams))
 
@@ -104,13 +141,25 @@ def test_a_sequence_ratio_and_the_references_log_probs(prime):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: p.loss_fn("grpo"), "prime-rl cannot train grpo: its reduction is not a token mean"),
-        (lambda p: p.loss_fn("decoupled_ppo"), "it reads sampling_logp beside old_logp"),
-        (lambda p: p.loss_fn(rw.methods.dapo(entropy_coef=0.01)), "it reads entropy, which prime-rl does not pass to a loss"),
-        (lambda p: p.loss_fn("sft"), "it does not read advantages"),
-        (lambda p: p.loss(None, method="kl_cov"), "it is of level batch, and one sample is not the batch"),
         (
-            lambda p: run(p.loss_fn(rw.methods.dapo().with_penalty(rw.Penalty(K3(), 0.1))), sample_streams() | {"ref": None}),
+            lambda p: p.loss_fn("grpo"),
+            "prime-rl cannot train grpo: its reduction is not a token mean",
+        ),
+        (lambda p: p.loss_fn("decoupled_ppo"), "it reads sampling_logp beside old_logp"),
+        (
+            lambda p: p.loss_fn(rw.methods.dapo(entropy_coef=0.01)),
+            "it reads entropy, which prime-rl does not pass to a loss",
+        ),
+        (lambda p: p.loss_fn("sft"), "it does not read advantages"),
+        (
+            lambda p: p.loss(None, method="kl_cov"),
+            "it is of level batch, and one sample is not the batch",
+        ),
+        (
+            lambda p: run(
+                p.loss_fn(rw.methods.dapo().with_penalty(rw.Penalty(K3(), 0.1))),
+                sample_streams() | {"ref": None},
+            ),
             "the algorithm provides none",
         ),
     ],
@@ -122,25 +171,37 @@ def test_refusals(prime, make, message):
 
 def test_unknown_options_are_errors(prime):
     with pytest.raises(TypeError, match="epsilon_higher"):
-        run(lambda inputs: prime.loss(inputs, method="dapo", options={"epsilon_higher": 0.3}), sample_streams())
+        run(
+            lambda inputs: prime.loss(inputs, method="dapo", options={"epsilon_higher": 0.3}),
+            sample_streams(),
+        )
 
 
-# --- the head ---------------------------------------------------------------------------------------------------------------------
+# --- the head -------------------------------------------------------------------------
 def through(head, entropy_too=False):
     g = torch.Generator().manual_seed(1)
     hidden = torch.randn(2, 17, 24, generator=g).requires_grad_()
-    labels, temperature = torch.randint(51, (2, 17), generator=g), 0.5 + torch.rand(2, 17, generator=g)
+    labels, temperature = (
+        torch.randint(51, (2, 17), generator=g),
+        0.5 + torch.rand(2, 17, generator=g),
+    )
     with torch.no_grad():
         head.weight.copy_(torch.randn(51, 24, generator=g))
     out = head(hidden, labels, temperature=temperature)
     share = torch.linspace(-1, 1, 34).view(2, 17)
-    loss = (out["logprobs"] * share).sum() + (0.3 * (out["entropy"] * share.flip(-1)).sum() if entropy_too else 0)
+    loss = (out["logprobs"] * share).sum() + (
+        0.3 * (out["entropy"] * share.flip(-1)).sum() if entropy_too else 0
+    )
     return out, torch.cat([x.flatten() for x in torch.autograd.grad(loss, (hidden, head.weight))])
 
 
 @pytest.mark.parametrize("capped", [False, True], ids=["plain", "gemma"])
 def test_the_fused_head(prime, capped):
-    head = oracle.GemmaFusedOutputLinear(24, 51, 8, 5.0) if capped else oracle.FusedOutputLinear(24, 51, 8)
+    head = (
+        oracle.GemmaFusedOutputLinear(24, 51, 8, 5.0)
+        if capped
+        else oracle.FusedOutputLinear(24, 51, 8)
+    )
     stock, grad = through(head)
     with prime.patch_head() as patch:
         ours, our_grad = through(head)
@@ -159,7 +220,10 @@ def test_a_sharded_head_is_left_to_prime_rl_and_counted(prime, monkeypatch):
     head = oracle.FusedOutputLinear(24, 51, 8)
     stock, _ = through(head)
     monkeypatch.setattr(prime, "is_sharded", lambda weight: weight is head.weight)
-    with prime.patch_head() as patch, pytest.warns(UserWarning, match="leaves this to prime-rl: a head that is a DTensor"):
+    with (
+        prime.patch_head() as patch,
+        pytest.warns(UserWarning, match="leaves this to prime-rl: a head that is a DTensor"),
+    ):
         ours, _ = through(head)
     assert patch.delegated_calls == {"a head that is a DTensor": 1} and not patch.fused_calls
     assert torch.equal(ours["logprobs"], stock["logprobs"])
@@ -167,11 +231,13 @@ def test_a_sharded_head_is_left_to_prime_rl_and_counted(prime, monkeypatch):
 
 def test_a_moved_head_is_refused(prime, monkeypatch):
     monkeypatch.setattr(oracle.FusedOutputLinear, "forward", lambda self, hidden: None)
-    with pytest.raises(rw.BackendUnavailable, match=r"FusedOutputLinear\.forward has the signature"):
+    with pytest.raises(
+        rw.BackendUnavailable, match=r"FusedOutputLinear\.forward has the signature"
+    ):
         prime.patch_head()
 
 
-# --- what the page says -----------------------------------------------------------------------------------------------------------
+# --- what the page says ---------------------------------------------------------------
 def test_the_pages_configuration(prime):
     """Resolved as ``setup_rl_loss_fn`` does."""
     block = PAGE.split("```toml\n")[1].split("```")[0]

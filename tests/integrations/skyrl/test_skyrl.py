@@ -1,4 +1,6 @@
-"""Methods in SkyRL's registry, against a transcription of SkyRL's losses and of the reduction it folds into the advantages. CPU."""
+"""Methods in SkyRL's registry, against a transcription of SkyRL's losses and of the
+reduction it folds into the advantages. CPU.
+"""
 
 import importlib
 import math
@@ -12,7 +14,8 @@ from paths import ROOT
 import reweight_ops as rw
 from reweight_ops.rules.surrogates import DppoTV
 
-#: A loss of SkyRL's, and the spec that says the same; where the value has the log-prob instead of the ratio, the gradient is compared.
+#: A loss of SkyRL's, and the spec that says the same; where the value has the log-prob
+#: instead of the ratio, the gradient is compared.
 REGULAR = rw.methods.ppo()
 LOSSES = {
     "regular": REGULAR, "dual_clip": rw.methods.dual_clip_ppo(clip_ratio_c=1.1), "sapo": rw.methods.sapo(temperature_neg=1.05),
@@ -44,7 +47,9 @@ def skyrl():
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
-    monkeypatch.setattr(oracle.PolicyLossRegistry, "_functions", {kind: oracle.policy_loss(kind) for kind in LOSSES})
+    monkeypatch.setattr(
+        oracle.PolicyLossRegistry, "_functions", {kind: oracle.policy_loss(kind) for kind in LOSSES}
+    )
 
 
 @pytest.fixture
@@ -67,8 +72,15 @@ def run(name, batch, cfg):
     return value.detach(), torch.autograd.grad(value, batch["log_probs"])[0], metrics
 
 
-#: SkyRL's dppo is against the sampler already, and a truncated ratio to it is refused (tested below).
-CASES = [(k, r, c) for k in LOSSES for r in REDUCTIONS for c in CORRECTIONS if k != "dppo" or "tis_ratio_type" not in CORRECTIONS[c]]
+#: SkyRL's dppo is against the sampler already, and a truncated ratio to it is refused
+#: (tested below).
+CASES = [
+    (k, r, c)
+    for k in LOSSES
+    for r in REDUCTIONS
+    for c in CORRECTIONS
+    if k != "dppo" or "tis_ratio_type" not in CORRECTIONS[c]
+]
 
 
 @pytest.mark.parametrize(("kind", "reduction", "correction"), CASES)
@@ -81,19 +93,27 @@ def test_their_losses_as_registered_specs(skyrl, batch, kind, reduction, correct
     assert theirs[1].norm() > 1e-3 and (theirs[1] - ours[1]).norm() <= 1e-6 * theirs[1].norm()
     if kind != "dppo":
         torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=1e-7)
-    assert ours[2].keys() >= theirs[2].keys() | {"clip_ratio"} and all(isinstance(v, float) for v in ours[2].values())
+    assert ours[2].keys() >= theirs[2].keys() | {"clip_ratio"} and all(
+        isinstance(v, float) for v in ours[2].values()
+    )
 
 
 def test_the_batch_meets_the_branches(batch):
     """Every correction and every loss is another one here."""
-    found = [run(kind, batch, oracle.config(clip_ratio_c=1.1, **c))[1] for kind in LOSSES for c in CORRECTIONS.values()]
+    found = [
+        run(kind, batch, oracle.config(clip_ratio_c=1.1, **c))[1]
+        for kind in LOSSES
+        for c in CORRECTIONS.values()
+    ]
     assert all((a - b).norm() > 1e-3 * a.norm() for i, a in enumerate(found) for b in found[:i])
 
 
 def test_every_method_has_a_name_or_a_reason(skyrl, batch):
     names = skyrl.register()
     reasons = skyrl.left_out()
-    assert {n.removeprefix("rw_") for n in names} | set(reasons) == set(rw.METHODS) and len(names) >= 15
+    assert {n.removeprefix("rw_") for n in names} | set(reasons) == set(rw.METHODS) and len(
+        names
+    ) >= 15
     for name, reason in {
         "kl_cov": "level batch",
         "sft": "does not read advantages",
@@ -106,11 +126,16 @@ def test_every_method_has_a_name_or_a_reason(skyrl, batch):
         reduction = {"TokenMean": "token_mean", "SequenceMean": "sequence_mean"}[kind]
         if name == "rw_dr_grpo":
             reduction = "seq_mean_token_sum_norm"
-        assert run(name, batch, oracle.config(loss_reduction=reduction, max_seq_len=64))[1].norm() > 1e-3
+        assert (
+            run(name, batch, oracle.config(loss_reduction=reduction, max_seq_len=64))[1].norm()
+            > 1e-3
+        )
 
 
 def test_a_loss_that_does_not_follow_the_size_of_the_advantage_is_refused(skyrl):
-    """SkyRL divides advantages by the counts, so a term without them would be summed over all tokens."""
+    """SkyRL divides advantages by the counts, so a term without them would be summed
+    over all tokens.
+    """
     for spec in (
         rw.methods.dro(beta=0.1),
         REGULAR.with_weight(rw.weights.ProbabilityInterval(lower=0.1, upper=0.9)),
@@ -135,7 +160,9 @@ def test_it_travels_to_the_workers(skyrl, batch):
     skyrl.register({"mine": REGULAR})
     sent = pickle.loads(pickle.dumps(oracle.PolicyLossRegistry.get("mine")))
     oracle.PolicyLossRegistry.register("sent", sent)
-    assert torch.equal(run("mine", batch, oracle.config())[1], run("sent", batch, oracle.config())[1])
+    assert torch.equal(
+        run("mine", batch, oracle.config())[1], run("sent", batch, oracle.config())[1]
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""slime's loss by one call of the op, against a transcription of slime's own. CPU; Megatron's sizes are a stand-in."""
+"""slime's loss by one call of the op, against a transcription of slime's own. CPU;
+Megatron's sizes are a stand-in.
+"""
 
 import sys
 import types
@@ -36,7 +38,11 @@ def slime(mpu):
     with pytest.MonkeyPatch.context() as patch:
         core = types.ModuleType("megatron.core")
         core.mpu = mpu
-        for name, module in (("megatron", types.ModuleType("megatron")), ("megatron.core", core), ("megatron.core.mpu", mpu)):
+        for name, module in (
+            ("megatron", types.ModuleType("megatron")),
+            ("megatron.core", core),
+            ("megatron.core.mpu", mpu),
+        ):
             patch.setitem(sys.modules, name, module)
         from reweight_ops.integrations import slime
     return slime
@@ -44,7 +50,9 @@ def slime(mpu):
 
 @pytest.fixture
 def batch():
-    """Three samples, two of one rollout, in 28 positions of which 2 are padding; masked tokens of the responses have no log-probs."""
+    """Three samples, two of one rollout, in 28 positions of which 2 are padding; masked
+    tokens of the responses have no log-probs.
+    """
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(1, 28, V, generator=g).mul(1.5).requires_grad_()
     tokens = [torch.randint(V, (n,), generator=g) for n in TOTALS]
@@ -64,7 +72,12 @@ def batch():
 
 
 def run(function, args, logits, batch):
-    reduce = reducer(batch["response_lengths"], batch["loss_masks"], batch["rollout_mask_sums"], args.calculate_per_token_loss)
+    reduce = reducer(
+        batch["response_lengths"],
+        batch["loss_masks"],
+        batch["rollout_mask_sums"],
+        args.calculate_per_token_loss,
+    )
     value, metrics = function(args, batch, logits, reduce)
     (grad,) = torch.autograd.grad(value, logits)
     return value.detach(), grad, {name: float(x.detach()) for name, x in metrics.items()}
@@ -79,7 +92,9 @@ def arguments(**changes):
 @pytest.mark.parametrize("estimator", ["grpo", "gspo", "cispo"])
 def test_slimes_own_loss(slime, batch, estimator, options, per_token):
     """Loss, gradient by the logits, and every metric."""
-    args = arguments(advantage_estimator=estimator, calculate_per_token_loss=per_token, **OPTIONS[options])
+    args = arguments(
+        advantage_estimator=estimator, calculate_per_token_loss=per_token, **OPTIONS[options]
+    )
     logits, data = batch
     if estimator == "gspo" and options == "unbiased":
         with pytest.raises(rw.UnsupportedRequest, match="use_unbiased_kl"):
@@ -88,7 +103,8 @@ def test_slimes_own_loss(slime, batch, estimator, options, per_token):
     theirs, ours = (run(function, args, logits, data) for function in (policy_loss, slime.loss))
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=1e-6)
     assert theirs[1].norm() > 1e-3 and (ours[1] - theirs[1]).norm() <= 1e-6 * theirs[1].norm()
-    skipped = ("pg_clipfrac",) if "eps_clip_c" in OPTIONS[options] or estimator == "cispo" else ()  # which count their own clips
+    # which count their own clips
+    skipped = ("pg_clipfrac",) if "eps_clip_c" in OPTIONS[options] or estimator == "cispo" else ()
     for name, value in theirs[2].items():
         if name not in skipped:
             assert ours[2][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
@@ -98,7 +114,9 @@ def with_top_p(logits, data):
     """The batch with what a sampler kept of every response token, which is in it."""
     g, ids, offsets = torch.Generator().manual_seed(1), [], []
     for tokens, response in zip(data["unconcat_tokens"], RESPONSES, strict=True):
-        kept = (torch.rand(response, V, generator=g) < 0.3).scatter(-1, tokens[-response:, None], True)
+        kept = (torch.rand(response, V, generator=g) < 0.3).scatter(
+            -1, tokens[-response:, None], True
+        )
         ids.append(kept.nonzero()[:, 1].int())
         offsets.append(torch.cat([torch.zeros(1), kept.sum(-1).cumsum(0)]).int())
     return data | {"rollout_top_p_token_ids": ids, "rollout_top_p_token_offsets": offsets}
@@ -115,8 +133,12 @@ def test_top_p_is_of_the_log_probs_and_not_of_the_entropy(slime, batch, estimato
     assert theirs[1].norm() > 1e-3 and (ours[1] - theirs[1]).norm() <= 1e-6 * theirs[1].norm()
     for name, value in theirs[2].items():
         assert ours[2][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
-    short = data | {"rollout_top_p_token_offsets": [x[:-1] for x in data["rollout_top_p_token_offsets"]]}
-    with pytest.raises(rw.UnsupportedRequest, match="the op takes the kept ids of every response token"):
+    short = data | {
+        "rollout_top_p_token_offsets": [x[:-1] for x in data["rollout_top_p_token_offsets"]]
+    }
+    with pytest.raises(
+        rw.UnsupportedRequest, match="the op takes the kept ids of every response token"
+    ):
         run(slime.loss, args, logits, short)
 
 
@@ -124,7 +146,10 @@ def test_on_policy_and_masked_tokens_that_are_no_numbers(slime, batch):
     logits, data = batch
     args = arguments()
     theirs = run(policy_loss, args, logits, data | {"log_probs": None})
-    spoiled = [torch.where(m != 0, x, torch.nan) for m, x in zip(data["loss_masks"], data["rollout_log_probs"], strict=True)]
+    spoiled = [
+        torch.where(m != 0, x, torch.nan)
+        for m, x in zip(data["loss_masks"], data["rollout_log_probs"], strict=True)
+    ]
     ours = run(slime.loss, args, logits, data | {"log_probs": None, "rollout_log_probs": spoiled})
     assert (ours[1] - theirs[1]).norm() <= 1e-6 * theirs[1].norm()
     assert all(x == x for x in ours[2].values())
@@ -132,7 +157,10 @@ def test_on_policy_and_masked_tokens_that_are_no_numbers(slime, batch):
 
 def test_the_batch_meets_the_branches(batch):
     logits, data = batch
-    grads = {name: run(policy_loss, arguments(**changes), logits, data)[1] for name, changes in OPTIONS.items()}
+    grads = {
+        name: run(policy_loss, arguments(**changes), logits, data)[1]
+        for name, changes in OPTIONS.items()
+    }
     for name, grad in grads.items():
         assert name == "plain" or (grad - grads["plain"]).norm() > 1e-3 * grad.norm(), name
     assert run(policy_loss, arguments(), logits, data)[2]["pg_clipfrac"] > 0
@@ -140,7 +168,8 @@ def test_the_batch_meets_the_branches(batch):
 
 @pytest.mark.parametrize("name", ["dapo", "advantage_reweighting", "grpo", "gspo_token"])
 def test_a_method_by_name(slime, batch, name):
-    """The method's own call on the response rows, with slime's reduction written out."""
+    """The method's own call on the response rows, with slime's reduction
+    written out."""
     logits, data = batch
     per_token = isinstance(rw.method(name).reduction, rw.TokenMean)
     args = arguments(reweight_method=name, eps_clip_high=None, calculate_per_token_loss=per_token)
@@ -150,7 +179,10 @@ def test_a_method_by_name(slime, batch, name):
         ends += total
         rows.append(torch.arange(ends - response - 1, ends - 1))
     pad = lambda parts: torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)  # noqa: E731
-    weights = [m / (1 if per_token else d) for m, d in zip(data["loss_masks"], data["rollout_mask_sums"], strict=True)]
+    weights = [
+        m / (1 if per_token else d)
+        for m, d in zip(data["loss_masks"], data["rollout_mask_sums"], strict=True)
+    ]
     out = rw.policy_loss(
         logits[0][pad(rows)], pad([t[-r:] for t, r in zip(data["unconcat_tokens"], RESPONSES, strict=True)]), pad(data["advantages"]),
         spec=rw.method(name), old_per_token_logps=pad(data["log_probs"]), completion_mask=pad(data["loss_masks"]), temperature=0.8,

@@ -1,4 +1,6 @@
-"""A spec as Tinker's custom loss: traced, checked and run by Tinker's own code, beside the op. CPU."""
+"""A spec as Tinker's custom loss: traced, checked and run by Tinker's own code, beside
+the op. CPU.
+"""
 
 import dataclasses
 
@@ -10,7 +12,11 @@ import reweight_ops as rw
 from reweight_ops.integrations.tinker import INPUTS, custom_loss, token_weights
 
 LENGTHS = (7, 4, 9)
-OP_NAMES = {"old_logprobs": "old_per_token_logps", "ref_logprobs": "ref_per_token_logps", "sampling_logprobs": "sampling_per_token_logps"}
+OP_NAMES = {
+    "old_logprobs": "old_per_token_logps",
+    "ref_logprobs": "ref_per_token_logps",
+    "sampling_logprobs": "sampling_per_token_logps",
+}
 SPECS = {
     "dapo": rw.methods.dapo(), "grpo, k3": rw.methods.grpo(beta=0.05), "dr_grpo": rw.methods.dr_grpo(horizon=20), "cispo": rw.methods.cispo(),
     "sapo": rw.methods.sapo(), "dppo_tv": rw.methods.dppo_tv(divergence_low=0.02, divergence_high=0.03), "dro": rw.methods.dro(beta=0.3),
@@ -24,17 +30,28 @@ SPECS = {
 @pytest.fixture(scope="module")
 def tinker():
     return trainer(
-        "tinker", "tinker.lib.public_interfaces.custom_loss", "tinker.types", missing=("distro", "pyqwest", "sniffio", "zstandard")
+        "tinker",
+        "tinker.lib.public_interfaces.custom_loss",
+        "tinker.types",
+        missing=("distro", "pyqwest", "sniffio", "zstandard"),
     )
 
 
 @pytest.fixture
 def data():
-    """Three data: what formulas read, ``[T]`` each, with masked tokens whose log-probs are NaN."""
+    """Three data: what formulas read, ``[T]`` each, with masked tokens whose log-probs
+    are NaN.
+    """
     g = torch.Generator().manual_seed(0)
     masks = [torch.rand(n, generator=g) > 0.2 for n in LENGTHS]
     logps = [(-3 * torch.rand(n, generator=g) - 1e-3).requires_grad_() for n in LENGTHS]
-    inputs = {name: [lp.detach() + 0.4 * torch.randn(n, generator=g) for lp, n in zip(logps, LENGTHS, strict=True)] for name in OP_NAMES}
+    inputs = {
+        name: [
+            lp.detach() + 0.4 * torch.randn(n, generator=g)
+            for lp, n in zip(logps, LENGTHS, strict=True)
+        ]
+        for name in OP_NAMES
+    }
     inputs["advantages"] = [torch.randn(n, generator=g) for n in LENGTHS]
     for name in OP_NAMES:
         inputs[name][0][~masks[0]] = float("nan")
@@ -46,20 +63,31 @@ def by_the_op(spec, data):
     pad = lambda rows: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # noqa: E731
     stored = {name: pad(inputs[ours]) for ours, name in OP_NAMES.items()}
     advantages = pad(inputs["advantages"]) if "adv" in spec.requires else None
-    out = rw.policy_loss_from_logps(pad(logps), advantages, spec=spec, completion_mask=pad(masks), unused="ignore", **stored)
+    out = rw.policy_loss_from_logps(
+        pad(logps), advantages, spec=spec, completion_mask=pad(masks), unused="ignore", **stored
+    )
     return out.loss.detach(), torch.autograd.grad(out.loss, logps)
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_tinker_runs_the_spec(tinker, data, name):
-    """Traced by ``trace_loss``, encoded for the server, and run by ``run_loss_handle`` on the data: loss and gradients of the op."""
+    """Traced by ``trace_loss``, encoded for the server, and run by ``run_loss_handle``
+    on the data: loss and gradients of the op.
+    """
     module, types = tinker
     spec = SPECS[name]
     masks, logps, inputs = data
     loss = custom_loss(spec)
     handle = module.trace_loss(loss, loss.input_ranks, "session")
     nodes = module.encode_graph(handle).nodes
-    assert all(n.target.split(".")[0] in ("torch", "operator") for n in nodes if n.op == "call_function") and len(nodes) > 4
+    assert (
+        all(
+            n.target.split(".")[0] in ("torch", "operator")
+            for n in nodes
+            if n.op == "call_function"
+        )
+        and len(nodes) > 4
+    )
     inputs = {**inputs, "weights": token_weights(spec, masks)}
     batch = [
         types.Datum(
@@ -89,11 +117,18 @@ def test_clipped_tokens_are_counted(data):
     weights = token_weights(spec, masks)
     loss = custom_loss(spec)
     counted = sum(
-        loss(lp, inputs["advantages"][i], inputs["old_logprobs"][i], weights[i])[1]["custom/clipped:sum"] for i, lp in enumerate(logps)
+        loss(lp, inputs["advantages"][i], inputs["old_logprobs"][i], weights[i])[1][
+            "custom/clipped:sum"
+        ]
+        for i, lp in enumerate(logps)
     )
     pad = lambda rows: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # noqa: E731
     out = rw.policy_loss_from_logps(
-        pad(logps), pad(inputs["advantages"]), spec=spec, old_per_token_logps=pad(inputs["old_logprobs"]), completion_mask=pad(masks)
+        pad(logps),
+        pad(inputs["advantages"]),
+        spec=spec,
+        old_per_token_logps=pad(inputs["old_logprobs"]),
+        completion_mask=pad(masks),
     )
     share = out.metrics["clip_ratio/region_mean"].item()
     assert counted > 0 and counted.item() == pytest.approx(share * sum(int(m.sum()) for m in masks))
@@ -101,8 +136,19 @@ def test_clipped_tokens_are_counted(data):
 
 def test_inputs_are_those_that_are_read():
     assert list(custom_loss("gpg").input_ranks) == ["logprobs", "advantages", "weights"]
-    assert list(custom_loss("dapo").input_ranks) == ["logprobs", "advantages", "old_logprobs", "weights"]
-    assert list(custom_loss(rw.methods.grpo(beta=0.1)).input_ranks) == ["logprobs", "advantages", "old_logprobs", "ref_logprobs", "weights"]
+    assert list(custom_loss("dapo").input_ranks) == [
+        "logprobs",
+        "advantages",
+        "old_logprobs",
+        "weights",
+    ]
+    assert list(custom_loss(rw.methods.grpo(beta=0.1)).input_ranks) == [
+        "logprobs",
+        "advantages",
+        "old_logprobs",
+        "ref_logprobs",
+        "weights",
+    ]
     assert custom_loss("sft").__name__ == "sft" and set(INPUTS.values()) > set(OP_NAMES)
 
 
@@ -110,7 +156,9 @@ def test_divisors_of_a_larger_batch(data):
     masks = data[0]
     alone, part = token_weights("dapo", masks), token_weights("dapo", masks, num_items_in_batch=100)
     n = sum(int(m.sum()) for m in masks)
-    assert torch.cat(alone).sum().item() == pytest.approx(1) and torch.cat(part).sum().item() == pytest.approx(n / 100)
+    assert torch.cat(alone).sum().item() == pytest.approx(1) and torch.cat(
+        part
+    ).sum().item() == pytest.approx(n / 100)
     assert [w.numel() for w in alone] == list(LENGTHS)
 
 
@@ -124,8 +172,16 @@ def test_divisors_of_a_larger_batch(data):
         (rw.methods.grpo(beta=torch.tensor(0.3)), "coefficient that is a tensor"),
         (rw.methods.disco(kl_strength=0.0), "it couples tokens"),
         (rw.methods.verl("sapo", use_kl_loss=True), "its terms have different reductions"),
-        (dataclasses.replace(rw.methods.dapo(), reduction=rw.NoReduction()), "its reduction, NoReduction"),
-        (dataclasses.replace(rw.methods.dapo(), reduction=rw.TokenMean(weight=rw.weights.SignWeight())), "its reduction, TokenMean"),
+        (
+            dataclasses.replace(rw.methods.dapo(), reduction=rw.NoReduction()),
+            "its reduction, NoReduction",
+        ),
+        (
+            dataclasses.replace(
+                rw.methods.dapo(), reduction=rw.TokenMean(weight=rw.weights.SignWeight())
+            ),
+            "its reduction, TokenMean",
+        ),
     ],
 )
 def test_refusals(spec, message):

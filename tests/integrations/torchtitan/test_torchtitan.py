@@ -1,6 +1,8 @@
-"""torchtitan's RL loss by one call of the op, against a transcription of its ``DAPOLoss``. CPU.
+"""torchtitan's RL loss by one call of the op, against a transcription of its
+``DAPOLoss``. CPU.
 
-``BaseLoss`` and ``DAPOLoss`` are transcribed from pytorch/torchtitan at b5bcd76c: ``torchtitan/components/loss.py``, ``config/configurable.py`` and
+``BaseLoss`` and ``DAPOLoss`` are transcribed from pytorch/torchtitan at b5bcd76c:
+``torchtitan/components/loss.py``, ``config/configurable.py`` and
 ``experiments/rl/losses/dapo.py``.
 """
 
@@ -30,7 +32,8 @@ class Configurable:
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         config = cls.__dict__.get("Config")
-        if config is not None:  # torchtitan checks that it is a keyword-only dataclass with slots
+        # torchtitan checks that it is a keyword-only dataclass with slots
+        if config is not None:
             assert dataclasses.is_dataclass(config) and "__slots__" in config.__dict__
             assert all(f.kw_only for f in dataclasses.fields(config))
             config._owner = cls
@@ -45,7 +48,9 @@ class BaseLoss(ABC, Configurable):
     def __init__(self, config, *, compile_config=None): ...
 
 
-def dapo_loss(logits, labels, valid=None, *, generator_logprobs, advantages, loss_mask, low=0.2, high=0.28):
+def dapo_loss(
+    logits, labels, valid=None, *, generator_logprobs, advantages, loss_mask, low=0.2, high=0.28
+):
     logits = logits.float()
     logps = -F.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
     with torch.no_grad():
@@ -89,25 +94,41 @@ def inputs():
     logits = torch.randn(40, 33, generator=g).requires_grad_()
     labels = torch.randint(33, (40,), generator=g)
     with torch.no_grad():
-        old = logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0] + 0.4 * torch.randn(40, generator=g)
+        old = logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0] + 0.4 * torch.randn(
+            40, generator=g
+        )
     old[3] = float("nan")
     old[7] = -float("inf")
     labels[-4:] = -100
     mask = (torch.rand(40, generator=g) > 0.3) & (labels != -100)
     mask[3] = mask[7] = True
-    return (logits, labels), {"generator_logprobs": old, "advantages": torch.randn(40, generator=g), "loss_mask": mask}
+    return (logits, labels), {
+        "generator_logprobs": old,
+        "advantages": torch.randn(40, generator=g),
+        "loss_mask": mask,
+    }
 
 
 def run(loss, inputs, *valid):
     positional, named = inputs
     value, metrics = loss(*positional, *valid, **named)
-    return value.detach(), torch.autograd.grad(value, positional[0])[0], {k: float(v) for k, v in metrics.items()}
+    return (
+        value.detach(),
+        torch.autograd.grad(value, positional[0])[0],
+        {k: float(v) for k, v in metrics.items()},
+    )
 
 
-@pytest.mark.parametrize("valid", [None, 57.0, torch.tensor(57.0)], ids=["alone", "number", "tensor"])
+@pytest.mark.parametrize(
+    "valid", [None, 57.0, torch.tensor(57.0)], ids=["alone", "number", "tensor"]
+)
 def test_dapo(titan, inputs, valid):
     theirs = run(dapo_loss, inputs, valid)
-    ours = run(titan.PolicyLoss.Config(method="dapo", options={"epsilon_high": 0.28}).build(), inputs, valid)
+    ours = run(
+        titan.PolicyLoss.Config(method="dapo", options={"epsilon_high": 0.28}).build(),
+        inputs,
+        valid,
+    )
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=1e-6)
     assert theirs[1].norm() > 1e-3 and (ours[1] - theirs[1]).norm() <= 1e-6 * theirs[1].norm()
     for name, value in theirs[2].items():
@@ -118,12 +139,18 @@ def test_dapo(titan, inputs, valid):
 def test_chunks_add_up(titan, inputs):
     """``ChunkedLossWrapper`` calls the loss per chunk of tokens and adds."""
     (logits, labels), named = inputs
-    loss = titan.PolicyLoss.Config(method="advantage_reweighting", options={"alpha": 0.3}).build(compile_config=None)
+    loss = titan.PolicyLoss.Config(method="advantage_reweighting", options={"alpha": 0.3}).build(
+        compile_config=None
+    )
     whole = run(loss, inputs, 30.0)
     chunks = zip(*(t.split(16) for t in (labels, *named.values())), logits.split(16), strict=True)
-    total = sum(loss(z, y, 30.0, **dict(zip(named, rest, strict=True)))[0] for y, *rest, z in chunks)
+    total = sum(
+        loss(z, y, 30.0, **dict(zip(named, rest, strict=True)))[0] for y, *rest, z in chunks
+    )
     torch.testing.assert_close(total.detach(), whole[0], rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(torch.autograd.grad(total, logits)[0], whole[1], rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(
+        torch.autograd.grad(total, logits)[0], whole[1], rtol=1e-5, atol=1e-8
+    )
 
 
 def test_one_pass(titan):
@@ -148,9 +175,13 @@ def test_refusals(titan, name, options, message):
 
 
 def test_vocabulary_shards_are_refused(titan, inputs, monkeypatch):
-    """torchtitan's default backend hands over plain tensors, which do not say that they are a part."""
+    """torchtitan's default backend hands over plain tensors, which do not say that they
+    are a part.
+    """
     monkeypatch.setattr(titan, "spmd_mesh_size", lambda axis: 2)
-    with pytest.raises(rw.UnsupportedRequest, match="tensor parallelism of 2: the logits are a rank's part"):
+    with pytest.raises(
+        rw.UnsupportedRequest, match="tensor parallelism of 2: the logits are a rank's part"
+    ):
         run(titan.PolicyLoss.Config().build(), inputs)
 
 

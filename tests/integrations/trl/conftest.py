@@ -1,4 +1,6 @@
-"""Fixtures of the TRL tests. TRL is imported when one is used: that takes seconds, and it may be missing."""
+"""Fixtures of the TRL tests. TRL is imported when one is used: that takes seconds, and
+it may be missing.
+"""
 
 import copy
 import functools
@@ -26,7 +28,9 @@ def make_trainer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trainers(make_trainer):
-    """TRL's own trainer, and our two hooks, without logits (the default) and with them, on equal models."""
+    """TRL's own trainer, and our two hooks, without logits (the default) and with them,
+    on equal models.
+    """
     from trl import GRPOTrainer
 
     from reweight_ops.integrations.trl import ReweightGRPOTrainer
@@ -36,7 +40,9 @@ def trainers(make_trainer):
         "token": make_trainer(ReweightGRPOTrainer),
         "fused": make_trainer(ReweightGRPOTrainer, ours={"fuse_loss": True}),
         "token_logits": make_trainer(ReweightGRPOTrainer, ours={"lm_head": "logits"}),
-        "fused_logits": make_trainer(ReweightGRPOTrainer, ours={"fuse_loss": True, "lm_head": "logits"}),
+        "fused_logits": make_trainer(
+            ReweightGRPOTrainer, ours={"fuse_loss": True, "lm_head": "logits"}
+        ),
     }
 
 

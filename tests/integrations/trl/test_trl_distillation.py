@@ -1,4 +1,6 @@
-"""``patch_trl(heads=True)`` and ``DistillationTrainer``: its divergence and loss against TRL's own code, gradients and all. Offline, CPU."""
+"""``patch_trl(heads=True)`` and ``DistillationTrainer``: its divergence and loss
+against TRL's own code, gradients and all. Offline, CPU.
+"""
 
 import math
 
@@ -19,7 +21,10 @@ from reweight_ops.integrations.trl import divergence, patch_trl
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 #: TRL 1.15's kernel needs a GPU.
-by_name = pytest.mark.skipif(not hasattr(module, "ChunkedDivergenceFunction"), reason="TRL 1.15 has no torch version of its kernel")
+by_name = pytest.mark.skipif(
+    not hasattr(module, "ChunkedDivergenceFunction"),
+    reason="TRL 1.15 has no torch version of its kernel",
+)
 
 N, V, D = 9, 41, 12
 LOSSES = {
@@ -40,12 +45,18 @@ def heads(dtype=torch.float32, bias=True, rows=N):
     def make(*shape):
         return torch.randn(*shape, generator=g).to(dtype)
 
-    student = [make(rows, D).requires_grad_(), (0.4 * make(V, D)).requires_grad_(), make(V).requires_grad_() if bias else None]
+    student = [
+        make(rows, D).requires_grad_(),
+        (0.4 * make(V, D)).requires_grad_(),
+        make(V).requires_grad_() if bias else None,
+    ]
     return student, [make(rows, 2 * D), 0.3 * make(V, 2 * D), make(V) if bias else None]
 
 
 def both(call):
-    """By TRL and by us: ``(divergence, entropy, gradients of the student...)``; and the patch."""
+    """By TRL and by us: ``(divergence, entropy, gradients of the student...)``; and the
+    patch.
+    """
     results = []
     for patched in (False, True):
         patch = patch_trl(heads=True) if patched else None
@@ -61,7 +72,11 @@ def apply(student, teacher, options):
     def call():
         found, entropy = module.ChunkedDivergenceFunction.apply(*student, *teacher, *options)
         upstream = torch.linspace(-1, 2, len(found))
-        return found, entropy, *torch.autograd.grad((found * upstream).sum(), [x for x in student if x is not None])
+        return (
+            found,
+            entropy,
+            *torch.autograd.grad((found * upstream).sum(), [x for x in student if x is not None]),
+        )
 
     return call
 
@@ -77,11 +92,25 @@ def truth(student, teacher, options):
         return ((z if cap is None else cap * torch.tanh(z / cap)) / temperature).log_softmax(-1)
 
     s, t = logp(*double[:3], *scales_and_caps[:2]), logp(*double[3:], *scales_and_caps[2:])
-    m = torch.logaddexp(s + math.log(1 - beta or 1), t + math.log(beta or 1))  # of JSD only
-    of_teacher, of_student = ((x.exp() * (x - y)).sum(-1) for x, y in ((t, s if beta == 0 else m), (s, t if beta == 1 else m)))
-    found = of_teacher if beta == 0 else of_student if beta == 1 else beta * of_teacher + (1 - beta) * of_student
+    # of JSD only
+    m = torch.logaddexp(s + math.log(1 - beta or 1), t + math.log(beta or 1))
+    of_teacher, of_student = (
+        (x.exp() * (x - y)).sum(-1)
+        for x, y in ((t, s if beta == 0 else m), (s, t if beta == 1 else m))
+    )
+    found = (
+        of_teacher
+        if beta == 0
+        else of_student
+        if beta == 1
+        else beta * of_teacher + (1 - beta) * of_student
+    )
     upstream = torch.linspace(-1, 2, len(found)).double()
-    return found.detach(), -(s.exp() * s).sum(-1).detach(), *torch.autograd.grad((found * upstream).sum(), leaves)
+    return (
+        found.detach(),
+        -(s.exp() * s).sum(-1).detach(),
+        *torch.autograd.grad((found * upstream).sum(), leaves),
+    )
 
 
 def assert_same(stock, ours, bound=1e-6):
@@ -99,14 +128,21 @@ def test_the_divergence_is_trls(name, bias):
     exact = truth(student, teacher, LOSSES[name])
     assert exact[0].abs().max() > 0.1
     assert_same(exact, [x.double() for x in ours])
-    assert_same(exact, [x.double() for x in stock], 2e-6)  # TRL's own rounding: its gradient of reverse KL and of JSD is up to 1.3e-6 away
-    assert not ours[1].requires_grad and patch.fused_calls == {"linear_token_divergence": 1} and patch.delegated_calls == {}
+    # TRL's own rounding: its gradient of reverse KL and of JSD is up to 1.3e-6 away
+    assert_same(exact, [x.double() for x in stock], 2e-6)
+    assert (
+        not ours[1].requires_grad
+        and patch.fused_calls == {"linear_token_divergence": 1}
+        and patch.delegated_calls == {}
+    )
 
 
 @by_name
 @pytest.mark.parametrize("autocast", [False, True])
 def test_half_precision_has_fp32_logits(autocast):
-    """bf16 states, and fp32 ones under autocast beside an fp32 head: logits are not rounded, gradients once, to the tensor's dtype."""
+    """bf16 states, and fp32 ones under autocast beside an fp32 head: logits are not
+    rounded, gradients once, to the tensor's dtype.
+    """
     student, teacher = heads(torch.float32 if autocast else torch.bfloat16, bias=not autocast)
 
     def call():
@@ -126,7 +162,11 @@ def test_no_row_and_no_gradient():
     assert_same(stock, ours)
     student, teacher = heads()
     with torch.no_grad():
-        stock, ours, _ = both(lambda: module.ChunkedDivergenceFunction.apply(*student, *teacher, *LOSSES["reverse KL"]))
+        stock, ours, _ = both(
+            lambda: module.ChunkedDivergenceFunction.apply(
+                *student, *teacher, *LOSSES["reverse KL"]
+            )
+        )
     assert_same(stock, ours)
 
 
@@ -139,8 +179,14 @@ def test_what_is_left_to_trl_is_counted(change):
     elif change == "bias":
         teacher[0] = teacher[0].bfloat16()
     else:
-        teacher[1], teacher[2] = torch.cat([teacher[1], teacher[1][:3]]), torch.cat([teacher[2], teacher[2][:3]])
-    with pytest.warns(UserWarning, match="leaves this to TRL: (DeepSpeed ZeRO-3|heads of different vocabularies|a head.s bias)"):
+        teacher[1], teacher[2] = (
+            torch.cat([teacher[1], teacher[1][:3]]),
+            torch.cat([teacher[2], teacher[2][:3]]),
+        )
+    with pytest.warns(
+        UserWarning,
+        match="leaves this to TRL: (DeepSpeed ZeRO-3|heads of different vocabularies|a head.s bias)",
+    ):
         stock, ours, patch = both(apply(student, teacher, LOSSES["forward KL"]))
     assert all(torch.equal(a, b) for a, b in zip(stock, ours, strict=True))
     assert sum(patch.delegated_calls.values()) == 1 and patch.fused_calls == {}
@@ -153,7 +199,9 @@ def test_a_moved_function_is_refused(monkeypatch):
             return student
 
     monkeypatch.setattr(module, "ChunkedDivergenceFunction", Moved, raising=False)
-    with pytest.raises(rw.BackendUnavailable, match=r"ChunkedDivergenceFunction\.forward has the signature"):
+    with pytest.raises(
+        rw.BackendUnavailable, match=r"ChunkedDivergenceFunction\.forward has the signature"
+    ):
         patch_trl(heads=True)
 
 
@@ -173,7 +221,8 @@ def distillation(out, **settings):
 
     def model(seed, **wider):
         torch.manual_seed(seed)
-        # As far from each other as trained models: of nearly equal distributions fp32 knows the KL to few digits.
+        # As far from each other as trained models: of nearly equal distributions fp32
+        # knows the KL to few digits.
         return Qwen2ForCausalLM(Qwen2Config(**(TINY | {"initializer_range": 0.3} | wider)))
 
     fields = {
@@ -183,7 +232,13 @@ def distillation(out, **settings):
     args = trl.DistillationConfig(output_dir=out, **(fields | settings))
     rows = Dataset.from_list([{"prompt": f"{a} + {b} ="} for a in range(3, 9) for b in range(3, 9)])
     teacher = model(1, hidden_size=48, num_attention_heads=3)
-    return trl.DistillationTrainer(model=model(0), teacher_model=teacher, args=args, train_dataset=rows, processing_class=make_tokenizer())
+    return trl.DistillationTrainer(
+        model=model(0),
+        teacher_model=teacher,
+        args=args,
+        train_dataset=rows,
+        processing_class=make_tokenizer(),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +249,9 @@ def trainer(tmp_path_factory):
 @by_name
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_the_trainers_loss(trainer, beta):
-    """Loss, all gradients and the logged entropy of a micro-batch with masked tokens; the rows out of the mask are not projected."""
+    """Loss, all gradients and the logged entropy of a micro-batch with masked tokens;
+    the rows out of the mask are not projected.
+    """
     trainer.beta = beta
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
@@ -210,7 +267,9 @@ def test_the_trainers_loss(trainer, beta):
         trainer.model.zero_grad()
         loss = trainer.compute_loss(trainer.model, dict(batch))
         loss.backward()
-        grads = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+        grads = torch.cat(
+            [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
+        )
         return loss.detach(), grads, torch.tensor(trainer._metrics["train"]["entropy"][-1])
 
     stock, ours, patch = both(call)

@@ -1,4 +1,7 @@
-"""Trainers of ``trl.experimental``: those that build logits by ``patch_logits_functions()``, a subclass of GRPO's by ``patch_trl(heads=True)``. Offline, CPU."""
+"""Trainers of ``trl.experimental``: those that build logits by
+``patch_logits_functions()``, a subclass of GRPO's by ``patch_trl(heads=True)``.
+Offline, CPU.
+"""
 
 import importlib
 
@@ -14,7 +17,8 @@ from trl_common import make_tokenizer
 from reweight_ops.integrations.logits import patch_logits_functions
 from reweight_ops.integrations.trl import patch_trl
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # that they are experimental; tokenizers
+# that they are experimental; tokenizers
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 NAMES = ("CPO", "ORPO", "TPO")
 
@@ -28,9 +32,14 @@ def build(name):
     kind, config = experimental(name)
 
     def preference(out, **settings):
-        rows = Dataset.from_list([{**row, "reference": row["chosen"]} if name == "TPO" else row for row in PAIRS])
+        rows = Dataset.from_list(
+            [{**row, "reference": row["chosen"]} if name == "TPO" else row for row in PAIRS]
+        )
         return kind(
-            model=model(), args=config(output_dir=out, **(COMMON | settings)), train_dataset=rows, processing_class=make_tokenizer()
+            model=model(),
+            args=config(output_dir=out, **(COMMON | settings)),
+            train_dataset=rows,
+            processing_class=make_tokenizer(),
         )
 
     return preference

@@ -1,4 +1,6 @@
-"""The head of a TRL model without logits: model families, adapters on the head, what it refuses. Offline, CPU."""
+"""The head of a TRL model without logits: model families, adapters on the head, what it
+refuses. Offline, CPU.
+"""
 
 import pytest
 import torch
@@ -22,17 +24,24 @@ HOOKS = [{}, {"fuse_loss": True}]
 
 
 def family(name, **config):
-    """A tiny model of a family, always the same weights. ``bias`` gives it a head with a bias."""
+    """A tiny model of a family, always the same weights. ``bias`` gives it a head with
+    a bias.
+    """
     torch.manual_seed(0)
     config = {"pad_token_id": 0, **TINY, **config}
-    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**config))
+    model = getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(**config)
+    )
     if name == "Phi":
         torch.nn.init.normal_(model.lm_head.bias)
     return model
 
 
 FAMILIES = {
-    "softcap": ("Gemma2", {"head_dim": 16, "final_logit_softcapping": 0.5, "attn_implementation": "eager"}),
+    "softcap": (
+        "Gemma2",
+        {"head_dim": 16, "final_logit_softcapping": 0.5, "attn_implementation": "eager"},
+    ),
     "logit_scale": ("Cohere", {"logit_scale": 0.3}),
     "logits_scaling": ("Granite", {"logits_scaling": 4.0}),
     "tied": ("Qwen2", {"tie_word_embeddings": True}),
@@ -43,9 +52,14 @@ FAMILIES = {
 @pytest.mark.parametrize("ours", HOOKS, ids=["token", "fused"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(make_trainer, name, ours):
-    """Scale, soft cap, bias and tied weights of the family's config, as TRL has them and as the model's own forward has them."""
+    """Scale, soft cap, bias and tied weights of the family's config, as TRL has them
+    and as the model's own forward has them.
+    """
     kind, config = FAMILIES[name]
-    stock, mine = (make_trainer(cls, family(kind, **config), own) for cls, own in ((trl.GRPOTrainer, {}), (ReweightGRPOTrainer, ours)))
+    stock, mine = (
+        make_trainer(cls, family(kind, **config), own)
+        for cls, own in ((trl.GRPOTrainer, {}), (ReweightGRPOTrainer, ours))
+    )
     inputs = make_inputs(stock)
     assert_same(run(stock, inputs), run(mine, inputs))
     logps, _, _ = log_probs(mine, inputs)
@@ -91,7 +105,8 @@ def test_the_models_forward_is_given_back(make_trainer):
 @pytest.mark.parametrize("ours", HOOKS, ids=["token", "fused"])
 def test_gradient_checkpointing(make_trainer, ours):
     stock, mine = (
-        make_trainer(cls, ours=own, gradient_checkpointing=True) for cls, own in ((trl.GRPOTrainer, {}), (ReweightGRPOTrainer, ours))
+        make_trainer(cls, ours=own, gradient_checkpointing=True)
+        for cls, own in ((trl.GRPOTrainer, {}), (ReweightGRPOTrainer, ours))
     )
     for trainer in (stock, mine):
         trainer.model.gradient_checkpointing_enable()
@@ -99,10 +114,12 @@ def test_gradient_checkpointing(make_trainer, ours):
     assert_same(run(stock, inputs), run(mine, inputs))
 
 
-# --- adapters ---------------------------------------------------------------------------------------------------------------------
+# --- adapters -------------------------------------------------------------------------
 def with_adapter(**config):
     torch.manual_seed(0)
-    model = peft.get_peft_model(Qwen2ForCausalLM(Qwen2Config(**TINY)), peft.LoraConfig(r=4, lora_alpha=6, **config))
+    model = peft.get_peft_model(
+        Qwen2ForCausalLM(Qwen2Config(**TINY)), peft.LoraConfig(r=4, lora_alpha=6, **config)
+    )
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -128,8 +145,14 @@ def expected_run(trainer, inputs):
 @pytest.mark.parametrize("lm_head", ["linear", "logits"])
 @pytest.mark.parametrize("ours", HOOKS, ids=["token", "fused"])
 def test_lora_on_the_head(make_trainer, ours, lm_head):
-    """TRL refuses it; here loss and gradient are those of the model's own logits, the factors on the head included."""
-    trainer = make_trainer(ReweightGRPOTrainer, with_adapter(target_modules=["q_proj", "lm_head"]), {**ours, "lm_head": lm_head})
+    """TRL refuses it; here loss and gradient are those of the model's own logits, the
+    factors on the head included.
+    """
+    trainer = make_trainer(
+        ReweightGRPOTrainer,
+        with_adapter(target_modules=["q_proj", "lm_head"]),
+        {**ours, "lm_head": lm_head},
+    )
     inputs = make_inputs(trainer)
     loss, grads = expected_run(trainer, inputs)
     assert run(trainer, inputs)[0] == pytest.approx(loss, abs=1e-6)
@@ -147,10 +170,15 @@ def test_lora_on_the_head(make_trainer, ours, lm_head):
 
 @pytest.mark.parametrize("ours", HOOKS, ids=["token", "fused"])
 def test_modules_to_save(make_trainer, ours):
-    """A trained copy of the head, as TRL computes it; with the adapter off, the original."""
+    """A trained copy of the head, as TRL computes it; with the adapter off, the
+    original.
+    """
     stock, mine = (
         make_trainer(cls, with_adapter(target_modules=["q_proj"], modules_to_save=["lm_head"]), own)
-        for cls, own in ((trl.GRPOTrainer, {}), (ReweightGRPOTrainer, {**ours, "lm_head": "linear"}))
+        for cls, own in (
+            (trl.GRPOTrainer, {}),
+            (ReweightGRPOTrainer, {**ours, "lm_head": "linear"}),
+        )
     )
     inputs = make_inputs(stock)
     assert_same(run(stock, inputs), run(mine, inputs))
@@ -173,10 +201,14 @@ UNSUPPORTED = {
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_other_adapters_need_logits(make_trainer, name):
     config, reason = UNSUPPORTED[name]
-    make = lambda **ours: make_trainer(ReweightGRPOTrainer, with_adapter(target_modules=["lm_head"], **config), ours)  # noqa: E731
+    make = lambda **ours: make_trainer(
+        ReweightGRPOTrainer, with_adapter(target_modules=["lm_head"], **config), ours
+    )  # noqa: E731
     trainer = make(lm_head="linear")
     inputs = make_inputs(trainer)
-    with pytest.raises(rw.UnsupportedRequest, match=f"lm_head='linear' is impossible with {reason}"):
+    with pytest.raises(
+        rw.UnsupportedRequest, match=f"lm_head='linear' is impossible with {reason}"
+    ):
         run(trainer, inputs)
     trainer = make()
     with pytest.warns(UserWarning, match=f"builds the logits: {reason}"):
@@ -200,14 +232,21 @@ def test_a_head_of_another_class_needs_logits(make_trainer):
 
 
 def test_an_adapter_on_the_head_is_never_left_to_trl(make_trainer):
-    trainer = make_trainer(ReweightGRPOTrainer, with_adapter(target_modules=["lm_head"]), {"fuse_loss": True}, loss_type="vespo")
+    trainer = make_trainer(
+        ReweightGRPOTrainer,
+        with_adapter(target_modules=["lm_head"]),
+        {"fuse_loss": True},
+        loss_type="vespo",
+    )
     with pytest.raises(rw.UnsupportedRequest, match="would ignore the adapter on lm_head"):
         run(trainer, make_inputs(trainer))
 
 
 def test_trls_own_refusals_stand(make_trainer):
     with pytest.raises(ValueError, match="cast_lm_head_to_fp32|Applying a PEFT adapter"):
-        make_trainer(ReweightGRPOTrainer, with_adapter(target_modules=["lm_head"]), cast_lm_head_to_fp32=True)
+        make_trainer(
+            ReweightGRPOTrainer, with_adapter(target_modules=["lm_head"]), cast_lm_head_to_fp32=True
+        )
     with pytest.raises(ValueError, match="Applying a PEFT adapter"):
         make_trainer(trl.GRPOTrainer, with_adapter(target_modules=["lm_head"]))
     with patch_trl(), pytest.raises(ValueError, match="Applying a PEFT adapter"):
@@ -216,19 +255,30 @@ def test_trls_own_refusals_stand(make_trainer):
 
 def test_options():
     assert trl_head.choose_head("auto", consume_logits=True) == "logits"
-    with pytest.raises(rw.InvalidCall, match="lm_head is 'fast', expected one of auto, linear, logits"):
+    with pytest.raises(
+        rw.InvalidCall, match="lm_head is 'fast', expected one of auto, linear, logits"
+    ):
         trl_head.choose_head("fast", False)
     with pytest.raises(rw.InvalidCall, match="needs logits to consume"):
         trl_head.choose_head("linear", True)
 
 
 def test_training_step_with_lora_on_the_head(make_trainer):
-    """A real step: the adapter on the head moves, and the reward function's completions came from the adapted head."""
+    """A real step: the adapter on the head moves, and the reward function's completions
+    came from the adapted head.
+    """
     model = with_adapter(target_modules=["q_proj", "lm_head"])
     trainer = make_trainer(
-        ReweightGRPOTrainer, model, {"lm_head": "linear", "fuse_loss": True}, max_steps=2, optim="sgd", learning_rate=1.0
+        ReweightGRPOTrainer,
+        model,
+        {"lm_head": "linear", "fuse_loss": True},
+        max_steps=2,
+        optim="sgd",
+        learning_rate=1.0,
     )
-    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lm_head.lora" in n}
+    before = {
+        n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lm_head.lora" in n
+    }
     trainer.train()
     after = dict(trainer.model.named_parameters())
     assert len(before) == 2 and all((after[n] - p).norm() > 1e-4 for n, p in before.items())
@@ -237,8 +287,13 @@ def test_training_step_with_lora_on_the_head(make_trainer):
 
 @pytest.mark.parametrize("ours", HOOKS, ids=["token", "fused"])
 def test_bf16_autocast(make_trainer, ours):
-    """Operands in bf16, as TRL's: one rounding of each logit and of each logit's gradient apart."""
-    stock, mine = (make_trainer(cls, ours=own, bf16=True) for cls, own in ((trl.GRPOTrainer, {}), (ReweightGRPOTrainer, ours)))
+    """Operands in bf16, as TRL's: one rounding of each logit and of each logit's
+    gradient apart.
+    """
+    stock, mine = (
+        make_trainer(cls, ours=own, bf16=True)
+        for cls, own in ((trl.GRPOTrainer, {}), (ReweightGRPOTrainer, ours))
+    )
     inputs = make_inputs(stock)
     a, b = run(stock, inputs), run(mine, inputs)
     assert b[0] == pytest.approx(a[0], abs=1e-6)

@@ -1,4 +1,6 @@
-"""``patch_trl(heads=True)`` against stock TRL: every trainer that has its head from ``add_fused_lm_head``, on the same batch. Offline, CPU."""
+"""``patch_trl(heads=True)`` against stock TRL: every trainer that has its head from
+``add_fused_lm_head``, on the same batch. Offline, CPU.
+"""
 
 import collections
 import functools
@@ -39,7 +41,13 @@ def on_policy(cls, config, **more):
         args = config(output_dir=out, **(COMMON | own | more | settings))
         data = Dataset.from_list([{"prompt": p} for p, _, _ in SUM])
         rewards = [lambda completions, **_: [float(len(set(c))) for c in completions]]
-        return cls(model=model(), reward_funcs=rewards, args=args, train_dataset=data, processing_class=make_tokenizer())
+        return cls(
+            model=model(),
+            reward_funcs=rewards,
+            args=args,
+            train_dataset=data,
+            processing_class=make_tokenizer(),
+        )
 
     return build
 
@@ -48,7 +56,11 @@ def preference(cls, config, rows, **more):
     def build(out, **settings):
         args = config(output_dir=out, **(COMMON | {"max_length": 24} | more | settings))
         return cls(
-            model=model(), ref_model=model(seed=1), args=args, train_dataset=Dataset.from_list(rows), processing_class=make_tokenizer()
+            model=model(),
+            ref_model=model(seed=1),
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=make_tokenizer(),
         )
 
     return build
@@ -57,11 +69,17 @@ def preference(cls, config, rows, **more):
 def sft(out, **settings):
     args = trl.SFTConfig(output_dir=out, **(COMMON | {"max_length": 24} | settings))
     rows = Dataset.from_list([{"prompt": p, "completion": c} for p, c, _ in SUM])
-    return trl.SFTTrainer(model=model(), args=args, train_dataset=rows, processing_class=make_tokenizer())
+    return trl.SFTTrainer(
+        model=model(), args=args, train_dataset=rows, processing_class=make_tokenizer()
+    )
 
 
 PAIRS = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in SUM]
-LABELLED = [{"prompt": p, "completion": c, "label": good} for p, a, b in SUM for c, good in ((a, True), (b, False))]
+LABELLED = [
+    {"prompt": p, "completion": c, "label": good}
+    for p, a, b in SUM
+    for c, good in ((a, True), (b, False))
+]
 TRAINERS = {
     "GRPO": on_policy(trl.GRPOTrainer, trl.GRPOConfig, entropy_coef=0.01),
     "RLOO": on_policy(trl.RLOOTrainer, trl.RLOOConfig),
@@ -93,7 +111,12 @@ def loss_of(trainer, batch):
     loss = trainer.compute_loss(trainer.model, dict(batch))
     loss.backward()
     grads = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
-    metrics = {name: values[-1] for name, values in trainer._metrics["train"].items() if name != "num_tokens"}  # a running total
+    # a running total
+    metrics = {
+        name: values[-1]
+        for name, values in trainer._metrics["train"].items()
+        if name != "num_tokens"
+    }
     return loss.item(), grads, metrics
 
 
@@ -113,12 +136,16 @@ def test_every_trainer(build, name):
     assert_same(stock, ours)
     assert patch.delegated_calls == {} and patch.fused_calls["linear_token_stats"] >= 1
     calls = dict(patch.fused_calls)
-    assert loss_of(trainer, batch)[0] == stock[0] and patch.fused_calls == calls  # TRL's again
+    # TRL's again
+    assert loss_of(trainer, batch)[0] == stock[0] and patch.fused_calls == calls
 
 
 def async_loss(model):
-    """``AsyncGRPOTrainer.compute_loss`` on two packed completions; its constructor wants a vLLM server."""
-    module = pytest.importorskip("trl.experimental.async_grpo", exc_type=ImportError)  # TRL 1.15's needs aiohttp
+    """``AsyncGRPOTrainer.compute_loss`` on two packed completions; its constructor
+    wants a vLLM server.
+    """
+    # TRL 1.15's needs aiohttp
+    module = pytest.importorskip("trl.experimental.async_grpo", exc_type=ImportError)
     g = torch.Generator().manual_seed(0)
     T = 20
     label = torch.randint(3, TINY["vocab_size"], (1, T), generator=g)
@@ -133,13 +160,17 @@ def async_loss(model):
         "tree_kv_index": torch.arange(T)[None], "tree_cu_seqlens_q": torch.tensor([[0, 10, T]]), "tree_cu_seqlens_k": torch.tensor([[0, 10, T]]),
         "tree_max_seqlens": torch.tensor([[10, 10]]), "global_n_tokens": torch.tensor([float(n)]), "global_n_forward_tokens": torch.tensor([float(T)]), "mean_seq_len": torch.tensor([10.0]),
     }  # fmt: skip
-    accelerator = SimpleNamespace(num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x)
+    accelerator = SimpleNamespace(
+        num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x
+    )
     trainer = SimpleNamespace(
         aux_loss_enabled=False, epsilon_low=0.2, epsilon_high=0.2, accelerator=accelerator, current_gradient_accumulation_steps=1, model=model,
         _metrics={"train": collections.defaultdict(list)}, _step_forward_tokens=0, _step_trained_tokens=0, _step_seq_len_weighted=0, _step_samples=0,
         _step_forward_s=0,
     )  # fmt: skip
-    trainer.compute_loss = lambda model, batch: module.AsyncGRPOTrainer.compute_loss(trainer, model, batch)
+    trainer.compute_loss = lambda model, batch: module.AsyncGRPOTrainer.compute_loss(
+        trainer, model, batch
+    )
     return trainer, inputs
 
 
@@ -156,7 +187,9 @@ def test_async_grpo():
 @pytest.mark.parametrize("masked", ["some", "all"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_and_masks(name, masked):
-    """Scale, soft cap, bias and tied weights; a micro-batch without a label gives a differentiable zero."""
+    """Scale, soft cap, bias and tied weights; a micro-batch without a label gives a
+    differentiable zero.
+    """
     kind, config = FAMILIES[name]
     policy = family(kind, **config).train()
     trl.trainer.utils.add_fused_lm_head(policy, temperature=0.7, outputs=("log_probs", "entropy"))
@@ -192,13 +225,17 @@ def test_positions_without_a_label_are_not_projected():
     with patch_trl(heads=True) as patch:
         seen = []
         apply = patch._undo[0][0].value.apply
-        trl.trainer.utils._ChunkedLogProbFunction.apply = lambda hidden, *rest: seen.append(len(hidden)) or apply(hidden, *rest)
+        trl.trainer.utils._ChunkedLogProbFunction.apply = lambda hidden, *rest: (
+            seen.append(len(hidden)) or apply(hidden, *rest)
+        )
         policy(input_ids=torch.ones(2, 9, dtype=torch.long), labels=labels, fused_lm_head=True)
     assert seen == [2]
 
 
 def test_autocast_and_a_head_in_another_dtype():
-    """bf16 under autocast, and bf16 hidden states beside an fp32 head: the dtype of the projection is TRL's."""
+    """bf16 under autocast, and bf16 hidden states beside an fp32 head: the dtype of the
+    projection is TRL's.
+    """
     g = torch.Generator().manual_seed(0)
     targets = torch.randint(0, 300, (40,), generator=g)
     fp32 = torch.randn(40, 16, generator=g)
@@ -209,14 +246,15 @@ def test_autocast_and_a_head_in_another_dtype():
         for patched in (False, True):
             patch = patch_trl(heads=True) if patched else None
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                found = trl.trainer.utils._ChunkedLogProbFunction.apply(hidden, weight, None, targets, 0.9, 64, None, 1.0, ("log_probs",))[
-                    0
-                ]
+                found = trl.trainer.utils._ChunkedLogProbFunction.apply(
+                    hidden, weight, None, targets, 0.9, 64, None, 1.0, ("log_probs",)
+                )[0]
             results.append((found, *torch.autograd.grad(found.square().sum(), (hidden, weight))))
             if patch is not None:
                 patch.undo()
         for a, b in zip(*results, strict=True):
-            assert a.dtype == b.dtype and (a - b).norm() <= 2e-2 * a.norm()  # bf16: eps is 0.8 %
+            # bf16: eps is 0.8 %
+            assert a.dtype == b.dtype and (a - b).norm() <= 2e-2 * a.norm()
 
 
 @pytest.mark.parametrize("change", ["ds_id", "outputs"])
@@ -225,16 +263,32 @@ def test_what_is_left_to_trl_is_counted(change):
     outputs = ("log_probs", "a_new_one") if change == "outputs" else ("log_probs",)
     if change == "ds_id":
         weight.ds_id = 3
-    call = (torch.randn(4, 8), weight, None, torch.tensor([1, 2, 3, 4]), 1.0, 16, None, 1.0, outputs)
+    call = (
+        torch.randn(4, 8),
+        weight,
+        None,
+        torch.tensor([1, 2, 3, 4]),
+        1.0,
+        16,
+        None,
+        1.0,
+        outputs,
+    )
     stock = trl.trainer.utils._ChunkedLogProbFunction.apply(*call)
     with patch_trl(heads=True) as patch, pytest.warns(UserWarning, match="leaves this to TRL"):
         ours = trl.trainer.utils._ChunkedLogProbFunction.apply(*call)
-    assert torch.equal(stock[0], ours[0]) and sum(patch.delegated_calls.values()) == 1 and patch.fused_calls == {}
+    assert (
+        torch.equal(stock[0], ours[0])
+        and sum(patch.delegated_calls.values()) == 1
+        and patch.fused_calls == {}
+    )
 
 
 def test_heads_takes_no_option_of_grpo_and_is_undone():
     original = trl.trainer.utils._ChunkedLogProbFunction
-    with pytest.raises(rw.InvalidCall, match="heads=True does not read spec, lm_head, which are GRPO's"):
+    with pytest.raises(
+        rw.InvalidCall, match="heads=True does not read spec, lm_head, which are GRPO's"
+    ):
         patch_trl(heads=True, spec="dapo", lm_head="linear")
     with patch_trl(heads=True):
         with pytest.raises(rw.InvalidCall, match="patched already"):
@@ -251,5 +305,7 @@ def test_a_moved_head_is_refused(monkeypatch):
             return hidden
 
     monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", Moved)
-    with pytest.raises(rw.BackendUnavailable, match=r"_ChunkedLogProbFunction\.forward has the signature"):
+    with pytest.raises(
+        rw.BackendUnavailable, match=r"_ChunkedLogProbFunction\.forward has the signature"
+    ):
         patch_trl(heads=True)

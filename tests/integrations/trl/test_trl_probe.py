@@ -1,4 +1,6 @@
-"""Heads that are more than ``weight @ hidden``: the probe finds them, whatever hides them. Offline, CPU."""
+"""Heads that are more than ``weight @ hidden``: the probe finds them, whatever hides
+them. Offline, CPU.
+"""
 
 import contextlib
 from types import SimpleNamespace
@@ -118,7 +120,9 @@ def test_a_hook_that_changes_nothing_stays_linear(make_trainer):
 def test_it_is_asked_once_and_again_when_something_changes(make_trainer):
     trainer = make_trainer(ReweightGRPOTrainer, qwen())
     inputs, lengths = make_inputs(trainer), []
-    trainer.model.model.register_forward_hook(lambda module, args, out: lengths.append(out.last_hidden_state.size(1)))
+    trainer.model.model.register_forward_hook(
+        lambda module, args, out: lengths.append(out.last_hidden_state.size(1))
+    )
     run(trainer, inputs)
     run(trainer, inputs)
     assert lengths.count(8) == 1
@@ -136,7 +140,8 @@ def test_it_is_asked_once_and_again_when_something_changes(make_trainer):
     assert lengths.count(8) == 1
 
 
-#: Family: (class of the model, its config, the reason that is expected, or the soft cap).
+#: Family: (class of the model, its config, the reason that is expected, or the soft
+#: cap).
 FAMILIES = {
     "RecurrentGemma": (
         "RecurrentGemmaForCausalLM",
@@ -144,12 +149,28 @@ FAMILIES = {
         2.0,
     ),
     "xLSTM": ("xLSTMForCausalLM", dict(num_heads=2, num_blocks=1, output_logit_soft_cap=3.0), 3.0),
-    "Mpt": ("MptForCausalLM", dict(d_model=16, n_heads=2, n_layers=1, max_seq_len=64, logit_scale="inv_sqrt_d_model"), None),
-    "ModernBertDecoder": ("ModernBertDecoderForCausalLM", dict(bos_token_id=1), "more than the head's weight"),
+    "Mpt": (
+        "MptForCausalLM",
+        dict(d_model=16, n_heads=2, n_layers=1, max_seq_len=64, logit_scale="inv_sqrt_d_model"),
+        None,
+    ),
+    "ModernBertDecoder": (
+        "ModernBertDecoderForCausalLM",
+        dict(bos_token_id=1),
+        "more than the head's weight",
+    ),
     "Bert": ("BertLMHeadModel", dict(is_decoder=True), "more than the head's weight"),
     "Roberta": ("RobertaForCausalLM", dict(is_decoder=True), "more than the head's weight"),
-    "Electra": ("ElectraForCausalLM", dict(is_decoder=True, embedding_size=32), "more than the head's weight"),
-    "Inkling": ("InklingForCausalLM", dict(logits_mup_width_multiplier=2.0, unpadded_vocab_size=290), "logits of shape"),
+    "Electra": (
+        "ElectraForCausalLM",
+        dict(is_decoder=True, embedding_size=32),
+        "more than the head's weight",
+    ),
+    "Inkling": (
+        "InklingForCausalLM",
+        dict(logits_mup_width_multiplier=2.0, unpadded_vocab_size=290),
+        "logits of shape",
+    ),
 }
 
 
@@ -161,12 +182,23 @@ def test_families(name):
     cls = getattr(transformers, kind)
     torch.manual_seed(0)
     model = cls(cls.config_class(**{"pad_token_id": 0, **TINY, **config}))
-    accelerator = SimpleNamespace(unwrap_model=lambda m, **kwargs: m, autocast=contextlib.nullcontext)
-    trainer = SimpleNamespace(accelerator=accelerator, args=SimpleNamespace(cast_lm_head_to_fp32=False))
+    accelerator = SimpleNamespace(
+        unwrap_model=lambda m, **kwargs: m, autocast=contextlib.nullcontext
+    )
+    trainer = SimpleNamespace(
+        accelerator=accelerator, args=SimpleNamespace(cast_lm_head_to_fp32=False)
+    )
     unsupported_reason = trl_head.linear_unsupported_reason(trainer, model)
-    form = Prober().form(trainer, model) if unsupported_reason is None else Form(unsupported_reason=unsupported_reason)
+    form = (
+        Prober().form(trainer, model)
+        if unsupported_reason is None
+        else Form(unsupported_reason=unsupported_reason)
+    )
     if isinstance(expected, str):
-        assert expected in form.unsupported_reason or "not a plain nn.Linear" in form.unsupported_reason
+        assert (
+            expected in form.unsupported_reason
+            or "not a plain nn.Linear" in form.unsupported_reason
+        )
         return
     assert form == Form(1.0, expected)
     ids = torch.arange(6)[None]
@@ -175,4 +207,6 @@ def test_families(name):
         hidden = trl_head.decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
         head = trl_head.head_keywords(model, hidden, form)
         got = rw.linear_token_logps(hidden, head.pop("lm_head_weight"), ids, **head)
-    torch.testing.assert_close(got, torch.log_softmax(logits, -1).gather(-1, ids[..., None])[..., 0])
+    torch.testing.assert_close(
+        got, torch.log_softmax(logits, -1).gather(-1, ids[..., None])[..., 0]
+    )

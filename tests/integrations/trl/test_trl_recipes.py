@@ -1,4 +1,6 @@
-"""Recipes in ``GRPOTrainer``: every part of one against the same lines in an own loop, real training steps, and what does not fit. Offline, CPU."""
+"""Recipes in ``GRPOTrainer``: every part of one against the same lines in an own loop,
+real training steps, and what does not fit. Offline, CPU.
+"""
 
 import dataclasses
 import random
@@ -43,7 +45,8 @@ def greedy_rewards(completions, **_):
 #: The reward functions that only carry inputs have weight 0.
 FUNCTIONS = {"reward_funcs": [correct, style, reference_rewards, greedy_rewards]}
 WEIGHTS = [1.0, 0.5, 0.0, 0.0]
-#: Recipes that GRPOTrainer can run, and those that the normal run trains with: each shows another part.
+#: Recipes that GRPOTrainer can run, and those that the normal run trains with: each
+#: shows another part.
 FIT = [r.name for r in RECIPES.values() if not r.loss and not r.setup and not set(r.reads) & {
     "values", "segments", "parents", "episode_rewards", "log_sum_p_sq", "sampling_per_token_logps", "labels", "returns"
 } and r.name not in ("pvpo", "a_star_po")]  # fmt: skip
@@ -62,7 +65,9 @@ def saved_model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def build(make_trainer, saved_model):
     def build(ours, **config):
-        return make_trainer(ReweightGRPOTrainer, saved_model, FUNCTIONS | ours, reward_weights=WEIGHTS, **config)
+        return make_trainer(
+            ReweightGRPOTrainer, saved_model, FUNCTIONS | ours, reward_weights=WEIGHTS, **config
+        )
 
     return build
 
@@ -72,12 +77,16 @@ def logits_of(trainer, inputs, gradients=False):
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     keep = inputs["completion_ids"].size(1)
     with torch.set_grad_enabled(gradients):
-        return trainer.model(input_ids=ids, attention_mask=mask, logits_to_keep=keep + 1).logits[:, :-1]
+        return trainer.model(input_ids=ids, attention_mask=mask, logits_to_keep=keep + 1).logits[
+            :, :-1
+        ]
 
 
 def current(trainer, inputs):
     """Log-probs and entropies by the oracle, from the model's logits."""
-    return oracle.logps_and_entropies(logits_of(trainer, inputs), inputs["completion_ids"], trainer.temperature)
+    return oracle.logps_and_entropies(
+        logits_of(trainer, inputs), inputs["completion_ids"], trainer.temperature
+    )
 
 
 def rollout(trainer):
@@ -108,26 +117,38 @@ def short(monkeypatch):
     monkeypatch.setattr(ReweightGRPOTrainer, "_generate", cut)
 
 
-@pytest.mark.parametrize("name", [n if n in SHOWN else pytest.param(n, marks=pytest.mark.slow) for n in FIT])
+@pytest.mark.parametrize(
+    "name", [n if n in SHOWN else pytest.param(n, marks=pytest.mark.slow) for n in FIT]
+)
 def test_the_loss_is_the_own_loops(build, short, name):
-    """Advantages, weights, masks and the spec of every update, by the recipe's lines and ``rw.policy_loss``; and two real steps."""
+    """Advantages, weights, masks and the spec of every update, by the recipe's lines
+    and ``rw.policy_loss``; and two real steps.
+    """
     r = rw.recipe(name)
     updates = len(r.stand_ins())
     trainer = build({"recipe": name}, max_steps=2 * updates)
     trainer.state.max_steps, trainer.state.global_step = 10, 4
     inputs, values = rollout(trainer)
     made = r.prepare(**values)
-    if "entropies" in inputs:  # HAPO divides by their spread, which is small here: by rounding it would be another spec
-        torch.testing.assert_close(inputs["entropies"] * values["completion_mask"], values["entropies"] * values["completion_mask"])
+    # HAPO divides by their spread, which is small here: by rounding it would be another
+    # spec
+    if "entropies" in inputs:
+        torch.testing.assert_close(
+            inputs["entropies"] * values["completion_mask"],
+            values["entropies"] * values["completion_mask"],
+        )
         values["entropies"] = inputs["entropies"]
     for part in ("advantages", "sample_weights"):
         if part in made:
             torch.testing.assert_close(inputs[part], made[part], rtol=1e-5, atol=1e-5)
     assert inputs["advantages"].abs().max() > 0.01
     g = torch.Generator().manual_seed(1)
-    for stored in ("old_per_token_logps", "ref_per_token_logps"):  # off-policy, on both sides of the bounds
+    # off-policy, on both sides of the bounds
+    for stored in ("old_per_token_logps", "ref_per_token_logps"):
         if stored in r.reads:
-            inputs[stored] = values[stored] = values["old_per_token_logps"] + 0.3 * torch.randn(inputs["completion_ids"].shape, generator=g)
+            inputs[stored] = values[stored] = values["old_per_token_logps"] + 0.3 * torch.randn(
+                inputs["completion_ids"].shape, generator=g
+            )
     values |= made
     values["schedule"] = made.get("schedule")
     logits = logits_of(trainer, inputs)
@@ -147,18 +168,30 @@ def test_the_loss_is_the_own_loops(build, short, name):
         assert loss.item() == pytest.approx(expected.loss.item(), abs=2e-6, rel=1e-5), update
     trainer._step, trainer.state.max_steps = 0, 2 * updates
     trainer.train()
-    assert trainer.delegated_calls == {} and all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    assert trainer.delegated_calls == {} and all(
+        torch.isfinite(p).all() for p in trainer.model.parameters()
+    )
     assert trainer.fused_calls["linear_policy_loss"] == 3 * updates
 
 
 @pytest.mark.parametrize("name", ["ar_lopti", "hapo", "d3s"])
 def test_the_steps_are_an_own_loops(build, short, name):
-    """Two updates of a rollout, stored entropies, a schedule: SGD on a copy of the model, with ``rw.policy_loss`` of its logits, ends at the same parameters."""
+    """Two updates of a rollout, stored entropies, a schedule: SGD on a copy of the
+    model, with ``rw.policy_loss`` of its logits, ends at the same parameters.
+    """
     r = rw.recipe(name)
     updates = len(r.stand_ins())
-    sgd = {"optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    sgd = {
+        "optim": "sgd",
+        "learning_rate": 0.5,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+    }
     trainer = build({"recipe": name}, max_steps=2 * updates, **sgd)
-    own = SimpleNamespace(model=Qwen2ForCausalLM(trainer.model.config), temperature=trainer.temperature)  # TRL's forward stays behind
+    # TRL's forward stays behind
+    own = SimpleNamespace(
+        model=Qwen2ForCausalLM(trainer.model.config), temperature=trainer.temperature
+    )
     own.model.load_state_dict(trainer.model.state_dict())
     optimizer = torch.optim.SGD(own.model.parameters(), lr=0.5)
     start = torch.cat([p.detach().flatten() for p in own.model.parameters()]).clone()
@@ -179,15 +212,25 @@ def test_the_steps_are_an_own_loops(build, short, name):
 
     trainer._compute_loss = watched
     trainer.train()
-    ours, theirs = (torch.cat([p.detach().flatten() for p in m.parameters()]) - start for m in (trainer.model, own.model))
+    ours, theirs = (
+        torch.cat([p.detach().flatten() for p in m.parameters()]) - start
+        for m in (trainer.model, own.model)
+    )
     assert len(calls) == 2 * updates and ours.norm() > 1e-3
     assert (ours - theirs).norm() <= 1e-5 * ours.norm()
 
 
 def test_stored_values_travel_with_their_completions(build, short):
-    """A micro-batch has the entropies, log-probs and weights of its own rows, after TRL's shuffle."""
+    """A micro-batch has the entropies, log-probs and weights of its own rows, after
+    TRL's shuffle.
+    """
     stored = dataclasses.replace(rw.recipe("steer"), sample_weights="1 + lengths")
-    trainer = build({"recipe": stored}, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=1)
+    trainer = build(
+        {"recipe": stored},
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_steps=1,
+    )
     seen = []
     compute = ReweightGRPOTrainer._compute_loss
 
@@ -202,13 +245,17 @@ def test_stored_values_travel_with_their_completions(build, short):
         mask = inputs["completion_mask"].bool()
         assert inputs["entropies"].shape[0] == 4
         torch.testing.assert_close(inputs["entropies"][mask], entropies[mask], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(inputs["old_per_token_logps"][mask], logps[mask], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            inputs["old_per_token_logps"][mask], logps[mask], rtol=1e-5, atol=1e-5
+        )
         torch.testing.assert_close(inputs["sample_weights"], 1.0 + mask.sum(-1))
     assert not torch.equal(seen[0][0]["entropies"], seen[1][0]["entropies"])
 
 
 def test_a_schedule_follows_the_step(build):
-    """D3S keeps 4 of 8 samples at the first step and more later; the fraction of tokens grows with it."""
+    """D3S keeps 4 of 8 samples at the first step and more later; the fraction of tokens
+    grows with it.
+    """
     trainer = build({"recipe": "d3s"})
     trainer.state.max_steps = 10
     for step, samples, fraction in ((0, 4, 0.2), (5, 6, 0.6), (10, 8, 1.0)):
@@ -221,7 +268,10 @@ def test_a_schedule_follows_the_step(build):
 
 def test_estimators_alone_keep_trls_loss(build):
     """By name, by line; and beside a spec. TRL computes its own loss of them."""
-    for ours in ({"advantages": "qae"}, {"advantages": "rw.advantages.qae(rewards, quantile=0.6, group_size=group_size)"}):
+    for ours in (
+        {"advantages": "qae"},
+        {"advantages": "rw.advantages.qae(rewards, quantile=0.6, group_size=group_size)"},
+    ):
         trainer = build(ours)
         inputs, values = rollout(trainer)
         quantile = 0.6 if "0.6" in ours["advantages"] else 0.4
@@ -240,9 +290,15 @@ def test_a_completion_without_a_score_moves_nothing(make_trainer):
     def some(completions, **_):
         return [None if i == 2 else float(i) for i in range(len(completions))]
 
-    trainer = make_trainer(ReweightGRPOTrainer, ours={"advantages": "dr_grpo", "reward_funcs": some})
-    inputs = trainer._generate_and_score_completions([dict(trainer.train_dataset[i // 4]) for i in range(8)])
-    assert inputs["advantages"].tolist() == pytest.approx([-4 / 3, -1 / 3, 0, 5 / 3, -1.5, -0.5, 0.5, 1.5])
+    trainer = make_trainer(
+        ReweightGRPOTrainer, ours={"advantages": "dr_grpo", "reward_funcs": some}
+    )
+    inputs = trainer._generate_and_score_completions(
+        [dict(trainer.train_dataset[i // 4]) for i in range(8)]
+    )
+    assert inputs["advantages"].tolist() == pytest.approx(
+        [-4 / 3, -1 / 3, 0, 5 / 3, -1.5, -0.5, 0.5, 1.5]
+    )
 
 
 def test_the_config_follows_the_recipe(build):
@@ -254,7 +310,11 @@ def test_the_config_follows_the_recipe(build):
 @pytest.mark.parametrize(
     ("ours", "config", "message"),
     [
-        ({"recipe": "dpo_gamma"}, {}, "recipe 'dpo_gamma' is not of GRPOTrainer: its loss is rw.preference_loss"),
+        (
+            {"recipe": "dpo_gamma"},
+            {},
+            "recipe 'dpo_gamma' is not of GRPOTrainer: its loss is rw.preference_loss",
+        ),
         ({"recipe": "hypervolume_reward_weighting"}, {}, "keeps a state from step to step"),
         ({"recipe": "gae"}, {}, "reads values, which GRPOTrainer does not have"),
         ({"recipe": "trajectory_rw"}, {}, "reads returns: give a reward function of that name"),
@@ -263,7 +323,11 @@ def test_the_config_follows_the_recipe(build):
         ({"recipe": "canon"}, {"epsilon": 0.3}, "epsilon=0.3 would have no effect"),
         ({"recipe": "ar_lopti"}, {"beta": 0.5}, "beta=0.5 would have no effect"),
         ({"recipe": "ar_lopti"}, {"num_iterations": 3}, "num_iterations is 3"),
-        ({"recipe": "ar_lopti"}, {"steps_per_generation": 1, "gradient_accumulation_steps": 2}, "end with an optimizer step"),
+        (
+            {"recipe": "ar_lopti"},
+            {"steps_per_generation": 1, "gradient_accumulation_steps": 2},
+            "end with an optimizer step",
+        ),
         ({"recipe": "nothing"}, {}, "no recipe 'nothing'"),
         ({"advantages": "sft"}, {}, "recipe 'sft' has no advantages"),
         (
@@ -281,24 +345,36 @@ def test_what_does_not_fit_is_refused_with_the_reason(build, ours, config, messa
 def test_what_a_recipe_cannot_have_is_never_left_to_trl(build):
     trainer = build({"sample_weights": "lengths / lengths.float().mean()"})
     inputs, _ = rollout(trainer)
-    with pytest.raises(rw.UnsupportedRequest, match=r"recipe= cannot be combined with multimodal inputs"):
+    with pytest.raises(
+        rw.UnsupportedRequest, match=r"recipe= cannot be combined with multimodal inputs"
+    ):
         trainer._compute_loss(trainer.model, inputs | {"pixel_values": torch.zeros(1)})
 
 
 def test_two_processes_share_a_group():
-    """A process has half of every tensor; lines see all of it, and it keeps its rows and its width."""
+    """A process has half of every tensor; lines see all of it, and it keeps its rows
+    and its width.
+    """
     rewards = torch.tensor([[1.0], [0], [0], [4], [2], [0], [1], [1]])
     masks = [torch.ones(4, 3), torch.ones(4, 5)]
 
     def gather(x):
-        return torch.cat([torch.nn.functional.pad(masks[0], (0, 2)), x]) if x.dim() > 1 else torch.cat([x.new_full((4,), 3), x])
+        return (
+            torch.cat([torch.nn.functional.pad(masks[0], (0, 2)), x])
+            if x.dim() > 1
+            else torch.cat([x.new_full((4,), 3), x])
+        )
 
-    accelerator = SimpleNamespace(num_processes=2, process_index=1, gather=gather, pad_across_processes=lambda x, dim: x)
+    accelerator = SimpleNamespace(
+        num_processes=2, process_index=1, gather=gather, pad_across_processes=lambda x, dim: x
+    )
     trainer = SimpleNamespace(
         accelerator=accelerator, num_generations=8, reward_weights=torch.ones(1), reward_func_names=["r"], model=torch.nn.Linear(1, 1),
         state=SimpleNamespace(global_step=0, max_steps=1), _logs={"advantages": []}, args=SimpleNamespace(),
     )  # fmt: skip
-    recipe = choose_recipe(None, sample_weights="rw.advantages.hapo(rewards, lengths, group_size=group_size)")
+    recipe = choose_recipe(
+        None, sample_weights="rw.advantages.hapo(rewards, lengths, group_size=group_size)"
+    )
     hooks = Rollout(trainer, recipe)
     hooks.keep_rewards(rewards)
     output = hooks.complete(trainer, {"completion_mask": masks[1]})
@@ -307,13 +383,25 @@ def test_two_processes_share_a_group():
     per_token = dataclasses.replace(recipe, sample_weights="completion_mask * rewards[:, None]")
     hooks = Rollout(trainer, per_token)
     hooks.keep_rewards(rewards)
-    torch.testing.assert_close(hooks.complete(trainer, {"completion_mask": masks[1]})["sample_weights"], rewards[4:].expand(4, 5))
+    torch.testing.assert_close(
+        hooks.complete(trainer, {"completion_mask": masks[1]})["sample_weights"],
+        rewards[4:].expand(4, 5),
+    )
 
 
 @pytest.mark.slow
 def test_two_real_processes_share_a_group(tmp_path):
     script = Path(__file__).with_name("two_process_recipes.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(script),
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count(" agrees") == 6

@@ -1,4 +1,6 @@
-"""The TRL trainer and patch: our own methods, what is left to TRL, undoing, and a short real training run. Offline, CPU."""
+"""The TRL trainer and patch: our own methods, what is left to TRL, undoing, and a short
+real training run. Offline, CPU.
+"""
 
 import warnings
 
@@ -20,14 +22,18 @@ from reweight_ops.integrations.trl import ReweightGRPOTrainer, patch_trl
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
 
-# --- our own methods ------------------------------------------------------------------------------------------------------------
+# --- our own methods ------------------------------------------------------------------
 def test_reweighting_on_top_of_trl(make_trainer):
-    trainer = make_trainer(ReweightGRPOTrainer, ours={"reweight": rw.weights.AdvantageReweighting(alpha=0.3)})
+    trainer = make_trainer(
+        ReweightGRPOTrainer, ours={"reweight": rw.weights.AdvantageReweighting(alpha=0.3)}
+    )
     inputs = make_inputs(trainer)
     logp, _ = current(trainer, inputs)
     mask = inputs["completion_mask"] * inputs["tool_mask"]
     expected = papers.advantage_reweighting(
-        lambda A: oracle.grpo_loss(logp, A, mask, old_logps=inputs["old_per_token_logps"], num_items_in_batch=123)[0],
+        lambda A: oracle.grpo_loss(
+            logp, A, mask, old_logps=inputs["old_per_token_logps"], num_items_in_batch=123
+        )[0],
         inputs["advantages"],
         inputs["old_per_token_logps"],
     )
@@ -36,28 +42,41 @@ def test_reweighting_on_top_of_trl(make_trainer):
 
 
 def test_lopti_alternates_over_the_passes(make_trainer):
-    """The first pass over a rollout trains the unlikely tokens, the second the others."""
+    """The first pass over a rollout trains the unlikely tokens, the
+    second the others."""
     halves = rw.schedules.lopti(eta=0.003)
-    trainer = make_trainer(ReweightGRPOTrainer, ours={"spec": halves}, num_iterations=2, gradient_accumulation_steps=2)
+    trainer = make_trainer(
+        ReweightGRPOTrainer, ours={"spec": halves}, num_iterations=2, gradient_accumulation_steps=2
+    )
     trainer.current_gradient_accumulation_steps = 2
     inputs = make_inputs(trainer)
     inputs["num_items_in_batch"] = (inputs["completion_mask"] * inputs["tool_mask"]).sum()
     logp, _ = current(trainer, inputs)
     ratio, A = torch.exp(logp - inputs["old_per_token_logps"]), inputs["advantages"][:, None]
     terms = -torch.minimum(ratio * A, ratio.clip(0.8, 1.2) * A)
-    expected = papers.lopti(terms, inputs["old_per_token_logps"], inputs["completion_mask"] * inputs["tool_mask"], eta=0.003)
-    for step, half in enumerate([0, 0, 1, 1, 0]):  # two micro-batches a pass, one window of accumulation each
+    expected = papers.lopti(
+        terms,
+        inputs["old_per_token_logps"],
+        inputs["completion_mask"] * inputs["tool_mask"],
+        eta=0.003,
+    )
+    # two micro-batches a pass, one window of accumulation each
+    for step, half in enumerate([0, 0, 1, 1, 0]):
         trainer._step = step
         assert run(trainer, inputs)[0] == pytest.approx(expected[half].item(), abs=1e-6), step
     assert min(e.abs() for e in expected) > 1e-3
 
 
 def test_window_and_micro_batch_normalization_mix(make_trainer):
-    """A penalty with another normalization than the surrogate's keeps its own, either way round."""
+    """A penalty with another normalization than the surrogate's keeps its own, either
+    way round.
+    """
     surrogate = rw.rules.surrogates.Reinforce()
     bonus = rw.rules.penalties.EntropyBonus()
     for own, penalty in ((rw.TokenMean(), rw.SequenceMean()), (rw.SequenceMean(), rw.TokenMean())):
-        spec = rw.PolicyLossSpec(surrogate=surrogate, reduction=own, penalties=(rw.Penalty(bonus, 0.1, penalty),))
+        spec = rw.PolicyLossSpec(
+            surrogate=surrogate, reduction=own, penalties=(rw.Penalty(bonus, 0.1, penalty),)
+        )
         trainer = make_trainer(ReweightGRPOTrainer, ours={"spec": spec})
         trainer.current_gradient_accumulation_steps = 4
         inputs = make_inputs(trainer)
@@ -95,7 +114,7 @@ def test_contradictions_are_errors(make_trainer, tmp_path, ours, config, message
         make_trainer(ReweightGRPOTrainer, model, ours, **config)
 
 
-# --- what is left to TRL --------------------------------------------------------------------------------------------------------
+# --- what is left to TRL --------------------------------------------------------------
 def test_delegation_is_counted_and_warned_once(trainers):
     configure(trainers, loss_type="vespo")
     inputs = make_inputs(trainers["stock"])
@@ -120,20 +139,33 @@ def test_delegation_reasons(trainers, monkeypatch, settings, extra, reason):
     configure(trainers, **settings)
     monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", lambda self, model, inputs: "TRL's")
     with pytest.warns(UserWarning):
-        assert trainers["fused"]._compute_loss(trainers["fused"].model, make_inputs(trainers["stock"]) | extra) == "TRL's"
+        assert (
+            trainers["fused"]._compute_loss(
+                trainers["fused"].model, make_inputs(trainers["stock"]) | extra
+            )
+            == "TRL's"
+        )
     assert trainers["fused"].delegated_calls[reason] == 1
 
 
 def test_multimodal_log_probs_are_left_to_trl(trainers, monkeypatch):
     seen = {}
-    monkeypatch.setattr(trl.GRPOTrainer, "_get_per_token_logps_and_entropies", lambda self, *args, **kwargs: seen.update(kwargs))
+    monkeypatch.setattr(
+        trl.GRPOTrainer,
+        "_get_per_token_logps_and_entropies",
+        lambda self, *args, **kwargs: seen.update(kwargs),
+    )
     with pytest.warns(UserWarning, match="multimodal"):
-        trainers["token"]._get_per_token_logps_and_entropies(trainers["token"].model, None, None, 1, batch_size=2, pixel_values="pixels")
+        trainers["token"]._get_per_token_logps_and_entropies(
+            trainers["token"].model, None, None, 1, batch_size=2, pixel_values="pixels"
+        )
     assert seen["pixel_values"] == "pixels" and seen["batch_size"] == 2
 
 
 def test_own_method_is_never_left_to_trl(make_trainer):
-    trainer = make_trainer(ReweightGRPOTrainer, ours={"reweight": rw.weights.AdvantageReweighting()}, loss_type="vespo")
+    trainer = make_trainer(
+        ReweightGRPOTrainer, ours={"reweight": rw.weights.AdvantageReweighting()}, loss_type="vespo"
+    )
     with pytest.raises(rw.UnsupportedRequest, match="vespo"):
         run(trainer, make_inputs(trainer))
 
@@ -148,7 +180,10 @@ def test_signatures_are_checked():
             pass
 
     integration.check_signatures(trl.GRPOTrainer)
-    with pytest.raises(rw.BackendUnavailable, match=r"Moved._get_per_token_logps_and_entropies has the signature \(self, model, batch\)"):
+    with pytest.raises(
+        rw.BackendUnavailable,
+        match=r"Moved._get_per_token_logps_and_entropies has the signature \(self, model, batch\)",
+    ):
         integration.check_signatures(Moved)
     with pytest.raises(rw.BackendUnavailable, match=r"Fewer\._compute_loss"):
         integration.check_signatures(Fewer)
@@ -161,13 +196,15 @@ def test_unknown_loss_source_is_reported(make_trainer, monkeypatch):
 
 
 def test_a_known_loss_is_known_under_a_patch_too(make_trainer):
-    """The subclass finds TRL's loss behind the patch, so it warns only where TRL's own is another one."""
+    """The subclass finds TRL's loss behind the patch, so it warns only where TRL's own
+    is another one.
+    """
     with patch_trl(), warnings.catch_warnings():
         warnings.filterwarnings("error", ".*was not checked against")
         make_trainer(ReweightGRPOTrainer, ours={"fuse_loss": True})
 
 
-# --- patch_trl ------------------------------------------------------------------------------------------------------------------
+# --- patch_trl ------------------------------------------------------------------------
 def test_patch_and_undo(make_trainer, trainers):
     originals = {name: getattr(trl.GRPOTrainer, name) for name in integration._SIGNATURES}
     inputs = make_inputs(trainers["stock"])
@@ -176,7 +213,8 @@ def test_patch_and_undo(make_trainer, trainers):
         patched = make_trainer(trl.GRPOTrainer)
         assert_same(stock, run(patched, inputs))
         assert patched.fused_calls == {"linear_policy_loss": 1}
-        # A subclass of ours under a patch keeps its own hooks, also when it leaves a loss to TRL.
+        # A subclass of ours under a patch keeps its own hooks, also when it leaves a
+        # loss to TRL.
         assert_same(stock, run(trainers["token"], inputs))
         assert trainers["token"].fused_calls == {"linear_token_logps": 1}
         trainers["fused"].loss_type = "vespo"
@@ -191,7 +229,7 @@ def test_patch_and_undo(make_trainer, trainers):
     assert patched.fused_calls == {"linear_policy_loss": 1}
 
 
-# --- a real training run ----------------------------------------------------------------------------------------------------------
+# --- a real training run --------------------------------------------------------------
 @pytest.fixture(scope="module")
 def train(make_trainer):
     """``train(cls, ours) -> (trainer, how far its parameters moved, its log)``."""
@@ -204,8 +242,15 @@ def train(make_trainer):
         start = torch.cat([p.detach().flatten() for p in trainer.model.parameters()]).clone()
         trainer.train()
         timings = ("time", "runtime", "per_second")
-        log = [{k: v for k, v in entry.items() if not any(t in k for t in timings)} for entry in trainer.state.log_history]
-        return trainer, torch.cat([p.detach().flatten() for p in trainer.model.parameters()]) - start, log
+        log = [
+            {k: v for k, v in entry.items() if not any(t in k for t in timings)}
+            for entry in trainer.state.log_history
+        ]
+        return (
+            trainer,
+            torch.cat([p.detach().flatten() for p in trainer.model.parameters()]) - start,
+            log,
+        )
 
     return run
 
@@ -215,9 +260,15 @@ def stock_run(train):
     return train(trl.GRPOTrainer, {})
 
 
-@pytest.mark.parametrize("ours", [{}, {"fuse_loss": True}, {"lm_head": "logits"}, {"fuse_loss": True, "lm_head": "logits"}], ids=OURS)
+@pytest.mark.parametrize(
+    "ours",
+    [{}, {"fuse_loss": True}, {"lm_head": "logits"}, {"fuse_loss": True, "lm_head": "logits"}],
+    ids=OURS,
+)
 def test_training_run(train, stock_run, ours):
-    """Generation, accumulation and two passes a rollout: six steps of SGD lead to the same parameters (1e-5 of the way moved) and logs."""
+    """Generation, accumulation and two passes a rollout: six steps of SGD lead to the
+    same parameters (1e-5 of the way moved) and logs.
+    """
     _, stock, stock_log = stock_run
     trainer, moved, log = train(ReweightGRPOTrainer, ours)
     assert stock.norm() > 0.1
@@ -225,5 +276,7 @@ def test_training_run(train, stock_run, ours):
     assert len(log) == len(stock_log)
     for theirs, our in zip(stock_log, log, strict=True):
         assert our == pytest.approx(theirs, abs=1e-5, rel=1e-4)
-    op = ("" if "lm_head" in ours else "linear_") + ("policy_loss" if "fuse_loss" in ours else "token_logps")
+    op = ("" if "lm_head" in ours else "linear_") + (
+        "policy_loss" if "fuse_loss" in ours else "token_logps"
+    )
     assert trainer.delegated_calls == {} and trainer.fused_calls[op] > 0

@@ -1,4 +1,5 @@
-"""What the TRL tests share: a tiny model, a discriminating batch, one call of the loss."""
+"""What the TRL tests share: a tiny model, a discriminating batch, one
+call of the loss."""
 
 import random
 
@@ -11,7 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 B, P, T, V = 8, 5, 12, 300
-OURS = ("token", "fused", "token_logits", "fused_logits")  # without logits, and with them
+# without logits, and with them
+OURS = ("token", "fused", "token_logits", "fused_logits")
 TINY = {
     "vocab_size": V, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
     "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
@@ -22,11 +24,15 @@ def make_tokenizer():
     words = ["<pad>", "<eos>", "<unk>", *(str(i) for i in range(97)), "+", "="]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
 
 
 def make_trainer(output_dir, cls, model=None, ours=None, **config):
-    """A trainer of class ``cls`` with our options ``ours``; without a model, a new tiny Qwen2, always the same."""
+    """A trainer of class ``cls`` with our options ``ours``; without a model, a new tiny
+    Qwen2, always the same.
+    """
     if model is None:
         torch.manual_seed(0)
         model = Qwen2ForCausalLM(Qwen2Config(**TINY))
@@ -50,7 +56,9 @@ def make_trainer(output_dir, cls, model=None, ours=None, **config):
 
 
 def make_inputs(trainer, dims=1, seed=0):
-    """A discriminating batch: ragged masks, an empty sequence, tool tokens, off-policy log-probs on both sides of the clip bounds."""
+    """A discriminating batch: ragged masks, an empty sequence, tool tokens, off-policy
+    log-probs on both sides of the clip bounds.
+    """
     g = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([T, 3, 7, 0, 9, 1, T, 5])
     inputs = {
@@ -86,11 +94,17 @@ def run(trainer, inputs):
     if loss.requires_grad:
         loss.backward()
     grads = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
-    return loss.item(), torch.cat(grads) if grads else None, {name: values[-1] for name, values in trainer._metrics[mode].items()}
+    return (
+        loss.item(),
+        torch.cat(grads) if grads else None,
+        {name: values[-1] for name, values in trainer._metrics[mode].items()},
+    )
 
 
 def assert_same(stock, ours):
-    """1e-6 in loss, gradient (relative) and metrics: fp32 rounding, well under any term of the loss."""
+    """1e-6 in loss, gradient (relative) and metrics: fp32 rounding, well under any term
+    of the loss.
+    """
     assert ours[0] == pytest.approx(stock[0], abs=1e-6, rel=1e-6)
     if stock[1] is not None:
         assert stock[1].norm() > 1e-3
@@ -103,13 +117,25 @@ def configure(trainers, *, sequence=False, **settings):
     for trainer in trainers.values():
         trainer.importance_sampling_level = "sequence" if sequence else "token"
         for name, value in settings.items():
-            setattr(trainer.args if name.startswith("args_") else trainer, name.removeprefix("args_"), value)
+            setattr(
+                trainer.args if name.startswith("args_") else trainer,
+                name.removeprefix("args_"),
+                value,
+            )
 
 
 def clip_settings(loss_type, sequence):
-    """Bounds between which the batch has ratios on both sides; means of a sequence's log-ratios move less."""
+    """Bounds between which the batch has ratios on both sides; means of a sequence's
+    log-ratios move less.
+    """
     low, high = (0.05, 0.06) if sequence else (0.2, 0.28)
-    settings = {"loss_type": loss_type, "sequence": sequence, "epsilon_low": low, "epsilon_high": high, "beta": 0.04}
+    settings = {
+        "loss_type": loss_type,
+        "sequence": sequence,
+        "epsilon_low": low,
+        "epsilon_high": high,
+        "beta": 0.04,
+    }
     if loss_type == "cispo":
         settings["epsilon_high"] = 1.06
     elif loss_type != "sapo":

@@ -1,4 +1,6 @@
-"""Run by torchrun in two processes: the advantages of recipes over a group that both hold, and two training steps. Prints a line for each recipe."""
+"""Run by torchrun in two processes: the advantages of recipes over a group that both
+hold, and two training steps. Prints a line for each recipe.
+"""
 
 import os
 import sys
@@ -18,7 +20,9 @@ from reweight_ops.integrations.trl import ReweightGRPOTrainer  # noqa: E402
 EXPECTED = {
     "hapo": lambda v: rw.advantages.hapo(v["rewards"], v["lengths"], group_size=8),
     "lens": lambda v: rw.advantages.lens(v["correct"], v["old"], v["mask"], group_size=8),
-    "reinforce_plus_plus_baseline": lambda v: rw.advantages.reinforce_plus_plus_baseline(v["rewards"], v["mask"], group_size=8),
+    "reinforce_plus_plus_baseline": lambda v: rw.advantages.reinforce_plus_plus_baseline(
+        v["rewards"], v["mask"], group_size=8
+    ),
 }
 
 
@@ -31,7 +35,9 @@ class Ragged(ReweightGRPOTrainer):
 
     def _generate(self, prompts):
         found = list(super()._generate(prompts))
-        found[1] = [ids[: 3 + 2 * self.accelerator.process_index + i % 4] for i, ids in enumerate(found[1])]
+        found[1] = [
+            ids[: 3 + 2 * self.accelerator.process_index + i % 4] for i, ids in enumerate(found[1])
+        ]
         return tuple(found)
 
 
@@ -42,15 +48,25 @@ def main(out):
             num_generations=8, max_steps=2,
         )  # fmt: skip
         accelerator = trainer.accelerator
-        inputs = trainer._generate_and_score_completions([dict(trainer.train_dataset[0]) for _ in range(4)])
+        inputs = trainer._generate_and_score_completions(
+            [dict(trainer.train_dataset[0]) for _ in range(4)]
+        )
 
         def everywhere(x, accelerator=accelerator):
-            return accelerator.gather(accelerator.pad_across_processes(x, dim=1) if x.dim() > 1 else x)
+            return accelerator.gather(
+                accelerator.pad_across_processes(x, dim=1) if x.dim() > 1 else x
+            )
 
         mask = inputs["completion_mask"]
         rewards = trainer._reweight_hooks.rollout._rewards[:, 0]
         old = everywhere(inputs.get("old_per_token_logps", mask.float()))
-        values = {"rewards": rewards, "correct": rewards, "lengths": everywhere(mask.sum(-1)), "mask": everywhere(mask), "old": old}
+        values = {
+            "rewards": rewards,
+            "correct": rewards,
+            "lengths": everywhere(mask.sum(-1)),
+            "mask": everywhere(mask),
+            "old": old,
+        }
         mine = advantages(values)[4 * accelerator.process_index :][:4]
         mine = mine if mine.dim() == 1 else mine[:, : mask.size(1)]
         torch.testing.assert_close(inputs["advantages"], mine, rtol=1e-5, atol=1e-5)

@@ -16,7 +16,9 @@ from reweight_ops.integrations import verl as integration
 
 @pytest.fixture(autouse=True)
 def registry_restored(monkeypatch):
-    monkeypatch.setattr(core_algos, "ADV_ESTIMATOR_REGISTRY", dict(core_algos.ADV_ESTIMATOR_REGISTRY))
+    monkeypatch.setattr(
+        core_algos, "ADV_ESTIMATOR_REGISTRY", dict(core_algos.ADV_ESTIMATOR_REGISTRY)
+    )
 
 
 def config(**fields):
@@ -25,7 +27,9 @@ def config(**fields):
 
 @pytest.fixture
 def batch():
-    """Seven completions of three prompts in any order, one prompt with a single one; a masked token inside (a tool's answer)."""
+    """Seven completions of three prompts in any order, one prompt with a single one; a
+    masked token inside (a tool's answer).
+    """
     g = torch.Generator().manual_seed(3)
     mask = (torch.arange(8) < torch.tensor([8, 3, 5, 8, 1, 6, 7])[:, None]).long()
     mask[0, 2] = mask[5, 3] = 0
@@ -33,11 +37,16 @@ def batch():
     last = mask.cumsum(-1).argmax(-1)
     rewards[torch.arange(7), last] = torch.randn(7, generator=g).mul(2).round() / 2
     rewards -= 0.01 * torch.rand(7, 8, generator=g) * mask  # a KL in the rewards
-    return {"token_level_rewards": rewards, "response_mask": mask, "index": np.array(["b", "a", "b", "c", "a", "b", "a"], dtype=object)}
+    return {
+        "token_level_rewards": rewards,
+        "response_mask": mask,
+        "index": np.array(["b", "a", "b", "c", "a", "b", "a"], dtype=object),
+    }
 
 
 def run(name, batch, cfg=None):
-    given = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}  # verl writes into its rewards
+    # verl writes into its rewards
+    given = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     advantages, returns = core_algos.get_adv_estimator_fn(name)(**given, config=cfg or config())
     assert advantages.shape == returns.shape == batch["response_mask"].shape
     return advantages
@@ -61,12 +70,20 @@ def test_verls_own(batch, name):
 
 
 def test_the_settings_of_verls_configuration(batch):
-    unscaled = functools.partial(rw.advantages.grpo, **REWARD)  # without an epsilon, which would have no effect
-    integration.register_advantages({"mine": unscaled, "discounted": rw.advantages.reinforce_plus_plus})
-    theirs, _ = core_algos.compute_grpo_outcome_advantage(
-        batch["token_level_rewards"].clone(), batch["response_mask"], batch["index"], norm_adv_by_std_in_grpo=False
+    # without an epsilon, which would have no effect
+    unscaled = functools.partial(rw.advantages.grpo, **REWARD)
+    integration.register_advantages(
+        {"mine": unscaled, "discounted": rw.advantages.reinforce_plus_plus}
     )
-    torch.testing.assert_close(run("mine", batch, config(norm_adv_by_std_in_grpo=False)), theirs, rtol=1e-6, atol=1e-6)
+    theirs, _ = core_algos.compute_grpo_outcome_advantage(
+        batch["token_level_rewards"].clone(),
+        batch["response_mask"],
+        batch["index"],
+        norm_adv_by_std_in_grpo=False,
+    )
+    torch.testing.assert_close(
+        run("mine", batch, config(norm_adv_by_std_in_grpo=False)), theirs, rtol=1e-6, atol=1e-6
+    )
     half = config(gamma=0.5)
     theirs = run("reinforce_plus_plus", batch, half)
     assert (theirs - run("reinforce_plus_plus", batch)).norm() > 0.1
@@ -78,8 +95,19 @@ def test_every_estimator_has_a_name_or_a_reason(batch):
     assert integration.register_advantages() == names  # as after the plugin
     reasons = integration.left_out_advantages()
     known = {n.removeprefix("rw_") for n in names}
-    assert known | set(reasons) == set(rw.advantages.__all__) & (known | set(reasons)) and not known & set(reasons)
-    assert {"grpo", "dr_grpo", "rloo", "opo", "qae", "hapo", "ngrpo", "reinforce_plus_plus"} <= known
+    assert known | set(reasons) == set(rw.advantages.__all__) & (
+        known | set(reasons)
+    ) and not known & set(reasons)
+    assert {
+        "grpo",
+        "dr_grpo",
+        "rloo",
+        "opo",
+        "qae",
+        "hapo",
+        "ngrpo",
+        "reinforce_plus_plus",
+    } <= known
     for name, reason in {
         "gae": "it needs values",
         "gdpo": "one by one",
@@ -124,4 +152,6 @@ def test_an_estimator_of_ones_own(batch):
 
     integration.register_advantages({"mine": centred})
     scores = batch["token_level_rewards"].sum(-1)
-    torch.testing.assert_close(run("mine", batch), (scores - scores.mean())[:, None] * batch["response_mask"])
+    torch.testing.assert_close(
+        run("mine", batch), (scores - scores.mean())[:, None] * batch["response_mask"]
+    )

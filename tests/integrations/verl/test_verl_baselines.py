@@ -1,4 +1,6 @@
-"""Advantage estimators against verl's own functions, on ragged groups, responses with holes and an empty one."""
+"""Advantage estimators against verl's own functions, on ragged groups, responses with
+holes and an empty one.
+"""
 
 import numpy as np
 import pytest
@@ -26,7 +28,9 @@ def data(request):
 
 
 def theirs(name, rewards, mask, **options):
-    advantages, _ = core_algos.get_adv_estimator_fn(name)(token_level_rewards=rewards, response_mask=mask.double(), index=INDEX, **options)
+    advantages, _ = core_algos.get_adv_estimator_fn(name)(
+        token_level_rewards=rewards, response_mask=mask.double(), index=INDEX, **options
+    )
     return advantages
 
 
@@ -40,9 +44,17 @@ def test_optimal_token_baselines(data, kind, weighted, tail):
         name, data["rewards"], data["mask"], old_log_probs=data["logps"], sum_pi_squared=data["square"].exp(), rollout_is_weights=ratio,
         handle_zero_tail=tail,
     )  # fmt: skip
-    poisoned = {k: torch.where(data["mask"], data[k], torch.nan) for k in ("rewards", "logps", "square")}
+    poisoned = {
+        k: torch.where(data["mask"], data[k], torch.nan) for k in ("rewards", "logps", "square")
+    }
     got = getattr(rw.advantages, kind)(
-        poisoned["rewards"], data["mask"], poisoned["logps"], poisoned["square"], importance_sampling_ratio=ratio, zero_tail=tail, **GROUPS
+        poisoned["rewards"],
+        data["mask"],
+        poisoned["logps"],
+        poisoned["square"],
+        importance_sampling_ratio=ratio,
+        zero_tail=tail,
+        **GROUPS,
     )
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     assert expected.abs().sum() > 1
@@ -54,9 +66,14 @@ def test_grpo_passk(data, scale):
     scores = torch.tensor([3.0, 1, 2, 1, 1, 0, 0, 1, 4, 2], dtype=torch.float64)
     index = np.array([0, 0, 0, 1, 1, 1, 2, 2, 3, 3])
     expected, _ = core_algos.get_adv_estimator_fn("grpo_passk")(
-        token_level_rewards=scores[:, None], response_mask=torch.ones(10, 1), index=index, config={"norm_adv_by_std_in_grpo": scale}
+        token_level_rewards=scores[:, None],
+        response_mask=torch.ones(10, 1),
+        index=index,
+        config={"norm_adv_by_std_in_grpo": scale},
     )
-    got = rw.advantages.grpo_passk(scores, scale_rewards=scale, group_ids=torch.tensor(index), num_groups=4)
+    got = rw.advantages.grpo_passk(
+        scores, scale_rewards=scale, group_ids=torch.tensor(index), num_groups=4
+    )
     torch.testing.assert_close(got, expected[:, 0].double())
 
 

@@ -1,4 +1,6 @@
-"""Diagnostics of the sampler under verl's names are verl's own numbers, and those of TRL's names are in TRL's source."""
+"""Diagnostics of the sampler under verl's names are verl's own numbers, and those of
+TRL's names are in TRL's source.
+"""
 
 import importlib
 import inspect
@@ -25,13 +27,23 @@ def out():
 
 def test_they_are_verls(out):
     made, old, sampling, mask = out
-    helper = importlib.import_module(core_algos.__name__.replace("core_algos", "rollout_corr_helper"))
+    helper = importlib.import_module(
+        core_algos.__name__.replace("core_algos", "rollout_corr_helper")
+    )
     theirs = helper.compute_offpolicy_metrics(old, sampling, mask.double())
     ratio = (old - sampling).exp()
-    theirs |= helper.compute_is_metrics(ratio, ratio, old - sampling, mask.double(), rollout_is="token", rollout_is_threshold=1e6)
+    theirs |= helper.compute_is_metrics(
+        ratio, ratio, old - sampling, mask.double(), rollout_is="token", rollout_is_threshold=1e6
+    )
     ours = made.diagnostics.as_floats("verl")
-    shared = [name.removeprefix("rollout_corr/") for name in ours if name.startswith("rollout_corr/")]
-    assert set(shared) == {"kl", "k3_kl", *(f"rollout_is_{x}" for x in ("eff_sample_size", "min", "mean", "max"))}
+    shared = [
+        name.removeprefix("rollout_corr/") for name in ours if name.startswith("rollout_corr/")
+    ]
+    assert set(shared) == {
+        "kl",
+        "k3_kl",
+        *(f"rollout_is_{x}" for x in ("eff_sample_size", "min", "mean", "max")),
+    }
     for name in shared:
         assert ours[f"rollout_corr/{name}"] == pytest.approx(float(theirs[name]), rel=1e-6), name
 
@@ -39,10 +51,16 @@ def test_they_are_verls(out):
 def test_names_of_trl_are_in_its_source(out):
     trainer = pytest.importorskip("trl.trainer.grpo_trainer")
     source = inspect.getsource(trainer)
-    names = [n for n in out[0].diagnostics if n.startswith(("sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"))]
+    names = [
+        n
+        for n in out[0].diagnostics
+        if n.startswith(("sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"))
+    ]
     assert len(names) == 5 and all(f'"{name}"' in source for name in names)
     pairs = inspect.getsource(importlib.import_module("trl.trainer.dpo_trainer"))
     logps = torch.tensor([[-1.0], [-2.0]])
-    made = rw.preference_loss_from_logps(logps, spec=rw.preference.dpo(), ref_per_token_logps=logps - 0.5)
+    made = rw.preference_loss_from_logps(
+        logps, spec=rw.preference.dpo(), ref_per_token_logps=logps - 0.5
+    )
     found = [name for name in made.metrics if name.startswith("rewards/")]
     assert "rewards/accuracies" in found and all(f'"{name}"' in pairs for name in found)

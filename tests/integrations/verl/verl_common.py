@@ -17,18 +17,26 @@ core_algos, worker_config, actor_config, torch_functional, monkey_patch, worker_
 TensorDict = worker_losses.TensorDict
 policy_config = actor_config.PolicyLossConfig
 
-#: What ppo_loss puts into the configuration: nothing, or the counts of a global batch on two ranks.
-LOCAL, GLOBAL = {}, {"dp_size": 2, "batch_num_tokens": 77, "global_batch_size": 11, "loss_scale_factor": 32}
+#: What ppo_loss puts into the configuration: nothing, or the counts of a global batch
+#: on two ranks.
+LOCAL, GLOBAL = (
+    {},
+    {"dp_size": 2, "batch_num_tokens": 77, "global_batch_size": 11, "loss_scale_factor": 32},
+)
 
 
 def config(info=LOCAL, **fields):
-    made = worker_config.ActorConfig(strategy="fsdp", ppo_micro_batch_size_per_gpu=1, rollout_n=1, **fields)
+    made = worker_config.ActorConfig(
+        strategy="fsdp", ppo_micro_batch_size_per_gpu=1, rollout_n=1, **fields
+    )
     made.global_batch_info.update(info)
     return made
 
 
 def batch(per_sequence=False):
-    """``[6, 10]``: ratios on both sides of the bounds, one empty sequence, per-token advantages unless of a sequence."""
+    """``[6, 10]``: ratios on both sides of the bounds, one empty sequence, per-token
+    advantages unless of a sequence.
+    """
     g = torch.Generator().manual_seed(5)
     shape = (6, 10)
     old = -3 * torch.rand(shape, generator=g)
@@ -36,7 +44,9 @@ def batch(per_sequence=False):
     return {
         "old_log_prob": old,
         "log_prob": (old + 0.5 * torch.randn(shape, generator=g)).clamp(max=-1e-3).requires_grad_(),
-        "advantages": torch.randn((6, 1), generator=g).expand(shape) if per_sequence else torch.randn(shape, generator=g),
+        "advantages": torch.randn((6, 1), generator=g).expand(shape)
+        if per_sequence
+        else torch.randn(shape, generator=g),
         "response_mask": torch.arange(10) < lengths[:, None],
         "rollout_is_weights": torch.rand(shape, generator=g) + 0.5,
     }

@@ -1,1 +1,3 @@
-"""The CUDA kernels, compiled by g++ and run thread by thread on the CPU; see emulator.h."""
+"""The CUDA kernels, compiled by g++ and run thread by thread on the CPU; see
+emulator.h.
+"""

@@ -74,10 +74,25 @@ def build(
         f"-isystem{pybind11.get_include()}",
         f"-isystem{sysconfig.get_paths()['include']}",
     ]
-    headers = [*sorted(csrc.glob("common/*")), *sorted(csrc.glob("cuda/*.h")), *sorted(HERE.glob("*.h"))]
+    headers = [
+        *sorted(csrc.glob("common/*")),
+        *sorted(csrc.glob("cuda/*.h")),
+        *sorted(HERE.glob("*.h")),
+    ]
     host = [
         *sorted(csrc.glob("common/*")),
-        *(csrc / "cuda" / name for name in ("dispatch.h", "divergence.h", "scale.h", "device.h", "platform.h", "slices.h", "variants.h")),
+        *(
+            csrc / "cuda" / name
+            for name in (
+                "dispatch.h",
+                "divergence.h",
+                "scale.h",
+                "device.h",
+                "platform.h",
+                "slices.h",
+                "variants.h",
+            )
+        ),
         *sorted(HERE.glob("*.h")),
     ]
     units: dict[str, tuple[Path, list[str], list[Path]]] = {
@@ -95,8 +110,16 @@ def build(
             units[source.stem] = source, ["-O0"], host
             continue
         words = ["-x", "c++", f"-DRW_ELEMENT={element}", f"-DRW_DTYPE={name}"]
-        units[f"streaming_{name}"] = csrc / "cuda/streaming.cu", words, [h for h in headers if h.name not in ("ring.h", "asynchronous.h")]
-        units[f"divergence_{name}"] = csrc / "cuda/divergence.cu", words, [h for h in headers if h.name not in ("ring.h", "asynchronous.h")]
+        units[f"streaming_{name}"] = (
+            csrc / "cuda/streaming.cu",
+            words,
+            [h for h in headers if h.name not in ("ring.h", "asynchronous.h")],
+        )
+        units[f"divergence_{name}"] = (
+            csrc / "cuda/divergence.cu",
+            words,
+            [h for h in headers if h.name not in ("ring.h", "asynchronous.h")],
+        )
         units[f"scale_{name}"] = csrc / "cuda/scale.cu", words, [*host, csrc / "cuda/elements.h"]
         units[f"ring_{name}"] = csrc / "cuda/ring.cu", words, headers
 
@@ -117,7 +140,10 @@ def build(
     target = folder / digest / f"_cuda_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
-        run(["-shared", *(f for f in flags if f.startswith("-fsanitize")), *map(str, objects)], target)
+        run(
+            ["-shared", *(f for f in flags if f.startswith("-fsanitize")), *map(str, objects)],
+            target,
+        )
     return target
 
 

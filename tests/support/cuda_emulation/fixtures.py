@@ -1,5 +1,5 @@
-"""The three primitives on CPU tensors by the emulated CUDA kernels, for the tests of the
-CUDA backend.
+"""The three primitives on CPU tensors by the emulated CUDA kernels, for the tests of
+the CUDA backend.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ from .works import OnePassWork
 def without_grad(forward: Any) -> Any:
     """Of a Function's forward: what it is anyway, but where torch.export runs it."""
 
-    # torch.no_grad() as the decorator closes over a bound method, which PyTorch 2.10 does not follow here.
+    # torch.no_grad() as the decorator closes over a bound method, which PyTorch 2.10
+    # does not follow here.
     @functools.wraps(forward)
     def called(*args: Any) -> Any:
         with torch.no_grad():
@@ -47,9 +48,18 @@ class LinearStatistics(torch.autograd.Function):
     @staticmethod
     @without_grad
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, lora_scale: float,
-        rows: PerRow, other: OtherHead | None, settings: ChunkSettings, measure: Measure,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        lora_scale: float,
+        rows: PerRow,
+        other: OtherHead | None,
+        settings: ChunkSettings,
+        measure: Measure,
+    ) -> tuple[Tensor, ...]:
         head = LMHead(weight, bias, lora_a, lora_b, lora_scale).cast(settings)
         size, needs_grad = min(settings.chunk_rows, hidden.size(0)), any(ctx.needs_input_grad[:5])
         working: Buffers | None = None
@@ -70,7 +80,10 @@ class LinearStatistics(torch.autograd.Function):
             if measure.sweeps_again():
                 working = working or Buffers(size, head, settings, other)
                 sums = [
-                    measure.sums(working.logits(hidden, rows, where), Found(_at(found.outputs, where), _at(found.rest, where)))
+                    measure.sums(
+                        working.logits(hidden, rows, where),
+                        Found(_at(found.outputs, where), _at(found.rest, where)),
+                    )
                     for where in _runs(hidden, size)
                 ]
                 found = measure.with_sums(found, shards.gathered(torch.cat(sums, 1)).sum(0))
@@ -80,18 +93,31 @@ class LinearStatistics(torch.autograd.Function):
         # Backward writes over the first model's logits, so they serve only once. A
         # second backward computes the same ones again.
         ctx.kept = kept
-        ctx.other = None if other is None else (other.settings, None if other.head is None else other.head.lora_scale)
-        others = () if other is None else (other.values, other.picked, *(other.head[:4] if other.head is not None else ()))
+        ctx.other = (
+            None
+            if other is None
+            else (other.settings, None if other.head is None else other.head.lora_scale)
+        )
+        others = (
+            ()
+            if other is None
+            else (other.values, other.picked, *(other.head[:4] if other.head is not None else ()))
+        )
         ctx.split = (len(rows), len(outputs), len(rest))
         ctx.save_for_backward(hidden, weight, bias, lora_a, lora_b, *rows, *outputs, *rest, *others)
-        ctx.mark_non_differentiable(*(t for t, moves in zip(outputs, measure.differentiable(), strict=True) if not moves))
+        ctx.mark_non_differentiable(
+            *(t for t, moves in zip(outputs, measure.differentiable(), strict=True) if not moves)
+        )
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         measure: Measure = ctx.measure
         forbid_graph(ctx.settings.shards)
-        by = tuple(g.contiguous() if g is not None and moves else None for g, moves in zip(grads, measure.differentiable(), strict=True))
+        by = tuple(
+            g.contiguous() if g is not None and moves else None
+            for g, moves in zip(grads, measure.differentiable(), strict=True)
+        )
         if all(g is None for g in by):
             return (None,) * 10
         hidden, weight, bias, lora_a, lora_b, *saved = ctx.saved_tensors
@@ -101,10 +127,17 @@ class LinearStatistics(torch.autograd.Function):
         other = None if ctx.other is None else _other_head(others, *ctx.other)
         if again.wants_graph():
 
-            def formula(h: Tensor, w: Tensor, c: Tensor | None, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, ...]:
-                return _in_torch(h, LMHead(w, c, a, b, ctx.lora_scale), rows, other, settings, measure)
+            def formula(
+                h: Tensor, w: Tensor, c: Tensor | None, a: Tensor | None, b: Tensor | None
+            ) -> tuple[Tensor, ...]:
+                return _in_torch(
+                    h, LMHead(w, c, a, b, ctx.lora_scale), rows, other, settings, measure
+                )
 
-            return (*again.gradient(formula, (hidden, weight, bias, lora_a, lora_b), by), *(None,) * 5)
+            return (
+                *again.gradient(formula, (hidden, weight, bias, lora_a, lora_b), by),
+                *(None,) * 5,
+            )
         parameters = LMHead(weight, bias, lora_a, lora_b, ctx.lora_scale)
         head = parameters.cast(settings)
         count, kept, ctx.kept = hidden.size(0), ctx.kept, [None] * len(ctx.kept)
@@ -112,14 +145,28 @@ class LinearStatistics(torch.autograd.Function):
         again_from = min(len(kept) * size, count)
         # Rows without a coefficient are not computed again.
         with_gradient = (
-            rows_with_gradient(*_at(by, slice(again_from, count))) if settings.drop_zero_gradient and again_from < count else None
+            rows_with_gradient(*_at(by, slice(again_from, count)))
+            if settings.drop_zero_gradient and again_from < count
+            else None
         )
         left = count - again_from if with_gradient is None else with_gradient.numel()
-        gradients = Gradients(hidden, parameters, head, ctx.needs_input_grad[:5], len(kept) + -(-left // max(size, 1)), settings)
+        gradients = Gradients(
+            hidden,
+            parameters,
+            head,
+            ctx.needs_input_grad[:5],
+            len(kept) + -(-left // max(size, 1)),
+            settings,
+        )
 
         def add(where: slice | Tensor, logits: LogitRows, chunk: Tensor, drop: bool) -> None:
             part = _at(by, where)
-            found = measure.gradient(logits, Found(_at(outputs, where), _at(rest, where)), part, library.may_overwrite(True))
+            found = measure.gradient(
+                logits,
+                Found(_at(outputs, where), _at(rest, where)),
+                part,
+                library.may_overwrite(True),
+            )
             whole = chunk if found is None else padded(found, chunk.size(0))
             gradients.add(where, hidden[where], whole, rows_with_gradient(*part) if drop else None)
 
@@ -140,7 +187,11 @@ class LinearStatistics(torch.autograd.Function):
             # There are as many rows as in forward, padding included, so that the logits
             # are the same.
             buffers = buffers or Buffers(size, head, settings, other)
-            at = slice(again_from + run.start, again_from + run.stop) if with_gradient is None else again_from + with_gradient[run]
+            at = (
+                slice(again_from + run.start, again_from + run.stop)
+                if with_gradient is None
+                else again_from + with_gradient[run]
+            )
             add(at, buffers.logits(hidden, rows, at), buffers.values, False)
         return (*gradients.finish(), *(None,) * 5)
 
@@ -153,19 +204,40 @@ class LinearOnePass(torch.autograd.Function):
     @staticmethod
     @without_grad
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, lora_scale: float,
-        rows: PerRow, other: OtherHead | None, settings: ChunkSettings, work: OnePassWork,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        lora_scale: float,
+        rows: PerRow,
+        other: OtherHead | None,
+        settings: ChunkSettings,
+        work: OnePassWork,
+    ) -> tuple[Tensor, Tensor]:
         parameters = LMHead(weight, bias, lora_a, lora_b, lora_scale)
         head = parameters.cast(settings)
         size = min(settings.chunk_rows, hidden.size(0))
-        gradients = Gradients(hidden, parameters, head, ctx.needs_input_grad[:5], -(-hidden.size(0) // max(size, 1)), settings)
+        gradients = Gradients(
+            hidden,
+            parameters,
+            head,
+            ctx.needs_input_grad[:5],
+            -(-hidden.size(0) // max(size, 1)),
+            settings,
+        )
         buffers, tables = Buffers(size, head, settings, other), []
         for where in _runs(hidden, size):
             part = work.at(where)
             table = part.gradient_(buffers.logits(hidden, rows, where))
             tables.append(table)
-            gradients.add(where, hidden[where], buffers.values, part.rows_with_gradient(table) if settings.drop_zero_gradient else None)
+            gradients.add(
+                where,
+                hidden[where],
+                buffers.values,
+                part.rows_with_gradient(table) if settings.drop_zero_gradient else None,
+            )
         table, results = torch.cat(tables, 1), gradients.finish()
         ctx.given, ctx.backend, ctx.op = [g is not None for g in results], work.ran_by(), work.op()
         ctx.partitioned = partitioned(parameters[:4])
@@ -180,11 +252,16 @@ class LinearOnePass(torch.autograd.Function):
         saved = iter(ctx.saved_tensors)
         # Each takes one launch. For the smallest of these tensors, which have several
         # dtypes, an empty launch costs the few microseconds.
-        results = [library.scaled(next(saved), upstream, ctx.backend) if given else None for given in ctx.given]
+        results = [
+            library.scaled(next(saved), upstream, ctx.backend) if given else None
+            for given in ctx.given
+        ]
         return (*results, *(None,) * 5)
 
 
-def linear_statistics(hidden: Hidden, rows: PerRow, other: OtherHead | None, measure: Measure) -> tuple[Tensor, ...]:
+def linear_statistics(
+    hidden: Hidden, rows: PerRow, other: OtherHead | None, measure: Measure
+) -> tuple[Tensor, ...]:
     """Return the outputs of :class:`LinearStatistics`, as plain torch if that is the
     measure's backend.
     """
@@ -197,9 +274,16 @@ def linear_statistics(hidden: Hidden, rows: PerRow, other: OtherHead | None, mea
 
 
 def _in_torch(
-    states: Tensor, head: LMHead, rows: PerRow, other: OtherHead | None, settings: ChunkSettings, measure: Measure
+    states: Tensor,
+    head: LMHead,
+    rows: PerRow,
+    other: OtherHead | None,
+    settings: ChunkSettings,
+    measure: Measure,
 ) -> tuple[Tensor, ...]:
-    return measure.formulas(torch_logits(states, head, rows, rows.ids != IGNORE_INDEX, settings, other))
+    return measure.formulas(
+        torch_logits(states, head, rows, rows.ids != IGNORE_INDEX, settings, other)
+    )
 
 
 def _runs(hidden: Tensor, size: int) -> list[slice]:
@@ -213,7 +297,11 @@ def _runs(hidden: Tensor, size: int) -> list[slice]:
 
 def _joined(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Join the results of chunks into those of all rows."""
-    return parts[0] if len(parts) == 1 else tuple(torch.cat(found) for found in zip(*parts, strict=True))
+    return (
+        parts[0]
+        if len(parts) == 1
+        else tuple(torch.cat(found) for found in zip(*parts, strict=True))
+    )
 
 
 def _at(found: tuple[Any, ...], rows: slice | Tensor) -> tuple[Any, ...]:
@@ -229,6 +317,10 @@ def _split(saved: list[Any], counts: tuple[int, ...]) -> tuple[tuple[Any, ...], 
     return (*runs, tuple(saved))
 
 
-def _other_head(saved: tuple[Any, ...], settings: ChunkSettings, lora_scale: float | None) -> OtherHead:
+def _other_head(
+    saved: tuple[Any, ...], settings: ChunkSettings, lora_scale: float | None
+) -> OtherHead:
     values, picked, *head = saved
-    return OtherHead(values, None if lora_scale is None else LMHead._make((*head, lora_scale)), picked, settings)
+    return OtherHead(
+        values, None if lora_scale is None else LMHead._make((*head, lora_scale)), picked, settings
+    )

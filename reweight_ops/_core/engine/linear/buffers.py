@@ -35,7 +35,9 @@ class OtherHead(NamedTuple):
         if values.dim() == 2:
             return values[where]
         if isinstance(where, slice):
-            where = torch.arange(where.start, min(where.stop, values.size(0) * values.size(1)), device=values.device)
+            where = torch.arange(
+                where.start, min(where.stop, values.size(0) * values.size(1)), device=values.device
+            )
         return values[where // values.size(1), where % values.size(1)]
 
 
@@ -51,10 +53,16 @@ class Kept(NamedTuple):
 class Buffers:
     """Reused memory of ``size`` rows for a chunk's logits."""
 
-    def __init__(self, size: int, head: LMHead, settings: ChunkSettings, other: OtherHead | None) -> None:
+    def __init__(
+        self, size: int, head: LMHead, settings: ChunkSettings, other: OtherHead | None
+    ) -> None:
         self.other = other
         self._own = Chunk(size, head, settings)
-        self._other = None if other is None or other.head is None else Chunk(size, other.head.cast(other.settings), other.settings)
+        self._other = (
+            None
+            if other is None or other.head is None
+            else Chunk(size, other.head.cast(other.settings), other.settings)
+        )
 
     @property
     def values(self) -> Tensor:
@@ -65,7 +73,11 @@ class Buffers:
         """Return the logits of the computed rows ``where``, at most ``size``."""
         own, second = self._own.logits(hidden[where]), None
         if self.other is not None:
-            second = self.other.given(where) if self._other is None else self._other.logits(self.other.values[where])
+            second = (
+                self.other.given(where)
+                if self._other is None
+                else self._other.logits(self.other.values[where])
+            )
         return LogitRows(own, second, rows.at(where))
 
     def kept(self) -> Kept:
@@ -83,10 +95,21 @@ def made(kept: Kept, other: OtherHead | None, rows: PerRow, where: slice) -> Log
     return LogitRows(kept.values[:count], second, rows.at(where))
 
 
-def torch_logits(hidden: Tensor, head: LMHead, rows: PerRow, keep: Tensor, settings: ChunkSettings, other: OtherHead | None) -> LogitRows:
+def torch_logits(
+    hidden: Tensor,
+    head: LMHead,
+    rows: PerRow,
+    keep: Tensor,
+    settings: ChunkSettings,
+    other: OtherHead | None,
+) -> LogitRows:
     """Return the logits of all computed rows at once. They are differentiable any
     number of times.
     """
     z = again.head_logits(hidden, head, keep, settings)
-    y = None if other is None else again.other_logits(other.values, other.head, other.picked, keep, other.settings)
+    y = (
+        None
+        if other is None
+        else again.other_logits(other.values, other.head, other.picked, keep, other.settings)
+    )
     return LogitRows(z, y, rows)

@@ -34,7 +34,12 @@ def _widens(operand: Tensor, out: torch.dtype) -> bool:
     """Return whether a GEMM of 16-bit operands can write ``out`` unrounded. It can on a
     GPU since torch 2.8.
     """
-    return operand.device.type == "cuda" and operand.dtype.itemsize == 2 and out == torch.float32 and hasattr(torch.ops.aten.mm, "dtype")
+    return (
+        operand.device.type == "cuda"
+        and operand.dtype.itemsize == 2
+        and out == torch.float32
+        and hasattr(torch.ops.aten.mm, "dtype")
+    )
 
 
 def chunks(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -119,7 +124,13 @@ class Gradients:
     """
 
     def __init__(
-        self, hidden: Tensor, parameters: LMHead, head: LMHead, needs: tuple[bool, ...], chunk_count: int, settings: ChunkSettings
+        self,
+        hidden: Tensor,
+        parameters: LMHead,
+        head: LMHead,
+        needs: tuple[bool, ...],
+        chunk_count: int,
+        settings: ChunkSettings,
     ) -> None:
         """Start with ``parameters`` as the caller has them and ``head`` in the dtype of
         the GEMMs.
@@ -130,12 +141,24 @@ class Gradients:
         self.chunk_count, self.settings = chunk_count, settings
         compute = settings.compute_dtype
         self.hidden = empty(hidden.shape, compute, hidden.device).zero_() if self.needs[0] else None
-        self.totals: list[Tensor | None] = [None] * 4  # a parameter's first chunk writes, the others add
-        running = settings.shards is not None and self.hidden is not None and not torch.compiler.is_compiling()
-        self.over_ranks = Sums(settings.shards.op, settings.shards.group) if running and settings.shards is not None else None
-        self.summed = 0  # the number of leading rows of hidden whose sum over ranks has begun
+        # a parameter's first chunk writes, the others add
+        self.totals: list[Tensor | None] = [None] * 4
+        running = (
+            settings.shards is not None
+            and self.hidden is not None
+            and not torch.compiler.is_compiling()
+        )
+        self.over_ranks = (
+            Sums(settings.shards.op, settings.shards.group)
+            if running and settings.shards is not None
+            else None
+        )
+        # the number of leading rows of hidden whose sum over ranks has begun
+        self.summed = 0
 
-    def add(self, rows: slice | Tensor, h: Tensor, chunk: Tensor, with_gradient: Tensor | None) -> None:
+    def add(
+        self, rows: slice | Tensor, h: Tensor, chunk: Tensor, with_gradient: Tensor | None
+    ) -> None:
         """Add the gradients of a chunk.
 
         ``chunk`` holds dL/dlogits of the rows (a run of all rows, or their positions),
@@ -149,7 +172,9 @@ class Gradients:
             self.over_ranks.start(self.hidden[rows])
             self.summed = rows.stop
 
-    def _add(self, rows: slice | Tensor, h: Tensor, chunk: Tensor, with_gradient: Tensor | None) -> None:
+    def _add(
+        self, rows: slice | Tensor, h: Tensor, chunk: Tensor, with_gradient: Tensor | None
+    ) -> None:
         weight, _, a, b, scale = self.head
         count = h.size(0)
         if with_gradient is not None:
@@ -166,7 +191,11 @@ class Gradients:
         through = None if b is None else scale * _mm_mixed(grad, b)  # [m, r]
         if self.hidden is not None:
             in_place = isinstance(rows, slice) and with_gradient is None and count == whole.size(0)
-            product = torch.mm(whole, weight, out=self.hidden[rows]) if in_place else torch.mm(whole, weight)[: grad.size(0)]
+            product = (
+                torch.mm(whole, weight, out=self.hidden[rows])
+                if in_place
+                else torch.mm(whole, weight)[: grad.size(0)]
+            )
             if through is not None and a is not None:
                 product += through @ a
             if not in_place:
@@ -186,7 +215,9 @@ class Gradients:
     def _place(self, rows: slice | Tensor, with_gradient: Tensor | None, product: Tensor) -> None:
         assert self.hidden is not None
         if not isinstance(rows, slice):
-            self.hidden.index_copy_(0, rows if with_gradient is None else rows[with_gradient], product)
+            self.hidden.index_copy_(
+                0, rows if with_gradient is None else rows[with_gradient], product
+            )
         elif with_gradient is not None:
             self.hidden[rows].index_copy_(0, with_gradient, product)
         else:
@@ -228,21 +259,29 @@ class Gradients:
         for i, (need, source) in enumerate(zip(self.needs, self.sources, strict=True)):
             found = results[i]
             if need and source is not None:
-                results[i] = torch.zeros_like(source, memory_format=torch.contiguous_format) if found is None else found.to(source.dtype)
+                results[i] = (
+                    torch.zeros_like(source, memory_format=torch.contiguous_format)
+                    if found is None
+                    else found.to(source.dtype)
+                )
         return tuple(results)
 
     def _sum_over_ranks(self) -> None:
         if self.over_ranks is None and self.settings.shards is not None and self.hidden is not None:
-            self.hidden = self.settings.shards.summed(self.hidden)  # in a graph, all rows at once
+            # in a graph, all rows at once
+            self.hidden = self.settings.shards.summed(self.hidden)
         if self.over_ranks is not None and self.hidden is not None:
-            self.over_ranks.start(self.hidden[self.summed :])  # rows that were picked, all at once
+            # rows that were picked, all at once
+            self.over_ranks.start(self.hidden[self.summed :])
             self.over_ranks.finish()
         shards, lora_a = self.settings.shards, self.sources[3]
         if shards is None or lora_a is None or not self.needs[3]:
             return
         total = self.totals[2]
         if total is None:  # no row had a gradient here
-            total = torch.zeros_like(lora_a, dtype=self._dtype(2), memory_format=torch.contiguous_format)
+            total = torch.zeros_like(
+                lora_a, dtype=self._dtype(2), memory_format=torch.contiguous_format
+            )
         self.totals[2] = shards.summed(total)
 
 
@@ -314,7 +353,11 @@ def rows_with_gradient(*derivatives: Tensor | None) -> Tensor | None:
     known = [(c != 0) if c.dim() == 1 else (c != 0).any(-1) for c in derivatives if c is not None]
     with_gradient = torch.stack(known).any(0)
     index = with_gradient.nonzero()[:, 0]
-    return index if with_gradient.numel() - index.numel() >= _fewest_to_drop(with_gradient.numel()) else None
+    return (
+        index
+        if with_gradient.numel() - index.numel() >= _fewest_to_drop(with_gradient.numel())
+        else None
+    )
 
 
 def _fewest_to_drop(rows: int) -> float:

@@ -20,7 +20,17 @@ from ...backends.shards import VocabShards
 from ...calls.sampling_mask import KeptSets
 from .. import again, jsd_ops
 from .. import ops as library
-from ..autograd import FIXED, LSE_LOW, OpOptions, Softmaxes, asked_for, merged_rows, stats_table, with_empty, written_gradient
+from ..autograd import (
+    FIXED,
+    LSE_LOW,
+    OpOptions,
+    Softmaxes,
+    asked_for,
+    merged_rows,
+    stats_table,
+    with_empty,
+    written_gradient,
+)
 from ..picks import PICKED, PICKED_IDS, Picks
 from .gemms import chunks
 
@@ -39,12 +49,15 @@ class PerRow(NamedTuple):
     kept_bounds: Tensor | None = None
 
     @classmethod
-    def of(cls, ids: Tensor, temperature: Tensor, picked: Tensor | None, sets: KeptSets | None) -> PerRow:
+    def of(
+        cls, ids: Tensor, temperature: Tensor, picked: Tensor | None, sets: KeptSets | None
+    ) -> PerRow:
         """Return the data of one model's rows."""
         return cls(ids, temperature, None, picked, *((None,) * 3 if sets is None else sets[:3]))
 
     def sets(self) -> KeptSets | None:
-        """Return the kept sets. They do not tell over which set the entropy is taken."""
+        """Return the kept sets. They do not tell over which set the
+        entropy is taken."""
         if self.kept_ids is None or self.kept_row is None or self.kept_bounds is None:
             return None
         return KeptSets(self.kept_ids, self.kept_row, self.kept_bounds, False)
@@ -56,7 +69,13 @@ class PerRow(NamedTuple):
         picked, sets = None if self.picked is None else self.picked[rows].contiguous(), self.sets()
         if sets is not None:
             sets = sets.rows(rows) if isinstance(rows, slice) else sets.select(rows)
-        return PerRow(self.ids[rows].contiguous(), t, other, picked, *((None,) * 3 if sets is None else sets[:3]))
+        return PerRow(
+            self.ids[rows].contiguous(),
+            t,
+            other,
+            picked,
+            *((None,) * 3 if sets is None else sets[:3]),
+        )
 
 
 class LogitRows(NamedTuple):
@@ -73,7 +92,13 @@ class LogitRows(NamedTuple):
         if self.other is None:
             return self.values, self.rows.ids, self.rows.temperature
         assert self.rows.other_temperature is not None
-        return self.values, self.other, self.rows.ids, self.rows.temperature, self.rows.other_temperature
+        return (
+            self.values,
+            self.other,
+            self.rows.ids,
+            self.rows.temperature,
+            self.rows.other_temperature,
+        )
 
 
 class Found(NamedTuple):
@@ -90,7 +115,8 @@ class Found(NamedTuple):
         return Found(*(tuple(x[rows] for x in part) for part in self))
 
 
-#: Bytes of :func:`wide_blocks`: on a CPU few enough for a cache, on a GPU rows enough for every multiprocessor.
+#: Bytes of :func:`wide_blocks`: on a CPU few enough for a cache, on a GPU rows enough
+#: for every multiprocessor.
 _BLOCK = {"cpu": 4 << 20, "cuda": 256 << 20}
 
 
@@ -104,7 +130,8 @@ def wide_blocks(logits: LogitRows) -> Iterator[tuple[slice, LogitRows]]:
     most = _BLOCK.get(logits.values.device.type, _BLOCK["cuda"]) // (
         max(logits.values.size(1), 1) * dtype.itemsize
     )  # a shard may have no column
-    for rows in chunks(0, max(logits.values.size(0), 1), max(most, 1)):  # one of a call without rows
+    # one of a call without rows
+    for rows in chunks(0, max(logits.values.size(0), 1), max(most, 1)):
         other = None if logits.other is None else logits.other[rows]
         yield rows, LogitRows(logits.values[rows].to(dtype, copy=True), other, logits.rows.at(rows))
 
@@ -129,21 +156,28 @@ class Measure(Protocol):
         """Of a vocabulary that several ranks have."""
 
     def states(self, found: Found) -> Tensor:
-        """``[S, M]``: what a rank tells the others of its shard's statistics of all rows."""
+        """``[S, M]``: what a rank tells the others of its shard's statistics of all
+        rows.
+        """
 
     def merged(self, states: Tensor, rows: PerRow) -> Found:
         """The statistics of whole rows from the states ``[W, S, M]`` of all ranks."""
 
     def sweeps_again(self) -> bool:
-        """Whether some outputs are sums over the columns of what is known of whole rows: of shards, then, a second sweep finds them."""
+        """Whether some outputs are sums over the columns of what is known of whole
+        rows: of shards, then, a second sweep finds them.
+        """
 
     def sums(self, logits: LogitRows, found: Found) -> Tensor:
-        """``[S, n]``: a shard's parts of these sums, from the statistics of whole rows."""
+        """``[S, n]``: a shard's parts of these sums, from the statistics
+        of whole rows."""
 
     def with_sums(self, found: Found, sums: Tensor) -> Found:
         """All that is found, with the sums ``[S, M]`` over all shards."""
 
-    def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
+    def gradient(
+        self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool
+    ) -> Tensor | None:
         """Return the gradient by the first model's logits from the derivatives ``by``
         each output.
 
@@ -185,15 +219,29 @@ class TokenMeasure(NamedTuple):
         z, ids, t = self._tensors(logits)
         wanted = asked_for(",".join(self.stats_of_rows), needs_grad or self.picks, self.shards)
         picks, options = self._picks(logits.rows), OpOptions(False, self.backend, False)
-        whole, likeliest = stats_table(z, ids, t, logits.rows.sets(), self.softmax, options, wanted, picks)
+        whole, likeliest = stats_table(
+            z, ids, t, logits.rows.sets(), self.softmax, options, wanted, picks
+        )
         table = whole.unbind()
         outputs, rest = table[: len(self.stats_of_rows)], table[len(self.stats_of_rows) :]
         if self.picks and self.shards is not None:
-            return Found(outputs, (*rest, picks.states(z, ids, t, self.softmax, whole.dtype, likeliest)))
-        return self._with_picks(outputs, rest, logits.rows, z, picks.joined(likeliest)) if self.picks else Found(outputs, rest)
+            return Found(
+                outputs, (*rest, picks.states(z, ids, t, self.softmax, whole.dtype, likeliest))
+            )
+        return (
+            self._with_picks(outputs, rest, logits.rows, z, picks.joined(likeliest))
+            if self.picks
+            else Found(outputs, rest)
+        )
 
     def _with_picks(
-        self, outputs: tuple[Tensor, ...], rest: tuple[Tensor, ...], rows: PerRow, z: Tensor, chosen: Tensor, known: Tensor | None = None
+        self,
+        outputs: tuple[Tensor, ...],
+        rest: tuple[Tensor, ...],
+        rows: PerRow,
+        z: Tensor,
+        chosen: Tensor,
+        known: Tensor | None = None,
     ) -> Found:
         names = asked_for(",".join(self.stats_of_rows), True).split(",")
         by_name = dict(zip(names, (*outputs, *rest), strict=True))
@@ -207,8 +255,13 @@ class TokenMeasure(NamedTuple):
     def merged(self, states: Tensor, rows: PerRow) -> Found:
         assert self.shards is not None
         names = asked_for(",".join(self.stats_of_rows), True, self.shards)
-        table, picked = merged_rows(states, names, rows.ids, self.shards, self._picks(rows) if self.picks else None)
-        outputs, rest = table.unbind()[: len(self.stats_of_rows)], table.unbind()[len(self.stats_of_rows) :]
+        table, picked = merged_rows(
+            states, names, rows.ids, self.shards, self._picks(rows) if self.picks else None
+        )
+        outputs, rest = (
+            table.unbind()[: len(self.stats_of_rows)],
+            table.unbind()[len(self.stats_of_rows) :],
+        )
         if picked is None:
             return Found(outputs, rest)
         values, chosen = picked
@@ -223,11 +276,24 @@ class TokenMeasure(NamedTuple):
     def with_sums(self, found: Found, sums: Tensor) -> Found:
         raise NotImplementedError
 
-    def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
+    def gradient(
+        self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool
+    ) -> Tensor | None:
         more = asked_for(",".join(self.stats_of_rows), True).split(",")[len(self.stats_of_rows) :]
         known = dict(zip((*self.names(), *more), (*found.outputs, *found.rest), strict=True))
-        derivatives, options = dict(zip(self.names(), by, strict=True)), OpOptions(False, self.backend, over)
-        return written_gradient(*self._tensors(logits), self.softmax, known, derivatives, options, over, logits.rows.sets())
+        derivatives, options = (
+            dict(zip(self.names(), by, strict=True)),
+            OpOptions(False, self.backend, over),
+        )
+        return written_gradient(
+            *self._tensors(logits),
+            self.softmax,
+            known,
+            derivatives,
+            options,
+            over,
+            logits.rows.sets(),
+        )
 
     def formulas(self, logits: LogitRows) -> tuple[Tensor, ...]:
         z, ids, t = self._tensors(logits)
@@ -250,7 +316,8 @@ class DivergenceMeasure(NamedTuple):
     softmaxes: Softmaxes
     backend: str
     beta: float | None
-    shards: VocabShards | None = None  # shards over ranks, each with its columns of both models
+    # shards over ranks, each with its columns of both models
+    shards: VocabShards | None = None
 
     def ran_by(self) -> str:
         return self.backend
@@ -259,16 +326,23 @@ class DivergenceMeasure(NamedTuple):
         return self.shards
 
     def differentiable(self) -> tuple[bool, ...]:
-        return (True, True, True, False) if self.beta is None else (False, False, False, False, True)
+        return (
+            (True, True, True, False) if self.beta is None else (False, False, False, False, True)
+        )
 
     def stats(self, logits: LogitRows, needs_grad: bool) -> Found:
-        whole = library.called(library.divergence_stats, *logits.tensors(), *self.softmaxes, False, self.backend)
+        whole = library.called(
+            library.divergence_stats, *logits.tensors(), *self.softmaxes, False, self.backend
+        )
         if self.shards is not None:
             whole = with_empty(whole, logits.tensors(), self.softmaxes, self.backend)
         table = whole.unbind()
         if self.beta is None or self.shards is not None:
             return Found(table[:4], table[4:])
-        return Found((*table[:4], jsd_ops.generalized_jsd(*logits.tensors(), self.beta, *self.softmaxes)), table[4:])
+        return Found(
+            (*table[:4], jsd_ops.generalized_jsd(*logits.tensors(), self.beta, *self.softmaxes)),
+            table[4:],
+        )
 
     def states(self, found: Found) -> Tensor:
         return torch.stack([*found.outputs, *found.rest])
@@ -283,20 +357,39 @@ class DivergenceMeasure(NamedTuple):
 
     def sums(self, logits: LogitRows, found: Found) -> Tensor:
         known = torch.stack(found.rest)
-        parts: Tensor = library.called(jsd_ops.jsd_parts, *logits.tensors(), known, self.beta, *self.softmaxes, False)
+        parts: Tensor = library.called(
+            jsd_ops.jsd_parts, *logits.tensors(), known, self.beta, *self.softmaxes, False
+        )
         return parts
 
     def with_sums(self, found: Found, sums: Tensor) -> Found:
         assert self.beta is not None
         to_p, to_q = sums.unbind()
-        return Found((*found.outputs, self.beta * to_q + (1 - self.beta) * to_p), (*found.rest, to_p))
+        return Found(
+            (*found.outputs, self.beta * to_q + (1 - self.beta) * to_p), (*found.rest, to_p)
+        )
 
-    def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
+    def gradient(
+        self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool
+    ) -> Tensor | None:
         two, zero = logits.tensors(), torch.zeros_like(found.outputs[0])
-        derivatives = [zero if g is None else g for g, moves in zip(by, self.differentiable(), strict=True) if moves]
+        derivatives = [
+            zero if g is None else g
+            for g, moves in zip(by, self.differentiable(), strict=True)
+            if moves
+        ]
         if self.beta is not None and self.shards is not None:
-            parts = (*two, torch.stack(found.rest), derivatives[0], self.beta, *self.softmaxes, False)
-            by_logits = library.called(jsd_ops.jsd_parts_grad_ if over else jsd_ops.jsd_parts_grad, *parts)
+            parts = (
+                *two,
+                torch.stack(found.rest),
+                derivatives[0],
+                self.beta,
+                *self.softmaxes,
+                False,
+            )
+            by_logits = library.called(
+                jsd_ops.jsd_parts_grad_ if over else jsd_ops.jsd_parts_grad, *parts
+            )
             return None if over else by_logits
         if self.beta is not None:
             arguments: tuple[Any, ...] = (*two, derivatives[0], self.beta, *self.softmaxes)
@@ -306,7 +399,9 @@ class DivergenceMeasure(NamedTuple):
             return jsd_ops.generalized_jsd_grad(*arguments)[1]  # type: ignore[no-any-return]
         table = torch.stack([*found.outputs, *found.rest])
         arguments = (*two, table, torch.stack(derivatives), *self.softmaxes, False, self.backend)
-        found_by = library.called(library.divergence_grad_ if over else library.divergence_grad, *arguments)
+        found_by = library.called(
+            library.divergence_grad_ if over else library.divergence_grad, *arguments
+        )
         return None if over else found_by
 
     def formulas(self, logits: LogitRows) -> tuple[Tensor, ...]:
@@ -330,17 +425,23 @@ class JointMeasure(NamedTuple):
         return self.token.differentiable() + self.divergence.differentiable()
 
     def stats(self, logits: LogitRows, needs_grad: bool) -> Found:
-        return self._joined(self.token.stats(logits, needs_grad), self.divergence.stats(logits, needs_grad))
+        return self._joined(
+            self.token.stats(logits, needs_grad), self.divergence.stats(logits, needs_grad)
+        )
 
     def over(self) -> VocabShards | None:
         return self.token.over()
 
     def states(self, found: Found) -> Tensor:
-        return torch.cat([measure.states(part) for measure, part in self._parts(found, of_shard=True)])
+        return torch.cat(
+            [measure.states(part) for measure, part in self._parts(found, of_shard=True)]
+        )
 
     def merged(self, states: Tensor, rows: PerRow) -> Found:
         own = states.size(1) - len(DIVERGENCE_STATS)
-        return self._joined(self.token.merged(states[:, :own], rows), self.divergence.merged(states[:, own:], rows))
+        return self._joined(
+            self.token.merged(states[:, :own], rows), self.divergence.merged(states[:, own:], rows)
+        )
 
     def sweeps_again(self) -> bool:
         return self.divergence.sweeps_again()
@@ -352,30 +453,47 @@ class JointMeasure(NamedTuple):
         (_, first), (_, second) = self._parts(found)
         return self._joined(first, self.divergence.with_sums(second, sums))
 
-    def _parts(self, found: Found, of_shard: bool = False) -> tuple[tuple[TokenMeasure, Found], tuple[DivergenceMeasure, Found]]:
-        outputs, rest = len(self.token.names()), 2 if of_shard else 1  # lse_low, and of a shard what rounding its log-prob lost
-        first, second = Found(found.outputs[:outputs], found.rest[:rest]), Found(found.outputs[outputs:], found.rest[rest:])
+    def _parts(
+        self, found: Found, of_shard: bool = False
+    ) -> tuple[tuple[TokenMeasure, Found], tuple[DivergenceMeasure, Found]]:
+        # lse_low, and of a shard what rounding its log-prob lost
+        outputs, rest = len(self.token.names()), 2 if of_shard else 1
+        first, second = (
+            Found(found.outputs[:outputs], found.rest[:rest]),
+            Found(found.outputs[outputs:], found.rest[rest:]),
+        )
         return (self.token, first), (self.divergence, second)
 
     def _joined(self, first: Found, second: Found) -> Found:
         return Found(first.outputs + second.outputs, first.rest + second.rest)
 
-    def gradient(self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool) -> Tensor | None:
+    def gradient(
+        self, logits: LogitRows, found: Found, by: tuple[Tensor | None, ...], over: bool
+    ) -> Tensor | None:
         (_, first_known), (_, second_known) = self._parts(found)
         outputs = len(self.token.names())
         parts: tuple[tuple[Measure, Found, tuple[Tensor | None, ...]], ...] = (
             (self.token, first_known, by[:outputs]),
             (self.divergence, second_known, by[outputs:]),
         )
-        for (measure, known, derivatives), (_, _, others) in zip(parts, reversed(parts), strict=True):
+        for (measure, known, derivatives), (_, _, others) in zip(
+            parts, reversed(parts), strict=True
+        ):
             if all(g is None for g in others):
                 return measure.gradient(logits, known, derivatives, over)
         out = logits.values if over else torch.empty_like(logits.values)
         for rows, wide in wide_blocks(logits):
             first, second = (
                 # The second writes over the logits, which the first reads.
-                measure.gradient(wide, known.at(rows), tuple(None if g is None else g[rows] for g in derivatives), over_wide)
-                for (measure, known, derivatives), over_wide in zip(parts, (False, True), strict=True)
+                measure.gradient(
+                    wide,
+                    known.at(rows),
+                    tuple(None if g is None else g[rows] for g in derivatives),
+                    over_wide,
+                )
+                for (measure, known, derivatives), over_wide in zip(
+                    parts, (False, True), strict=True
+                )
             )
             assert first is not None and second is None
             out[rows] = first.add_(wide.values)

@@ -32,7 +32,12 @@ from .works import TokenWork
 def with_shards(hidden: Hidden, shards: VocabShards, ids: Tensor) -> Hidden:
     """Return a rank's call after the ranks have agreed on their columns."""
     settings, (kept, ids) = hidden.settings, part_of(hidden.kept, ids, shards, hidden.rows)
-    return replace(hidden, kept=kept, ids=ids, settings=settings._replace(softmax=shards.params(settings.softmax.softcap), shards=shards))
+    return replace(
+        hidden,
+        kept=kept,
+        ids=ids,
+        settings=settings._replace(softmax=shards.params(settings.softmax.softcap), shards=shards),
+    )
 
 
 @dataclass(frozen=True)
@@ -74,11 +79,32 @@ class HiddenSource(PlainSource):
 
     def _statistics(self, h: Hidden, wanted: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         picks, torch_only = self.picks or Picks(), backend == again.TORCH
-        computed = wanted if torch_only else temperature.with_reads(wanted, h.temperature, self.picks is not None)
-        given = None if picks.given is None else picks.given if h.index is None else picks.given[h.index]
-        per_row = PerRow.of(h.ids, h.temperature if torch_only else h.temperature.detach(), given, h.kept)
-        measure = TokenMeasure(h.settings.softmax, backend, computed, self.picks is not None, picks.top, h.settings.shards)
-        known = dict(zip(measure.names(), linear_statistics(h, per_row, None, measure), strict=True))
+        computed = (
+            wanted
+            if torch_only
+            else temperature.with_reads(wanted, h.temperature, self.picks is not None)
+        )
+        given = (
+            None
+            if picks.given is None
+            else picks.given
+            if h.index is None
+            else picks.given[h.index]
+        )
+        per_row = PerRow.of(
+            h.ids, h.temperature if torch_only else h.temperature.detach(), given, h.kept
+        )
+        measure = TokenMeasure(
+            h.settings.softmax,
+            backend,
+            computed,
+            self.picks is not None,
+            picks.top,
+            h.settings.shards,
+        )
+        known = dict(
+            zip(measure.names(), linear_statistics(h, per_row, None, measure), strict=True)
+        )
         if not torch_only:
             kept = (*wanted, PICKED, PICKED_IDS) if self.picks is not None else wanted
             known = temperature.differentiable(known, kept, h.temperature)
@@ -94,10 +120,15 @@ class HiddenSource(PlainSource):
             h.states, *h.head, PerRow.of(h.ids, h.temperature, None, h.kept), None, h.settings,
             TokenWork(work._replace(inputs=inputs), h.settings.softmax, backend, over),
         )  # fmt: skip
-        return loss, torch.stack([h.scatter(row) for row in table.unbind()]) if h.index is not None else table
+        return loss, torch.stack(
+            [h.scatter(row) for row in table.unbind()]
+        ) if h.index is not None else table
 
     def more_metrics(self, plan: str) -> MoreMetrics:
-        return _DroppedRows(self.hidden, self.hidden.settings.chunk_rows if plan == "one_pass" else self.hidden.states.size(0))
+        return _DroppedRows(
+            self.hidden,
+            self.hidden.settings.chunk_rows if plan == "one_pass" else self.hidden.states.size(0),
+        )
 
 
 class _DroppedRows:
@@ -109,14 +140,23 @@ class _DroppedRows:
     """
 
     def __init__(self, hidden: Hidden, dropped_in: int) -> None:
-        self.index, self.count, self.drop_zero_gradient = hidden.index, hidden.rows.count, hidden.settings.drop_zero_gradient
+        self.index, self.count, self.drop_zero_gradient = (
+            hidden.index,
+            hidden.rows.count,
+            hidden.settings.drop_zero_gradient,
+        )
         self.dropped_in = dropped_in
 
     def __call__(self, derivatives: tuple[Tensor, Tensor]) -> dict[str, Any]:
         computed = self.count if self.index is None else self.index.numel()
-        found: dict[str, Any] = {"rows_dropped_forward": self.count - computed, "rows_dropped_backward": 0}
+        found: dict[str, Any] = {
+            "rows_dropped_forward": self.count - computed,
+            "rows_dropped_backward": 0,
+        }
         if self.drop_zero_gradient:
             zero_gradient = (derivatives[0] == 0) & (derivatives[1] == 0)
             zero_gradient = zero_gradient if self.index is None else zero_gradient[self.index]
-            found["rows_dropped_backward"] = zero_gradient_rows_dropped(zero_gradient, max(self.dropped_in, 1))
+            found["rows_dropped_backward"] = zero_gradient_rows_dropped(
+                zero_gradient, max(self.dropped_in, 1)
+            )
         return found

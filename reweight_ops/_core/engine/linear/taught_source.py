@@ -37,10 +37,14 @@ class TaughtSource(PlainSource):
 
     @property
     def info(self) -> SourceInfo:
-        return self.two.info._replace(statistics=("token_stats", "divergence_stats"), one_pass="token_loss_grad")
+        return self.two.info._replace(
+            statistics=("token_stats", "divergence_stats"), one_pass="token_loss_grad"
+        )
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
-        own = statistics_of(None, tuple(name for name in names if not name.startswith(TEACHER)), self.rows)
+        own = statistics_of(
+            None, tuple(name for name in names if not name.startswith(TEACHER)), self.rows
+        )
         if self.two.both.p.shard is not None:
             whole: dict[str, Tensor] = self._of_shards(own, backend)
             return whole
@@ -49,9 +53,14 @@ class TaughtSource(PlainSource):
     def _of_shards(self, own: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         return self._statistics(self.two.agreed(own, backend), own, backend)
 
-    def _statistics(self, two: TwoHiddenSource, own: tuple[str, ...], backend: str) -> dict[str, Tensor]:
+    def _statistics(
+        self, two: TwoHiddenSource, own: tuple[str, ...], backend: str
+    ) -> dict[str, Tensor]:
         p = two.both.p
-        measure = JointMeasure(TokenMeasure(p.settings.softmax, backend, own, shards=p.settings.shards), two.measure(backend))
+        measure = JointMeasure(
+            TokenMeasure(p.settings.softmax, backend, own, shards=p.settings.shards),
+            two.measure(backend),
+        )
         values = linear_statistics(p, two.per_row, two.other, measure)
         found = (*own, *(TEACHER + name for name in two.names))
         return {name: p.scatter(value) for name, value in zip(found, values, strict=True)}
@@ -63,5 +72,9 @@ class TaughtSource(PlainSource):
             TokenWork(policy._replace(inputs=inputs), p.settings.softmax, backend),
             TwoWork(teacher._replace(weights=p.gather(teacher.weights)), self.two.measure(backend)),
         )
-        loss, table = LinearOnePass.apply(p.states, *p.head, self.two.per_row, self.two.other, p.settings, both)  # type: ignore[no-untyped-call]
-        return loss, torch.stack([p.scatter(row) for row in table.unbind()]) if p.index is not None else table
+        loss, table = LinearOnePass.apply(
+            p.states, *p.head, self.two.per_row, self.two.other, p.settings, both
+        )  # type: ignore[no-untyped-call]
+        return loss, torch.stack(
+            [p.scatter(row) for row in table.unbind()]
+        ) if p.index is not None else table

@@ -25,7 +25,9 @@ from .works import TwoWork
 
 @dataclass(frozen=True)
 class TwoHiddenSource(PlainSource):
-    """Divergences of two heads: those of :class:`~..sources.TwoLogitsSource`, and with ``beta`` the generalised JSD."""
+    """Divergences of two heads: those of :class:`~..sources.TwoLogitsSource`, and with
+    ``beta`` the generalised JSD.
+    """
 
     both: TwoHidden
     beta: float | None = None
@@ -38,9 +40,15 @@ class TwoHiddenSource(PlainSource):
     def info(self) -> SourceInfo:
         p, s = self.both.p, self.both.p.settings
         return SourceInfo(
-            p.states.device, s.logits_dtype, p.needs_grad, s.backend, ("divergence_stats",), "divergence_loss_grad", self.both.other.dtype,
+            p.states.device,
+            s.logits_dtype,
+            p.needs_grad,
+            s.backend,
+            ("divergence_stats",),
+            "divergence_loss_grad",
+            self.both.other.dtype,
             one_pass_unsupported_reason(p.shard),
-        )  # fmt: skip
+        )
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         if self.both.p.shard is not None:
@@ -52,22 +60,32 @@ class TwoHiddenSource(PlainSource):
         return self.agreed((), backend)._statistics(backend)
 
     def agreed(self, asked: tuple[str, ...], backend: str) -> TwoHiddenSource:
-        """The same once all ranks have agreed on who has which columns, and that ``asked`` is asked besides."""
+        """The same once all ranks have agreed on who has which columns, and that
+        ``asked`` is asked besides.
+        """
         p = self.both.p
         assert p.shard is not None
         refuse_transforms(p.rows, backend)
-        own = with_shards(p, *p.shard.agreed(p.rows, p.ids, (*asked, *self.names, self.beta), p.needs_grad))
+        own = with_shards(
+            p, *p.shard.agreed(p.rows, p.ids, (*asked, *self.names, self.beta), p.needs_grad)
+        )
         return replace(self, both=replace(self.both, p=own))
 
     def _statistics(self, backend: str) -> dict[str, Tensor]:
         values = linear_statistics(self.both.p, self.per_row, self.other, self.measure(backend))
-        return {name: self.both.p.scatter(value) for name, value in zip(self.names, values, strict=True)}
+        return {
+            name: self.both.p.scatter(value) for name, value in zip(self.names, values, strict=True)
+        }
 
     def one_pass(self, work: DivergenceWork, backend: str) -> tuple[Tensor, Tensor]:
         p = self.both.p
         two = TwoWork(work._replace(weights=p.gather(work.weights)), self.measure(backend))
-        loss, table = LinearOnePass.apply(p.states, *p.head, self.per_row, self.other, p.settings, two)  # type: ignore[no-untyped-call]
-        return loss, torch.stack([p.scatter(row) for row in table.unbind()]) if p.index is not None else table
+        loss, table = LinearOnePass.apply(
+            p.states, *p.head, self.per_row, self.other, p.settings, two
+        )  # type: ignore[no-untyped-call]
+        return loss, torch.stack(
+            [p.scatter(row) for row in table.unbind()]
+        ) if p.index is not None else table
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -50,7 +50,8 @@ class TokenWork(NamedTuple):
     work: PolicyWork
     softmax: SoftmaxParams
     backend: str
-    over_vocabulary: bool = False  # whether the entropy of rows with kept sets is over the vocabulary
+    # whether the entropy of rows with kept sets is over the vocabulary
+    over_vocabulary: bool = False
 
     def ran_by(self) -> str:
         return self.backend
@@ -59,7 +60,9 @@ class TokenWork(NamedTuple):
         return "linear_policy_loss"
 
     def at(self, rows: slice) -> TokenWork:
-        inputs = RowInputs(*(None if t is None else t[..., rows].contiguous() for t in self.work.inputs))  # type: ignore[arg-type]
+        inputs = RowInputs(
+            *(None if t is None else t[..., rows].contiguous() for t in self.work.inputs)
+        )  # type: ignore[arg-type]
         return self._replace(work=self.work._replace(inputs=inputs))
 
     def gradient_(self, logits: LogitRows) -> Tensor:
@@ -76,10 +79,25 @@ class TokenWork(NamedTuple):
         kept sets.
         """
         inputs, params, program = self.work
-        rows, sets, rest = (logits.rows.ids, logits.rows.temperature), logits.rows.sets(), (*self.softmax[:2], False, self.backend)
+        rows, sets, rest = (
+            (logits.rows.ids, logits.rows.temperature),
+            logits.rows.sets(),
+            (*self.softmax[:2], False, self.backend),
+        )
         if sets is None:
             return library.called(whole, logits.values, *rows, *inputs, params, program, *rest)
-        return library.called(of_sets, logits.values, rows[0], *sets[:3], rows[1], *inputs, params, program, self.over_vocabulary, *rest)
+        return library.called(
+            of_sets,
+            logits.values,
+            rows[0],
+            *sets[:3],
+            rows[1],
+            *inputs,
+            params,
+            program,
+            self.over_vocabulary,
+            *rest,
+        )
 
     def rows_with_gradient(self, table: Tensor) -> Tensor | None:
         return rows_with_gradient(table[4], table[5])
@@ -104,14 +122,19 @@ class TwoWork(NamedTuple):
         return self._replace(work=self.work._replace(weights=self.work.weights[rows].contiguous()))
 
     def gradient_(self, logits: LogitRows) -> Tensor:
-        """Return the kernels' table. With a ``beta`` it has one more row for the JSD."""
+        """Return the kernels' table. With a ``beta`` it has one more row
+        for the JSD."""
         softmaxes, backend, beta, _ = self.measure
         two = logits.tensors()
         if beta is None:
-            table: Tensor = library.called(library.divergence_loss_grad_, *two, *self.work, *softmaxes, False, backend)
+            table: Tensor = library.called(
+                library.divergence_loss_grad_, *two, *self.work, *softmaxes, False, backend
+            )
             return table
         table = library.called(library.divergence_stats, *two, *softmaxes, False, backend)
-        return torch.cat([table, jsd_ops.generalized_jsd_grad_(*two, self.work.weights, beta, *softmaxes)[None]])
+        return torch.cat(
+            [table, jsd_ops.generalized_jsd_grad_(*two, self.work.weights, beta, *softmaxes)[None]]
+        )
 
     def rows_with_gradient(self, table: Tensor) -> Tensor | None:
         return rows_with_gradient(self.work.weights)
