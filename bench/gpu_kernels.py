@@ -42,6 +42,7 @@ from torch import Tensor
 from reweight_ops._core.backends import select
 from reweight_ops._core.backends.base import LOSS_ROWS, RowInputs, SoftmaxParams
 from reweight_ops._core.backends.native import Native
+from reweight_ops._core.backends.picked import top_ids
 from reweight_ops._core.formula.loss_program import Program
 from reweight_ops.testing.criterion import ERROR_FLOOR, gradient_errors, value_error
 
@@ -54,6 +55,7 @@ TINY_SHAPES = ((9, 1000), (5, 83000), (7, 1027))
 CLAMP, CLIP = (-20.0, 20.0), (1.0, 0.2, 0.2, float("inf"))
 PLAIN = Program.of(("clip",)), (*CLAMP, *CLIP)
 ENTROPY = Program.of(("clip", "entropy_bonus")), (*CLAMP, *CLIP, 0.01)
+TOP = 20  # likeliest ids
 GATE_ROWS = 600  # more rows than concurrent blocks
 
 #: The kernels of a variant: a module of CUDA kernels and its primitives, or no module
@@ -138,6 +140,18 @@ class Table:
         def statistics(*names: str) -> Tensor:
             return primitives.token_stats(self.logits, self.ids, one, softmax, names)
 
+        def likeliest(one_read: bool) -> Tensor:
+            """The statistics, and the logits of the likeliest ids, which have ties."""
+            top = min(TOP, self.logits.size(1))
+            if one_read and primitives.top_stats is not None:
+                table, found = primitives.top_stats(
+                    self.logits, self.ids, one, softmax, ("logp",), top
+                )
+            else:
+                table = statistics("logp")
+                found = top_ids(self.logits, self.ids, top, softmax)
+            return torch.cat([table, self.logits.gather(1, found).t().to(table.dtype)])
+
         if not self.stats:
             names = ("logp", "lse", "lse_low")
             self.stats = dict(zip(names, statistics(*names), strict=True))
@@ -151,6 +165,8 @@ class Table:
             **({} if module is None else cuda_alone),
             "statistics": ("read", lambda: statistics("logp")),
             "statistics +entropy": ("read", lambda: statistics("logp", "entropy")),
+            "statistics +ids": ("read", lambda: likeliest(True)),
+            "statistics, then ids": ("read", lambda: likeliest(False)),
             "gradient": (
                 "update",
                 lambda: primitives.token_grad(
@@ -239,6 +255,8 @@ def time_shape(
     table = Table.make(rows, vocab, device)
     table.restore()
     jobs = {name: table.jobs(*variant) for name, variant in variants.items()}
+    for name in variants.keys() - {"shipped"}:
+        del jobs[name]["statistics, then ids"]  # PyTorch's search takes most of it
     every = max(1, rows // GATE_ROWS)
     wrong: dict[str, str] = {}
     truth = Truth(table, every) if any(module is None for module, _ in variants.values()) else None

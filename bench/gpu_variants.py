@@ -33,7 +33,7 @@ VARIANTS = {
     "3 stores": "RING_STORES=3",
     "neighbours": "RING_NEIGHBOURS=1",
     "2 rows ahead": "RING_ROWS_AHEAD=2",
-    "3 blocks": "STATS_BLOCKS=3 RULE_BLOCKS=2",
+    "3 blocks": "STATS_BLOCKS=3 RULE_BLOCKS=2 TOP_BLOCKS=2",
     "2 blocks": "STATS_BLOCKS=2 RULE_BLOCKS=2 GRAD_BLOCKS=1",
 }
 #: Each variant compiles these files itself, for this dtype only. The other files are

@@ -161,18 +161,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("set_level", &set_level, py::arg("name"),
           "Forces a level by name, or 'auto'. Raises ValueError if it was not built or this processor lacks it.");
     m.attr("max_registers") = kMaxRegisters;
-    bind_primitives(m, primitive(&Kernels::token_stats), primitive(&Kernels::token_grad), primitive(&Kernels::token_loss_grad));
-    m.attr("most_top") = kMostTop;
-    m.def(
-        "top_stats",
-        [](const Call& common, std::array<Address, 6> out, int top, Address top_ids) {
-            TopStatsCall call{};
-            static_cast<StatsCall&>(call) = stats_call(common, out);
-            call.top = top;
-            call.top_ids = at<int64_t>(top_ids);
-            active_level().kernels->top_stats(call);
-        },
-        NoGil(), py::arg("call"), py::arg("out"), py::arg("top"), py::arg("top_ids"));
+    bind_primitives(m, primitive(&Kernels::token_stats), primitive(&Kernels::top_stats), primitive(&Kernels::token_grad),
+                    primitive(&Kernels::token_loss_grad));
     bind_divergence(m, divergence_primitive(&DivergenceKernels::stats), divergence_primitive(&DivergenceKernels::grad),
                     divergence_primitive(&DivergenceKernels::loss_grad));
     m.def(

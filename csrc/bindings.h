@@ -123,8 +123,8 @@ LossGradCall loss_grad_call(const Call& common, const ProgramTable& table, Addre
 
 /// Binds the classes Call and Table, the names of a table's operations, and the primitives. A
 /// primitive returns a status; 0 is success.
-template <class Stats, class Grad, class LossGrad>
-void bind_primitives(py::module_& m, Stats token_stats, Grad token_grad, LossGrad token_loss_grad) {
+template <class Stats, class TopStats, class Grad, class LossGrad>
+void bind_primitives(py::module_& m, Stats token_stats, TopStats top_stats, Grad token_grad, LossGrad token_loss_grad) {
     using NoGil = py::call_guard<py::gil_scoped_release>;
 #if defined(RW_SOURCES)
     m.attr("sources") = RW_SOURCES;  // the hash that reweight_ops/_core/backends/sources.py computes
@@ -142,6 +142,17 @@ void bind_primitives(py::module_& m, Stats token_stats, Grad token_grad, LossGra
     m.def(
         "token_stats", [=](const Call& call, std::array<Address, 6> out) { return token_stats(stats_call(call, out)); }, NoGil(), py::arg("call"),
         py::arg("out"));
+    m.attr("most_top") = kMostTop;
+    m.def(
+        "top_stats",
+        [=](const Call& common, std::array<Address, 6> out, int top, Address top_ids) {
+            TopStatsCall call{};
+            static_cast<StatsCall&>(call) = stats_call(common, out);
+            call.top = top;
+            call.top_ids = at<int64_t>(top_ids);
+            return top_stats(call);
+        },
+        NoGil(), py::arg("call"), py::arg("out"), py::arg("top"), py::arg("top_ids"));
     m.def(
         "token_grad",
         [=](const Call& call, std::array<Address, 5> stats, std::array<Address, 4> derivatives, Address out, std::array<int64_t, 3> out_strides) {

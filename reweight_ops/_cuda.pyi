@@ -10,9 +10,11 @@ from ._C import divergence_stats as divergence_stats
 from ._C import token_grad as token_grad
 from ._C import token_loss_grad as token_loss_grad
 from ._C import token_stats as token_stats
+from ._C import top_stats as top_stats
 
 operations: list[str]
 max_registers: int
+most_top: int
 sources: str
 
 def scale(

@@ -43,6 +43,15 @@ struct StatsCall : Call {
     float *logp, *entropy, *lse, *lse_low, *log_sum_p_sq, *max_logp;
 };
 
+/// The most ids that `top_stats` finds in a row.
+constexpr int kMostTop = 128;
+
+/// Statistics, and the ids of the `top` largest logits of each row.
+struct TopStatsCall : StatsCall {
+    int top;
+    int64_t* top_ids;  // [rows, top], largest first; kIgnoreIndex in ignored rows
+};
+
 struct GradCall : Call {
     const float *logp, *lse, *entropy, *log_sum_p_sq;  // entropy and log_sum_p_sq may be null without their derivative
     const float* lse_low;                              // null means 0

@@ -7,15 +7,6 @@ namespace reweight_ops {
 
 enum class Stream : int { read = 0, update = 1, copy = 2, flush = 3 };
 
-/// The most ids that `top_stats` finds in a row.
-constexpr int kMostTop = 128;
-
-/// Statistics, and the ids of the `top` largest logits of each row.
-struct TopStatsCall : StatsCall {
-    int top;
-    int64_t* top_ids;  // [rows, top], largest first; kIgnoreIndex in ignored rows
-};
-
 struct Kernels {
     void (*token_stats)(const StatsCall&);
     void (*top_stats)(const TopStatsCall&);

@@ -19,7 +19,7 @@ using namespace reweight_ops;
 PYBIND11_MODULE(RW_MODULE, m) {
     m.doc() = "CUDA kernels on raw addresses. They check nothing: reweight_ops validates every argument first. Primitives return a status.";
     m.attr("max_registers") = kMaxSharedRegisters;
-    bind_primitives(m, token_stats, token_grad, token_loss_grad);
+    bind_primitives(m, token_stats, top_stats, token_grad, token_loss_grad);
     bind_divergence(m, divergence, divergence, divergence);
     m.def(
         "scale",

@@ -70,6 +70,7 @@ Plan plan(const LossGradCall& call) {
 }  // namespace
 
 int token_stats(const StatsCall& call) { return streaming_for(call).token_stats(call); }
+int top_stats(const TopStatsCall& call) { return streaming_for(call).top_stats(call); }
 int token_grad(const GradCall& call) { return streaming_for(call).token_grad(call); }
 
 int token_loss_grad(const LossGradCall& call) {

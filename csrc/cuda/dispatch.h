@@ -10,6 +10,7 @@ namespace reweight_ops {
 
 struct StreamingKernels {
     int (*token_stats)(const StatsCall&);
+    int (*top_stats)(const TopStatsCall&);
     int (*token_grad)(const GradCall&);
     int (*token_loss_grad)(const LossGradCall&);
 };
@@ -36,6 +37,7 @@ inline bool rows_are_aligned(const Call& call) { return rows_are_aligned(call.lo
 /// The streaming kernels serve every call. The ring kernel serves token_loss_grad where it can.
 /// Both give the same bits.
 int token_stats(const StatsCall& call);
+int top_stats(const TopStatsCall& call);
 int token_grad(const GradCall& call);
 int token_loss_grad(const LossGradCall& call);
 

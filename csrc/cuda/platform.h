@@ -46,6 +46,7 @@ RW_DEVICE float broadcast(float value, int lane) { return __shfl_sync(0xffffffff
 /// A bit for each lane of the warp for which the condition holds.
 RW_DEVICE uint32_t ballot(bool holds) { return __ballot_sync(0xffffffffu, holds); }
 RW_DEVICE int lowest_bit(uint32_t bits) { return __ffs(int(bits)) - 1; }
+RW_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
 
 /// 2^x with a relative error of at most 2^-22. It is 0 below 2^-126.
 RW_DEVICE float exp2_approximate(float x) {

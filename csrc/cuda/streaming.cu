@@ -4,6 +4,7 @@
 #include "common/primitives.h"
 #include "dispatch.h"
 #include "row.h"
+#include "top_ids.h"
 #include "variants.h"
 
 namespace reweight_ops {
@@ -27,9 +28,10 @@ RW_DEVICE Target target_of(const Row<T>& row, const Softcap& softcap) {
     return row.target < 0 ? Target() : Target(widen(row.x[row.target]), softcap);
 }
 
-/// A thread's sums of a slice: whole tiles, then the rest. load(i) gives vector i of the slice.
-template <class T, Sums kSums, class Load>
-RW_DEVICE Sweep sweep_slice(int vectors, float scale, const Softcap& softcap, const Load& load) {
+/// A thread's sums of a slice that begins at column `begin`: whole tiles, then the rest. load(i) gives vector i of the slice. `ids` sees
+/// the vectors too.
+template <class T, Sums kSums, class Load, class Ids>
+RW_DEVICE Sweep sweep_slice(int begin, int vectors, float scale, const Softcap& softcap, const Load& load, Ids& ids) {
     const int whole = vectors / kTileVectors * kTileVectors;
     Sweep s;
     int i = thread_index();
@@ -38,28 +40,30 @@ RW_DEVICE Sweep sweep_slice(int vectors, float scale, const Softcap& softcap, co
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) v[u] = load(i + u * kThreads);
         absorb_tile<T, kSums>(s, v, scale, softcap);
+        ids.template see_tile<T>(v, i, begin, s);
     }
-    if (i < vectors) {
+    if (i / 32 * 32 < vectors) {  // the whole warp, which searches together
         Vector v[kUnroll];
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
             v[u] = minus_infinities<T>();
             if (i + u * kThreads < vectors) v[u] = load(i + u * kThreads);
         }
-        absorb_tile<T, kSums>(s, v, scale, softcap);
+        if (i < vectors) absorb_tile<T, kSums>(s, v, scale, softcap);
+        ids.template see_tile<T>(v, i, begin, s);
     }
     return s;
 }
 
 /// Writes the sums of each warp to `partials`.
-template <class T, Sums kSums, bool kAligned>
-RW_DEVICE void sweep_statistics(const T* x, int columns, const Slices& slices, float scale, const Softcap& softcap, RowPartials& partials) {
+template <class T, Sums kSums, bool kAligned, class Ids>
+RW_DEVICE void sweep_statistics(const T* x, int columns, const Slices& slices, float scale, const Softcap& softcap, RowPartials& partials, Ids& ids) {
     const ShiftedRow<T> shifted(x, slices.vectors);
     for (int slice = 0; slice < slices.count; ++slice) {
         const int begin = slices.begin(slice), vectors = slices.end(slice) - begin;
         const T* const from = x + int64_t(begin) * kPerVector<T>;
         const auto load = [&](int i) { return kAligned ? load16(from + int64_t(i) * kPerVector<T>) : shifted.load(begin + i); };
-        Sweep swept = sweep_slice<T, kSums>(vectors, scale, softcap, load);
+        Sweep swept = sweep_slice<T, kSums>(begin * kPerVector<T>, vectors, scale, softcap, load, ids);
         const bool last = slice == slices.count - 1;
         if (last) absorb_tail<T, kSums>(swept, x, columns, scale, softcap);
         const Partial s = merge_warp<kSums>(swept, scale, softcap, [&](int thread, const auto& f) {
@@ -69,13 +73,15 @@ RW_DEVICE void sweep_statistics(const T* x, int columns, const Slices& slices, f
         });
         if (thread_index() % 32 == 0) partials[slice][thread_index() / 32] = s;
     }
+    ids.see_tail(x, columns);
+    ids.sort();
 }
 
 /// The sums of a row, in every thread of warp 0; other threads get an unspecified value. It has one
 /// barrier. `partials` may be reused after the next one.
-template <Sums kSums, bool kAligned, class T>
-RW_DEVICE Partial sum_row(const Row<T>& row, int columns, const Slices& slices, const Softcap& softcap, RowPartials& partials) {
-    sweep_statistics<T, kSums, kAligned>(row.x, columns, slices, row.scale, softcap, partials);
+template <Sums kSums, bool kAligned, class T, class Ids = NoIds>
+RW_DEVICE Partial sum_row(const Row<T>& row, int columns, const Slices& slices, const Softcap& softcap, RowPartials& partials, Ids&& ids = {}) {
+    sweep_statistics<T, kSums, kAligned>(row.x, columns, slices, row.scale, softcap, partials, ids);
     barrier();
     Partial sums{-kInf, 0.0f, 0.0f, 0.0f};
     if (thread_index() < 32) {
@@ -108,6 +114,40 @@ RW_KERNEL(kThreads, blocks_of(kSums == Sums::full || !kAligned, kStatsBlocks)) s
         const Partial sums = sum_row<kSums, kAligned>(row, int(call.vocab_size), slices, softcap, partials[buffer]);
         buffer ^= 1;
         if (thread_index() == 0) put_row(call, i, finish(sums, target_of(row, softcap), row.temperature, row.scale));
+    }
+}
+
+// ---- top_stats
+
+/// Blocks per processor of statistics that find ids.
+constexpr int top_blocks_of(bool full, bool aligned) { return blocks_of(full || !aligned, kTopBlocks); }
+
+/// The statistics have the bits of stats_kernel. A row whose id is no token has no statistics, but ids.
+template <class T, Sums kSums, bool kAligned>
+RW_KERNEL(kThreads, top_blocks_of(kSums == Sums::full, kAligned)) top_stats_kernel(RW_PARAMETER TopStatsCall call) {
+    RW_SHARED(RowPartials, partials);
+    RW_SHARED(TopKeys, keys);
+    const Softcap softcap(call.softcap);
+    const Slices slices(int(call.vocab_size) / kPerVector<T>);
+    for (int64_t i = block_index(); i < call.rows; i += block_count()) {
+        int64_t* const out = call.top_ids + i * call.top;
+        if (is_ignored(call, i)) {
+            if (thread_index() == 0) put_invalid_row(call, i);
+            for (int k = thread_index(); k < call.top; k += kThreads) out[k] = kIgnoreIndex;
+            continue;
+        }
+        const Row<T> row(call, i);
+        TopIds ids(keys[thread_index() / 32], call.top);
+        const Partial sums = sum_row<kSums, kAligned>(row, int(call.vocab_size), slices, softcap, partials, ids);
+        if (thread_index() == 0) {
+            if (is_invalid(call, i)) {
+                put_invalid_row(call, i);
+            } else {
+                put_row(call, i, finish(sums, target_of(row, softcap), row.temperature, row.scale));
+            }
+        }
+        ids.write(keys, out, call.vocab_start);
+        barrier();  // no thread reads the sums and the keys any more
     }
 }
 
@@ -265,6 +305,13 @@ int launch_stats(const StatsCall& call) {
     });
 }
 
+int launch_top_stats(const TopStatsCall& call) {
+    return with_kind(call.log_sum_p_sq || call.softcap < kInf, rows_are_aligned(call), [&](auto full, auto aligned) {
+        constexpr Sums kSums = full.value ? Sums::full : Sums::entropy;
+        return launch_rows(top_stats_kernel<RW_ELEMENT, kSums, aligned.value>, call, top_blocks_of(full.value, aligned.value));
+    });
+}
+
 int launch_grad(const GradCall& call) {
     const bool full = call.d_p_sq || call.softcap < kInf;
     if (call.bounds) {
@@ -283,6 +330,6 @@ int launch_loss_grad(const LossGradCall& call) {
 
 }  // namespace
 
-const StreamingKernels RW_CONCAT(streaming_, RW_DTYPE) = {launch_stats, launch_grad, launch_loss_grad};
+const StreamingKernels RW_CONCAT(streaming_, RW_DTYPE) = {launch_stats, launch_top_stats, launch_grad, launch_loss_grad};
 
 }  // namespace reweight_ops

@@ -42,6 +42,10 @@
 #ifndef RW_GRAD_BLOCKS
 #define RW_GRAD_BLOCKS 2
 #endif
+/// The same for statistics that find the likeliest ids.
+#ifndef RW_TOP_BLOCKS
+#define RW_TOP_BLOCKS 3
+#endif
 /// The same for the streaming kernel that evaluates rules.
 #ifndef RW_RULE_BLOCKS
 #define RW_RULE_BLOCKS 3
@@ -50,7 +54,7 @@
 namespace reweight_ops {
 
 constexpr bool kKeep = RW_RING_KEEP != 0, kDirect = RW_RING_DIRECT != 0, kNeighbours = RW_RING_NEIGHBOURS != 0;
-constexpr int kRowsAhead = RW_RING_ROWS_AHEAD, kStatsBlocks = RW_STATS_BLOCKS, kGradBlocks = RW_GRAD_BLOCKS;
+constexpr int kRowsAhead = RW_RING_ROWS_AHEAD, kStatsBlocks = RW_STATS_BLOCKS, kGradBlocks = RW_GRAD_BLOCKS, kTopBlocks = RW_TOP_BLOCKS;
 /// Slots of the ring that are still being stored while the block waits for the next tile.
 constexpr int kStoresInFlight = kDirect ? 0 : RW_RING_STORES;
 static_assert(kStoresInFlight >= 0 && kStoresInFlight <= 4 && (kRowsAhead == 1 || kRowsAhead == 2));

@@ -35,11 +35,13 @@ def test_the_dry_run(tmp_path, capsys):
         "one pass, streaming",
         "statistics",
         "statistics +entropy",
+        "statistics +ids",
         "gradient",
     }
     for shape in found["shapes"]:
         assert shape["wrong"] == {} and set(shape["fractions"]) == {
-            f"{name}: {job}" for name in found["variants"] for job in jobs
+            "shipped: statistics, then ids",
+            *(f"{name}: {job}" for name in found["variants"] for job in jobs),
         }
         assert all(len(ms) == 1 for ms in shape["ms"].values())
     assert "direct: one pass +entropy" in capsys.readouterr().out
@@ -70,6 +72,7 @@ def test_triton_beside_cuda(monkeypatch, tmp_path):
         "one pass +entropy",
         "statistics",
         "statistics +entropy",
+        "statistics +ids",
         "gradient",
     }
     assert seen and all(config.slots == 64 for config in seen)
@@ -117,6 +120,7 @@ def test_a_variant_with_other_bits_is_wrong(monkeypatch):
 
     found = gpu_kernels.time_shape(3, 100, {**made, "other": (module, Other())}, "cpu", 1)
     assert set(found["wrong"]) == {"other: statistics", "other: statistics +entropy"}
+    assert "other: statistics +ids" in found["ms"]  # of another primitive
     assert not set(found["wrong"]) & set(found["ms"]) and "wrong" in "".join(
         gpu_kernels.report([found])
     )

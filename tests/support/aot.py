@@ -405,6 +405,32 @@ def packed_rows(
     return result
 
 
+def top_ids(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float32)) -> list[Compiled]:
+    """Compile the search of the likeliest ids, once for each room.
+
+    20 and 28 ids have one room. A softcap is compiled in bf16.
+    """
+    result = []
+    for dtype, softcap in ((d, cap) for d in dtypes for cap in (float("inf"), 30.0)):
+        if softcap < float("inf") and dtype != torch.bfloat16:
+            continue
+        with Recorder(target) as recorder:
+            for n, vocab, top in ((4, 151936, 20), (3, 100008, 28), (5, 151936, 128)):
+                backend.top_stats(
+                    torch.empty(n, vocab, dtype=dtype),
+                    torch.zeros(n, dtype=torch.int64),
+                    torch.ones(1),
+                    SoftmaxParams(vocab, softcap),
+                    STATS,
+                    top,
+                )
+        result += [
+            inspect(target, name, str(dtype)[6:], kernel)
+            for name, kernel in recorder.kernels.values()
+        ]
+    return result
+
+
 def row_kernels(target: str) -> list[Compiled]:
     """Compile the kernels on rows through the calls that launch them.
 
@@ -490,5 +516,6 @@ if __name__ == "__main__":
             "scales": scales,
             "rows": row_kernels,
             "packed": packed_rows,
+            "top": top_ids,
         }[task]
         print(json.dumps([asdict(compiled) for target in targets for compiled in run(target)]))

@@ -238,7 +238,6 @@ class Native:
         stats: tuple[str, ...],
         top: int,
     ) -> tuple[Tensor, Tensor]:
-        """Of a module that has it."""
         most = min(self.module.most_top, softmax.vocab_size)
         if not 0 < top <= most:
             raise InvalidCall(f"top_stats: top is {top}, expected 1 to {most}.")
@@ -246,12 +245,8 @@ class Native:
         call = self.call(logits, ids, temperature, softmax)
         out, addresses = self.rows(stats, logits, ids.numel())
         where = dict(zip(stats, addresses, strict=True))
-        self.module.top_stats(
-            call,
-            [where.get(name, 0) for name in STATS],
-            top,
-            self.address("ids", found, (ids.numel(), top), ids, torch.int64),
-        )
+        to = self.address("ids", found, (ids.numel(), top), ids, torch.int64)
+        self.check(self.module.top_stats(call, [where.get(name, 0) for name in STATS], top, to))
         return out, found
 
     def _stats(self, call: Any, like: Tensor, n: int, stats: tuple[str, ...]) -> Tensor:

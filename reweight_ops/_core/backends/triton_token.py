@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...triton_kernels import kernels
-from ...triton_kernels.config import Config, config_for
+from ...triton_kernels import kernels, triton
+from ...triton_kernels.config import Config, Launch, config_for
+from ...triton_kernels.top_ids import top_stats_kernel
 from ..formula.loss_program import Program, loss_graph
 from . import triton_launch
 from .base import DERIVATIVES, LOSS_ROWS, STATS, RowInputs, SoftmaxParams, rows_of
@@ -126,6 +127,55 @@ def token_stats(
         wave=call.wave,
     )
     return out
+
+
+#: The most ids that :func:`top_stats` finds: no shape has fewer slots.
+MOST_TOP = 128
+
+
+def top_stats(
+    logits: Tensor,
+    ids: Tensor,
+    temperature: Tensor,
+    softmax: SoftmaxParams,
+    stats: tuple[str, ...],
+    top: int,
+) -> tuple[Tensor, Tensor]:
+    """One program per row, also of few long rows."""
+    assert set(stats) <= set(STATS) and 0 < top <= min(MOST_TOP, softmax.vocab_size)
+    n = ids.numel()
+    out = torch.empty((len(stats), n), dtype=torch.float32, device=logits.device)
+    found = ids.new_empty(n, top)
+    if not n:
+        return out, found
+    call = _Call(logits, temperature, softmax)
+    room = max(256, triton.next_power_of_2(5 * top))
+    triton_launch.launch(
+        top_stats_kernel,
+        call.rows,
+        logits,
+        ids,
+        temperature,
+        ids.new_empty(n, room),
+        out,
+        found,
+        call.rows,
+        top,
+        call.t_stride,
+        *call.where,
+        softmax.vocab_size,
+        call.softcap,
+        softmax.vocab_start,
+        softmax.total(),
+        STATS=tuple(stats.index(name) if name in stats else -1 for name in STATS),
+        SEGMENT=call.config.segment,
+        **call.tile,
+        ALIGN=call.align,
+        ROOM=room,
+        shape=Launch(max(call.config.stats.threads, call.config.slots), 128),
+        wave=call.wave,
+    )
+    return out, found
 
 
 def token_grad(

@@ -149,6 +149,12 @@ def resolve_hidden(
     ):
         if not isinstance(x, Tensor):
             raise fail(f"{name} is a {type(x).__name__}, expected a tensor.")
+    # before the shape, which a packed weight has not: bitsandbytes' 4 bits are [N, 1]
+    if (kind := _quantised_as(weight)) is not None:
+        raise fail(
+            f"lm_head_weight is {kind}, a quantised head: dequantise it, or pass head(hidden) to "
+            "the op that takes logits."
+        )
     of_head = ("lm_head_weight", "lm_head_bias", "lora.a", "lora.b")
     refuse_released(op, ((name, tensors[name]) for name in of_head))
     for name in ("consume_logits", "drop_last"):
@@ -175,11 +181,6 @@ def resolve_hidden(
             f"and ({columns}, r)."
         )
 
-    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        raise fail(
-            f"lm_head_weight is {weight.dtype}, a quantised head: dequantise it, or pass "
-            "head(hidden) to the op that takes logits."
-        )
     compute, autocast = _compute_dtype(hidden)
     lora_dtype = hidden.dtype if lora is None else lora.a.dtype
     for name, x, dtype in (
@@ -254,6 +255,21 @@ def resolve_hidden(
     if torch.compiler.is_compiling() or not call.needs_grad:
         call = dataclasses.replace(call, settings=settings._replace(keep_rows=0))
     return call
+
+
+def _quantised_as(weight: Tensor) -> str | None:
+    """What a weight is whose numbers no matrix product here can read.
+
+    Wrappers (torchao, FP8, bitsandbytes before it quantises) have a floating dtype, and
+    a class of their own; PyTorch's own subclasses are another matter.
+    """
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        return f"{weight.dtype}"
+    kind = type(weight)
+    if kind is Tensor or kind is torch.nn.Parameter or torch.compiler.is_compiling():
+        return None
+    own = kind.__module__.partition(".")[0] in ("torch", "reweight_ops")
+    return None if own else f"a {kind.__name__}"
 
 
 def _scaled_cap(softmax: SoftmaxParams, scale: float) -> SoftmaxParams:

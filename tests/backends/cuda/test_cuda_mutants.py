@@ -24,7 +24,7 @@ STREAMING, RING, DIVERGENCE, SURE = (
     "test_cuda_divergence.py",
     "test_cuda_sure.py",
 )
-SCALE, PROGRAM = "test_cuda_scale.py", "test_cuda_program.py"
+SCALE, PROGRAM, IDS = "test_cuda_scale.py", "test_cuda_program.py", "test_cuda_top_ids.py"
 
 #: name: (file, text, text with the bug). Bugs of the streaming kernel, of code that
 #: both kernels share, and of the choice between them.
@@ -246,6 +246,31 @@ PROGRAM_MUTANTS = {
 }  # fmt: skip
 
 #: Bugs that show in fp32. All others are built and run only in bf16.
+#: Bugs of the search of the likeliest ids.
+IDS_MUTANTS = {
+    f"ids: {name}": (file, text, bug)
+    for name, file, text, bug in (
+        ("no barrier after a step of a sort", "top_ids.h", "                }\n                warp_barrier();\n", "                }\n"),
+        ("no barrier before a sort", "top_ids.h", "        warp_barrier();\n#pragma unroll 1\n        for (int run", "#pragma unroll 1\n        for (int run"),
+        ("no barrier after the places", "streaming.cu", "        barrier();  // no thread reads the sums and the keys any more\n", ""),
+        ("a NaN not looked for", "top_ids.h", " || sums.sum != sums.sum)", ")"),
+        ("a NaN below the bound", "top_ids.h", "uint32_t(!(x[j] < least_))", "uint32_t(x[j] >= least_)"),
+        ("masked logits no candidates", "top_ids.h", " || bound_ == 0", ""),
+        ("columns not inverted", "top_ids.h", "uint32_t(~uint32_t(column))", "uint32_t(column)"),
+        ("-0 below 0", "top_ids.h", "as_bits(logit + 0.0f)", "as_bits(logit)"),
+        ("threads without a column", "top_ids.h", "see<T>(v, tail, tail >= 0)", "see<T>(v, tail, 1)"),
+        ("columns of the slice", "top_ids.h", "begin + at * kPerVector<T>", "at * kPerVector<T>"),
+        ("the last columns forgotten", "streaming.cu", "    ids.see_tail(x, columns);\n", ""),
+        ("a room that overflows", "top_ids.h", "size_ + count_bits(lanes) > room_", "size_ > room_"),
+        ("two keys in one place", "top_ids.h", "(1u << (thread_index() % 32)) - 1", "(2u << (thread_index() % 32)) - 1"),
+        ("old keys behind the new", "top_ids.h", "keys_[i] = 0;", "(void)i;"),
+        ("a row's end unsorted", "streaming.cu", "    ids.sort();\n", ""),
+        ("one warp's keys forgotten", "top_ids.h", "other < kWarps && place", "other < kWarps - 1 && place"),
+        ("ids of the shard", "top_ids.h", "first_id + int32_t", "int32_t"),
+        ("ids in ignored rows", "streaming.cu", "out[k] = kIgnoreIndex;", "out[k] = 0;"),
+        ("a bound too high", "top_ids.h", "bound_ = keys_[count_ - 1];", "bound_ = keys_[count_ / 2];"),
+    )
+}  # fmt: skip
 IN_FP32 = {
     "target by its rounded probability",
     "target capped in fp32",
@@ -269,6 +294,7 @@ ALL_MUTANTS = {
     **SURE_MUTANTS,
     **SCALE_MUTANTS,
     **PROGRAM_MUTANTS,
+    **IDS_MUTANTS,
 }
 FOUND_BY = {
     **dict.fromkeys(MUTANTS, STREAMING),
@@ -277,6 +303,7 @@ FOUND_BY = {
     **dict.fromkeys(SURE_MUTANTS, SURE),
     **dict.fromkeys(SCALE_MUTANTS, SCALE),
     **dict.fromkeys(PROGRAM_MUTANTS, PROGRAM),
+    **dict.fromkeys(IDS_MUTANTS, IDS),
 }
 
 # Bugs that are not observable here, and why each is right or harmless:
@@ -366,7 +393,7 @@ def run_forked(module: Path, file: str, log: Path) -> None:
 
 def test_without_a_bug_everything_passes():
     """Otherwise a failure would count as a found bug every time."""
-    result = run_tests(build(), STREAMING, RING, DIVERGENCE, SURE, SCALE, PROGRAM)
+    result = run_tests(build(), STREAMING, RING, DIVERGENCE, SURE, SCALE, PROGRAM, IDS)
     assert result.returncode == 0, result.stdout[-2000:]
 
 
@@ -394,7 +421,7 @@ def test_a_planted_bug_is_found(name, tmp_path):
     assert process.exitcode not in (0, 2, 3, 4, 5), f"not found: {name}\n{log.read_text()[-2000:]}"
 
 
-@pytest.mark.parametrize("file", [STREAMING, RING, DIVERGENCE, SURE, SCALE, PROGRAM])
+@pytest.mark.parametrize("file", [STREAMING, RING, DIVERGENCE, SURE, SCALE, PROGRAM, IDS])
 def test_sanitizers(file):
     """Reads and writes outside of rows and of shared memory, and undefined behavior,
     under AddressSanitizer and UBSan.

@@ -46,7 +46,7 @@ LEFT_OUT = """
 #include "divergence.h"
 #include "scale.h"
 namespace reweight_ops {{
-const StreamingKernels streaming_{0} = {{[](const StatsCall&) {{ return {1}; }}, [](const GradCall&) {{ return {1}; }}, [](const LossGradCall&) {{ return {1}; }}}};
+const StreamingKernels streaming_{0} = {{[](const StatsCall&) {{ return {1}; }}, [](const TopStatsCall&) {{ return {1}; }}, [](const GradCall&) {{ return {1}; }}, [](const LossGradCall&) {{ return {1}; }}}};
 const RingKernels ring_{0} = {{[](const LossGradCall&, int, int& count) {{ return count = 1, 0; }}, [](const LossGradCall&, int, int64_t) {{ return {1}; }}}};
 const DivergenceLaunch divergence_{0} = [](const DivergenceCall&) {{ return {1}; }};
 const ScaleLaunch scale_{0} = [](const ScaleCall&) {{ return {1}; }};

@@ -68,6 +68,7 @@ inline float shuffle_xor(float value, int lanes) { return emulation::exchange(va
 inline float broadcast(float value, int lane) { return emulation::take(value, lane); }
 inline uint32_t ballot(bool holds) { return emulation::vote(holds); }
 inline int lowest_bit(uint32_t bits) { return __builtin_ffs(int(bits)) - 1; }
+inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
 
 inline float as_float(uint32_t bits) {
     float x;
