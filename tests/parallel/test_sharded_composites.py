@@ -41,6 +41,7 @@ def composites(ranks, padding):
             divergences.confidence_masked_kl, threshold=0.8, sharpening_temperature=0.5
         ),
         "kd": of_two(divergences.kd, "ids", kd_temperature=2.0),
+        "superhf": of_two(divergences.superhf, "ids"),
         "ldr": ldr,
     }
     of_vocabulary, split = {"logits": -1, "other": -1}, (group, at[0], 4, padding)
