@@ -137,7 +137,7 @@ class TokenWeight(Formula):
 _T = TypeVar("_T")
 
 
-def _register(registry: dict[str, Any], cls: Any, name: str | None, base: type) -> Any:
+def _register(registry: dict[str, Any], cls: Any, name: str | None, base: type) -> type:
     if not issubclass(cls, base):
         raise InvalidCall(f"{cls.__name__} must derive from {base.__name__}.")
     cls.name = name or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
@@ -162,7 +162,8 @@ def _register(registry: dict[str, Any], cls: Any, name: str | None, base: type) 
         )
     cls = ranged(cls, plain=True)
     registry[cls.name] = cls
-    return cls
+    registered: type = cls
+    return registered
 
 
 @overload
