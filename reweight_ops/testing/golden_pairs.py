@@ -41,7 +41,7 @@ def _pair(
     given: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> Golden:
-    """A row of :data:`PAIR`: the slope of both chosen tokens, and the rejected one's."""
+    """A row of :data:`PAIR`: a slope of both chosen tokens, and the rejected one's."""
     return _row(name, loss, [chosen, chosen, rejected, 0.0], {**PAIR, **(given or {})}, **arguments)
 
 
@@ -317,13 +317,9 @@ OTHERS = (
         "unlikelihood",
         LOSS,
         [-1 / 4, -1 / 4, 1 / 4, 0.0],
-        {
-            **PAIR,
-            "per_token_logps": [[-1.0, -1.0], [-LN2, -5.0]],
-            "ref_per_token_logps": [[-1 - LN3, -1.0], [-LN2, -9.0]],
-        },
+        _likely([-1.0, -1.0], -LN2, ref_per_token_logps=[[-1 - LN3, -1.0], [-LN2, -9.0]]),
         beta=1.0,
-    ),  # fmt: skip
+    ),
     # β·(-log 2 - log 2) = -log 2: σ = 1/3.
     _row(
         "no_sft_ratio_w_unlikelihood",

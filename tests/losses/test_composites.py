@@ -143,9 +143,9 @@ def test_half_precision_and_drop_last(name):
 
 
 def test_superhf_of_one_completion_is_its_authors_loss():
-    """Their trainer's loss of a mini-batch of one completion, but for the position of its
-    KL (openfeedback/superhf, ``finetune_language_model``): ``KLDivLoss`` with log-targets
-    over the completion, cut at 0.
+    """Their trainer's loss of a mini-batch of one completion, but for the position of
+    its KL (openfeedback/superhf, ``finetune_language_model``): ``KLDivLoss`` with
+    log-targets over the completion, cut at 0.
     """
     z, t, ids, _ = batch()
     z, t, ids = z[0].requires_grad_(), t[0], ids[0]

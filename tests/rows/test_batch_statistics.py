@@ -279,7 +279,7 @@ def test_weights_use_them_in_a_loss(backend):
 
 @pytest.mark.parametrize("q", [0.0, 0.1, 0.25, 0.4, 0.5, 0.75, 0.9, 1.0])
 def test_a_quantile_of_infinite_values_is_between_its_neighbours(q):
-    """An order statistic is itself, and between -inf and a number is -inf; never NaN."""
+    """An order statistic is itself; between -inf and a number is -inf; never NaN."""
     values = [-math.inf, -math.inf, -1.0, 2.0, math.inf]
     x = torch.tensor([*values[::-1], math.nan], dtype=torch.float64, requires_grad=True)
     mask = torch.tensor([[1, 1, 1, 1, 1, 0]])

@@ -78,8 +78,8 @@ class BatchStatistics:
         ).to(chosen.dtype)
 
     def _ended(self, x: Tensor, other: float, where: Tensor | None = None) -> Tensor:
-        """Return ``x`` in the valid rows (with ``where``) and ``other`` in the rest, and
-        append one more ``other``.
+        """Return ``x`` in the valid rows (with ``where``), ``other`` in the rest, and
+        one more ``other``.
 
         A batch without rows then has an extremum too.
         """
@@ -103,8 +103,8 @@ class BatchStatistics:
     def quantile(self, x: Tensor, q: Any, where: Tensor | None = None) -> Tensor:
         """Interpolate linearly between order statistics, as ``torch.quantile`` does.
 
-        With ``where`` it is the quantile of the valid rows with it, and inf if there are
-        none. It takes any number of rows and reads no value on the host.
+        With ``where`` it is the quantile of the valid rows with it, and inf if there
+        are none. It takes any number of rows and reads no value on the host.
         """
         ordered, at = self._order_statistics(x, q, where)
         below, above = (
