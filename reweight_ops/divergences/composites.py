@@ -205,7 +205,7 @@ def pld(
         )
         return torch.where(valid, losses.sum(-1), math.nan)
 
-    return run(formula_call(FormulaSource(call, rows, (call.p.ids,))))
+    return run(formula_call(FormulaSource(call, rows, reads_ids=True)))
 
 
 @published(
@@ -246,9 +246,12 @@ def dhkd(
         # A column that is masked in both counts as equal.
         masked = (s == -math.inf) & (t == -math.inf)
         u = (torch.where(masked, 0, s - t) / (2 * temperature)).abs()
-        return temperature**2 * (u + torch.log1p(torch.exp(-2 * u)) - math.log(2)).sum(-1)
+        return (u + torch.log1p(torch.exp(-2 * u)) - math.log(2)).sum(-1, keepdim=True)
 
-    return run(formula_call(FormulaSource(call, rows)))
+    def value(sums: Tensor) -> Tensor:
+        return temperature**2 * sums[:, 0]
+
+    return run(formula_call(FormulaSource(call, rows, value)))
 
 
 @published(
@@ -347,7 +350,14 @@ def stablemax(
     def rows(x: Tensor, y: Tensor) -> Tensor:
         # Each branch sees only arguments of its own sign, so that no gradient is NaN.
         s = torch.where(x >= 0, x.clamp(min=0) + 1, 1 / (1 - x.clamp(max=0)))
+        if not x.size(-1):  # a shard without columns
+            return s.sum(-1, keepdim=True).expand(-1, 3)
         label, valid = _label(y, x)
-        return torch.where(valid, s.sum(-1).log() - s.gather(-1, label)[:, 0].log(), math.nan)
+        own = torch.where(valid, s.gather(-1, label)[:, 0], 0)
+        return torch.stack([s.sum(-1), own, valid.to(x.dtype)], -1)
 
-    return run(formula_call(FormulaSource(call, rows, (call.ids,))))
+    def value(sums: Tensor) -> Tensor:
+        known = torch.where(sums[:, 2:] > 0, sums, sums + math.nan)
+        return known[:, 0].log() - known[:, 1].log()
+
+    return run(formula_call(FormulaSource(call, rows, value, reads_ids=True)))
