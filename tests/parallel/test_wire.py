@@ -164,10 +164,10 @@ def counted(ranks):
     check(
         "sequences, quantile",
         lambda: (
-            rw.policy_loss(leaf(z), ids, adv, spec=quantile, num_sequences_in_batch=3, **whole).loss
+            rw.policy_loss(leaf(z), ids, adv, spec=quantile, num_items_in_batch=9, **whole).loss
         ),
-        # the entropies of the rows of all ranks, how many there are, and the lengths
-        [("all_reduce", row_vector(4 * N)), ("all_reduce", 8), per_sequence],
+        # the entropies of the rows of all ranks, and how many there are
+        [("all_reduce", row_vector(4 * N)), ("all_reduce", 8)],
     )
     check(
         "stablemax",
