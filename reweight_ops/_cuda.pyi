@@ -1,4 +1,6 @@
-"""The CUDA kernels on raw addresses, without any check. The primitives are those of :mod:`reweight_ops._C`, on a GPU: they launch, and return a CUDA status."""
+"""The CUDA kernels on raw addresses, without any check. The primitives are those of
+:mod:`reweight_ops._C`, on a GPU: they launch, and return a CUDA status.
+"""
 
 from ._C import Call as Call
 from ._C import Table as Table

@@ -98,7 +98,7 @@ def confidence_masked_kl(
         other_temperature=sharpening_temperature,
         **keywords,
     )
-    head = {
+    passed: dict[str, Any] = {
         name: value
         for name, value in keywords.items()
         if name in ("vocab_size", "process_group", "backend")
@@ -106,8 +106,8 @@ def confidence_masked_kl(
     ids = torch.zeros(kl.shape, dtype=torch.int64, device=kl.device)
     rows = teacher_logits[..., : kl.shape[-1], :]
     top = token_stats(
-        rows.detach(), ids, stats=("max_logp",), completion_mask=completion_mask, **head
-    ).max_logp  # type: ignore[arg-type]
+        rows.detach(), ids, stats=("max_logp",), completion_mask=completion_mask, **passed
+    ).max_logp
     assert top is not None
     return torch.where(top > math.log(threshold), kl, 0)
 

@@ -181,7 +181,8 @@ class PolicyLoss:
         ) and config.off_policy_correction.tis_ratio_type is not None:
             raise InvalidCall(
                 f"{self.name} corrects for the sampler itself, so "
-                f"off_policy_correction.tis_ratio_type={config.off_policy_correction.tis_ratio_type!r} "
+                "off_policy_correction.tis_ratio_type="
+                f"{config.off_policy_correction.tis_ratio_type!r} "
                 "would do it twice: leave one of them out."
             )
 

@@ -161,8 +161,8 @@ def linear_token_stats(
     The other arguments are those of :func:`linear_token_logps`.
 
     >>> import torch, reweight_ops as rw
-    >>> hidden, head = torch.zeros(1, 3), torch.ones(4, 3)
-    >>> out = rw.linear_token_stats(hidden, head, torch.tensor([2]), stats=("log_sum_p_sq",))
+    >>> hidden, head, ids = torch.zeros(1, 3), torch.ones(4, 3), torch.tensor([2])
+    >>> out = rw.linear_token_stats(hidden, head, ids, stats=("log_sum_p_sq",))
     >>> out.log_sum_p_sq
     tensor([-1.3863])
     """

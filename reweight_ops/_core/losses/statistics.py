@@ -191,7 +191,8 @@ def token_stats(
             without a gradient); an argument without its statistic, or the reverse.
 
     >>> import torch, reweight_ops as rw
-    >>> rw.token_stats(torch.zeros(1, 4), torch.tensor([2]), stats=("log_sum_p_sq",)).log_sum_p_sq
+    >>> logits, ids = torch.zeros(1, 4), torch.tensor([2])
+    >>> rw.token_stats(logits, ids, stats=("log_sum_p_sq",)).log_sum_p_sq
     tensor([-1.3863])
     """
     op = "token_stats"

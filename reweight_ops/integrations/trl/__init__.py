@@ -236,7 +236,7 @@ class Hooks:
         chunks = {"batch_size": batch_size, "compute_entropy": compute_entropy}
         if reason is not None:
             self._leave_to_trl(trainer, model, reason)
-            return original(
+            return original(  # type: ignore[no-any-return]
                 model,
                 input_ids,
                 attention_mask,
@@ -244,7 +244,7 @@ class Hooks:
                 **chunks,
                 compute_aux_loss=compute_aux_loss,
                 **multimodal,
-            )  # type: ignore[no-any-return]
+            )
         form = self._linear_form(trainer, model)
         if form is not None:
             self.counts.ran("linear_token_logps")
