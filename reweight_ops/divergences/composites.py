@@ -26,6 +26,7 @@ from .._core.catalogue.registry import published
 from .._core.engine.chunked_rows import FormulaSource, formula_call
 from .._core.engine.run import run
 from .._core.losses.distillation import token_divergence
+from .._core.losses.explain import by_ranks
 from .._core.losses.statistics import token_logps, token_stats
 from .._core.ranges import Interval, NonNegative, Number, OpenUnit, Positive, Scalar, Unit
 from .._core.rows.numerics import log1mexp
@@ -164,6 +165,7 @@ def kd(
     certainty="verified",
     paper="PLD: A Choice-Theoretic List-Wise Knowledge Distillation",
 )
+@by_ranks
 def pld(
     logits: Tensor,
     teacher_logits: Tensor,
@@ -216,6 +218,7 @@ def pld(
     arxiv="2411.08937",
     paper="Dual-Head Knowledge Distillation: Enhancing Logits Utilization with an Auxiliary Head",
 )
+@by_ranks
 def dhkd(
     logits: Tensor,
     teacher_logits: Tensor,
@@ -325,6 +328,7 @@ def aldr(
     "stablemax", "StableMax cross-entropy", level="token", plan="composite", arxiv="2501.04697",
     paper="Grokking at the Edge of Numerical Stability",
 )  # fmt: skip
+@by_ranks
 def stablemax(
     logits: Tensor,
     completion_ids: Tensor,
