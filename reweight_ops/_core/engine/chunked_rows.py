@@ -179,7 +179,8 @@ class FormulaSource(PlainSource):
             x = _x(part, rows.dtype, softmax, temperature[i : i + len(part)])
             return x if sends is None else whole_rows(x, sends)
 
-        formula, more = self._formula_of(shards), ()
+        formula = self._formula_of(shards)
+        more: tuple[Tensor, ...] = ()
         if self.reads_ids:
             more = (ids if shards is None or sends is not None else ids - softmax.vocab_start,)
         if isinstance(self.logits, TwoLogits):

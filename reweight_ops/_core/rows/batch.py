@@ -213,8 +213,18 @@ class BatchStatistics:
             owner, _ = rows.across.gather(self._owner())
             sequences = Groups(self._sequences().count, index=owner)
         keep, own = rows.across.gather(rows.keep)
-        shape, of = tuple(keep.shape), (rows.device, rows.dtype, keep, keep, sequences, None, {})
-        whole = Rows(rows.op, shape, *of, prompts=prompts)
+        whole = Rows(
+            rows.op,
+            tuple(keep.shape),
+            rows.device,
+            rows.dtype,
+            keep,
+            keep,
+            sequences,
+            None,
+            {},
+            prompts=prompts,
+        )
         return BatchStatistics(whole), own
 
     # --- by size ----------------------------------------------------------------------
