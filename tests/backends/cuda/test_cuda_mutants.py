@@ -54,7 +54,6 @@ MUTANTS = {
     "softcap without slope": ("gradient.h", "fmaf(e, g.p_coef, factor) * slope", "fmaf(e, g.p_coef, factor)"),
     "softcap makes -inf finite": ("partial.h", "if (fabsf(x) != kInf) x = cap * r", "x = cap * r"),
     "padding not cleared": ("gradient.h", "column < columns; column += kThreads", "column < vocab; column += kThreads"),
-    "vectors at any address": ("elements.h", "& 15) == 0", "& 1) == 0"),
     "32-bit offsets": ("../common/primitives.h", "return (i / per_batch) * batch_stride", "return int32_t((i % per_batch) * row_stride) + (i / per_batch) * batch_stride; return (i / per_batch) * batch_stride"),
     "one temperature for all": ("../common/primitives.h", "call.temperature_per_row ? i : 0", "0"),
     "ignored rows are swept": ("../common/primitives.h", "return call.ids[i] < 0 ||", "return"),
@@ -221,6 +220,8 @@ DIVERGENCE_MUTANTS = {
         ("no look for -inf where one tensor has none", "low = fminf(low, fminf(x[j], y[j]));", "low = fminf(low, y[j]);"),
         ("zeros of the wrong tensor", "(p_masked ? s.p_zero : s.q_zero) = 1.0f", "s.q_zero = 1.0f"),
     )
+} | {
+    "divergence: vectors at any address": ("elements.h", "& 15) == 0", "& 1) == 0"),
 }  # fmt: skip
 
 #: Bugs of rows of two logits tensors that blocks share.
