@@ -6,14 +6,21 @@ takes, whose accuracy test_cuda_divergence.py checks.
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
+import types
 
 import pytest
 import torch
 from cuda_emulation.fixtures import SCHEDULES, emulated
 from divergence_rows import CONSTANTS, DTYPES, assert_accurate, both_plans, make
 
+import reweight_ops
+from reweight_ops._core.backends import select
 from reweight_ops._core.backends.native_divergence import NativeDivergence
+from reweight_ops._core.backends.sources import source_hash
+from reweight_ops._core.engine.plan import Choice
 from reweight_ops._core.rows.groups import IGNORE_INDEX
 
 
@@ -142,3 +149,38 @@ def test_which_rows_are_split(kernels):
     module.set_divergence_kernel("auto")
     with pytest.raises(ValueError, match="expected auto, whole or split"):
         module.set_divergence_kernel("ring")
+
+
+@pytest.fixture
+def backend(kernels, monkeypatch):
+    """The CUDA backend on the emulated module, also where none was built."""
+    module = types.SimpleNamespace(
+        **{name: getattr(kernels[0], name) for name in dir(kernels[0]) if name[0] != "_"},
+        sources=source_hash("cuda"),
+        __name__="_cuda_emulated",
+    )
+    monkeypatch.setitem(sys.modules, "reweight_ops._cuda", module)
+    monkeypatch.setattr(reweight_ops, "_cuda", module, raising=False)
+    monkeypatch.delitem(sys.modules, "reweight_ops._core.backends.cuda", raising=False)
+    monkeypatch.setattr(select, "_loaded", {})
+    yield importlib.import_module("reweight_ops._core.backends.cuda")
+    sys.modules.pop("reweight_ops._core.backends.cuda", None)
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+def test_explain_says_whether_rows_are_split(backend, monkeypatch, plan):
+    explain = importlib.import_module("reweight_ops._core.losses.explain")
+    monkeypatch.setattr(explain, "choose_plan", lambda *args: Choice(plan, "cuda", None))
+
+    def kernel(rows, columns):
+        logits = torch.empty(1, rows, columns, dtype=torch.bfloat16, device="meta")
+        said = reweight_ops.explain(
+            reweight_ops.token_divergence, logits, logits, kind="forward_kl", device="cuda"
+        )
+        assert f"backend: cuda, kernel: {said.kernel}" in str(said)
+        return said.kernel
+
+    assert kernel(1, 151936) == "split rows (8 blocks share a row)"
+    assert kernel(1, 50257) == "split rows (2 blocks share a row)"
+    assert kernel(2, 151936) == ("whole rows (2 rows are enough for the 2 blocks that run at once)")
+    assert "short enough for one block" in kernel(1, 32000)
