@@ -329,17 +329,16 @@ RW_KERNEL(kThreads, kDivergenceBlocks) divergence_kernel(RW_PARAMETER LaunchedCa
     const int columns = int(call.vocab_size), warp = thread_index() / 32, lane = thread_index() % 32;
     const DivergenceSlices slices(columns);
     int begin = 0, end = slices.count;  // the block's slices
-    int64_t i = block_index(), step = block_count();
+    int64_t i = block_index();
     if constexpr (kHasClusters) {
         if (call.split) {
             begin = cluster_rank();
             end = begin + 1;
             i = block_index() / slices.count;
-            step = call.rows;
         }
     }
     int buffer = 0;
-    for (; i < call.rows; i += step) {
+    for (; i < call.rows; i += block_count()) {
         T* const out = out_of<T>(call, i);
         if (is_ignored(call, i)) {
             write_ignored(call, i, out, slices, begin, end);

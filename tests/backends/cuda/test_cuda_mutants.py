@@ -211,6 +211,7 @@ DIVERGENCE_MUTANTS = {
         ("half a warp's sums", "    for (int lanes = 16; lanes; lanes /= 2) {\n        add(s.p", "    for (int lanes = 8; lanes; lanes /= 2) {\n        add(s.p"),
         ("half a warp's maximum", "    for (int lanes = 16; lanes; lanes /= 2) {\n        p_top", "    for (int lanes = 8; lanes; lanes /= 2) {\n        p_top"),
         ("sums relative to each lane's maximum", "    rebase(s, p_top, q_top, scales);\n    const auto add = [](Side& x", "    const auto add = [](Side& x"),
+        ("the later half of the slices forgotten", "if (slice + kHalf < slices) s = merge", "if (slice + kHalf < slices && false) s = merge"),
         ("a zero lost in the merge", "fmaxf(a.p_zero, b.p_zero)", "a.p_zero"),
         ("a zero lost between lanes", "        s.p_zero = fmaxf(s.p_zero, shuffle_xor(s.p_zero, lanes));\n", ""),
         # -inf
@@ -230,10 +231,8 @@ SPLIT_MUTANTS = {
     for name, file, text, bug in (
         ("the last columns in every slice", "divergence.cu", "if (slice == slices.count - 1 && tail < columns) {", "if (tail < columns) {"),
         ("one slice's sums for all", "divergence.cu", "states[buffer][slice][warp] = s;", "states[buffer][0][warp] = s;"),
-        ("a block sums another's slice", "divergence.cu", "begin = cluster_rank();", "begin = (cluster_rank() + 1) % slices.count;"),
         ("every block sums all slices", "divergence.cu", "            end = begin + 1;\n", ""),
         ("a cluster takes a row for each of its blocks", "divergence.cu", "i = block_index() / slices.count;", "i = block_index() % call.rows;"),
-        ("a cluster goes on to the next row", "divergence.cu", "            step = call.rows;\n", ""),
         ("no cluster barrier before the first message", "divergence.cu", "                    cluster_barrier();  // the barriers of all blocks count before anything is sent\n", ""),
         ("messages not waited for", "divergence.cu", "                    if (call.split) wait_for_cluster(exchange.full, 0);\n", ""),
         ("messages of one block expected", "divergence.cu", "slices.count * int(sizeof(exchange.states[0]))", "int(sizeof(exchange.states[0]))"),
@@ -244,7 +243,6 @@ SPLIT_MUTANTS = {
         ("a block writes the whole gradient", "divergence.cu", "call, slices, begin, end, gradients[buffer]", "call, slices, 0, slices.count, gradients[buffer]"),
         ("an ignored row's first slice alone", "divergence.cu", "write_ignored(call, i, out, slices, begin, end);", "write_ignored(call, i, out, slices, begin, begin + 1);"),
         ("the first slice's columns alone filled", "divergence.cu", "fill(out, part.begin_column(), part.end_column(columns), g.value);", "if (part.first) fill(out, 0, part.end_column(columns), g.value);"),
-        ("the later half of the slices forgotten", "divergence_sums.h", "if (slice + kHalf < slices) s = merge", "if (slice + kHalf < slices && false) s = merge"),
         ("slices that are not there", "divergence_sums.h", "slice < slices ? states[slice][warp] : State()", "states[slice][warp]"),
         ("a slice ends a group early", "divergence.h", "return begin(slice + 1);", "return begin(slice + 1) - (slice + 1 < count);"),
         ("slices that overlap", "divergence.h", "return slice * each < groups ? slice * each : groups;", "return slice * each < groups ? slice * each - (slice > 0) : groups;"),
@@ -340,6 +338,7 @@ FOUND_BY = {
 # * Two tensors, a block that takes all rows from its first on: each is written again,
 # with the same bits.
 # * Two tensors, the number of blocks: it affects only speed.
+# * Two tensors, split rows, another slice for each block: all are summed, and written.
 # * Two tensors, an empty sum rebased from its maximum of -inf: the bound of the shift
 # makes the factor 0, and its sums are.
 # * Two tensors, split rows, messages announced after some have come: the phase cannot
