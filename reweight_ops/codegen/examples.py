@@ -17,7 +17,7 @@ from .._core.spec.policy import PolicyLossSpec
 from ..testing.golden_row import Built, Golden
 from ..testing.golden_rows import GOLDEN
 
-_HEAD = '''"""Written by ``python -m reweight_ops.codegen``: the example of each entry, by kind and name."""
+_HEAD = '''"""Examples of all entries, by kind and name. ``reweight_ops.codegen`` writes them."""
 
 EXAMPLES: dict[str, tuple[str, str]] = {
 '''

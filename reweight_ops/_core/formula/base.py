@@ -162,7 +162,8 @@ def _register(registry: dict[str, Any], cls: Any, name: str | None, base: type) 
         )
     cls = ranged(cls, plain=True)
     registry[cls.name] = cls
-    return cls
+    registered: type = cls
+    return registered
 
 
 @overload
