@@ -378,7 +378,8 @@ RW_KERNEL(kThreads, kDivergenceBlocks) divergence_kernel(RW_PARAMETER LaunchedCa
         }
         if (out) {
             barrier();
-            write_gradient<T, U, kCapped>(row, out, call, slices, begin, end, gradients[buffer], p_cap, q_cap);
+            const Gradient g = gradients[buffer];  // in registers: a store may alias what is in shared memory
+            write_gradient<T, U, kCapped>(row, out, call, slices, begin, end, g, p_cap, q_cap);
         }
         buffer ^= 1;
     }

@@ -44,9 +44,9 @@ def test_the_dry_run(tmp_path, capsys):
         assert all(len(ms) == 1 for ms in shape["ms"].values())
     for shape in found["two_tensors"]:
         assert shape["wrong"] == {} and set(shape["fractions"]) == {
-            f"{kernel} rows: divergence{verb}"
+            f"{kernel} rows: divergence{job}"
             for kernel in ("whole", "split")
-            for verb in ("", ", gradient", ", both")
+            for job in ("", ", gradient", ", both")
         }
     said = capsys.readouterr().out
     assert "direct: one pass +entropy" in said and "split rows: divergence, both" in said

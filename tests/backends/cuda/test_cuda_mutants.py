@@ -193,7 +193,7 @@ DIVERGENCE_MUTANTS = {
         ("the center's rounding ignored", "return 1.0f + expm1f(rest * kLn2f);", "return 1.0f;"),
         # slices, barriers and messages
         ("no barrier before the block's merge", "            if (!call.split) barrier();\n", ""),
-        ("no barrier before the gradient", "            barrier();\n            write_gradient", "            write_gradient"),
+        ("no barrier before the gradient", "            barrier();\n            const Gradient g", "            const Gradient g"),
         ("no second set of sums and constants", "        buffer ^= 1;\n", ""),
         # -inf
         ("a gradient of -inf", "    if (x == -kInf) return 0.0f;\n", ""),
@@ -240,12 +240,12 @@ SPLIT_MUTANTS = {
         ("messages to one place", "divergence.cu", "exchange.states[slice][thread_index() / 32];", "exchange.states[0][thread_index() / 32];"),
         ("the sums of a row's first warp from all", "divergence.cu", "exchange.states[slice][thread_index() / 32];", "exchange.states[slice][0];"),
         ("zeros not sent", "divergence.cu", "as_vector(s.p_zero, s.q_zero, 0.0f, 0.0f)", "as_vector(0.0f, 0.0f, 0.0f, 0.0f)"),
-        ("a block writes the whole gradient", "divergence.cu", "call, slices, begin, end, gradients[buffer]", "call, slices, 0, slices.count, gradients[buffer]"),
+        ("a block writes the whole gradient", "divergence.cu", "call, slices, begin, end, g, p_cap, q_cap);", "call, slices, 0, slices.count, g, p_cap, q_cap);"),
         ("an ignored row's first slice alone", "divergence.cu", "write_ignored(call, i, out, slices, begin, end);", "write_ignored(call, i, out, slices, begin, begin + 1);"),
         ("the first slice's columns alone filled", "divergence.cu", "fill(out, part.begin_column(), part.end_column(columns), g.value);", "if (part.first) fill(out, 0, part.end_column(columns), g.value);"),
         ("slices that are not there", "divergence_sums.h", "slice < slices ? states[slice][warp] : State()", "states[slice][warp]"),
         ("a slice ends a group early", "divergence.h", "return begin(slice + 1);", "return begin(slice + 1) - (slice + 1 < count);"),
-        ("slices that overlap", "divergence.h", "return slice * each < groups ? slice * each : groups;", "return slice * each < groups ? slice * each - (slice > 0) : groups;"),
+        ("slices that overlap", "divergence.h", "return begin(slice + 1);", "return begin(slice + 1) + (slice + 1 < count);"),
         ("old GPUs asked for clusters", "dispatch.cpp", "if (device.major < 9) return", "if (false) return"),
         ("many rows split", "dispatch.cpp", "4 * call.rows >= 3 * at_once", "false"),
         ("no cluster taken for some", "dispatch.cpp", "if (!p.status && clusters == 0) return", "if (false) return"),
