@@ -40,7 +40,7 @@ def inputs(rows: int, vocab: int, device: str) -> DivergenceInputs:
 def time_pairs(
     rows: int, vocab: int, module: ModuleType, native: Any, device: str, rounds: int
 ) -> dict[str, Any]:
-    """Time every primitive by both kernels, and the limits, in a random order each round."""
+    """Time every primitive by both kernels, and the limits, in random orders."""
     primitives, two = NativeDivergence(native), inputs(rows, vocab, device)
     pristine = two.logits.clone()
     flush = torch.empty(FLUSH_BYTES if device == "cuda" else 16, dtype=torch.uint8, device=device)
