@@ -261,8 +261,8 @@ class Backend:
     The gradient of a row, with ``x`` the capped and scaled logit,
     ``p = exp(x - lse - lse_low)`` and ``c_*`` the coefficients::
 
-        1/T * (1 - (capped/cap)^2) * [ c_logp*(1[v=y] - p) - c_ent*p*(log p + H) +
-        c_lse*p + 2*c_p2*p*(p/exp(log_sum_p_sq) - 1) ]
+        1/T * (1 - (capped/cap)^2) * [ c_logp*(1[v=y] - p) - c_ent*p*(log p + H)
+                                       + c_lse*p + 2*c_p2*p*(p/exp(log_sum_p_sq) - 1) ]
 
     * ``divergence_stats(inputs) -> Tensor [len(DIVERGENCE_STATS), N]``, 0 in ignored
       rows.
