@@ -123,16 +123,13 @@ class GroupContrast(Reduction):
     def _omega(self, rows: Rows, sequences: Groups, lengths: Tensor) -> Tensor:
         if is_infinite(self.length_temperature):
             return torch.ones_like(lengths)
-        longest = self.max_length
+        longest: float | Tensor | None = self.max_length
         if longest is None:
             if sequences.index is not None:
                 raise rows.error(
                     "GroupContrast over packed sequences has no padded length: give max_length."
                 )
-            rows.refuse_across(
-                "GroupContrast", "knows only the padded length of one rank's part: give max_length."
-            )
-            longest = sequences.length
+            longest = rows.padded_length(sequences)
         # The constant 1/λ cancels in the normalisation. Without it no exp overflows,
         # and equal lengths have exactly equal weights.
         return torch.exp(-lengths / (longest * self.length_temperature))
