@@ -327,6 +327,9 @@ class Backend:
     #: Returns which of several kernels token_loss_grad takes, and why (logits,
     #: vocab_size, device).
     kernel_of: Callable[[Tensor, int, torch.device], str] | None = None
+    #: The same for the primitives on two logits tensors. (logits, other logits,
+    #: vocab_size, device).
+    divergence_kernel_of: Callable[[Tensor, Tensor, int, torch.device], str] | None = None
     #: Prepares one-pass losses that are called repeatedly; :mod:`.prepared` has the
     #: type.
     prepare: Callable[[Any, Any], Any] | None = None

@@ -121,9 +121,9 @@ def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
 class Explanation:
     """The plan and backend that a call would take, and why not the others.
 
-    In one pass it also has the kernel, if the backend has several. ``top_k`` says how
-    the likeliest ids are found, if the call asks for them: in the read of the
-    statistics, or in one more.
+    In one pass, and for two logits tensors, it also has the kernel, if the backend has
+    several. ``top_k`` says how the likeliest ids are found, if the call asks for them:
+    in the read of the statistics, or in one more.
     """
 
     plan: str
@@ -188,7 +188,7 @@ def explain(
     source, objective = call.source, call.objective
     info = source.info._replace(device=_device(source.info.device, device))
     choice = choose_plan(source, objective, call.plan, info)
-    kernel = source.kernel(choice.backend, info.device) if choice.plan == "one_pass" else None
+    kernel = source.kernel(choice.backend, info.device, choice.plan)
     reasons = unsupported_reasons(info, choice, objective.program)
     return Explanation(
         choice.plan,
