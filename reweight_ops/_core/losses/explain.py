@@ -32,8 +32,8 @@ T = TypeVar("T")
 GROUPS = ("process_group", "sequence_group")
 
 _NO_SEQUENCES = (
-    "sequence_group is an argument of policy losses. An op without sequences needs none. For pairs, "
-    "gather the log-probs of whole sequences for preference_loss_from_logps."
+    "sequence_group is an argument of policy losses. An op without sequences needs none. For "
+    "pairs, gather the log-probs of whole sequences for preference_loss_from_logps."
 )
 
 #: Maps a public op to the function that resolves its arguments to a call.
