@@ -90,11 +90,12 @@ def find(text: str, kind: str | None = None) -> list[Hit]:
         InvalidCall: the text has no letters or digits, or there is no such kind.
 
     Example:
-        >>> [hit.call for hit in find("AR", "token_weight")]
+        >>> import reweight_ops as rw
+        >>> [hit.call for hit in rw.find("AR", "token_weight")]
         ['rw.weights.AdvantageReweighting']
-        >>> [hit.call for hit in find("AAPO")]
+        >>> [hit.call for hit in rw.find("AAPO")]
         ['rw.advantages.aapo', "rw.recipe('aapo')"]
-        >>> find("2506.12542")[0].why
+        >>> rw.find("2506.12542")[0].why
         'arXiv id'
     """
     if not key(text):

@@ -37,7 +37,7 @@ _NO_SEQUENCES = (
 )
 
 #: Maps a public op to the function that resolves its arguments to a call.
-_PREPARED: dict[Any, Callable[..., Call[Any] | Again[Any]]] = {}
+PREPARED: dict[Any, Callable[..., Call[Any] | Again[Any]]] = {}
 
 
 def by_ranks(function: Callable[P, T]) -> Callable[P, T]:
@@ -109,7 +109,7 @@ def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
     names = whole.parameters
     op.__signature__ = whole  # type: ignore[attr-defined]
     op.__doc__ = documented(prepare.__doc__, whole)
-    _PREPARED[op] = lambda *args, **keywords: (
+    PREPARED[op] = lambda *args, **keywords: (
         resolve(**_local(prepare, args, keywords))
         if has_dtensors((*args, *keywords.values()))
         else resolve(*args, **keywords)
@@ -175,9 +175,9 @@ def explain(
     >>> rw.explain(rw.policy_loss, logits, ids, 1.0, spec="gspo", device="cpu").plan
     'two_pass'
     """
-    prepare = _PREPARED.get(op)
+    prepare = PREPARED.get(op)
     if prepare is None:
-        names = ", ".join(sorted(f.__name__ for f in _PREPARED))
+        names = ", ".join(sorted(f.__name__ for f in PREPARED))
         raise InvalidCall(
             f"explain: its first argument is {op!r}, expected one of {names}. Then come that "
             "function's own arguments."
