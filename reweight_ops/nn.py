@@ -92,7 +92,7 @@ class _FusedHead(torch_nn.Module):
 
         Raises:
             InvalidCall: the head is more than ``F.linear`` of its weight: quantised
-            (bitsandbytes, FP8), adapted, or another class.
+                (bitsandbytes, FP8), adapted, or another class.
         """
         reason = _more_than_linear(linear)
         if reason is not None:

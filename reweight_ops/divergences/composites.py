@@ -26,6 +26,7 @@ from .._core.catalogue.registry import published
 from .._core.engine.chunked_rows import FormulaSource, formula_call
 from .._core.engine.run import run
 from .._core.losses.distillation import token_divergence
+from .._core.losses.explain import by_ranks
 from .._core.losses.statistics import token_logps, token_stats
 from .._core.ranges import Interval, NonNegative, Number, OpenUnit, Positive, Scalar, Unit
 from .._core.rows.numerics import log1mexp
@@ -156,6 +157,40 @@ def kd(
 
 
 @published(
+    "superhf",
+    "SuperHF: likelihood of the best completions with a KL prior",
+    level="token",
+    plan="two passes",
+    arxiv="2310.16763",
+    paper="SuperHF: Supervised Iterative Learning from Human Feedback",
+)
+def superhf(
+    logits: Tensor,
+    reference_logits: Tensor,
+    completion_ids: Tensor,
+    *,
+    beta: NonNegative[Number] = 0.35,
+    completion_mask: Tensor | None = None,
+    **keywords: Unpack[SoftmaxKeywords],
+) -> Tensor:
+    """``-log p(y) + beta·KL(p_0‖p)`` per token: R. ``p_0`` is that of
+    ``reference_logits``, the model before the training.
+
+    The completions are the best of many (16 in the authors' configuration) by reward:
+    ``sample_weights.raft`` gives 1 to them and 0 to the others; times the mask it is
+    ``completion_mask``. 0.35 is the authors' ``kl_coefficient``. The other arguments
+    are those of :func:`token_divergence`. The logits are read twice.
+
+    Differs from the paper: from the authors' code, where the KL is at the position
+    after each token, is a mean over each completion, and is summed over the
+    completions of a mini-batch.
+    """
+    nll: Tensor = -token_logps(logits, completion_ids, completion_mask=completion_mask, **keywords)
+    kl = token_divergence(logits, reference_logits, completion_mask=completion_mask, **keywords)
+    return nll + beta * kl
+
+
+@published(
     "pld",
     "Plackett-Luce Distillation",
     level="token",
@@ -164,6 +199,7 @@ def kd(
     certainty="verified",
     paper="PLD: A Choice-Theoretic List-Wise Knowledge Distillation",
 )
+@by_ranks
 def pld(
     logits: Tensor,
     teacher_logits: Tensor,
@@ -205,7 +241,7 @@ def pld(
         )
         return torch.where(valid, losses.sum(-1), math.nan)
 
-    return run(formula_call(FormulaSource(call, rows, (call.p.ids,))))
+    return run(formula_call(FormulaSource(call, rows, reads_ids=True)))
 
 
 @published(
@@ -216,6 +252,7 @@ def pld(
     arxiv="2411.08937",
     paper="Dual-Head Knowledge Distillation: Enhancing Logits Utilization with an Auxiliary Head",
 )
+@by_ranks
 def dhkd(
     logits: Tensor,
     teacher_logits: Tensor,
@@ -246,9 +283,12 @@ def dhkd(
         # A column that is masked in both counts as equal.
         masked = (s == -math.inf) & (t == -math.inf)
         u = (torch.where(masked, 0, s - t) / (2 * temperature)).abs()
-        return temperature**2 * (u + torch.log1p(torch.exp(-2 * u)) - math.log(2)).sum(-1)
+        return (u + torch.log1p(torch.exp(-2 * u)) - math.log(2)).sum(-1, keepdim=True)
 
-    return run(formula_call(FormulaSource(call, rows)))
+    def value(sums: Tensor) -> Tensor:
+        return temperature**2 * sums[:, 0]
+
+    return run(formula_call(FormulaSource(call, rows, value)))
 
 
 @published(
@@ -322,6 +362,7 @@ def aldr(
     "stablemax", "StableMax cross-entropy", level="token", plan="composite", arxiv="2501.04697",
     paper="Grokking at the Edge of Numerical Stability",
 )  # fmt: skip
+@by_ranks
 def stablemax(
     logits: Tensor,
     completion_ids: Tensor,
@@ -347,7 +388,14 @@ def stablemax(
     def rows(x: Tensor, y: Tensor) -> Tensor:
         # Each branch sees only arguments of its own sign, so that no gradient is NaN.
         s = torch.where(x >= 0, x.clamp(min=0) + 1, 1 / (1 - x.clamp(max=0)))
+        if not x.size(-1):  # a shard without columns
+            return s.sum(-1, keepdim=True).expand(-1, 3)
         label, valid = _label(y, x)
-        return torch.where(valid, s.sum(-1).log() - s.gather(-1, label)[:, 0].log(), math.nan)
+        own = torch.where(valid, s.gather(-1, label)[:, 0], 0)
+        return torch.stack([s.sum(-1), own, valid.to(x.dtype)], -1)
 
-    return run(formula_call(FormulaSource(call, rows, (call.ids,))))
+    def value(sums: Tensor) -> Tensor:
+        known = torch.where(sums[:, 2:] > 0, sums, sums + math.nan)
+        return known[:, 0].log() - known[:, 1].log()
+
+    return run(formula_call(FormulaSource(call, rows, value, reads_ids=True)))

@@ -167,7 +167,6 @@ def refusals(ranks):
         ),
     )
     refuse("segments", lambda: segments(z, ids, group))
-    refuse("horizon", lambda: horizon(z, ids, group))
     refuse("reducer", lambda: reducer(z, ids, group))
     refuse("fsdp", lambda: rw.linear_token_logps(h, distribute_tensor(w, mesh, (Shard(0),)), ids))
     refuse("partial", lambda: rw.token_logps(DTensor.from_local(z, mesh, [Partial()]), ids))
@@ -177,6 +176,7 @@ def refusals(ranks):
     )
     refuse("hidden", lambda: rw.linear_token_logps(h, distribute_tensor(w, mesh, (Shard(1),)), ids))
     refuse("no group", lambda: rw.policy_loss(z, ids, 1.0, spec="dapo", sequence_group="cp"))
+    refuse("pairs", lambda: rw.preference_loss(z[:2], ids[:2], spec="simpo", sequence_group=group))
     return refused
 
 
@@ -185,13 +185,6 @@ def segments(z, ids, group):
     return rw.policy_loss(
         z, ids, 1.0, spec=spec, segment_ids=torch.zeros_like(ids), sequence_group=group
     )
-
-
-def horizon(z, ids, group):
-    spec = rw.PolicyLossSpec(
-        surrogate=rw.methods.grpo().surrogate, reduction=rw.SequenceMean(per="constant")
-    )
-    return rw.policy_loss(z, ids, 1.0, spec=spec, sequence_group=group)
 
 
 def reducer(z, ids, group):
@@ -206,13 +199,13 @@ WHY = {
     "one_pass": "a row's statistics need those of all ranks",
     "graph": "create_graph=True needs the whole vocabulary on one rank",
     "transform": "torch.func's transforms",
-    "segments": "segments that are runs of one rank's tokens",
-    "horizon": "give horizon",
+    "segments": "no rank knows which tokens of other ranks come before",
     "reducer": "sees only this rank's rows",
     "fsdp": "If this is FSDP's parameter",
     "partial": "redistribute it to Shard or Replicate",
     "two groups": "process_group is given, and the DTensors name it already",
     "hidden": "which is not the vocabulary's",
+    "pairs": "gather the log-probs of whole sequences",
     "no group": "sequence_group is a str, expected a torch.distributed.ProcessGroup",
 }
 
