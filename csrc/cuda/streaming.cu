@@ -40,7 +40,7 @@ RW_DEVICE Sweep sweep_slice(int begin, int vectors, float scale, const Softcap& 
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) v[u] = load(i + u * kThreads);
         absorb_tile<T, kSums>(s, v, scale, softcap);
-        ids.template see_tile<T>(v, i, begin, s);
+        ids.template see_tile<T>(v, i, vectors, begin, s);
     }
     if (i / 32 * 32 < vectors) {  // the whole warp, which searches together
         Vector v[kUnroll];
@@ -50,7 +50,7 @@ RW_DEVICE Sweep sweep_slice(int begin, int vectors, float scale, const Softcap& 
             if (i + u * kThreads < vectors) v[u] = load(i + u * kThreads);
         }
         if (i < vectors) absorb_tile<T, kSums>(s, v, scale, softcap);
-        ids.template see_tile<T>(v, i, begin, s);
+        ids.template see_tile<T>(v, i, vectors, begin, s);
     }
     return s;
 }

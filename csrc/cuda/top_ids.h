@@ -18,7 +18,7 @@ using TopKeys = uint64_t[kWarps][kKeys];
 /// What a sweep without ids calls instead of TopIds.
 struct NoIds {
     template <class T>
-    RW_DEVICE void see_tile(const Vector (&)[kUnroll], int, int, const Sweep&) {}
+    RW_DEVICE void see_tile(const Vector (&)[kUnroll], int, int, int, const Sweep&) {}
     template <class T>
     RW_DEVICE void see_tail(const T*, int) {}
     RW_DEVICE void sort() {}
@@ -33,14 +33,14 @@ public:
         while (room_ < 2 * count) room_ *= 2;
     }
 
-    /// The warp's vectors of a tile, of which `sums` has been told. Vector u is vector `at` + u·kThreads of a slice that begins at column
-    /// `begin`. The -inf after the end of a slice do no harm: there are `count` lower columns.
+    /// The warp's vectors of a tile, of which `sums` has been told. Vector u is vector `at` + u·kThreads of a slice of `vectors`, which
+    /// begins at column `begin`.
     template <class T>
-    RW_DEVICE void see_tile(const Vector (&v)[kUnroll], int at, int begin, const Sweep& sums) {
+    RW_DEVICE void see_tile(const Vector (&v)[kUnroll], int at, int vectors, int begin, const Sweep& sums) {
         // A warp's columns ascend from tile to tile, so that what equals the bound is out. A NaN is in the sum for the rest of the row.
         if (!ballot(largest<T>(v) > least_ || bound_ == 0 || sums.sum != sums.sum)) return;
 #pragma unroll 1
-        for (int u = 0; u < kUnroll; ++u, at += kThreads) see<T>(select(v, u), begin + at * kPerVector<T>, kPerVector<T>);
+        for (int u = 0; u < kUnroll; ++u, at += kThreads) see<T>(select(v, u), begin + at * kPerVector<T>, at < vectors ? kPerVector<T> : 0);
     }
 
     /// The columns after the last whole vector, one per thread of the first warp.

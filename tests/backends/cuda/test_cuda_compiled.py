@@ -70,9 +70,9 @@ NEEDED = {
 }
 
 
-#: Statistics, gradient and loss, with and without a soft cap and rows at any address;
-#: statistics and gradient of packed rows.
-STREAMING = 14
+#: Statistics, those with ids, and loss, with and without a soft cap and rows at any
+#: address; gradient with and without a soft cap; both of packed rows.
+STREAMING = 18
 
 
 def problems(sass: str, count: int) -> list[str]:

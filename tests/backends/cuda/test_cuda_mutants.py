@@ -302,6 +302,7 @@ IDS_MUTANTS = {
         ("masked logits no candidates", "top_ids.h", " || bound_ == 0", ""),
         ("columns not inverted", "top_ids.h", "uint32_t(~uint32_t(column))", "uint32_t(column)"),
         ("-0 below 0", "top_ids.h", "as_bits(logit + 0.0f)", "as_bits(logit)"),
+        ("vectors after the slice", "top_ids.h", "at < vectors ? kPerVector<T> : 0", "kPerVector<T>"),
         ("threads without a column", "top_ids.h", "see<T>(v, tail, tail >= 0)", "see<T>(v, tail, 1)"),
         ("columns of the slice", "top_ids.h", "begin + at * kPerVector<T>", "at * kPerVector<T>"),
         ("the last columns forgotten", "streaming.cu", "    ids.see_tail(x, columns);\n", ""),
@@ -316,6 +317,7 @@ IDS_MUTANTS = {
     )
 }  # fmt: skip
 IN_FP32 = {
+    "ids: vectors after the slice",
     "target by its rounded probability",
     "target capped in fp32",
     "far: the top's exponent taken for 0",

@@ -140,6 +140,20 @@ def test_packed_rows_compile_without_spills(aot, target):
     assert_sound(compiled, {})
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_the_search_of_ids_compiles_without_spills(aot, target):
+    """Once for each room of keys. Its sorts take half a minute to compile."""
+    compiled = aot("top", target)
+    dtypes = [k["dtype"] for k in compiled]
+    assert {name: dtypes.count(name) for name in dtypes} == {
+        "bfloat16": 4,
+        "float16": 2,
+        "float32": 2,
+    }
+    assert_sound(compiled, {"top_stats_kernel": (1, 0)})
+
+
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_the_spill_gate_fires(aot, target):
     """The negative control: with tiles that are far too large, the same measurement
