@@ -9,11 +9,12 @@ from typing import Any
 
 from . import golden_ops
 from .golden_advantages import ADVANTAGES, REWARDS, shares
+from .golden_pairs import PAIRS
 from .golden_row import LN2, LN3, Golden, old, sigmoid
 from .golden_trainers import TRAINERS
 
 #: The kinds that have golden rows. Losses that have kernels are compared with the fp64
-#: reference instead, gradient and all.
+#: reference, gradient and all; those of pairs have golden rows besides.
 GOLDEN_KINDS = (
     "token_weight",
     "advantage",
@@ -21,6 +22,7 @@ GOLDEN_KINDS = (
     "objective",
     "sample_weight",
     "schedule",
+    "pair_loss",
     "divergence",
     "op",
 )
@@ -439,6 +441,7 @@ GOLDEN = (
     + SAMPLE_WEIGHTS
     + SCHEDULES
     + TOKEN_WEIGHTS
+    + PAIRS
     + DIVERGENCES
     + TRAINERS
     + golden_ops.ROWS
