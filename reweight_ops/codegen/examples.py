@@ -35,7 +35,7 @@ _LOSS = "out = rw.policy_loss(torch.zeros(1, 2, 4), torch.tensor([[1, 2]]), 1.0,
 PART_CALLS: dict[str, list[str]] = {
     "DistillationLossOutput": [
         "out = rw.distillation_loss(torch.zeros(1, 2), torch.zeros(1, 2))",
-        "out.forward_kl",
+        "out.teacher_entropies",
     ],
     "Explanation": [
         "ids = torch.tensor([0])",

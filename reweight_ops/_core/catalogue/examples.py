@@ -4,7 +4,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     'part/BatchMeanRatio': ('', ">>> import reweight_ops as rw\n>>> rw.BatchMeanRatio()\nBatchMeanRatio(clamp=20.0, against='old', negative_only=False)"),
     'part/CenteredRatio': ('', ">>> import reweight_ops as rw\n>>> rw.CenteredRatio()\nCenteredRatio(clamp=20.0, against='old', scale=1.0)"),
     'part/CumulativeRatio': ('', ">>> import reweight_ops as rw\n>>> rw.CumulativeRatio()\nCumulativeRatio(clamp=20.0, against='old')"),
-    'part/DistillationLossOutput': ('', '>>> import torch, reweight_ops as rw\n>>> out = rw.distillation_loss(torch.zeros(1, 2), torch.zeros(1, 2))\n>>> out.forward_kl\ntensor([0.])'),
+    'part/DistillationLossOutput': ('', '>>> import torch, reweight_ops as rw\n>>> out = rw.distillation_loss(torch.zeros(1, 2), torch.zeros(1, 2))\n>>> out.teacher_entropies\ntensor([0.6931])'),
     'part/Explanation': ('', '>>> import torch, reweight_ops as rw\n>>> ids = torch.tensor([0])\n>>> rw.explain(rw.token_logps, torch.zeros(1, 2), ids, backend="reference").backend\n\'reference\''),
     'part/FromFunction': ('', '>>> import torch, reweight_ops as rw\n>>> mean = rw.FromFunction(lambda loss, mask: (loss * mask).sum() / mask.sum())\n>>> spec = rw.methods.grpo().replace(reduction=mean)\n>>> ids = torch.tensor([[1, 2]])\n>>> rw.policy_loss(torch.zeros(1, 2, 4), ids, 1.0, spec=spec).loss\ntensor(-1.)'),
     'part/GeometricMeanRatio': ('', ">>> import reweight_ops as rw\n>>> rw.GeometricMeanRatio()\nGeometricMeanRatio(clamp=20.0, against='old', normalize=True, gradient='sequence', epsilon_low=0.4, epsilon_high=0.4, token_advantages=False)"),

@@ -5,13 +5,15 @@ of the catalogue: its arguments, what it is for, its shapes, its errors, an exam
 from __future__ import annotations
 
 import inspect
+import textwrap
 from collections.abc import Container, Iterator
 from types import ModuleType
 from typing import Any
 
 from .arguments import with_arguments
-from .registry import CATALOGUE
+from .registry import CATALOGUE, KINDS
 from .sections import with_sections
+from .tiers import TIERS
 
 
 def parts(module: ModuleType, ops: Container[Any]) -> Iterator[tuple[str, Any]]:
@@ -32,8 +34,31 @@ def parts(module: ModuleType, ops: Container[Any]) -> Iterator[tuple[str, Any]]:
             yield f"{inside}.{name}".lstrip("."), value
 
 
+def tiers_text(namespace: str) -> str:
+    """The entries of a namespace by tier, for its docstring; empty without entries."""
+    entries = [
+        entry
+        for kind, (where, _) in KINDS.items()
+        if where == namespace
+        for entry in CATALOGUE[kind].values()
+    ]
+    parts_of = {
+        tier: sorted(e.function.__name__ for e in entries if e.tier == tier) for tier in TIERS
+    }
+    return "\n\n".join(
+        textwrap.fill(f"{tier.capitalize()} ({TIERS[tier]}): {', '.join(names)}.", 88)
+        for tier, names in parts_of.items()
+        if names
+    )
+
+
 def complete(module: ModuleType, ops: Container[Any]) -> None:
-    """Give every part of a public module the sections that its docstring lacks."""
+    """Give every part of a public module the sections that its docstring lacks, and the
+    module its entries by tier.
+    """
+    tiers = tiers_text(f"rw.{module.__name__.partition('.')[2]}")
+    if tiers:
+        module.__doc__ = f"{(module.__doc__ or '').rstrip()}\n\n{tiers}\n"
     for name, value in parts(module, ops):
         doc = with_arguments(value, fields=inspect.isclass(value))
         value.__doc__ = with_sections(value, doc, "part", name)
