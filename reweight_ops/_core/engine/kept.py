@@ -70,7 +70,7 @@ _NEVER_KEPT = ("sampling_mask", "process_group", "sequence_group")
 _RANGES = {
     name: allowed
     for record in (SoftmaxOptions, PolicyOptions)
-    for name, allowed in record.RANGES.items()
+    for name, allowed in record.__ranges__.items()
     if name not in _SETTINGS
 }  # fmt: skip
 
