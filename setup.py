@@ -62,7 +62,10 @@ NVCC_FLAGS = [
     "-Xcompiler=-fPIC,-fvisibility=hidden",
 ]
 NVCC_FLAGS += ["-Xptxas=-warn-spills,-warn-lmem-usage,-Werror"]
-BENCH, IN_A_CHECKOUT = "reweight_ops.bench", ("gpu", "gpu_kernels", "gpu_variants", "test_bench")
+BENCH, IN_A_CHECKOUT = (
+    "reweight_ops.bench",
+    ("gpu", "gpu_divergence", "gpu_kernels", "gpu_variants", "test_bench"),
+)
 # GCC 12 warns about its own AVX-512 header, and about the ABI of vectors that never
 # leave their file.
 NO_FALSE_ALARM = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]

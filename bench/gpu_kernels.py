@@ -17,7 +17,8 @@ that
 Before it is timed, a variant of the CUDA kernels must give the bits of the released
 defaults, and a variant of the Triton kernels must pass the criterion of accuracy. Only
 kernels are timed, in bf16, as fractions of the memory's own speed in the same rounds: a
-read of the logits for statistics, an update in place for the rest. The JSON goes to
+read of the logits for statistics, an update in place for the rest. Then come
+divergences of few rows, whole and split (bench/gpu_divergence.py). The JSON goes to
 $OUT/gpu-kernels.json (default: gpu_output/).
 """
 
@@ -45,7 +46,7 @@ from reweight_ops._core.backends.native import Native
 from reweight_ops._core.formula.loss_program import Program
 from reweight_ops.testing.criterion import ERROR_FLOOR, gradient_errors, value_error
 
-from . import gpu_variants, triton_shapes
+from . import gpu_divergence, gpu_variants, triton_shapes
 from .device import FLUSH_BYTES, GPU_SHAPES, clock
 
 #: The rows of the last shape do not start at multiples of 16 bytes.
@@ -390,15 +391,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     built = time.monotonic() - began
     device = "cpu" if options.dry_run else "cuda"
-    shapes, left_out = [], []
+    rounds = 1 if options.dry_run else options.rounds
+    shapes, pairs, left_out = [], [], []
+
+    def in_time(what: str) -> bool:
+        if options.dry_run or time.monotonic() - began <= options.seconds:
+            return True
+        left_out.append(what)
+        return False
+
     for rows, vocab in TINY_SHAPES if options.dry_run else SHAPES:
-        if not options.dry_run and time.monotonic() - began > options.seconds:
-            left_out.append(f"{rows}x{vocab}")
-            continue
-        shapes.append(
-            time_shape(rows, vocab, made, device, 1 if options.dry_run else options.rounds)
-        )
-        torch.cuda.empty_cache()
+        if in_time(f"{rows}x{vocab}"):
+            shapes.append(time_shape(rows, vocab, made, device, rounds))
+            torch.cuda.empty_cache()
+    module, native = made["shipped"]
+    assert module is not None
+    few = gpu_divergence.TINY_SHAPES if options.dry_run else gpu_divergence.SHAPES
+    for rows, vocab in few:
+        if in_time(f"two tensors, {rows}x{vocab}"):
+            pairs.append(gpu_divergence.time_pairs(rows, vocab, module, native, device, rounds))
     document = {
         "dry_run": options.dry_run,
         "device": "emulated" if options.dry_run else torch.cuda.get_device_name(),
@@ -408,15 +419,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "seconds": time.monotonic() - began,
         "left_out": left_out,
         "shapes": shapes,
+        "two_tensors": pairs,
     }
     (out / "gpu-kernels.json").write_text(json.dumps(document, indent=1) + "\n")
     wrong = {
-        f"{s['rows']}x{s['vocab']}, {key}: {why}" for s in shapes for key, why in s["wrong"].items()
+        f"{s['rows']}x{s['vocab']}, {key}: {why}"
+        for s in (*shapes, *pairs)
+        for key, why in s["wrong"].items()
     }
     print(
         "\n".join(
             [
                 *report(shapes),
+                *report(pairs),
                 *sorted(wrong),
                 *(f"left out: {name}" for name in left_out),
                 f"built in {built:.0f} s; {out / 'gpu-kernels.json'}",

@@ -29,7 +29,9 @@ old, mask = torch.randn(4, 32, generator=g) * 0.1 - 4, torch.ones(4, 32, dtype=t
 spec = rw.methods.dapo()
 
 def loss():
-    return rw.policy_loss(z, ids, adv, spec=spec, old_per_token_logps=old, completion_mask=mask, plan=sys.argv[1]).loss
+    return rw.policy_loss(
+        z, ids, adv, spec=spec, old_per_token_logps=old, completion_mask=mask, plan=sys.argv[1]
+    ).loss
 
 def eager():
     ratio = (torch.log_softmax(z, -1).gather(-1, ids[..., None])[..., 0] - old).exp()

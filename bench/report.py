@@ -124,7 +124,8 @@ def summary(document: dict[str, Any]) -> list[str]:
     for entry in document["cases"]:
         rows = sorted((r for r in rows_of(entry) if "ms" in r), key=lambda r: r["ms"])
         speeds = _speeds(entry).split(", ")
-        line = f"{entry['name'].replace('float32', 'fp32').replace('bfloat16', 'bf16'):<37}{speeds[-1]:<15}"
+        name = entry["name"].replace("float32", "fp32").replace("bfloat16", "bf16")
+        line = f"{name:<37}{speeds[-1]:<15}"
         for backend in backends:
             best = next(
                 (r for r in rows if r["ours"] and r["provider"].split()[0] == backend), None

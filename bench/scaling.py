@@ -21,6 +21,8 @@ LOGP_STATES = 4
 DIVERGENCE_STATES = 8
 #: Sums over the columns of a generalised JSD, once those states are known.
 JSD_SUMS = 2
+#: Sums over the columns of StableMax: of all, the label's, and whether a shard has it.
+STABLEMAX_SUMS = 3
 #: Row states of the whole vocabulary in addition to those of a kept set: its entropy,
 #: log-sum-exp, the rounding error of that, and a log-prob.
 OVER_VOCABULARY = 4
@@ -45,6 +47,18 @@ def hidden_gradient(rows: int, width: int, itemsize: int) -> int:
 def sequence_sum(sequences: int, fp64: bool = False) -> int:
     """Bytes of one sum over the ranks that have a call's sequences."""
     return (8 if fp64 else 4) * sequences
+
+
+def row_vector(rows: int, itemsize: int = 4) -> int:
+    """Bytes of a vector of the rows of all ranks, which an order statistic reads."""
+    return itemsize * rows
+
+
+def whole_rows(rows: int, columns: int, fp64: bool = False) -> int:
+    """Bytes that a rank sends of one logits tensor for a formula of whole rows, if the
+    largest shard has that many columns.
+    """
+    return (8 if fp64 else 4) * rows * columns
 
 
 def gathered(given: int, world: int) -> int:

@@ -6,10 +6,11 @@ step samples G completions of every digit, scores them by the share of right tok
 turns the scores into advantages with an estimator of ``rw.advantages``, and updates
 with ``rw.policy_loss`` on the logits::
 
-    python examples/group_advantages.py                      # GRPO's advantage, DAPO's
-    loss python examples/group_advantages.py --estimator rloo
-    python examples/group_advantages.py --lopti              # two updates per batch:
-    unlikely tokens first
+    # GRPO's advantage, DAPO's loss
+    python examples/group_advantages.py
+    python examples/group_advantages.py --estimator rloo
+    # two updates per batch: unlikely tokens first
+    python examples/group_advantages.py --lopti
 
 It needs only PyTorch and this package, and runs for some seconds on a CPU.
 """

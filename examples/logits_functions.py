@@ -27,7 +27,8 @@ def entropy_from_logits(logits, chunk_size=128):
 
 def loss(logits, ids, advantages):
     logits = logits[:, :-1]
-    return -(selective_log_softmax(logits, ids) * advantages).mean() - 0.01 * entropy_from_logits(logits).mean()
+    logps, entropies = selective_log_softmax(logits, ids), entropy_from_logits(logits)
+    return -(logps * advantages).mean() - 0.01 * entropies.mean()
 """
 
 

@@ -1,8 +1,9 @@
 """Your own loss in NeMo-RL: one line in ``examples/run_grpo.py``, after ``setup(...)``
 has returned.
 
-    loss_fn = nemo_rl_loss.loss_fn(master_config)       # instead of the loss that setup
-    returned grpo_train(policy, ..., loss_fn, ...)
+    # instead of the loss that setup returned
+    loss_fn = nemo_rl_loss.loss_fn(master_config)
+    grpo_train(policy, ..., loss_fn, ...)
 
 NeMo-RL sends the loss to the policy's workers, whose environment also needs
 reweight_ops.

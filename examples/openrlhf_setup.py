@@ -2,8 +2,8 @@
 loss.
 
     ray job submit --runtime-env-json '{"worker_process_setup_hook":
-        "openrlhf_setup.setup", "env_vars": {"PYTHONPATH": "examples"}}' \\ -- python -m
-        openrlhf.cli.train_ppo_ray ...
+        "openrlhf_setup.setup", "env_vars": {"PYTHONPATH": "examples"}}' \\
+        -- python -m openrlhf.cli.train_ppo_ray ...
 """
 
 import reweight_ops as rw

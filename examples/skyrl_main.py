@@ -1,7 +1,8 @@
 """SkyRL with this package's losses: SkyRL's own entry point after two lines.
 
-    python -m skyrl_main trainer.algorithm.policy_loss_type=likely_tokens_first
-    trainer.algorithm.loss_reduction=token_mean ...
+    python -m skyrl_main \\
+        trainer.algorithm.policy_loss_type=likely_tokens_first \\
+        trainer.algorithm.loss_reduction=token_mean ...
 
 The published methods are `rw_dapo`, `rw_gspo`, ... SkyRL sends registered losses to its
 workers, whose environment also needs reweight_ops.

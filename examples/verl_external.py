@@ -4,7 +4,7 @@ A training run loads it with ``VERL_USE_EXTERNAL_MODULES=verl_external``::
 
     VERL_USE_EXTERNAL_MODULES=verl_external python -m verl.trainer.main_ppo \\
         actor_rollout_ref.actor.policy_loss.loss_mode=likely_tokens_first \\
-        actor_rollout_ref.model.use_fused_kernels=True
+        actor_rollout_ref.model.use_fused_kernels=True \\
         actor_rollout_ref.model.fused_kernel_options.impl_backend=torch ...
 
 The published methods need no module: with reweight_ops installed, verl knows

@@ -1,4 +1,6 @@
-"""The compiled extension: kernels on raw addresses, without any check. :mod:`reweight_ops._core.backends` validates every argument first."""
+"""The compiled extension: kernels on raw addresses, without any check.
+:mod:`reweight_ops._core.backends` validates every argument first.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,13 +11,17 @@ most_top: int
 sources: str
 
 class Table:
-    """A loss program as a table of instructions, by the address of its words, the sizes of its parts, and the registers of what it gives."""
+    """A loss program as a table of instructions, by the address of its words, the sizes
+    of its parts, and the registers of what it gives.
+    """
 
     def __init__(self, words: int, counts: Sequence[int], outputs: Sequence[int]) -> None: ...
 
 class Call:
-    """What all primitives share. ``strides``: rows per batch, batch and row stride in elements; ``vocab``: size, start, total.
-    ``bounds``: of packed rows, 0 for rows of one length. ``threads``: on a CPU; ``device``, ``stream``: on a GPU."""
+    """What all primitives share. ``strides``: rows per batch, batch and row stride in
+    elements; ``vocab``: size, start, total. ``bounds``: of packed rows, 0 for rows of
+    one length. ``threads``: on a CPU; ``device``, ``stream``: on a GPU.
+    """
 
     def __init__(
         self,
@@ -36,8 +42,11 @@ class Call:
     ) -> None: ...
 
 class OnePass:
-    """A one-pass loss, all but its tensors. ``masks``: of ids, mask and denominator 0, strides between sequences and rows, bytes, whether the highest bit is
-    a sign; ``inputs``: strides between sequences and rows, whether it is given, whether it is a number."""
+    """A one-pass loss, all but its tensors. ``masks``: of ids, mask and denominator 0,
+    strides between sequences and rows, bytes, whether the highest bit is a sign;
+    ``inputs``: strides between sequences and rows, whether it is given, whether it is a
+    number.
+    """
 
     def __init__(
         self,

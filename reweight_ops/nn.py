@@ -92,7 +92,7 @@ class _FusedHead(torch_nn.Module):
 
         Raises:
             InvalidCall: the head is more than ``F.linear`` of its weight: quantised
-            (bitsandbytes, FP8), adapted, or another class.
+                (bitsandbytes, FP8), adapted, or another class.
         """
         reason = _more_than_linear(linear)
         if reason is not None:
@@ -154,7 +154,8 @@ class FusedLinearLogProbs(_FusedHead):
         exist.
 
     >>> import torch, reweight_ops as rw
-    >>> head = rw.FusedLinearLogProbs.from_linear(torch.nn.Linear(3, 4), temperature=0.7)
+    >>> linear = torch.nn.Linear(3, 4)
+    >>> head = rw.FusedLinearLogProbs.from_linear(linear, temperature=0.7)
     >>> head(torch.zeros(2, 5, 3), torch.zeros(2, 5, dtype=torch.long)).shape
     torch.Size([2, 5])
     """
@@ -212,7 +213,8 @@ class FusedLinearPolicyLoss(_FusedHead):
 
     >>> import torch, reweight_ops as rw
     >>> head = rw.FusedLinearPolicyLoss.from_linear(torch.nn.Linear(3, 4), spec="grpo")
-    >>> head(torch.zeros(2, 5, 3), torch.zeros(2, 5, dtype=torch.long), 1.0).loss.round()
+    >>> hidden, ids = torch.zeros(2, 5, 3), torch.zeros(2, 5, dtype=torch.long)
+    >>> head(hidden, ids, 1.0).loss.round()
     tensor(-1., grad_fn=<...>)
     """
 

@@ -73,8 +73,8 @@ def lopti(order: str = "low_first", **options: Any) -> tuple[PolicyLossSpec, Pol
     :func:`lopti_updates`. In TRL pass both as ``spec`` and set ``num_iterations=2``,
     which gives the same order of updates::
 
-        ReweightGRPOTrainer(..., args=GRPOConfig(num_iterations=2, ...),
-        spec=rw.schedules.lopti(eta=0.5))
+        config = GRPOConfig(num_iterations=2, ...)
+        ReweightGRPOTrainer(..., args=config, spec=rw.schedules.lopti(eta=0.5))
     """
     if "half" in options:
         raise InvalidCall(
@@ -97,8 +97,10 @@ def lopti_updates(
     second.
 
     for spec, batch in rw.schedules.lopti_updates(mini_batches, eta=0.5):
-        rw.policy_loss(model(batch), ..., spec=spec,
-        old_per_token_logps=batch["old"]).loss.backward() optimizer.step()
+        old = batch["old"]
+        out = rw.policy_loss(model(batch), ..., spec=spec, old_per_token_logps=old)
+        out.loss.backward()
+        optimizer.step()
     """
     batches = list(mini_batches)  # a generator would be empty in the second pass
     for spec in lopti(**options):

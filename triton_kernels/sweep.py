@@ -275,8 +275,8 @@ def row_of_slots(
     step = _exponent(tl.where(leads, 0.0, top - largest), k, 0.0)
     lift = -tl.floor(
         _exponent(second - largest, k, 0.0)
-        # an integer: a power of 2 does not round, and one rounding of all slots would not
-        # average out
+        # An integer: a power of 2 does not round. One rounding of all slots would not
+        # average out.
     )
     to_top = tl.exp2(-lift)
     scale = tl.where(leads, 0.0, tl.exp2(step + lift))

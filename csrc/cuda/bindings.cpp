@@ -49,6 +49,15 @@ PYBIND11_MODULE(RW_MODULE, m) {
         "Says why token_loss_grad would take its streaming kernel. Empty if it would take the ring kernel.");
     m.def("set_kernel", &set_kernel, py::arg("name"),
           "Sets the kernel of token_loss_grad in this process: auto, or streaming or ring to compare them.");
+    m.def(
+        "split_unsupported_reason",
+        [](const Call& call, const Call& other) { return split_unsupported_reason(divergence_call(call, other, 0, 0, {1, 0, 0})); }, py::arg("call"),
+        py::arg("other"), "Says why a block would take whole rows of two logits tensors. Empty if a cluster of blocks would share each row.");
+    m.def(
+        "divergence_blocks", [](int64_t columns) { return DivergenceSlices(int(columns)).count; }, py::arg("columns"),
+        "Returns how many blocks share a row of two logits tensors where rows are split.");
+    m.def("set_divergence_kernel", &set_divergence_kernel, py::arg("name"),
+          "Sets the kernel on two logits tensors in this process: auto, or whole or split to compare them.");
 #if defined(RW_EMULATION)
     m.def("set_schedule", &emulation::set_schedule, py::arg("name"), py::arg("seed"), "eager, late, random or skew.");
     m.def("set_device", &emulation::set_device, py::arg("major"), py::arg("shared_bytes"), py::arg("clusters"), "Sets what the host sees.");

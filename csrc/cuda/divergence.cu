@@ -1,151 +1,40 @@
-// Divergences of the softmaxes of two logits tensors, and the gradient by the first. The grid is persistent, with one block
-// per row. Each tensor is read once for statistics and once for a gradient. The file is compiled once per dtype of the
-// first tensor; RW_ELEMENT and RW_DTYPE name the dtype.
+// Divergences of the softmaxes of two logits tensors, and the gradient by the first. Each tensor is read once for
+// statistics and once for a gradient. The file is compiled once per dtype of the first tensor; RW_ELEMENT and RW_DTYPE
+// name the dtype.
 //
-// With t = (x - top)·log2(e)/T and e = 2^t a state holds, for each tensor, Σe, Σe·t and Σe·(own t - the other's t): where
-// the distributions are close, the differences themselves are small.
+// A row is cut into slices, by its length alone, so that two launches of one kernel give the same bits. Either the grid is
+// persistent, and a block takes whole rows. Or, for few long rows on sm_90 and later, a cluster has a block for each slice
+// of one row: the blocks send each other the sums of their warps, and each writes its part of the gradient.
 #include "divergence.h"
 
+#include "asynchronous.h"
 #include "common/concat.h"
-#include "statistics.h"
+#include "divergence_sums.h"
 
 namespace reweight_ops {
 namespace {
 
-/// Columns of both tensors that a thread takes at once, for every dtype: one 16-bit vector or two
-/// 32-bit vectors.
-constexpr int kColumns = 8;
 /// Groups of columns in flight. Two fp32 tensors, and rows that are read element by element, leave
 /// registers for only one. The order of additions does not depend on it.
 template <class T, class U, bool kAligned>
 constexpr int kInFlight = kAligned && sizeof(T) + sizeof(U) < 8 ? 2 : 1;
-constexpr int kBlocksPerProcessor = 2;
 
-struct Side {
-    float top = -kInf, sum = 0.0f, dot = 0.0f, cross = 0.0f;
-};
-
-struct State {
-    Side p, q;
-    float p_zero = 0.0f, q_zero = 0.0f;  // 1 if a column has p = 0 < q; q = 0 < p
-};
-
-using States = State[kWarps];
-
-/// The scales of both tensors of a row.
-struct Scales {
-    float p, q;  // log2(e) / T
-};
-
-RW_DEVICE float finite_top(float top) { return top == -kInf ? 0.0f : top; }
-
-RW_DEVICE void rebase(Side& s, float top, float shift, float others_shift) {
-    const float factor = exp2_approximate(shift);
-    s.cross = factor * fmaf(shift - others_shift, s.sum, s.cross);
-    s.dot = factor * fmaf(shift, s.sum, s.dot);
-    s.sum *= factor;
-    s.top = top;
-}
-
-/// Makes the sums relative to other maxima.
-RW_DEVICE void rebase(State& s, float p_top, float q_top, const Scales& scales) {
-    if (p_top == s.p.top && q_top == s.q.top) return;
-    // The bound: a maximum may be the lowest finite number, by which logits are masked, and -inf -
-    // -inf would be NaN.
-    const auto shift = [](float from, float to, float scale) { return from == -kInf || from == to ? 0.0f : fmaxf((from - to) * scale, -1e30f); };
-    const float p_shift = shift(s.p.top, p_top, scales.p), q_shift = shift(s.q.top, q_top, scales.q);
-    rebase(s.p, p_top, p_shift, q_shift);
-    rebase(s.q, q_top, q_shift, p_shift);
-}
-
-RW_DEVICE State merge(State a, State b, const Scales& scales) {
-    const float p_top = fmaxf(a.p.top, b.p.top), q_top = fmaxf(a.q.top, b.q.top);
-    rebase(a, p_top, q_top, scales);
-    rebase(b, p_top, q_top, scales);
-    const auto add = [](const Side& x, const Side& y) { return Side{x.top, x.sum + y.sum, x.dot + y.dot, x.cross + y.cross}; };
-    return {add(a.p, b.p), add(a.q, b.q), fmaxf(a.p_zero, b.p_zero), fmaxf(a.q_zero, b.q_zero)};
-}
-
-template <int kLanes>
-RW_DEVICE State merge_lanes(State s, const Scales& scales) {
-#pragma unroll
-    for (int lanes = kLanes / 2; lanes; lanes /= 2) {
-        const auto other = [lanes](const Side& x) {
-            return Side{shuffle_xor(x.top, lanes), shuffle_xor(x.sum, lanes), shuffle_xor(x.dot, lanes), shuffle_xor(x.cross, lanes)};
-        };
-        const Side p = other(s.p), q = other(s.q);
-        s = merge(s, {p, q, shuffle_xor(s.p_zero, lanes), shuffle_xor(s.q_zero, lanes)}, scales);
-    }
-    return s;
-}
-
-/// log2 of a column's exponential. Only -inf has probability 0. A finite masking number may
-/// overflow the product, but must not count as -inf: threads that see only such numbers would
-/// disagree with the others.
-RW_DEVICE float exponent(float x, float base, float scale) {
-    const float t = (x - base) * scale;
-    return t < -1e30f && x > -kInf ? -1e30f : t;
-}
-
-/// The sums of n columns. kPlain: no column is -inf and no difference overflows, so that no column
-/// needs a check.
-template <bool kPlain, int n>
-RW_DEVICE void add(State& s, const float (&x)[n], const float (&y)[n], float p_base, float q_base, const Scales& scales) {
-    Side p, q;
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-        const float t = kPlain ? (x[j] - p_base) * scales.p : exponent(x[j], p_base, scales.p);
-        const float u = kPlain ? (y[j] - q_base) * scales.q : exponent(y[j], q_base, scales.q);
-        const bool p_masked = !kPlain && t == -kInf, q_masked = !kPlain && u == -kInf;
-        const float e = exp2_approximate(t), f = exp2_approximate(u), d = p_masked || q_masked ? 0.0f : t - u;
-        p.sum += e;
-        q.sum += f;
-        p.dot = fmaf(e, p_masked ? 0.0f : t, p.dot);
-        q.dot = fmaf(f, q_masked ? 0.0f : u, q.dot);
-        p.cross = fmaf(e, d, p.cross);
-        q.cross = fmaf(f, -d, q.cross);
-        if (p_masked != q_masked) (p_masked ? s.p_zero : s.q_zero) = 1.0f;
-    }
-    s.p.sum += p.sum, s.p.dot += p.dot, s.p.cross += p.cross;
-    s.q.sum += q.sum, s.q.dot += q.dot, s.q.cross += q.cross;
-}
-
-/// Adds n columns of both tensors to a thread's sums. A NaN does not change the maximum, but makes
-/// the sum NaN.
-template <bool kCapped, int n>
-RW_DEVICE void absorb(State& s, float (&x)[n], float (&y)[n], const Scales& scales, const Softcap& p_cap, const Softcap& q_cap) {
-    constexpr float kLarge = 1e20f;
-    float p_top = s.p.top, q_top = s.q.top, low = kLarge;
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-        if constexpr (kCapped) {
-            if (p_cap.on) p_cap.apply(x[j]);
-            if (q_cap.on) q_cap.apply(y[j]);
-        }
-        p_top = fmaxf(p_top, x[j]);
-        q_top = fmaxf(q_top, y[j]);
-        low = fminf(low, fminf(x[j], y[j]));
-    }
-    rebase(s, p_top, q_top, scales);
-    const float p_base = finite_top(p_top), q_base = finite_top(q_top);
-    if (!kCapped && low > -kLarge && fmaxf(p_top, q_top) < kLarge) {
-        add<true>(s, x, y, p_base, q_base, scales);
-    } else {
-        add<false>(s, x, y, p_base, q_base, scales);
-    }
-}
-
-/// A group of columns in its memory format.
-template <class T>
-struct Group8 {
+/// The groups of columns of one tensor's row, from x on. kAligned: x is a multiple of 16 bytes.
+template <class T, bool kAligned>
+struct Groups {
     static constexpr int kVectors = kColumns / kPerVector<T>;
-    Vector v[kVectors];
+    using Group = Vector[kVectors];
+    ShiftedRow<T> row;
 
-    RW_DEVICE void load(const T* p, bool aligned) {
+    RW_DEVICE Groups(const T* x, int columns) : row(x, columns / kPerVector<T>) {}
+    RW_DEVICE void load(Group& v, int group) const {
 #pragma unroll
-        for (int k = 0; k < kVectors; ++k) v[k] = load_vector(p + k * kPerVector<T>, aligned);
+        for (int k = 0; k < kVectors; ++k) {
+            const int i = group * kVectors + k;
+            v[k] = kAligned ? load16(row.x + int64_t(i) * kPerVector<T>) : row.load(i);
+        }
     }
-    RW_DEVICE void unpack_to(float* x) const {
+    RW_DEVICE static void unpack_to(const Group& v, float* x) {
 #pragma unroll
         for (int k = 0; k < kVectors; ++k) unpack<T>(v[k], x + k * kPerVector<T>);
     }
@@ -168,45 +57,57 @@ struct Rows {
     }
 };
 
-/// Loads the groups begin, begin + kThreads, ... that are in flight together, then calls f(first
-/// column, columns of one tensor, of the other) for each.
+/// Loads the groups at, at + kThreads, ... that are in flight together, then calls f(group, columns
+/// of one tensor, of the other) for each that is below `end`.
 template <class T, class U, bool kAligned, class F>
-RW_DEVICE void for_each_group(const Rows<T, U>& row, int begin, int groups, const F& f) {
+RW_DEVICE void for_each_group(const Groups<T, kAligned>& of_x, const Groups<U, kAligned>& of_y, int at, int end, const F& f) {
     constexpr int kGroups = kInFlight<T, U, kAligned>;
-    Group8<T> x[kGroups];
-    Group8<U> y[kGroups];
+    typename Groups<T, kAligned>::Group x[kGroups];
+    typename Groups<U, kAligned>::Group y[kGroups];
 #pragma unroll
     for (int u = 0; u < kGroups; ++u) {
-        const int64_t i = begin + u * kThreads;
-        if (i >= groups) continue;
-        x[u].load(row.x + i * kColumns, kAligned);
-        y[u].load(row.y + i * kColumns, kAligned);
+        const int i = at + u * kThreads;
+        if (i >= end) continue;
+        of_x.load(x[u], i);
+        of_y.load(y[u], i);
     }
 #pragma unroll
     for (int u = 0; u < kGroups; ++u) {
-        const int64_t i = begin + u * kThreads;
-        if (i >= groups) continue;
+        const int i = at + u * kThreads;
+        if (i >= end) continue;
         float a[kColumns], b[kColumns];
-        x[u].unpack_to(a);
-        y[u].unpack_to(b);
-        f(i * kColumns, a, b);
+        of_x.unpack_to(x[u], a);
+        of_y.unpack_to(y[u], b);
+        f(i, a, b);
     }
 }
 
-/// A thread's sums: its groups in the order of columns, then one column after the last whole group.
+/// A thread's sums of a slice: its groups in the order of columns. The last slice also has the
+/// columns after the last whole group, one per thread.
 template <class T, class U, bool kCapped, bool kAligned>
-RW_DEVICE State sweep_statistics(const Rows<T, U>& row, int columns, const Softcap& p_cap, const Softcap& q_cap) {
+RW_DEVICE State sweep_slice(const Rows<T, U>& row, int columns, const DivergenceSlices& slices, int slice, const Softcap& p_cap,
+                            const Softcap& q_cap) {
     State s;
-    const int groups = columns / kColumns;
-    for (int begin = thread_index(); begin < groups; begin += kInFlight<T, U, kAligned> * kThreads) {
-        for_each_group<T, U, kAligned>(row, begin, groups, [&](int64_t, auto& a, auto& b) { absorb<kCapped>(s, a, b, row.scales, p_cap, q_cap); });
+    const Groups<T, kAligned> x(row.x, columns);
+    const Groups<U, kAligned> y(row.y, columns);
+    const int end = slices.end(slice);
+    for (int at = slices.begin(slice) + thread_index(); at < end; at += kInFlight<T, U, kAligned> * kThreads) {
+        for_each_group<T, U, kAligned>(x, y, at, end, [&](int, auto& a, auto& b) { absorb<kCapped>(s, a, b, row.scales, p_cap, q_cap); });
     }
-    const int tail = groups * kColumns + thread_index();
-    if (tail < columns) {
+    const int tail = slices.groups * kColumns + thread_index();
+    if (slice == slices.count - 1 && tail < columns) {
         float a[1] = {widen(row.x[tail])}, b[1] = {widen(row.y[tail])};
         absorb<kCapped>(s, a, b, row.scales, p_cap, q_cap);
     }
     return s;
+}
+
+/// The sums of the warp's part of a slice, in each of its lanes.
+template <class T, class U, bool kCapped>
+RW_DEVICE State sum_slice(const Rows<T, U>& row, int columns, const DivergenceSlices& slices, int slice, const Softcap& p_cap, const Softcap& q_cap) {
+    const State s = is_aligned(row.x) && is_aligned(row.y) ? sweep_slice<T, U, kCapped, true>(row, columns, slices, slice, p_cap, q_cap)
+                                                           : sweep_slice<T, U, kCapped, false>(row, columns, slices, slice, p_cap, q_cap);
+    return merge_lanes(s, row.scales);
 }
 
 /// A row of the table.
@@ -289,77 +190,196 @@ RW_DEVICE float gradient_of(float x, float y, const Gradient& g, const Scales& s
     return (p * factor - g.other * q) * slope;  // two roundings keep both products equal where p and q are equal
 }
 
-/// Sweeps from the last group to the first: the L2 cache still has what the statistics sweep read
-/// last. It may write in place.
-template <class T, class U, bool kCapped, bool kAligned>
-RW_DEVICE void sweep_gradient(const Rows<T, U>& row, T* out, int columns, const Gradient& g, const Softcap& p_cap, const Softcap& q_cap) {
-    const int groups = columns / kColumns, tail = groups * kColumns + thread_index();
-    const auto one = [&](float x, float y) { return gradient_of<kCapped>(x, y, g, row.scales, p_cap, q_cap); };
-    if (tail < columns) narrow(one(widen(row.x[tail]), widen(row.y[tail])), out[tail]);
-    constexpr int kStep = kInFlight<T, U, kAligned> * kThreads;
-    for (int begin = (groups - 1) / kStep * kStep + thread_index(); begin >= 0; begin -= kStep) {
-        for_each_group<T, U, kAligned>(row, begin, groups, [&](int64_t column, auto& a, auto& b) {
-#pragma unroll
-            for (int j = 0; j < kColumns; ++j) a[j] = one(a[j], b[j]);
-#pragma unroll
-            for (int k = 0; k < Group8<T>::kVectors; ++k) store_vector(out + column + k * kPerVector<T>, pack<T>(a + k * kPerVector<T>), kAligned);
-        });
-    }
-}
-
 /// Writes one value to columns [from, to).
 template <class T>
 RW_DEVICE void fill(T* out, int from, int to, float value) {
-    for (int64_t i = from + thread_index(); i < to; i += kThreads) narrow(value, out[i]);
+    const int off = int(reinterpret_cast<uintptr_t>(out + from) & 15), ahead = (16 - off) % 16 / int(sizeof(T));
+    const int begin = from + ahead < to ? from + ahead : to, vectors = (to - begin) / kPerVector<T>;
+    float values[kPerVector<T>];
+    for (float& v : values) v = value;
+    for (int i = thread_index(); i < vectors; i += kThreads) store16(out + begin + int64_t(i) * kPerVector<T>, pack<T>(values));
+    for (int i = from + thread_index(); i < begin; i += kThreads) narrow(value, out[i]);
+    for (int i = begin + vectors * kPerVector<T> + thread_index(); i < to; i += kThreads) narrow(value, out[i]);
 }
 
+/// The columns of a gradient that a block writes: `head` columns before the first whole group,
+/// groups [from, to), and the columns after the last one. The order of a gradient does not matter,
+/// so that groups start where the gradient is aligned.
+struct Written {
+    int head, from, to;
+    bool first, last;  // whether the block has the first slice, the last one
+
+    template <class T>
+    RW_DEVICE Written(const T* out, int columns, const DivergenceSlices& slices, int begin, int end) : first(begin == 0), last(end == slices.count) {
+        head = (16 - int(reinterpret_cast<uintptr_t>(out) & 15)) % 16 / int(sizeof(T));
+        if (head > columns) head = columns;
+        const int groups = (columns - head) / kColumns;
+        from = slices.begin(begin) < groups ? slices.begin(begin) : groups;
+        to = slices.begin(end) < groups ? slices.begin(end) : groups;
+    }
+    RW_DEVICE int begin_column() const { return first ? 0 : head + from * kColumns; }
+    RW_DEVICE int end_column(int columns) const { return last ? columns : head + to * kColumns; }
+};
+
+/// Sweeps from the last group to the first: the L2 cache still has what the statistics sweep read
+/// last. It may write in place.
+template <class T, class U, bool kCapped, bool kAligned>
+RW_DEVICE void sweep_gradient(const Rows<T, U>& row, T* out, int columns, const Written& part, const Gradient& g, const Softcap& p_cap,
+                              const Softcap& q_cap) {
+    const auto one = [&](float x, float y) { return gradient_of<kCapped>(x, y, g, row.scales, p_cap, q_cap); };
+    const auto write = [&](int column) { narrow(one(widen(row.x[column]), widen(row.y[column])), out[column]); };
+    if (part.last) {
+        for (int column = part.head + part.to * kColumns + thread_index(); column < columns; column += kThreads) write(column);
+    }
+    const Groups<T, kAligned> x(row.x + part.head, columns - part.head);
+    const Groups<U, kAligned> y(row.y + part.head, columns - part.head);
+    T* const to = out + part.head;
+    constexpr int kStep = kInFlight<T, U, kAligned> * kThreads;
+    for (int at = part.from + (part.to - part.from - 1) / kStep * kStep + thread_index(); at >= part.from; at -= kStep) {
+        for_each_group<T, U, kAligned>(x, y, at, part.to, [&](int group, auto& a, auto& b) {
+#pragma unroll
+            for (int j = 0; j < kColumns; ++j) a[j] = one(a[j], b[j]);
+#pragma unroll
+            for (int k = 0; k < kColumns; k += kPerVector<T>) store16(to + int64_t(group) * kColumns + k, pack<T>(a + k));
+        });
+    }
+    if (part.first && thread_index() < part.head) write(thread_index());
+}
+
+/// Writes the block's part of a row's gradient, slices [begin, end).
 template <class T, class U, bool kCapped>
-RW_KERNEL(kThreads, kBlocksPerProcessor) divergence_kernel(RW_PARAMETER DivergenceCall call) {
-    // Two of each: while some threads still read those of one row, others write those of the next.
-    RW_SHARED(DoubleBuffer<States>, states);
-    RW_SHARED(DoubleBuffer<Gradient>, gradients);
-    const Softcap p_cap(call.softcap), q_cap(call.q.softcap);
+RW_DEVICE void write_gradient(const Rows<T, U>& row, T* out, const DivergenceCall& call, const DivergenceSlices& slices, int begin, int end,
+                              const Gradient& g, const Softcap& p_cap, const Softcap& q_cap) {
     const int columns = int(call.vocab_size);
+    const Written part(out, columns, slices, begin, end);
+    if (g.fill) {
+        fill(out, part.begin_column(), part.end_column(columns), g.value);
+    } else if (is_aligned(row.x + part.head) && is_aligned(row.y + part.head)) {
+        sweep_gradient<T, U, kCapped, true>(row, out, columns, part, g, p_cap, q_cap);
+    } else {
+        sweep_gradient<T, U, kCapped, false>(row, out, columns, part, g, p_cap, q_cap);
+    }
+    if (part.last) fill(out, columns, int(call.columns), 0.0f);
+}
+
+/// Writes an ignored row: the table's column, if `table`, and slices [begin, end) of the gradient.
+template <class T>
+RW_DEVICE void write_ignored(const DivergenceCall& call, int64_t i, T* out, const DivergenceSlices& slices, int begin, int end) {
+    if (call.table && begin == 0 && thread_index() == 0) put_column(call.table, call.rows, i, {});
+    if (out) fill(out, slices.begin(begin) * kColumns, end == slices.count ? int(call.columns) : slices.begin(end) * kColumns, 0.0f);
+}
+
+template <class T>
+RW_DEVICE T* out_of(const DivergenceCall& call, int64_t i) {
+    return call.out ? static_cast<T*>(call.out) + call.out_strides.offset(i) : nullptr;
+}
+
+/// Writes a row's column of the table, if `writes`, and the constants of its gradient from its sums.
+template <class T, class U>
+RW_DEVICE void finish(const DivergenceCall& call, int64_t i, const Rows<T, U>& row, const State& sums, bool writes, Gradient& gradient) {
+    const Known known(sums, row);
+    if (writes) put_column(call.table, call.rows, i, known.values);
+    if (!call.out) return;
+    const float w = call.weights[i];
+    gradient = Gradient(known, call.constants[0] * w, call.constants[1] * w, call.constants[2] * w, row);
+}
+
+template <class T, class U>
+RW_DEVICE Gradient known_gradient(const DivergenceCall& call, int64_t i, const Rows<T, U>& row) {
+    const float* const c = call.derivatives + i;
+    return Gradient(Known(call.known, call.rows, i), c[0], c[call.rows], c[2 * call.rows], row);
+}
+
+// ---- the kernel
+
+/// What the blocks of a cluster send to a block.
+struct Exchange {
+    RowStates states;
+    Barrier full;  // the sums of all warps of all blocks have arrived
+};
+
+RW_DEVICE Vector as_vector(float a, float b, float c, float d) { return {as_bits(a), as_bits(b), as_bits(c), as_bits(d)}; }
+
+/// Sends a warp's sums of slice `slice` to block `to`.
+RW_DEVICE void send_state(const State& s, Exchange& exchange, int slice, int to) {
+    State& there = exchange.states[slice][thread_index() / 32];
+    send(as_vector(s.p.top, s.p.sum, s.p.dot, s.p.cross), &there.p, exchange.full, to);
+    send(as_vector(s.q.top, s.q.sum, s.q.dot, s.q.cross), &there.q, exchange.full, to);
+    send(as_vector(s.p_zero, s.q_zero, 0.0f, 0.0f), &there.p_zero, exchange.full, to);
+}
+
+struct LaunchedCall : DivergenceCall {
+    bool split;  // a cluster shares one row; else a block takes every n-th row of n blocks
+};
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasClusters = false;
+#else
+constexpr bool kHasClusters = true;
+#endif
+
+template <class T, class U, bool kCapped>
+RW_KERNEL(kThreads, kDivergenceBlocks) divergence_kernel(RW_PARAMETER LaunchedCall call) {
+    // Two of each: while some threads still read those of one row, others write those of the next.
+    RW_SHARED(DoubleBuffer<RowStates>, states);
+    RW_SHARED(DoubleBuffer<Gradient>, gradients);
+    RW_DYNAMIC_SHARED(bytes);  // with split rows
+    Exchange& exchange = *reinterpret_cast<Exchange*>(bytes);
+    const Softcap p_cap(call.softcap), q_cap(call.q.softcap);
+    const int columns = int(call.vocab_size), warp = thread_index() / 32, lane = thread_index() % 32;
+    const DivergenceSlices slices(columns);
+    int begin = 0, end = slices.count;  // the block's slices
+    int64_t i = block_index();
+    if constexpr (kHasClusters) {
+        if (call.split) {
+            begin = cluster_rank();
+            end = begin + 1;
+            i = block_index() / slices.count;
+        }
+    }
     int buffer = 0;
-    for (int64_t i = block_index(); i < call.rows; i += block_count()) {
-        T* const out = call.out ? static_cast<T*>(call.out) + call.out_strides.offset(i) : nullptr;
+    for (; i < call.rows; i += block_count()) {
+        T* const out = out_of<T>(call, i);
         if (is_ignored(call, i)) {
-            if (call.table && thread_index() == 0) put_column(call.table, call.rows, i, {});
-            if (out) fill(out, 0, int(call.columns), 0.0f);
+            write_ignored(call, i, out, slices, begin, end);
             continue;
         }
         const Rows<T, U> row(call, i);
-        const bool aligned = is_aligned(row.x) && is_aligned(row.y);
         if (call.table) {
-            State s = aligned ? sweep_statistics<T, U, kCapped, true>(row, columns, p_cap, q_cap)
-                              : sweep_statistics<T, U, kCapped, false>(row, columns, p_cap, q_cap);
-            s = merge_lanes<32>(s, row.scales);
-            if (thread_index() % 32 == 0) states[buffer][thread_index() / 32] = s;
-            barrier();
-            if (thread_index() < 32) s = merge_lanes<kWarps>(states[buffer][thread_index() % kWarps], row.scales);
-            if (thread_index() == 0) {
-                const Known known(s, row);
-                put_column(call.table, call.rows, i, known.values);
-                if (out) {
-                    const float w = call.weights[i];
-                    gradients[buffer] = Gradient(known, call.constants[0] * w, call.constants[1] * w, call.constants[2] * w, row);
+            if constexpr (kHasClusters) {
+                if (call.split) {
+                    if (thread_index() == 0) {
+                        initialize(exchange.full, 1);
+                        publish_barriers();
+                        arrive_expecting(exchange.full, slices.count * int(sizeof(exchange.states[0])));
+                    }
+                    cluster_barrier();  // the barriers of all blocks count before anything is sent
                 }
             }
+            for (int slice = begin; slice < end; ++slice) {
+                const State s = sum_slice<T, U, kCapped>(row, columns, slices, slice, p_cap, q_cap);
+                if constexpr (kHasClusters) {
+                    if (call.split && lane < slices.count) send_state(s, exchange, slice, lane);
+                }
+                if (!call.split && lane == 0) states[buffer][slice][warp] = s;
+            }
+            if (!call.split) barrier();
+            if (warp == 0) {
+                // With split rows, all blocks have read their slices before the sums are complete: the
+                // gradient may be written in place.
+                if constexpr (kHasClusters) {
+                    if (call.split) wait_for_cluster(exchange.full, 0);
+                }
+                const State sums = merge_row(call.split ? exchange.states : states[buffer], slices.count, row.scales);
+                if (lane == 0) finish(call, i, row, sums, begin == 0, gradients[buffer]);
+            }
         } else if (thread_index() == 0) {
-            const float* const c = call.derivatives + i;
-            gradients[buffer] = Gradient(Known(call.known, call.rows, i), c[0], c[call.rows], c[2 * call.rows], row);
+            gradients[buffer] = known_gradient(call, i, row);
         }
         if (out) {
             barrier();
-            const Gradient& g = gradients[buffer];
-            if (g.fill) {
-                fill(out, 0, columns, g.value);
-            } else if (aligned && is_aligned(out)) {
-                sweep_gradient<T, U, kCapped, true>(row, out, columns, g, p_cap, q_cap);
-            } else {
-                sweep_gradient<T, U, kCapped, false>(row, out, columns, g, p_cap, q_cap);
-            }
-            fill(out, columns, int(call.columns), 0.0f);
+            const Gradient g = gradients[buffer];  // in registers: a store may alias what is in shared memory
+            write_gradient<T, U, kCapped>(row, out, call, slices, begin, end, g, p_cap, q_cap);
         }
         buffer ^= 1;
     }
@@ -367,31 +387,50 @@ RW_KERNEL(kThreads, kBlocksPerProcessor) divergence_kernel(RW_PARAMETER Divergen
 
 // ---- launches
 
-/// Two blocks per processor, because one waits at barriers. One block if the rows in flight exceed
-/// half of the cache that the second read needs.
-template <class U>
-int launch_rows(const DivergenceCall& call) {
-    const Device device = device_of(call.device);
-    if (device.status) return device.status;
-    const int64_t row_bytes = call.vocab_size * int64_t(sizeof(RW_ELEMENT) + sizeof(U));
-    const bool reads_twice = call.table && call.out, large = kBlocksPerProcessor * device.processors * row_bytes > device.l2_bytes / 2;
-    const int64_t blocks = int64_t(device.processors) * (reads_twice && large ? 1 : kBlocksPerProcessor);
+/// Launches the kernel for the call's dtypes and soft caps: `use` gets it and the second's element
+/// size.
+template <class F>
+int with_kernel(const DivergenceCall& call, const F& use) {
     const bool capped = call.softcap < kInf || call.q.softcap < kInf;
-    return launch(capped ? divergence_kernel<RW_ELEMENT, U, true> : divergence_kernel<RW_ELEMENT, U, false>,
-                  {call.rows < blocks ? call.rows : blocks, kThreads}, call);
+    const auto of = [&](auto other) {
+        using U = decltype(other);
+        return use(capped ? divergence_kernel<RW_ELEMENT, U, true> : divergence_kernel<RW_ELEMENT, U, false>, int64_t(sizeof(U)));
+    };
+    switch (call.q.dtype) {
+        case DType::bf16: return of(Bf16());
+        case DType::f16: return of(F16());
+        default: return of(float());
+    }
 }
 
-int launch_divergence(const DivergenceCall& call) {
-    if (call.rows == 0) return 0;
-    switch (call.q.dtype) {
-        case DType::bf16: return launch_rows<Bf16>(call);
-        case DType::f16: return launch_rows<F16>(call);
-        default: return launch_rows<float>(call);
-    }
+/// Two blocks per processor, because one waits at barriers. One block if the rows in flight exceed
+/// half of the cache that the second read needs.
+int launch_whole(const DivergenceCall& call) {
+    const Device device = device_of(call.device);
+    if (device.status) return device.status;
+    return with_kernel(call, [&](auto kernel, int64_t other_bytes) {
+        const int64_t row_bytes = call.vocab_size * (int64_t(sizeof(RW_ELEMENT)) + other_bytes);
+        const bool reads_twice = call.table && call.out, large = kDivergenceBlocks * device.processors * row_bytes > device.l2_bytes / 2;
+        const int64_t blocks = int64_t(device.processors) * (reads_twice && large ? 1 : kDivergenceBlocks);
+        return launch(kernel, {call.rows < blocks ? call.rows : blocks, kThreads}, LaunchedCall{call, false});
+    });
+}
+
+Shape split_shape(const DivergenceCall& call) {
+    const int blocks = DivergenceSlices(int(call.vocab_size)).count;
+    return {call.rows * blocks, kThreads, blocks, int(sizeof(Exchange))};
+}
+
+int count_clusters(const DivergenceCall& call, int& count) {
+    return with_kernel(call, [&](auto kernel, int64_t) { return active_clusters(kernel, split_shape(call), call.device, count); });
+}
+
+int launch_split(const DivergenceCall& call) {
+    return with_kernel(call, [&](auto kernel, int64_t) { return launch(kernel, split_shape(call), LaunchedCall{call, true}); });
 }
 
 }  // namespace
 
-const DivergenceLaunch RW_CONCAT(divergence_, RW_DTYPE) = launch_divergence;
+const DivergenceKernels RW_CONCAT(divergence_, RW_DTYPE) = {launch_whole, count_clusters, launch_split};
 
 }  // namespace reweight_ops

@@ -17,7 +17,7 @@ from .._core.spec.policy import PolicyLossSpec
 from ..testing.golden_row import Built, Golden
 from ..testing.golden_rows import GOLDEN
 
-_HEAD = '''"""Written by ``python -m reweight_ops.codegen``: the example of each entry, by kind and name, and the shape of what it returns."""
+_HEAD = '''"""Examples of all entries, by kind and name. ``reweight_ops.codegen`` writes them."""
 
 EXAMPLES: dict[str, tuple[str, str]] = {
 '''
@@ -54,7 +54,8 @@ def _text(value: Any) -> str:
         )
     if isinstance(value, Built):
         namespace = value.function.__module__.split(".")[1]
-        return f"rw.{namespace}.{value.function.__name__}({', '.join(f'{name}={_text(x)}' for name, x in value.arguments.items())})"
+        arguments = ", ".join(f"{name}={_text(x)}" for name, x in value.arguments.items())
+        return f"rw.{namespace}.{value.function.__name__}({arguments})"
     if isinstance(value, (bool, int, str, float, tuple)) or value is None:
         return repr(round(value, 4) if isinstance(value, float) else value)
     raise KeyError

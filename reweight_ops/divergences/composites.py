@@ -26,6 +26,7 @@ from .._core.catalogue.registry import published
 from .._core.engine.chunked_rows import FormulaSource, formula_call
 from .._core.engine.run import run
 from .._core.losses.distillation import token_divergence
+from .._core.losses.explain import by_ranks
 from .._core.losses.statistics import token_logps, token_stats
 from .._core.ranges import Interval, NonNegative, Number, OpenUnit, Positive, Scalar, Unit
 from .._core.rows.grouped import floats
@@ -99,7 +100,7 @@ def confidence_masked_kl(
         other_temperature=sharpening_temperature,
         **keywords,
     )
-    head = {
+    passed: dict[str, Any] = {
         name: value
         for name, value in keywords.items()
         if name in ("vocab_size", "process_group", "backend")
@@ -107,8 +108,8 @@ def confidence_masked_kl(
     ids = torch.zeros(kl.shape, dtype=torch.int64, device=kl.device)
     rows = teacher_logits[..., : kl.shape[-1], :]
     top = token_stats(
-        rows.detach(), ids, stats=("max_logp",), completion_mask=completion_mask, **head
-    ).max_logp  # type: ignore[arg-type]
+        rows.detach(), ids, stats=("max_logp",), completion_mask=completion_mask, **passed
+    ).max_logp
     assert top is not None
     return torch.where(top > math.log(threshold), kl, 0)
 
@@ -165,6 +166,7 @@ def kd(
     certainty="verified",
     paper="PLD: A Choice-Theoretic List-Wise Knowledge Distillation",
 )
+@by_ranks
 def pld(
     logits: Tensor,
     teacher_logits: Tensor,
@@ -206,7 +208,7 @@ def pld(
         )
         return torch.where(valid, losses.sum(-1), math.nan)
 
-    return run(formula_call(FormulaSource(call, rows, (call.p.ids,))))
+    return run(formula_call(FormulaSource(call, rows, reads_ids=True)))
 
 
 @published(
@@ -217,6 +219,7 @@ def pld(
     arxiv="2411.08937",
     paper="Dual-Head Knowledge Distillation: Enhancing Logits Utilization with an Auxiliary Head",
 )
+@by_ranks
 def dhkd(
     logits: Tensor,
     teacher_logits: Tensor,
@@ -247,9 +250,12 @@ def dhkd(
         # A column that is masked in both counts as equal.
         masked = (s == -math.inf) & (t == -math.inf)
         u = (torch.where(masked, 0, s - t) / (2 * temperature)).abs()
-        return temperature**2 * (u + torch.log1p(torch.exp(-2 * u)) - math.log(2)).sum(-1)
+        return (u + torch.log1p(torch.exp(-2 * u)) - math.log(2)).sum(-1, keepdim=True)
 
-    return run(formula_call(FormulaSource(call, rows)))
+    def value(sums: Tensor) -> Tensor:
+        return temperature**2 * sums[:, 0]
+
+    return run(formula_call(FormulaSource(call, rows, value)))
 
 
 @published(
@@ -323,6 +329,7 @@ def aldr(
     "stablemax", "StableMax cross-entropy", level="token", plan="composite", arxiv="2501.04697",
     paper="Grokking at the Edge of Numerical Stability",
 )  # fmt: skip
+@by_ranks
 def stablemax(
     logits: Tensor,
     completion_ids: Tensor,
@@ -348,7 +355,14 @@ def stablemax(
     def rows(x: Tensor, y: Tensor) -> Tensor:
         # Each branch sees only arguments of its own sign, so that no gradient is NaN.
         s = torch.where(x >= 0, x.clamp(min=0) + 1, 1 / (1 - x.clamp(max=0)))
+        if not x.size(-1):  # a shard without columns
+            return s.sum(-1, keepdim=True).expand(-1, 3)
         label, valid = _label(y, x)
-        return torch.where(valid, s.sum(-1).log() - s.gather(-1, label)[:, 0].log(), math.nan)
+        own = torch.where(valid, s.gather(-1, label)[:, 0], 0)
+        return torch.stack([s.sum(-1), own, valid.to(x.dtype)], -1)
 
-    return run(formula_call(FormulaSource(call, rows, (call.ids,))))
+    def value(sums: Tensor) -> Tensor:
+        known = torch.where(sums[:, 2:] > 0, sums, sums + math.nan)
+        return known[:, 0].log() - known[:, 1].log()
+
+    return run(formula_call(FormulaSource(call, rows, value, reads_ids=True)))

@@ -7,10 +7,10 @@ in place of its PPO loss.
     from areal.trainer.ppo import actor
     from reweight_ops.integrations.areal import patch_logprobs, patch_loss
 
-    patch_logprobs(fsdp_engine)                                                # or
-    megatron_engine, archon_engine
-    patch_loss(rw.methods.advantage_reweighting(alpha=0.3), actor=actor)       # in the
-    process of the actor
+    # or megatron_engine, archon_engine
+    patch_logprobs(fsdp_engine)
+    # in the process of the actor
+    patch_loss(rw.methods.advantage_reweighting(alpha=0.3), actor=actor)
 """
 
 from __future__ import annotations

@@ -9,11 +9,13 @@ replaces them there::
     import trl.trainer.grpo_trainer
     from reweight_ops.integrations.logits import patch_logits_functions
 
-    with patch_logits_functions() as patch:      # in every loaded module that has them
-        from TRL trainer.train()
+    # in every loaded module that has them from TRL
+    with patch_logits_functions() as patch:
+        trainer.train()
+    # ms-swift
     patch_logits_functions("swift.rlhf_trainers.grpo_trainer")
-    # ms-swift patch_logits_functions("axolotl.core.trainers.grpo.async_trainer")
     # Axolotl
+    patch_logits_functions("axolotl.core.trainers.grpo.async_trainer")
 
 Log-probs and entropies of 16-bit logits are fp32; TRL rounds them to the logits' dtype.
 From TRL 1.15 on most trainers work from hidden states: see
@@ -179,7 +181,7 @@ def patch_logits_functions(*modules: ModuleType | str, backend: str = "auto") ->
 
     Returns:
         A patch with ``undo()``, ``fused_calls`` and ``delegated_calls``, also a context
-        manager.
+            manager.
 
     Raises:
         InvalidCall: a module has none of them, or they are patched already; none of the

@@ -3,10 +3,10 @@ options, or any of our methods.
 
 ::
 
-    policy, ..., loss_fn, ..., master_config, ... = setup(config, tokenizer, dataset,
-    val_dataset) loss_fn = PolicyLoss(master_config)                         # NeMo-RL's
-    loss loss_fn = PolicyLoss(master_config, "gspo", logits=True)    # another one, from
-    logits, which are read once
+    policy, ..., master_config, ... = setup(config, tokenizer, dataset, val_dataset)
+    loss_fn = PolicyLoss(master_config)                         # NeMo-RL's loss
+    # another one, from logits, which are read once
+    loss_fn = PolicyLoss(master_config, "gspo", logits=True)
 
 ``logits=True`` asks NeMo-RL for logits (``LossInputType.LOGIT``). Otherwise it passes
 log-probs (``LossInputType.LOGPROB``).

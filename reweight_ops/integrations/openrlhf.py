@@ -4,9 +4,10 @@ place of its own.
 ::
 
     from reweight_ops.integrations.openrlhf import patch
-    patch()                                 # log-probs and entropies, OpenRLHF's own
-    loss patch(spec=rw.methods.gspo_token())     # another loss besides, in the process
-    of the actor
+    # log-probs and entropies, OpenRLHF's own loss
+    patch()
+    # another loss besides, in the process of the actor
+    patch(spec=rw.methods.gspo_token())
 """
 
 from __future__ import annotations

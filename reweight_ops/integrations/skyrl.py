@@ -3,10 +3,10 @@
 ::
 
     from reweight_ops.integrations.skyrl import register
-    register()                                                  # before validate_cfg,
-    in the script that starts training register({"mine":
-    rw.methods.dapo(epsilon_high=0.3), "stale": PolicyLoss("dppo_tv",
-    anchor="rollout")})
+    # before validate_cfg, in the script that starts training
+    register()
+    stale = PolicyLoss("dppo_tv", anchor="rollout")
+    register({"mine": rw.methods.dapo(epsilon_high=0.3), "stale": stale})
 
 SkyRL puts the reduction into the advantages. Its losses are plain sums, and a token's
 share of the mean is a factor of its advantage.
@@ -181,7 +181,8 @@ class PolicyLoss:
         ) and config.off_policy_correction.tis_ratio_type is not None:
             raise InvalidCall(
                 f"{self.name} corrects for the sampler itself, so "
-                f"off_policy_correction.tis_ratio_type={config.off_policy_correction.tis_ratio_type!r} "
+                "off_policy_correction.tis_ratio_type="
+                f"{config.off_policy_correction.tis_ratio_type!r} "
                 "would do it twice: leave one of them out."
             )
 

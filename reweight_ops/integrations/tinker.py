@@ -4,9 +4,11 @@
 ::
 
     loss = custom_loss(rw.methods.advantage_reweighting(alpha=0.3))
-    handle = service_client.create_custom_loss(loss,
-    input_ranks=loss.input_ranks).result() weights = token_weights(spec, masks)        #
-    a datum's loss_fn_inputs["weights"], ["advantages"], ["old_logprobs"]
+    handle = service_client.create_custom_loss(
+        loss, input_ranks=loss.input_ranks
+    ).result()
+    # a datum's loss_fn_inputs["weights"], ["advantages"], ["old_logprobs"]
+    weights = token_weights(spec, masks)
     training_client.forward_backward_custom(data, handle)
 
 Tinker runs the loss on the machine of the model, on the log-probs of one datum. It uses

@@ -3,8 +3,11 @@
 ::
 
     from reweight_ops.integrations.torchtitan import PolicyLoss
-    loss=ChunkedLossWrapper.Config(num_chunks=8,
-    loss_fn=PolicyLoss.Config(method="advantage_reweighting", options={"alpha": 0.3}))
+    options = {"alpha": 0.3}
+    loss = ChunkedLossWrapper.Config(
+        num_chunks=8,
+        loss_fn=PolicyLoss.Config(method="advantage_reweighting", options=options),
+    )
 
 The logits that the trainer, or its ``ChunkedLossWrapper``, passes are read once, and
 their gradient is written once.

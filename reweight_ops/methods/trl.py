@@ -195,8 +195,8 @@ def trl(
         }
         weights = (
             *weights,
-            SequenceGamma(**numbers, correction=1.0 if correction is None else correction),
-        )  # type: ignore[arg-type]
+            SequenceGamma(**numbers, correction=1.0 if correction is None else correction),  # type: ignore[arg-type]
+        )
     elif correction is not None:
         weights = (*weights, correction)
     if off_policy_mask_threshold is not None:

@@ -56,7 +56,8 @@ def rank_consistency(rewards: Tensor, previous_rewards: Tensor, *, kind: str = "
     ``toporder``: 1 where both agree on the best and on the worst response, else 0.
 
     >>> import torch
-    >>> rank_consistency(torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[3.0, 1.0, 2.0]]))
+    >>> rewards = torch.tensor([[3.0, 2.0, 1.0]])
+    >>> rank_consistency(rewards, torch.tensor([[3.0, 1.0, 2.0]]))
     tensor([0.6667])
     """
     if rewards.dim() != 2 or rewards.shape != previous_rewards.shape or rewards.size(-1) < 2:

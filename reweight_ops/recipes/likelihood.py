@@ -36,7 +36,8 @@ ALL = (
         loss="rw.policy_loss(policy(batch), completion_ids, None, "
         "spec=rw.methods.ldam(margin=0.5 * (class_counts.min() / class_counts[completion_ids]) "
         "** 0.25)"
-        ".replace(reduction=rw.TokenMean(weight=rw.weights.Precomputed(values=sample_weights))), completion_mask=completion_mask).loss",
+        ".replace(reduction=rw.TokenMean(weight=rw.weights.Precomputed(values=sample_weights))), "
+        "completion_mask=completion_mask).loss",
         settings=published(
             SCRIPT, max_margin=0.5, scale=30, beta=0.9999, switch_epoch="160 of 200"
         ),

@@ -127,7 +127,8 @@ ALL = (
         "1.0))",
         advantages=GRPO,
         sample_weights="rw.sample_weights.d3s(advantages, num_samples=schedule.num_samples)",
-        spec="rw.methods.grpo().with_weight(rw.weights.DualLevelDownSampling(fraction=schedule.token_fraction, entropies=entropies))",
+        spec="rw.methods.grpo().with_weight(rw.weights.DualLevelDownSampling("
+        "fraction=schedule.token_fraction, entropies=entropies))",
         keywords={"completion_mask": "completion_mask * sample_weights[:, None]"},
         settings=published(EXAMPLE, num_samples="(4, 8)", token_fraction="(0.2, 1.0)"),
         rollout=(

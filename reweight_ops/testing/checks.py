@@ -90,10 +90,8 @@ class Selection:
         )
         for backend in self.backends:
             if not _devices(backend):
-                raise InvalidCall(
-                    f"check: {backend}: "
-                    f"{unsupported_reason(backend, Request('token_stats', torch.device('cpu'), torch.float32))}"
-                )
+                request = Request("token_stats", torch.device("cpu"), torch.float32)
+                raise InvalidCall(f"check: {backend}: {unsupported_reason(backend, request)}")
 
     def entries(
         self, kinds: Iterable[str], names: Callable[[str], list[str]]

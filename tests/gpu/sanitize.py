@@ -147,6 +147,11 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
             partial(one, 2, 40001, dtype, "streaming", 1, True, 20.0),
         )
     if options.backend == "cuda":
+        for columns in (33003, 65549, 131101):
+            yield (
+                f"two tensors, rows split, {columns} columns",
+                partial(divergence, 3, columns, torch.bfloat16, torch.float32, (1, 0)),
+            )
         for blocks, vectors in CLUSTERS.items():
             for dtype in DTYPES:
                 # whole vectors, a tail, padding

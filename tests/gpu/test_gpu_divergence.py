@@ -207,6 +207,25 @@ def test_a_row_is_the_same_bits_wherever_it_stands(place, primitives, dtype, voc
         ), starts
 
 
+@pytest.mark.parametrize("vocab", [50257, 151936])
+def test_split_rows_have_the_bits_of_whole_rows(place, primitives, dtype, vocab):
+    if DRY or place.backend != "cuda":
+        pytest.skip("the CUDA backend alone has both kernels")
+    from reweight_ops import _cuda
+
+    two = make(5, vocab, dtype, device=place.device)
+    constants, weights = mixture(two)
+    try:
+        _cuda.set_divergence_kernel("whole")
+        *_, (_, want, want_grad) = both_plans(primitives, two, constants, weights)
+        if torch.cuda.get_device_capability() >= (9, 0):
+            _cuda.set_divergence_kernel("split")
+        for plan, table, grad in both_plans(primitives, two, constants, weights):
+            assert torch.equal(table, want) and torch.equal(grad, want_grad), plan
+    finally:
+        _cuda.set_divergence_kernel("auto")
+
+
 def test_run_to_run(place, primitives, dtype, poisoned):
     two = make(sized(500, 8), sized(32000, 131), dtype, device=place.device)
     want = [

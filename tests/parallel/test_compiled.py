@@ -77,6 +77,14 @@ def linear_divergence(w, t, **over):
     )
 
 
+def stablemax(z, t, **over):
+    return (rw.divergences.stablemax(z, t["ids"], **over),)
+
+
+def pld(z, t, **over):
+    return (rw.divergences.pld(z, t["y"], t["ids"], **over),)
+
+
 def two_calls(z, t, **over):
     return *logps(z, t, **over), *distillation(z, t, **over)
 
@@ -92,6 +100,8 @@ CALLS = {
     "linear_policy_loss": (linear, "w"),
     "hidden": (linear, "h"),
     "two": (two_calls, "z"),
+    "stablemax": (stablemax, "z"),
+    "pld": (pld, "z"),
     "linear_token_divergence": (linear_divergence, "w"),
 }
 

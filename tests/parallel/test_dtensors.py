@@ -167,7 +167,6 @@ def refusals(ranks):
         ),
     )
     refuse("segments", lambda: segments(z, ids, group))
-    refuse("horizon", lambda: horizon(z, ids, group))
     refuse("reducer", lambda: reducer(z, ids, group))
     refuse("fsdp", lambda: rw.linear_token_logps(h, distribute_tensor(w, mesh, (Shard(0),)), ids))
     refuse("partial", lambda: rw.token_logps(DTensor.from_local(z, mesh, [Partial()]), ids))
@@ -187,13 +186,6 @@ def segments(z, ids, group):
     )
 
 
-def horizon(z, ids, group):
-    spec = rw.PolicyLossSpec(
-        surrogate=rw.methods.grpo().surrogate, reduction=rw.SequenceMean(per="constant")
-    )
-    return rw.policy_loss(z, ids, 1.0, spec=spec, sequence_group=group)
-
-
 def reducer(z, ids, group):
     spec = rw.PolicyLossSpec(
         surrogate=rw.methods.grpo().surrogate,
@@ -206,8 +198,7 @@ WHY = {
     "one_pass": "a row's statistics need those of all ranks",
     "graph": "create_graph=True needs the whole vocabulary on one rank",
     "transform": "torch.func's transforms",
-    "segments": "segments that are runs of one rank's tokens",
-    "horizon": "give horizon",
+    "segments": "no rank knows which tokens of other ranks come before",
     "reducer": "sees only this rank's rows",
     "fsdp": "If this is FSDP's parameter",
     "partial": "redistribute it to Shard or Replicate",

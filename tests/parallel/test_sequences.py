@@ -7,10 +7,12 @@ import inspect
 
 import pytest
 import torch
-from split_calls import Split, errors_of, positions_of
+from split_calls import B, Split, T, errors_of, positions_of
 
 import reweight_ops as rw
 from reweight_ops._core.formula.base import WEIGHTS
+from reweight_ops._core.rows.batch import BatchStatistics
+from reweight_ops._core.rows.rows import resolve_rows
 
 SURROGATE = rw.methods.grpo().surrogate
 
@@ -29,18 +31,8 @@ SPECS = {
     "entropy": rw.methods.trl(entropy_coef=0.01),
 }
 
-#: Statistics of a batch that use the rows of one rank only.
-ONE_RANK = {
-    "rank",
-    "mean_below",
-    "capped_mean",
-    "seq_rank",
-    "seq_quantile",
-    "seq_max",
-    "seq_min",
-    "seq_cumsum",
-    "seq_suffix_sum",
-}
+#: Statistics of a batch that run along a sequence.
+ALONG = {"seq_cumsum", "seq_suffix_sum"}
 
 #: Weights that read the batch. A draw uses positions in the order of ranks, so that it
 #: differs.
@@ -73,7 +65,7 @@ def weighted():
             yield (
                 f"weight {name}",
                 rw.PolicyLossSpec(surrogate=SURROGATE, weights=(weight(),)),
-                ONE_RANK & named(weight.weight),
+                ALONG & named(weight.weight),
             )
 
 
@@ -81,6 +73,8 @@ SPECS |= {name: spec for name, spec, refused in weighted() if not refused}
 SPECS |= {
     "classification": rw.methods.real(group_size=2),
     "prompt mean": rw.PolicyLossSpec(surrogate=SURROGATE, reduction=rw.PromptMean(2)),
+    "constant": rw.PolicyLossSpec(surrogate=SURROGATE, reduction=rw.SequenceMean(per="constant")),
+    "lengths": rw.methods.drpo(group_size=2, length_temperature=0.5),
 }
 REFUSED = {name: spec for name, spec, refused in weighted() if refused}
 REFUSED |= {"cumulative": rw.PolicyLossSpec(surrogate=SURROGATE, ratio=rw.CumulativeRatio())}
@@ -109,6 +103,69 @@ def test_every_loss_in_every_layout(four):
     four.check(policy, [(name, split, {}) for name in SPECS for split in LAYOUTS])
 
 
+def order_statistics(batch, x, where):
+    """Statistics that compare a row with others, and those of extremes."""
+    return {
+        "rank": batch.rank(x),
+        "mean_below": batch.mean_below(x),
+        "capped_mean": batch.capped_mean(x, where),
+        "seq_rank": batch.seq_rank(x),
+        "seq_quantile": batch.seq_quantile(x, 0.3),
+        "seq_max": batch.seq_max(x),
+        "seq_min": batch.seq_min(x),
+        "group_max": batch.group_max(x),
+        "group_min": batch.group_min(x),
+    }
+
+
+def ordered(ranks, layout):
+    """Every order statistic and its gradient, of sequences that end anywhere, with
+    equal values.
+    """
+    group, at = ranks.group(range(4)), ranks.rank
+    g = torch.Generator().manual_seed(3)
+    x = torch.randint(5, (B, T), generator=g).double() + torch.rand(B, T, generator=g).round()
+    x += torch.arange(B * T).view(B, T) / 1000  # ranks are places: equal values have none
+    x[1, 3:6] = 7.0  # a tie of extremes
+    mask = torch.arange(T) < torch.tensor([T, 5, 9, 3])[:, None]
+    weights = torch.rand(B, T, generator=g, dtype=torch.float64)
+    mine = positions_of(4, T, layout)[at]
+
+    def found(x, mask, where, weights, **more):
+        x = x.clone().requires_grad_()
+        rows = resolve_rows(
+            "test", tuple(x.shape), x.device, x.dtype,
+            dict(completion_mask=mask, group_ids=torch.tensor([0, 1, 0, 1]), num_groups=2, **more),
+        )  # fmt: skip
+        if rows.across is not None:
+            rows.across.agree(rows.count, B, True, x.detach())
+        values = order_statistics(BatchStatistics(rows), x.view(-1), where.reshape(-1))
+        for name, value in values.items():
+            gradient = torch.zeros_like(x)
+            if value.requires_grad:
+                loss = (value * weights.reshape(-1)).sum()
+                (gradient,) = torch.autograd.grad(loss, x, retain_graph=True)
+            yield name, value.detach().view(x.shape), gradient
+
+    whole = {name: rest for name, *rest in found(x, mask, x > 1, weights)}
+    part = [t[:, mine].contiguous() for t in (x, mask, x > 1, weights)]
+    wrong, tie = [], part[0] == 7  # equal values are in the order of ranks
+    for name, value, gradient in found(*part, sequence_group=group):
+        want, of_one = (x[:, mine] for x in whole[name])
+        if name in ("rank", "seq_rank", "mean_below"):
+            value, want = torch.where(tie, 0, value), torch.where(tie, 0, want)
+        if not torch.allclose(value, want, rtol=1e-12):
+            wrong.append(f"{name}: {value} of {want}")
+        if name != "mean_below" and not torch.allclose(gradient, of_one, rtol=1e-10, atol=1e-12):
+            wrong.append(f"{name}: gradient {gradient} of {of_one}")
+    return wrong
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_order_statistics(four, layout):
+    four.check(ordered, layout)
+
+
 def refusals(ranks):
     wrong = []
     for name, spec in REFUSED.items():
@@ -116,7 +173,7 @@ def refusals(ranks):
             errors_of(spec, Split(sequence=4).place(ranks))
             wrong.append(f"{name}: no error")
         except rw.UnsupportedRequest as error:
-            wrong += [] if "one rank" in str(error) else [f"{name}: {error}"]
+            wrong += [] if "no rank knows" in str(error) else [f"{name}: {error}"]
     return wrong
 
 

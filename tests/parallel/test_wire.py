@@ -12,9 +12,12 @@ from bench.scaling import (
     JSD_SUMS,
     LOGP_STATES,
     OVER_VOCABULARY,
+    STABLEMAX_SUMS,
     hidden_gradient,
+    row_vector,
     sequence_sum,
     states,
+    whole_rows,
 )
 from reweight_ops._core.engine.linear.gemms import Chunk
 
@@ -155,6 +158,25 @@ def counted(ranks):
         gspo,
         [per_sequence],
     )
+    quantile = rw.PolicyLossSpec(
+        surrogate=rw.methods.grpo().surrogate, weights=(rw.weights.TopEntropy(fraction=0.5),)
+    )
+    check(
+        "sequences, quantile",
+        lambda: (
+            rw.policy_loss(leaf(z), ids, adv, spec=quantile, num_items_in_batch=9, **whole).loss
+        ),
+        # the entropies of the rows of all ranks, and how many there are
+        [("all_reduce", row_vector(4 * N)), ("all_reduce", 8)],
+    )
+    check(
+        "stablemax",
+        lambda: rw.divergences.stablemax(leaf(z), ids, **over),
+        [rows(STABLEMAX_SUMS)],
+    )
+    check("dhkd", lambda: rw.divergences.dhkd(leaf(z), z, **over), [rows(1)])
+    of_rows = [("all_gather", whole_rows(N, V))] * 2
+    check("pld", lambda: rw.divergences.pld(leaf(z), z, ids, **over), of_rows, of_rows)
     return wrong
 
 

@@ -42,7 +42,14 @@ def test_the_dry_run(tmp_path, capsys):
             f"{name}: {job}" for name in found["variants"] for job in jobs
         }
         assert all(len(ms) == 1 for ms in shape["ms"].values())
-    assert "direct: one pass +entropy" in capsys.readouterr().out
+    for shape in found["two_tensors"]:
+        assert shape["wrong"] == {} and set(shape["fractions"]) == {
+            f"{kernel} rows: divergence{job}"
+            for kernel in ("whole", "split")
+            for job in ("", ", gradient", ", both")
+        }
+    said = capsys.readouterr().out
+    assert "direct: one pass +entropy" in said and "split rows: divergence, both" in said
 
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels")
@@ -58,6 +65,7 @@ def test_triton_beside_cuda(monkeypatch, tmp_path):
         lambda *args: seen.append(ask(*args)) or seen[-1],
     )
     monkeypatch.setattr(gpu_kernels, "TINY_SHAPES", ((5, 1027),))
+    monkeypatch.setattr(gpu_kernels.gpu_divergence, "TINY_SHAPES", ())
     monkeypatch.delenv("REWEIGHT_OPS_TRITON_SHAPES", raising=False)
     launch = triton_shapes.config.Launch(64, 64)
     shape = triton_shapes.config.Shape(64, 1, launch, launch)

@@ -28,13 +28,13 @@ from triton.runtime.driver import driver  # noqa: E402
 
 from reweight_ops._core.backends import triton_launch, triton_packed, triton_rows, triton_scale  # noqa: E402
 from reweight_ops._core.backends import triton_token as backend  # noqa: E402
-from reweight_ops._core.backends.base import (
+from reweight_ops._core.backends.base import (  # noqa: E402
     DERIVATIVES,
     STATS,
     PackedRows,
     RowInputs,
     SoftmaxParams,
-)  # noqa: E402
+)
 from reweight_ops._core.formula.base import RULES  # noqa: E402
 from reweight_ops._core.formula.loss_program import Program  # noqa: E402
 from reweight_ops._core.formula.monitor import Monitor  # noqa: E402

@@ -261,8 +261,8 @@ class Backend:
     The gradient of a row, with ``x`` the capped and scaled logit,
     ``p = exp(x - lse - lse_low)`` and ``c_*`` the coefficients::
 
-        1/T * (1 - (capped/cap)^2) * [ c_logp*(1[v=y] - p) - c_ent*p*(log p + H) +
-        c_lse*p + 2*c_p2*p*(p/exp(log_sum_p_sq) - 1) ]
+        1/T * (1 - (capped/cap)^2) * [ c_logp*(1[v=y] - p) - c_ent*p*(log p + H)
+                                       + c_lse*p + 2*c_p2*p*(p/exp(log_sum_p_sq) - 1) ]
 
     * ``divergence_stats(inputs) -> Tensor [len(DIVERGENCE_STATS), N]``, 0 in ignored
       rows.
@@ -327,6 +327,9 @@ class Backend:
     #: Returns which of several kernels token_loss_grad takes, and why (logits,
     #: vocab_size, device).
     kernel_of: Callable[[Tensor, int, torch.device], str] | None = None
+    #: The same for the primitives on two logits tensors. (logits, other logits,
+    #: vocab_size, device).
+    divergence_kernel_of: Callable[[Tensor, Tensor, int, torch.device], str] | None = None
     #: Prepares one-pass losses that are called repeatedly; :mod:`.prepared` has the
     #: type.
     prepare: Callable[[Any, Any], Any] | None = None

@@ -18,6 +18,14 @@ writes its gradient once. It serves a call if
 
 *Streaming* serves every other call. It reads the logits twice, the second time from the
 L2 cache where that holds them.
+
+On two logits tensors a block takes whole rows, or 2, 4 or 8 blocks of a cluster share
+each row, with the same bits. Rows are split
+
+* on compute capability 9.0 or later,
+* if they have more than 32768 columns,
+* if there are fewer than three quarters of the blocks that run at once (198 rows on 132
+  processors).
 """
 
 from __future__ import annotations
@@ -106,26 +114,40 @@ def unsupported_reason(request: Request) -> str | None:
     return None if request.program is None else _native.program_unsupported_reason(request.program)
 
 
-def _kernel_of(logits: Tensor, vocab_size: int, device: torch.device) -> str:
-    address = 0 if logits.device.type == "meta" else logits.data_ptr()
-    rows, columns = logits.numel() // max(logits.size(-1), 1), logits.size(-1)
-    strides = rows_of(logits)
-    vocab = (vocab_size, 0, vocab_size)
-    call = _cuda.Call(
+def _address(logits: Tensor) -> int:
+    return 0 if logits.device.type == "meta" else logits.data_ptr()
+
+
+def _described(logits: Tensor, vocab_size: int, device: torch.device) -> Any:
+    """A call that asks which kernel serves it, and is never launched."""
+    return _cuda.Call(
         DTYPES[logits.dtype],
-        address,
-        strides,
-        rows,
-        columns,
-        vocab,
+        _address(logits),
+        rows_of(logits),
+        logits.numel() // max(logits.size(-1), 1),
+        logits.size(-1),
+        (vocab_size, 0, vocab_size),
         math.inf,
         0,
         0,
         False,
         device=device.index or 0,
     )
-    why = _cuda.ring_unsupported_reason(call, address, strides)
+
+
+def _kernel_of(logits: Tensor, vocab_size: int, device: torch.device) -> str:
+    call = _described(logits, vocab_size, device)
+    why = _cuda.ring_unsupported_reason(call, _address(logits), rows_of(logits))
     return f"streaming ({why})" if why else "ring (rows stay on chip)"
+
+
+def _divergence_kernel_of(
+    logits: Tensor, other: Tensor, vocab_size: int, device: torch.device
+) -> str:
+    calls = (_described(x, vocab_size, device) for x in (logits, other))
+    why = _cuda.split_unsupported_reason(*calls)
+    blocks = _cuda.divergence_blocks(vocab_size)
+    return f"whole rows ({why})" if why else f"split rows ({blocks} blocks share a row)"
 
 
 _divergence = NativeDivergence(_native)
@@ -144,4 +166,5 @@ BACKEND = Backend(
     scale=_native.scale,
     **_row_kernels,
     kernel_of=_kernel_of,
+    divergence_kernel_of=_divergence_kernel_of,
 )

@@ -43,8 +43,8 @@ def _logs(
         logits.to(dtype) if logits.dtype.itemsize < dtype.itemsize else logits,
         two.ids,
         temperature,
-        softmax,
-    )  # type: ignore[arg-type]
+        softmax,  # type: ignore[arg-type]
+    )
     total = at.log_total() if known is None else ((known[0] - at.top) + known[1]).to(dtype)
     lse = (at.top + total).to(dtype)
     lse_low = ((at.top - lse) + total).to(dtype)

@@ -4,8 +4,9 @@ Each rank of a group has its own columns of every row. The shard statistics of e
 backend can be merged. With l_w the log-sum-exp of shard w and L that of the row, the
 shard's probability is ``m_w = exp(l_w - L)``, and ::
 
-    logp = logp_w + log m_w  of the shard with the target        H = Σ_w m_w·(H_w - log
-    m_w)        Σp² = Σ_w m_w²·(Σp²)_w
+    logp = logp_w + log m_w  of the shard with the target
+    H = Σ_w m_w·(H_w - log m_w)
+    Σp² = Σ_w m_w²·(Σp²)_w
 
 L is relative to the largest shard, by ``log1p`` of the other shards, so that the
 log-prob of a sure token keeps its digits. All of it is in fp64, on ``[W, N]`` numbers,

@@ -45,7 +45,8 @@ def has_dtensors(values: Iterable[Any]) -> bool:
     found = sys.modules.get("torch.distributed.tensor")
     if found is None:
         return False
-    for x in values:  # noqa: SIM110 - every call asks, and a generator would be a call of Python's for each
+    # Every call asks, and a generator would be a call of Python's for each value.
+    for x in values:
         if isinstance(x, found.DTensor) or (isinstance(x, tuple) and has_dtensors(x)):
             return True
     return False

@@ -84,7 +84,7 @@ class LossCall:
         """Return whether any per-row argument of the call requires grad."""
         # This is a loop, because every call comes here, and a generator's steps are as
         # many Python calls.
-        for t in (self.adv, self.factor, self.old_logp, self.ref_logp, self.sampling_logp):  # noqa: SIM110
+        for t in (self.adv, self.factor, self.old_logp, self.ref_logp, self.sampling_logp):
             if t is not None and t.requires_grad:
                 return True
         return False

@@ -108,7 +108,8 @@ class SamplingMask(NamedTuple):
             InvalidCall: a setting out of its range or of another shape.
 
         >>> import torch, reweight_ops as rw
-        >>> rw.SamplingMask.from_logits(torch.tensor([[0.0, 3.0, 2.0, 3.0]]), top_k=1).token_ids
+        >>> logits = torch.tensor([[0.0, 3.0, 2.0, 3.0]])
+        >>> rw.SamplingMask.from_logits(logits, top_k=1).token_ids
         tensor([1, 3], dtype=torch.int32)
         """
         if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() < 2:

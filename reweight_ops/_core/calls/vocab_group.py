@@ -18,7 +18,7 @@ from ..backends.shards import VocabShards, columns_of
 from ..rows.ranks import agreed, digest
 from ..rows.rows import Rows
 from ..rows.structure import is_readable
-from ..rows.traced import columns_of_ranks, met
+from ..rows.traced import met, numbers_of_ranks
 from .keywords import SoftmaxOptions
 
 #: The ``vocab_size`` of a sharded call that was not given one, until the ranks have
@@ -71,7 +71,7 @@ class VocabGroup:
                 ",".join(same),
                 operator.index(self.columns),
             )
-            sizes = columns_of_ranks(*of, rows.device.type, names, own)
+            sizes = numbers_of_ranks(*of, rows.device.type, names, "columns", own)
             ids = met(
                 ids,
                 every if rows.device.type == "cpu" else [],

@@ -1,6 +1,4 @@
-"""Written by ``python -m reweight_ops.codegen``: the example of each entry, by kind and
-name, and the shape of what it returns.
-"""
+"""Examples of all entries, by kind and name. ``reweight_ops.codegen`` writes them."""
 
 EXAMPLES: dict[str, tuple[str, str]] = {
     'policy_loss/clip_cov': ('', ">>> import reweight_ops as rw\n>>> rw.methods.clip_cov().name\n'clip_cov'"),

@@ -81,10 +81,10 @@ def find(text: str, kind: str | None = None) -> list[Hit]:
 
     Returns:
         Hits. ``hit.call`` is the expression to write, and ``hit.why`` tells what has
-        matched. After an entry that was found by its paper come the other entries of
-        that paper, and then its recipes. A method that the package leaves out is a hit
-        without a call, and its ``full_name`` says why. If nothing matches, the hits are
-        the nearest spellings, or none.
+            matched. After an entry that was found by its paper come the other entries
+            of that paper, and then its recipes. A method that the package leaves out is
+            a hit without a call, and its ``full_name`` says why. If nothing matches,
+            the hits are the nearest spellings, or none.
 
     Raises:
         InvalidCall: the text has no letters or digits, or there is no such kind.

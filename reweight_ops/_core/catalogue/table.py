@@ -10,17 +10,19 @@ from .registry import CATALOGUE, CERTAINTIES, KINDS, Entry
 _HEAD = """\
 # The catalogue
 
-Generated from the registry by `python -m reweight_ops.codegen`; do not edit. `reweight-ops show NAME` prints an entry's formula, its defaults and
-its differences from the paper.
+Generated from the registry by `python -m reweight_ops.codegen`; do not edit. `reweight-ops show
+NAME` prints an entry's formula, its defaults and its differences from the paper.
 
 {certainties}
 
-An entry that is *derived* is not presented as its authors'. A *composite* is PyTorch code with bounded memory. Entries without a plan work on rewards,
-log-probs or masks and never see logits. PyTorch computes them on the device of their tensors.
+An entry that is *derived* is not presented as its authors'. A *composite* is PyTorch code with
+bounded memory. Entries without a plan work on rewards, log-probs or masks and never see logits.
+PyTorch computes them on the device of their tensors.
 
-In formulas, `p` is the probability of the token that was chosen, `logp` its log, `H` the entropy, `r` the importance ratio, `A` the advantage (of
-advantages and rewards, `r` is the reward), `sg` stops the gradient, `σ` is the sigmoid, `1[...]` is 1 where the condition holds, `y_w` the chosen and
-`y_l` the rejected answer, `L` a length. Names in upright letters are arguments.
+In formulas, `p` is the probability of the token that was chosen, `logp` its log, `H` the entropy,
+`r` the importance ratio, `A` the advantage (of advantages and rewards, `r` is the reward), `sg`
+stops the gradient, `σ` is the sigmoid, `1[...]` is 1 where the condition holds, `y_w` the chosen
+and `y_l` the rejected answer, `L` a length. Names in upright letters are arguments.
 """
 
 

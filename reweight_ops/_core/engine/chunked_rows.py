@@ -6,27 +6,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends.base import SoftmaxParams
+from ..backends.shards import VocabShards
 from ..calls.logits import Logits
 from ..calls.softmax import refuse_learnt
 from ..calls.two_logits import TwoLogits
+from ..rows.groups import IGNORE_INDEX
 from ..rows.rows import Rows
 from ..transforms import in_transform
 from . import again
+from .autograd import forbid_graph
 from .run import Call
+from .sharded_rows import SumOverShards, ValueOfSums, whole_rows
 from .source import PlainSource, SourceInfo
+from .sources import refuse_transforms
 from .statistics import StatisticsObjective
 
 #: The number of elements of a chunk. With the dozen temporaries of a formula in fp32 it
 #: takes about a gigabyte at most.
 CHUNK_ELEMENTS = 1 << 24
 
-Formula = Callable[..., Tensor]  # x [n, V], then whatever else per row -> [n]
+#: x [n, V], then whatever else per row -> [n], or [n, k] of sums over columns
+Formula = Callable[..., Tensor]
 
 
 def _x(z: Tensor, dtype: torch.dtype, softmax: SoftmaxParams, temperature: Tensor) -> Tensor:
@@ -50,45 +56,66 @@ class ChunkedRows(torch.autograd.Function):
         keep: Tensor,
         formula: Formula,
         prepare: Callable[..., Tensor],
+        columns: _Columns,
         *rest: Tensor,
     ) -> Tensor:
-        ctx.formula, ctx.prepare = formula, prepare
+        ctx.formula, ctx.prepare, ctx.columns = formula, prepare, columns
         ctx.save_for_backward(z, keep, *rest)
-        step = max(CHUNK_ELEMENTS // max(z.size(-1), 1), 1)
+        step = columns.step
         parts = [
             formula(prepare(z[i : i + step], i), *(r[i : i + step] for r in rest))
             for i in range(0, z.size(0), step)
         ]
-        return torch.where(keep, torch.cat(parts) if parts else z.new_zeros(0), 0)
+        found = torch.cat(parts) if parts else formula(prepare(z, 0), *rest)
+        return torch.where(_by_row(keep, found), found, 0)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         z, keep, *rest = ctx.saved_tensors
+        nothing = (None,) * (4 + len(rest))
+        forbid_graph(ctx.columns.shards)
         if again.wants_graph():
             return again.gradient(
                 lambda x: (_whole(x, keep, ctx.formula, ctx.prepare, *rest),), (z,), (upstream,)
-            )[0], *(None,) * (3 + len(rest))
+            )[0], *nothing
         out = torch.empty_like(z)
-        step = max(CHUNK_ELEMENTS // max(z.size(-1), 1), 1)
+        step, own = ctx.columns.step, ctx.columns.own
         for i in range(0, z.size(0), step):
             with torch.enable_grad():
                 part = z[i : i + step].detach().requires_grad_()
-                x = ctx.prepare(part, i)
-                value = ctx.formula(x, *(r[i : i + step] for r in rest))
-            selected = keep[i : i + step] & (upstream[i : i + step] != 0)
+                value = ctx.formula(ctx.prepare(part, i), *(r[i : i + step] for r in rest))
+            given = upstream[i : i + step]
+            selected = keep[i : i + step] & _any(given != 0)
             (grad,) = torch.autograd.grad(
-                value, part, torch.where(selected, upstream[i : i + step], 0)
+                value, part, torch.where(_by_row(selected, given), given, 0)
             )
             # As the kernels': NaN in every column of a row that is selected and has no
             # value, 0 in one that is not selected.
-            columns = grad[:, : x.size(-1)]
+            without = _any(value.isnan())
+            if value.dim() > 1:  # a part of a row, whose value another rank may not have
+                without = without | _any(given.isnan())
+            columns = grad[:, :own]
             columns[:] = torch.where(
-                value.isnan()[:, None],
-                torch.nan,
-                torch.where(part[:, : x.size(-1)] > -torch.inf, columns, 0),
+                without[:, None], torch.nan, torch.where(part[:, :own] > -torch.inf, columns, 0)
             )
             out[i : i + step] = torch.where(selected[:, None], grad, 0)
-        return out, None, None, None, *(None for _ in rest)
+        return out, *nothing
+
+
+class _Columns(NamedTuple):
+    """How many columns of a rank are in the softmax, and how many rows are a chunk."""
+
+    own: int
+    step: int
+    shards: VocabShards | None
+
+
+def _by_row(rows: Tensor, x: Tensor) -> Tensor:
+    return rows if x.dim() == 1 else rows[:, None]
+
+
+def _any(x: Tensor) -> Tensor:
+    return x if x.dim() == 1 else x.any(-1)
 
 
 def _whole(
@@ -99,22 +126,24 @@ def _whole(
     """
     # no gradient to columns without mass
     x = torch.where(z == -torch.inf, -torch.inf, z)
-    return torch.where(keep, formula(prepare(x, 0), *rest), 0)
+    found = formula(prepare(x, 0), *rest)
+    return torch.where(_by_row(keep, found), found, 0)
 
 
 @dataclass(frozen=True)
 class FormulaSource(PlainSource):
-    """``formula(x, [y,] *more)`` of every valid row, under the name ``value``.
+    """``formula(x, [y,] [ids])`` of every valid row, under the name ``value``.
 
-    x and y are capped and divided by their temperatures. ``more`` has ``[N, ...]``
-    tensors.
-
-    ``more``: ``[N, ...]`` tensors.
+    x and y are capped and divided by their temperatures. With ``of_sums``, the formula
+    is ``[n, k]`` of sums over columns, and ``of_sums`` maps these to the value ``[n]``.
+    Of a vocabulary in shards, such a formula sees the columns of one rank, and the ids
+    as numbers of these columns. Any other formula sees whole rows: the ranks send them.
     """
 
     logits: Logits | TwoLogits
     formula: Formula
-    more: tuple[Tensor, ...] = ()
+    of_sums: Callable[[Tensor], Tensor] | None = None
+    reads_ids: bool = False
 
     @property
     def p(self) -> Logits:
@@ -131,38 +160,68 @@ class FormulaSource(PlainSource):
         return SourceInfo(p.values.device, p.values.dtype, p.needs_grad, None, other_dtype=other)
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
-        p, rows = self.p, self.rows
+        p, rows, ids, shards = self.p, self.rows, self.p.ids, None
         refuse_learnt(p.temperature, rows.error)
         refuse_consumed(p)
+        if p.shard is not None:
+            if in_transform():
+                refuse_transforms(rows, again.TORCH)
+            shards, ids = p.shard.agreed(rows, ids, ("a formula",), p.needs_grad)
+        keep = rows.keep if shards is None else ids != IGNORE_INDEX
         # In an ignored row the formula sees zeros.
         values = p.values[..., :-1, :] if p.drop_last else p.values
-        z = torch.where(rows.keep[:, None], values.reshape(rows.count, values.size(-1)), 0)
+        z = torch.where(keep[:, None], values.reshape(rows.count, values.size(-1)), 0)
         temperature = p.temperature.expand(rows.count)
+        softmax = p.softmax if shards is None else shards.params(p.softmax.softcap)
+        sends = shards if self.of_sums is None else None
 
         def prepare(part: Tensor, i: int) -> Tensor:
-            return _x(part, rows.dtype, p.softmax, temperature[i : i + len(part)])
+            x = _x(part, rows.dtype, softmax, temperature[i : i + len(part)])
+            return x if sends is None else whole_rows(x, sends)
 
-        formula, more = self.formula, self.more
+        formula = self._formula_of(shards)
+        more: tuple[Tensor, ...] = ()
+        if self.reads_ids:
+            more = (ids if shards is None or sends is not None else ids - softmax.vocab_start,)
         if isinstance(self.logits, TwoLogits):
-            two = self.logits
+            two, one = self.logits, formula
             more = (
                 two.other.reshape(rows.count, two.other.size(-1)),
                 two.other_temperature.expand(rows.count),
-                rows.keep,
+                keep,
                 *more,
             )
+            other_softmax = two.other_softmax
+            if shards is not None:
+                other_softmax = shards.params(other_softmax.softcap)
 
             def formula(x: Tensor, y: Tensor, t: Tensor, inside: Tensor, *rest: Tensor) -> Tensor:
-                return self.formula(
-                    x,
-                    _x(torch.where(inside[:, None], y, 0), rows.dtype, two.other_softmax, t),
-                    *rest,
-                )
+                y = _x(torch.where(inside[:, None], y, 0), rows.dtype, other_softmax, t)
+                return one(x, y if sends is None else whole_rows(y, sends), *rest)
 
         # the compiler chooses its own chunks
         if in_transform() or torch.compiler.is_compiling():
-            return {"value": _whole(z, rows.keep, formula, prepare, *more)}
-        return {"value": ChunkedRows.apply(z, rows.keep, formula, prepare, *more)}  # type: ignore[no-untyped-call]
+            found = _whole(z, keep, formula, prepare, *more)
+        else:
+            widest = z.size(-1) if shards is None else shards.total
+            step = max(CHUNK_ELEMENTS // max(widest, 1), 1)
+            columns = _Columns(min(softmax.vocab_size, z.size(-1)), step, shards)
+            found = ChunkedRows.apply(z, keep, formula, prepare, columns, *more)  # type: ignore[no-untyped-call]
+        if shards is not None and sends is None:
+            assert self.of_sums is not None
+            if torch.compiler.is_compiling():
+                of_row = self.of_sums(SumOverShards.apply(found, shards))  # type: ignore[no-untyped-call]
+            else:
+                of_row = ValueOfSums.apply(found, self.of_sums, shards)  # type: ignore[no-untyped-call]
+            found = torch.where(keep, of_row, 0)
+        return {"value": found}
+
+    def _formula_of(self, shards: VocabShards | None) -> Formula:
+        """Return the formula of a row, or of one rank's part of its sums."""
+        formula, of_sums = self.formula, self.of_sums
+        if of_sums is None or shards is not None:
+            return formula
+        return lambda *row: of_sums(formula(*row))
 
 
 def refuse_consumed(p: Logits) -> None:
@@ -175,10 +234,6 @@ def refuse_consumed(p: Logits) -> None:
 def formula_call(source: FormulaSource) -> Call[Tensor]:
     """Return the call of an op that returns the formula's value per
     token, of shape R."""
-    if source.p.shard is not None:
-        raise source.rows.unsupported(
-            "process_group: this loss is a formula of whole rows in PyTorch, and no rank has one."
-        )
     return Call(
         source, StatisticsObjective(("value",), lambda found: source.rows.unflatten(found["value"]))
     )

@@ -8,6 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import torch
+from torch import Tensor
+
+from ..rows.across import Across
 from .plan import Choice, Objective, choose_plan
 from .source import Source
 
@@ -44,22 +48,25 @@ def run(call: Call[T] | Again[T]) -> T:
             return result
         call = call.resolve()
     source, objective = call.source, call.objective
-    if (across := source.rows.across) is not None:
-        across.agree(
-            source.rows.device,
-            0 if source.rows.sequences is None else source.rows.sequences.count,
-            source.info.needs_grad,
-        )
+    across = source.rows.across
+    # In a graph the exchange over a sequence's ranks follows that over a vocabulary's,
+    # so that all ranks have the same order of collectives.
+    late = across is not None and torch.compiler.is_compiling()
+    if across is not None and not late:
+        agree_on_sequences(across, source, source.rows.keep)
     choice = call.choice or choose_plan(source, objective, call.plan)
     more, unwritten = source.more_metrics(choice.plan), source.version()
     try:
         if choice.plan == "one_pass":
+            if across is not None and late:
+                agree_on_sequences(across, source, source.rows.keep)
             loss, table = source.one_pass(objective.work(), choice.backend)
             result = objective.from_one_pass(loss, table, choice, more)
         else:
-            result = objective.from_statistics(
-                source.statistics(objective.reads, choice.backend), choice, more
-            )
+            statistics = source.statistics(objective.reads, choice.backend)
+            if across is not None and late:
+                agree_on_sequences(across, source, next(iter(statistics.values())))
+            result = objective.from_statistics(statistics, choice, more)
     # no memory, Ctrl-C, ...: the tensor may already hold a gradient, or a part of one,
     # instead of logits
     except BaseException:
@@ -70,3 +77,10 @@ def run(call: Call[T] | Again[T]) -> T:
     if call.keep is not None:
         call.keep(choice)
     return result
+
+
+def agree_on_sequences(across: Across, source: Source, after: Tensor) -> None:
+    """Let the ranks agree on a call whose sequences they have together."""
+    rows = source.rows
+    sequences = 0 if rows.sequences is None else rows.sequences.count
+    across.agree(rows.count, sequences, source.info.needs_grad, after.detach())

@@ -74,8 +74,8 @@ class Source(Protocol):
     def more_metrics(self, plan: str) -> MoreMetrics | None:
         """Return metrics of the source, apart from those of the loss."""
 
-    def kernel(self, backend: str, device: torch.device) -> str | None:
-        """Return which of a backend's several kernels the fused loss takes, and why."""
+    def kernel(self, backend: str, device: torch.device, plan: str) -> str | None:
+        """Return which of a backend's several kernels a plan takes, and why."""
 
     def search(self, backend: str) -> str | None:
         """How the likeliest ids are found, if the call asks for some."""
@@ -96,7 +96,7 @@ class PlainSource:
     def more_metrics(self, plan: str) -> MoreMetrics | None:
         return None
 
-    def kernel(self, backend: str, device: torch.device) -> str | None:
+    def kernel(self, backend: str, device: torch.device, plan: str) -> str | None:
         return None
 
     def search(self, backend: str) -> str | None:

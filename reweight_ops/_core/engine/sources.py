@@ -191,11 +191,11 @@ class LogitsSource(PlainSource):
         )
         return loss, table
 
-    def kernel(self, backend: str, device: torch.device) -> str | None:
+    def kernel(self, backend: str, device: torch.device, plan: str) -> str | None:
         kernel_of = load(backend).kernel_of
         return (
             None
-            if kernel_of is None or self.logits.kept is not None
+            if plan != "one_pass" or kernel_of is None or self.logits.kept is not None
             else kernel_of(self.logits.values, self.logits.softmax.vocab_size, device)
         )
 
@@ -223,6 +223,12 @@ class TwoLogitsSource(PlainSource):
     @property
     def rows(self) -> Rows:
         return self.both.p.rows
+
+    def kernel(self, backend: str, device: torch.device, plan: str) -> str | None:
+        p, kernel_of = self.both.p, load(backend).divergence_kernel_of
+        if kernel_of is None or p.shard is not None:
+            return None
+        return kernel_of(p.values, self.both.other, p.softmax.vocab_size, device)
 
     @property
     def info(self) -> SourceInfo:

@@ -5,8 +5,8 @@ The sums over the vocabulary that it needs are themselves statistics. With x = z
 statistic s has ``ds/dT = -1/T·Σ_v x_v·ds/dx_v``. In terms of the row's statistics::
 
     logp           -(logp + H)/T                 lse            -(lse - H)/T
-    entropy        Var_p(log p)/T                log_sum_p_sq   -2·(Σ p²·log p / Σ p² +
-    H)/T
+    entropy        Var_p(log p)/T
+    log_sum_p_sq   -2·(Σ p²·log p / Σ p² + H)/T
 """
 
 from __future__ import annotations

@@ -137,32 +137,33 @@ class TokenWeight(Formula):
 _T = TypeVar("_T")
 
 
-def _register(registry: dict[str, Any], cls: type, name: str | None, base: type) -> type:
+def _register(registry: dict[str, Any], cls: Any, name: str | None, base: type) -> type:
     if not issubclass(cls, base):
         raise InvalidCall(f"{cls.__name__} must derive from {base.__name__}.")
-    cls.name = name or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()  # type: ignore[attr-defined]
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", cls.name):  # type: ignore[attr-defined]
+    cls.name = name or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", cls.name):
         raise InvalidCall(
             f"{cls.name!r} is not a valid name: it becomes a C++ and a Triton function, so use "
             "lower_snake_case."
-        )  # type: ignore[attr-defined]
+        )
     if vars(cls).get("__init__") is _undecorated:
         del cls.__init__
     cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-    known = registry.get(cls.name)  # type: ignore[attr-defined]
+    known = registry.get(cls.name)
     cls._parameter_names = tuple(
         f.name for f in dataclasses.fields(cls) if f.name not in cls.SETTINGS
-    )  # type: ignore[attr-defined, arg-type]
+    )
     # Running a notebook cell twice replaces the class. Two modules with the same name
     # would silently change each other's results.
     if known is not None and known.__module__ != cls.__module__:
         raise InvalidCall(
             f"the name {cls.name!r} is taken by {known.__module__}.{known.__qualname__}; choose "
             "another."
-        )  # type: ignore[attr-defined]
+        )
     cls = ranged(cls, plain=True)
-    registry[cls.name] = cls  # type: ignore[attr-defined]
-    return cls
+    registry[cls.name] = cls
+    registered: type = cls
+    return registered
 
 
 @overload

@@ -33,9 +33,11 @@ class Program(NamedTuple):
     It is hashable and never contains a rule's name. ``log_ratio`` is ``clip(logp -
     old_logp, clamp_low, clamp_high)``; outside of the bounds it has no gradient::
 
-        loss          = sum_k coef_k * u_k * rule_k(leaves)            u_0 = product of
-        all weights, u_k = product of scope "all" weighted_loss = sum_k w_k * coef_k *
-        u_k * rule_k(leaves)      w_k: the row weight of term k, an input
+        loss          = sum_k coef_k * u_k * rule_k(leaves)
+        weighted_loss = sum_k w_k * coef_k * u_k * rule_k(leaves)
+
+    u_0 is the product of all weights, u_k that of those with scope ``"all"``. w_k is
+    the row weight of term k, an input.
 
     A term whose ``w_k * coef_k * u_k`` is 0 contributes exactly 0 (never ``0 * inf``)
     to each loss and to every derivative. ``params`` is one vector: ``[clamp_low,

@@ -68,13 +68,17 @@ def token_divergence(
     With p the softmax of ``logits`` (the policy, the student) and q that of
     ``other_logits`` (the reference, the teacher; detached)::
 
-        forward_kl               KL(q‖p) = Σ q·(log q - log p)          gradient 1/T·(p
-        - q) reverse_kl               KL(p‖q) = Σ p·(log p - log q)          gradient
-        1/T·p·(log p - log q - KL) jeffreys                 their sum
-        cross_entropy            H(q, p) = -Σ q·log p
-        reverse_cross_entropy  H(p, q);   symmetric_cross_entropy  half of each
-        generalized_jsd          β·KL(q‖m) + (1-β)·KL(p‖m), m = β·q + (1-β)·p: Agarwal
-        et al. 2023, arXiv:2306.13649 (a composite in chunks)
+        forward_kl             KL(q‖p) = Σ q·(log q - log p)
+                               gradient 1/T·(p - q)
+        reverse_kl             KL(p‖q) = Σ p·(log p - log q)
+                               gradient 1/T·p·(log p - log q - KL)
+        jeffreys               their sum
+        cross_entropy          H(q, p) = -Σ q·log p
+        reverse_cross_entropy  H(p, q)
+        symmetric_cross_entropy
+                               half of each
+        generalized_jsd        β·KL(q‖m) + (1-β)·KL(p‖m), m = β·q + (1-β)·p: Agarwal
+                               et al. 2023, arXiv:2306.13649 (a composite in chunks)
 
     Forward reads each tensor once. Backward reads each once more and writes once.
     KL(q‖p) is ``inf`` iff a column has p = 0 (a ``-inf`` logit) and q > 0. KL(p‖q) is
@@ -83,18 +87,17 @@ def token_divergence(
 
     Args:
         logits: ``R + (V,)``; other_logits: the same rows, any of fp16, bf16 and fp32
-            beside any other (fp64 beside fp64); or
-            ``TopKLogps(token_ids, logps, tail=)``, a teacher's stored log-probs of K
-            ids: the divergence of what those leave of both distributions, from K logits
-            and one log-sum-exp of p.
+            beside any other (fp64 beside fp64); or ``TopKLogps(token_ids, logps,
+            tail=)``, a teacher's stored log-probs of K ids: the divergence of what
+            those leave of both distributions, from K logits and one log-sum-exp of p.
         completion_mask: R. Ignored rows are never read. Their result is 0, and their
-        gradient is exactly 0.
+            gradient is exactly 0.
         beta: of ``generalized_jsd`` only. The default is 0.5 (0 would be forward_kl,
-        and 1 reverse_kl).
+            and 1 reverse_kl).
         other_temperature, other_softcap: q's own; default: the temperature of p, and no
-        soft cap. temperature, softcap, vocab_size, drop_last, consume_logits, backend:
-        as in :func:`token_logps`. ``vocab_size`` is needed where the two heads are
-        padded
+            soft cap.
+        temperature, softcap, vocab_size, drop_last, consume_logits, backend: as in
+            :func:`token_logps`. ``vocab_size`` is needed where the two heads are padded
             differently.
 
     Returns:

@@ -101,6 +101,10 @@ _RAISES = """Raises:
     TypeError: an unknown keyword."""
 
 
+def _default(parameter: inspect.Parameter) -> str:
+    return "" if parameter.default is parameter.empty else f", default {parameter.default!r}"
+
+
 def documented(doc: str | None, signature: inspect.Signature) -> str:
     """Return the docstring with a line for every keyword that it does not name, and
     with the sections that every op has.
@@ -108,7 +112,7 @@ def documented(doc: str | None, signature: inspect.Signature) -> str:
     text = inspect.cleandoc(doc or "")
     prose, examples, code = text.partition("\n>>> ")
     lines = [
-        f"    {name} ({p.annotation}{'' if p.default is p.empty else f', default {p.default!r}'}): {KEYWORDS[name]}"
+        f"    {name} ({p.annotation}{_default(p)}): {KEYWORDS[name]}"
         for name, p in signature.parameters.items()
         if name in KEYWORDS
         and not re.search(rf"(?m)^ +(?:[\w, ]+, )?{name}(?:, [\w, ]+)?: ", prose)

@@ -35,6 +35,35 @@ GROUPS = ("process_group", "sequence_group")
 _PREPARED: dict[Any, Callable[..., Call[Any] | Again[Any]]] = {}
 
 
+def by_ranks(function: Callable[P, T]) -> Callable[P, T]:
+    """Let several ranks make a call of the function together.
+
+    DTensors become local tensors with their group. If one rank raises before the ranks
+    meet, the others are told.
+    """
+
+    @functools.wraps(function)
+    def op(*args: P.args, **keywords: P.kwargs) -> T:
+        if not torch.compiler.is_compiling() and has_dtensors((*args, *keywords.values())):
+            return op(**_local(function, args, keywords))  # type: ignore[call-arg]
+        alone = keywords.get("process_group") is None and keywords.get("sequence_group") is None
+        if alone or torch.compiler.is_compiling():
+            return function(*args, **keywords)
+        groups = {name: keywords[name] for name in GROUPS if keywords.get(name) is not None}
+        tensors = (x for x in (*args, *keywords.values()) if isinstance(x, torch.Tensor))
+        device = next((x.device for x in tensors), torch.device("cpu"))
+        with announced(function.__name__, groups, device):
+            return function(*args, **keywords)
+
+    return op
+
+
+def _local(function: Callable[..., Any], args: Any, keywords: Any) -> dict[str, Any]:
+    """Return a call's arguments with local tensors in the place of DTensors."""
+    bound = inspect.signature(inspect.unwrap(function)).bind(*args, **keywords).arguments
+    return localized(function.__name__, {**bound.pop("keywords", {}), **bound})
+
+
 def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
     """Return the op that runs the call which ``prepare`` resolves. :func:`explain`
     takes only the call.
@@ -42,23 +71,10 @@ def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
 
     prepare = ranged(prepare)
 
+    @by_ranks
     @functools.wraps(prepare)
     def op(*args: P.args, **keywords: P.kwargs) -> T:
-        if not torch.compiler.is_compiling() and has_dtensors((*args, *keywords.values())):
-            return op(**local(*args, **keywords))  # type: ignore[call-arg]
-        alone = keywords.get("process_group") is None and keywords.get("sequence_group") is None
-        if alone or torch.compiler.is_compiling():
-            return run(resolve(*args, **keywords))
-        groups = {name: keywords[name] for name in GROUPS if keywords.get(name) is not None}
-        tensors = (x for x in (*args, *keywords.values()) if isinstance(x, torch.Tensor))
-        with announced(
-            prepare.__name__, groups, next((x.device for x in tensors), torch.device("cpu"))
-        ):
-            return run(resolve(*args, **keywords))
-
-    def local(*args: Any, **keywords: Any) -> dict[str, Any]:
-        bound = signature.bind(*args, **keywords).arguments
-        return localized(prepare.__name__, {**bound.pop("keywords", {}), **bound})
+        return run(resolve(*args, **keywords))
 
     def resolve(*args: Any, **keywords: Any) -> Call[T] | Again[T]:
         try:
@@ -72,7 +88,7 @@ def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
     op.__signature__ = whole  # type: ignore[attr-defined]
     op.__doc__ = documented(prepare.__doc__, whole)
     _PREPARED[op] = lambda *args, **keywords: (
-        resolve(**local(*args, **keywords))
+        resolve(**_local(prepare, args, keywords))
         if has_dtensors((*args, *keywords.values()))
         else resolve(*args, **keywords)
     )
@@ -83,9 +99,9 @@ def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
 class Explanation:
     """The plan and backend that a call would take, and why not the others.
 
-    In one pass it also has the kernel, if the backend has several. ``top_k`` says how
-    the likeliest ids are found, if the call asks for them: in the read of the
-    statistics, or in one more.
+    In one pass, and for two logits tensors, it also has the kernel, if the backend has
+    several. ``top_k`` says how the likeliest ids are found, if the call asks for them:
+    in the read of the statistics, or in one more.
     """
 
     plan: str
@@ -150,7 +166,7 @@ def explain(
     source, objective = call.source, call.objective
     info = source.info._replace(device=_device(source.info.device, device))
     choice = choose_plan(source, objective, call.plan, info)
-    kernel = source.kernel(choice.backend, info.device) if choice.plan == "one_pass" else None
+    kernel = source.kernel(choice.backend, info.device, choice.plan)
     reasons = unsupported_reasons(info, choice, objective.program)
     return Explanation(
         choice.plan,

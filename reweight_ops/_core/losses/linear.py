@@ -97,22 +97,22 @@ def linear_token_logps(
         hidden: ``R + (D,)``. lm_head_weight: ``[V, D]`` in the same dtype (or under
             autocast, which casts as ``F.linear`` does).
         completion_ids, completion_mask, return_entropy, temperature, softcap,
-        vocab_size, sampling_mask, entropy_over, backend: as in :func:`token_logps`.
+            vocab_size, sampling_mask, entropy_over, backend: as in :func:`token_logps`.
         lm_head_bias: ``[V]``. logit_scale: a number, before the soft cap.
         logits_dtype: dtype of a chunk's logits (default: hidden's). ``torch.float32``
             from 16-bit operands rounds once less.
         accumulate_dtype: dtype in which the weight's gradient is summed over chunks.
-        The default is the weight's dtype if that is fp32 (also under autocast), or if
-        there are at most 8 chunks, each of which rounds the sum once. Otherwise it is
-        fp32, rounded once, and takes a buffer of the weight's size.
+            The default is the weight's dtype if that is fp32 (also under autocast), or
+            if there are at most 8 chunks, each of which rounds the sum once. Otherwise
+            it is fp32, rounded once, and takes a buffer of the weight's size.
         chunk_rows: rows a chunk; default: multiples of 64, at most 96 MiB of logits on
             a CPU and 1 GiB on a GPU, or 256 rows.
         memory_budget: bytes of logits. It bounds a chunk. The rest of it keeps chunks
-        for backward, which are then not recomputed. Default: one chunk.
+            for backward, which are then not recomputed. Default: one chunk.
         lora: ``Lora(a, b, scale)``, a low-rank term of the head.
         row_index: ``[M]`` int64, flat positions of the rows to compute, each once. The
-        host knows them, so nothing waits. They must include the valid rows (checked on
-        a CPU, and with ``validate=True``).
+            host knows them, so nothing waits. They must include the valid rows (checked
+            on a CPU, and with ``validate=True``).
         compact_rows: drop the ignored rows before the first GEMM, and rows without a
             coefficient from the backward ones. On a CPU it costs nothing and is the
             default. On a GPU it waits: once for the rows, and in backward once
@@ -161,8 +161,8 @@ def linear_token_stats(
     The other arguments are those of :func:`linear_token_logps`.
 
     >>> import torch, reweight_ops as rw
-    >>> hidden, head = torch.zeros(1, 3), torch.ones(4, 3)
-    >>> out = rw.linear_token_stats(hidden, head, torch.tensor([2]), stats=("log_sum_p_sq",))
+    >>> hidden, head, ids = torch.zeros(1, 3), torch.ones(4, 3), torch.tensor([2])
+    >>> out = rw.linear_token_stats(hidden, head, ids, stats=("log_sum_p_sq",))
     >>> out.log_sum_p_sq
     tensor([-1.3863])
     """

@@ -155,7 +155,8 @@ def linear_distillation_loss(
 
     >>> import torch, reweight_ops as rw
     >>> hidden = torch.zeros(1, 2, requires_grad=True)
-    >>> out = rw.linear_distillation_loss(hidden, torch.eye(2), torch.tensor([[0.0, -torch.inf]]))
+    >>> teacher = torch.tensor([[0.0, -torch.inf]])
+    >>> out = rw.linear_distillation_loss(hidden, torch.eye(2), teacher)
     >>> out.loss.backward()
     >>> hidden.grad
     tensor([[-0.5000,  0.5000]])

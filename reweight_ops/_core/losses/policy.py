@@ -93,7 +93,8 @@ def policy_loss(
 
     >>> import torch, reweight_ops as rw
     >>> logits = torch.zeros(1, 2, 4, requires_grad=True)
-    >>> out = rw.policy_loss(logits, torch.tensor([[1, 2]]), torch.tensor([1.0]), spec="grpo")
+    >>> ids, advantages = torch.tensor([[1, 2]]), torch.tensor([1.0])
+    >>> out = rw.policy_loss(logits, ids, advantages, spec="grpo")
     >>> out.loss
     tensor(-1., grad_fn=<...>)
     >>> out.loss.backward()

@@ -176,8 +176,9 @@ def linear_preference_loss(
     >>> import torch, reweight_ops as rw
     >>> hidden = torch.zeros(2, 3, 5, requires_grad=True)
     >>> ids = torch.tensor([[1, 2, 3], [3, 2, 1]])
-    >>> head, ref = torch.ones(4, 5), torch.tensor([-5.0, -4.0])
-    >>> rw.linear_preference_loss(hidden, head, ids, spec="dpo", ref_sequence_logps=ref).loss
+    >>> head, ref = torch.ones(4, 5), {"ref_sequence_logps": torch.tensor([-5.0, -4.0])}
+    >>> out = rw.linear_preference_loss(hidden, head, ids, spec="dpo", **ref)
+    >>> out.loss
     tensor(0.6444, grad_fn=<...>)
     """
     op = "linear_preference_loss"

@@ -110,24 +110,25 @@ def token_logps(
             last dimension contiguous. The op never shifts.
         completion_ids: R, int32 or int64. ``-100`` marks an ignored row.
         completion_mask: R, any dtype; 0 marks an ignored row. Ignored rows are never
-        read. Their results are 0, and their gradient is exactly 0.
+            read. Their results are 0, and their gradient is exactly 0.
         return_entropy: also return the entropies.
         temperature: T, a positive number, a 0-d tensor, or one number per row (or
-        sequence). A tensor that requires grad gets its gradient in two passes. That of
-        the entropy takes one more read of the logits.
+            sequence). A tensor that requires grad gets its gradient in two passes. That
+            of the entropy takes one more read of the logits.
         softcap: the cap of a tanh soft cap on the raw logits. None disables it.
         vocab_size: columns of the softmax if the head is padded beyond them. The
-        gradient of the others is exactly 0.
+            gradient of the others is exactly 0.
         drop_last: logits have one more position than ids (the last is unread, its
-        gradient is 0). This layout needs no copy in backward.
+            gradient is 0). This layout needs no copy in backward.
         consume_logits: write the gradient over the logits in backward; saves one tensor
             of their size. Using them afterwards is an error.
         sampling_mask: the ids that the sampler kept of each row, a
-        :class:`SamplingMask` or a bool mask ``R + (V,)``. Log-probs and everything else
-        are those of the distribution renormalised over these ids. Only their logits are
-        read, and the gradient of all others is exactly 0.
+            :class:`SamplingMask` or a bool mask ``R + (V,)``. Log-probs and everything
+            else are those of the distribution renormalised over these ids. Only their
+            logits are read, and the gradient of all others is exactly 0.
         entropy_over: with a mask, the entropy of the ``"kept"`` ids or of the whole
-        ``"vocabulary"``. The latter is then read too, and its gradient is everywhere.
+            ``"vocabulary"``. The latter is then read too, and its gradient is
+            everywhere.
         backend: ``"auto"``, or ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``,
             which then never falls back.
 
@@ -136,9 +137,9 @@ def token_logps(
 
     Raises:
         InvalidCall: a shape, dtype or id that does not fit, or an id that is not kept
-        (on a GPU a bad id gives NaN in its row, without a synchronisation).
+            (on a GPU a bad id gives NaN in its row, without a synchronisation).
         UnsupportedRequest, BackendUnavailable: no backend, or not the named one, can
-        run this.
+            run this.
 
     >>> import torch, reweight_ops as rw
     >>> rw.token_logps(torch.zeros(2, 4), torch.tensor([1, 3]))
@@ -191,7 +192,8 @@ def token_stats(
             without a gradient); an argument without its statistic, or the reverse.
 
     >>> import torch, reweight_ops as rw
-    >>> rw.token_stats(torch.zeros(1, 4), torch.tensor([2]), stats=("log_sum_p_sq",)).log_sum_p_sq
+    >>> logits, ids = torch.zeros(1, 4), torch.tensor([2])
+    >>> rw.token_stats(logits, ids, stats=("log_sum_p_sq",)).log_sum_p_sq
     tensor([-1.3863])
     """
     op = "token_stats"

@@ -9,62 +9,88 @@ sum over ranks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .ranks import agreed, check_group, gathered, size_and_rank, summed_
+from .ranks import agreed, check_group, size_and_rank, summed_
+from .traced import agreed_after, numbers_of_ranks, summed_after
+
+#: The number that each rank has for itself in the exchange before a call.
+_OWN = "rows"
 
 
-@dataclass(frozen=True)
 class Across:
-    """The ranks that have the other tokens of this rank's sequences."""
+    """The ranks that have the other tokens of this rank's sequences, in one call.
 
-    op: str
-    group: Any
+    In a graph of torch.compile every collective reads the token that the one before
+    wrote. All ranks therefore run them in the order of the call, forward and backward,
+    whatever the compiler makes of their shapes.
+    """
+
+    def __init__(self, op: str, group: Any) -> None:
+        self.op, self.group = op, group
+        self._of = f"{op}, sequence_group"
+        self._same: dict[str, int] = {}
+        self._sizes: tuple[int, ...] = ()
+        self._token: Tensor | None = None
 
     @property
     def world(self) -> int:
         return size_and_rank(self.group)[0]
 
-    @torch.compiler.disable
-    def agree(self, device: torch.device, sequences: int, needs_grad: bool) -> None:
+    def agree(self, rows: int, sequences: int, needs_grad: bool, after: Tensor) -> None:
         """Raise on every rank if the calls of the ranks do not fit together.
 
-        This happens before anything else is sent.
+        This happens before anything else is sent. ``after`` is computed before it.
         """
-        same = {"number of sequences": sequences, "whether a gradient is needed": int(needs_grad)}
-        agreed(f"{self.op}, sequence_group", self.group, device, same, {})
+        self._same = {
+            "number of sequences": sequences,
+            "whether a gradient is needed": int(needs_grad),
+        }
+        if torch.compiler.is_compiling():
+            self._token = self._agreed_after(after, rows, [])
+        else:
+            own = {_OWN: rows}
+            self._sizes = agreed(self._of, self.group, after.device, self._same, own)[_OWN]
 
-    @torch.compiler.disable
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum over ranks on every rank. It is differentiable."""
+        if torch.compiler.is_compiling():
+            total, self._token = summed_after(x, self._last(x), self.op, self.group.group_name)
+            found: Tensor = total
+            return found
         if torch.is_floating_point(x):
-            found: Tensor = _Summed.apply(x, self)  # type: ignore[no-untyped-call]
+            found = _Summed.apply(x, self.op, self.group)  # type: ignore[no-untyped-call]
             return found
         return summed_(self.op, self.group, x.contiguous().clone())
 
-    @torch.compiler.disable
     def gather(self, x: Tensor) -> tuple[Tensor, slice]:
-        """Return ``x`` ``[N]`` of every rank in the order of ranks, and the slice of
-        this rank.
+        """Return ``x`` ``[N]`` of the rows of every rank in the order of ranks, and the
+        slice of this rank.
 
-        The result is differentiable. The call waits, because the N of the other ranks
-        are not known.
+        The result is differentiable.
         """
-        sizes = (
-            gathered(self.op, self.group, torch.tensor([x.numel()], device=x.device))
-            .view(-1)
-            .tolist()
-        )
-        _, rank = size_and_rank(self.group)
+        if torch.compiler.is_compiling() and not self._sizes:
+            of = (self._of, self.group.group_name, x.device.type, ",".join(self._same))
+            self._sizes = numbers_of_ranks(*of, _OWN, int(x.numel()))
+            self._token = self._agreed_after(self._last(x), x.numel(), list(self._sizes))
+        sizes, (_, rank) = self._sizes, size_and_rank(self.group)
         before, after = sum(sizes[:rank]), sum(sizes[rank + 1 :])
         whole = torch.cat([x.new_zeros(before), x, x.new_zeros(after)])
-        return self.sum(whole if x.is_floating_point() else whole.to(torch.int64)).to(
-            x.dtype
-        ), slice(before, before + x.numel())
+        total = self.sum(whole if x.is_floating_point() else whole.to(torch.int64))
+        return total.to(x.dtype), slice(before, before + sizes[rank])
+
+    def _last(self, x: Tensor) -> Tensor:
+        """Return the token of the collective before."""
+        return x.new_empty(0, dtype=torch.float32) if self._token is None else self._token
+
+    def _agreed_after(self, after: Tensor, rows: int, expected: list[int]) -> Tensor:
+        names, numbers = ",".join(self._same), list(self._same.values())
+        of = (self._of, self.group.group_name, names, numbers, _OWN)
+        token: Tensor = agreed_after(after, *of, rows, expected)
+        return token
 
 
 def across(op: str, group: Any) -> Across | None:
@@ -77,13 +103,13 @@ class _Summed(torch.autograd.Function):
     """The sum of ``x`` over ranks."""
 
     @staticmethod
-    def forward(x: Tensor, over: Across) -> Tensor:
-        return summed_(over.op, over.group, x.detach().contiguous().clone())
+    def forward(x: Tensor, op: str, group: Any) -> Tensor:
+        return summed_(op, group, x.detach().contiguous().clone())
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Across], output: Tensor) -> None:
-        ctx.over = inputs[1]
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str, Any], output: Tensor) -> None:
+        ctx.op, ctx.group = inputs[1:]
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        return _Summed.apply(upstream, ctx.over), None  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        return _Summed.apply(upstream, ctx.op, ctx.group), None, None  # type: ignore[no-untyped-call]

@@ -2,13 +2,15 @@
 sequence, or of each row's prompt.
 
 A weight that uses it takes two passes. If several ranks have the sequences, the
-statistics are over the rows of all ranks, in the order of ranks. A function that needs
-the order of a sequence's tokens is then refused.
+statistics are over the rows of all ranks, in the order of ranks. A sum along a sequence
+is then refused, because no rank knows the order of the tokens.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +19,28 @@ from torch import Tensor
 from ...errors import InvalidCall
 from .groups import Groups
 from .ordered import Ordered
-from .rows import Rows
+from .rows import NO_ORDER, Rows
+
+
+def _over_ranks(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Evaluate a function that compares rows on those of all ranks, in the order of
+    ranks.
+    """
+
+    @functools.wraps(function)
+    def evaluated(self: BatchStatistics, x: Tensor, *more: Any) -> Tensor:
+        across = self._rows.across
+        if across is None:
+            return function(self, x, *more)
+        of_all, own = self._of_all_ranks(by_sequence=function.__name__ not in _OVER_THE_CALL)
+        rows = [across.gather(y)[0] if isinstance(y, Tensor) and y.dim() else y for y in more]
+        return function(of_all, across.gather(x.expand(self._rows.count))[0], *rows)[own]
+
+    return evaluated
+
+
+#: Functions that compare the rows of the call, whatever their sequences.
+_OVER_THE_CALL = {"rank", "mean_below", "capped_mean"}
 
 
 class BatchStatistics:
@@ -181,39 +204,55 @@ class BatchStatistics:
         result: Tensor = (candidate & (rank < count.clamp(min=1))).to(x.dtype)
         return result[own]
 
-    def _own_order(self, what: str) -> None:
-        """Raise for a function that orders rows if other ranks have more
-        of the rows."""
-        self._rows.refuse_across(
-            f"batch.{what}", "compares rows by place or size, and sees those of one rank."
+    def _of_all_ranks(self, by_sequence: bool) -> tuple[BatchStatistics, slice]:
+        """Return statistics of the rows of all ranks, and the slice of this rank's."""
+        rows, prompts = self._rows, self._rows.prompts
+        assert rows.across is not None
+        sequences = None
+        if by_sequence:
+            owner, _ = rows.across.gather(self._owner())
+            sequences = Groups(self._sequences().count, index=owner)
+        keep, own = rows.across.gather(rows.keep)
+        whole = Rows(
+            rows.op,
+            tuple(keep.shape),
+            rows.device,
+            rows.dtype,
+            keep,
+            keep,
+            sequences,
+            None,
+            {},
+            prompts=prompts,
         )
+        return BatchStatistics(whole), own
 
     # --- by size ----------------------------------------------------------------------
+    @_over_ranks
     def rank(self, x: Tensor) -> Tensor:
         """Return ``[N]``: how many valid rows have a smaller ``x``. Of equal values the
         first counts as smaller.
         """
-        self._own_order("rank")
         return self._rank(x, Ordered.by((~self._rows.keep).long(), x))
 
+    @_over_ranks
     def mean_below(self, x: Tensor) -> Tensor:
         """Return ``[N]``: the mean of ``x`` over the valid rows whose rank is not
         higher. It grows with the rank.
         """
-        self._own_order("mean_below")
         ordered = Ordered.by((~self._rows.keep).long(), x)
         total = self._only(x, 0)[ordered.order].cumsum(0)
         return self._only(
             ordered.back(total / torch.arange(1, total.numel() + 1, device=total.device)), 0
         )
 
+    @_over_ranks
     def capped_mean(self, x: Tensor, where: Tensor) -> Tensor:
         """Return ``[N]``: the mean of ``min(x_j, x)`` over the valid rows j with
         ``where``, for a row that is one of them.
 
         It grows with ``x``.
         """
-        self._own_order("capped_mean")
         ordered = Ordered.by((~(self._rows.keep & where)).long(), x)
         values = torch.where(ordered.key == 0, x[ordered.order], 0)
         count = ordered.count()
@@ -222,14 +261,14 @@ class BatchStatistics:
         total = values.cumsum(0) + torch.where(above == 0, 0, values * above)
         return self._only(ordered.back(torch.where(ordered.key == 0, total / count, 0)), 0)
 
+    @_over_ranks
     def seq_rank(self, x: Tensor) -> Tensor:
         """Return ``[N]``: the :meth:`rank` within the row's sequence."""
-        self._own_order("seq_rank")
         return self._rank(x, Ordered.by(self._owner(), x))
 
+    @_over_ranks
     def seq_quantile(self, x: Tensor, q: Any) -> Tensor:
         """Return ``[N]``: the :meth:`quantile` of the row's sequence."""
-        self._own_order("seq_quantile")
         ordered = Ordered.by(self._owner(), x)
         values = self._only(x, 0)[ordered.order]
         at = q * (ordered.count() - 1).to(values.dtype)
@@ -258,8 +297,8 @@ class BatchStatistics:
         counts = self._sequences().sum(self._rows.keep.to(self._rows.dtype)).clamp(min=1)
         return self._sequences().spread(self._sequences().sum(self._only(x, 0)) / counts)
 
+    @_over_ranks
     def seq_max(self, x: Tensor) -> Tensor:
-        self._own_order("seq_max")
         return self._only(
             self._sequences().spread(self._sequences().max(self._only(x, -math.inf))), 0
         )
@@ -285,7 +324,8 @@ class BatchStatistics:
                 f"{self._rows.op}: the decay of a sum along a sequence has shape "
                 f"{tuple(decay.shape)}, expected one number."
             )
-        self._own_order("seq_suffix_sum" if reverse else "seq_cumsum")
+        what = "batch.seq_suffix_sum" if reverse else "batch.seq_cumsum"
+        self._rows.refuse_across(what, NO_ORDER)
         groups, rows = self._sequences(), self._rows.keep.numel()
         return Ordered.by(self._owner()).cumsum(
             self._only(x, 0), decay, groups.length if groups.index is None else rows, reverse
@@ -309,8 +349,8 @@ class BatchStatistics:
             self._by_prompt(self._only(x, 0)) / self._by_prompt(self._only(1.0, 0)).clamp(min=1)
         )
 
+    @_over_ranks
     def group_max(self, x: Tensor) -> Tensor:
-        self._own_order("group_max")
         return self._of_prompt(self._prompts().max(self._sequences().max(self._only(x, -math.inf))))
 
     def group_min(self, x: Tensor) -> Tensor:

@@ -22,6 +22,12 @@ from .groups import IGNORE_INDEX, Groups, describe
 from .primitives import Masked, RowPrimitives
 from .structure import Structure, is_fake, is_readable
 
+#: The reason why nothing runs along a sequence that several ranks have.
+NO_ORDER = (
+    "runs along a sequence, and no rank knows which tokens of other ranks come before its own. "
+    "Gather the log-probs of whole sequences for policy_loss_from_logps."
+)
+
 #: Rows without sequences are counted in runs of this many.
 RUN = 1024
 
@@ -97,6 +103,15 @@ class Rows:
         ranks.
         """
         return x.sum() if self.across is None else self.across.sum(x.sum())
+
+    def padded_length(self, sequences: Groups) -> int | Tensor:
+        """Return the length of sequences that are runs of rows. That of sequences which
+        several ranks have is the sum over the ranks.
+        """
+        length = sequences.length
+        if self.across is None:
+            return length
+        return self.across.sum(torch.full((), length, dtype=self.dtype, device=self.device))
 
     def refuse_across(self, what: str, why: str) -> None:
         """Raise if several ranks have the sequences. ``what`` knows only the rows of

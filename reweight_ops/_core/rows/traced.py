@@ -4,10 +4,10 @@ An op takes the name of a group, and calls gloo or NCCL when the graph runs. PyT
 functional collectives do not report which call failed; these ops use the eager
 collectives of :mod:`.ranks`, which do.
 
-A graph needs the columns of every rank before it runs. The ranks exchange them during
-the trace (:func:`columns_of_ranks`). A rank that already has its graph answers a rank
-that traces, and then waits for it (:func:`.ranks.agreed`). Therefore ranks may trace at
-different times.
+A graph needs some numbers of every rank before it runs, such as the columns of a shard.
+The ranks exchange them during the trace (:func:`numbers_of_ranks`). A rank that already
+has its graph answers a rank that traces, and then waits for it (:func:`.ranks.agreed`).
+Therefore ranks may trace at different times.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from . import ranks
 
 _library = Library("reweight_ops", "FRAGMENT")  # type: ignore[no-untyped-call]
 
-#: The columns that were exchanged for a graph: torch.compile may restart its trace.
+#: The numbers that were exchanged for a graph: torch.compile may restart its trace.
 _told: dict[Any, tuple[int, ...]] = {}
 
 
@@ -34,8 +34,8 @@ def _of_name(group: str) -> Any:
     return dist.distributed_c10d._resolve_process_group(group)  # type: ignore
 
 
-def _op(fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Any]:
-    def define(function: Callable[..., Tensor]) -> Any:
+def _op(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    def define(function: Callable[..., Any]) -> Any:
         name = function.__name__
         _library.define(name + infer_schema(function, mutates_args=()))  # type: ignore[no-untyped-call]
         _library.impl(name, torch.compiler.disable(function), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -79,15 +79,67 @@ def met(
     return ids.clone()
 
 
+@_op(lambda after, *args: after.new_empty(0, dtype=torch.float32))
+def agreed_after(
+    after: Tensor,
+    op: str,
+    group: str,
+    names: str,
+    numbers: Sequence[int],
+    name: str,
+    own: int,
+    expected: Sequence[int],
+) -> Tensor:
+    """Return a token once the ranks have agreed. ``after`` is computed before it.
+
+    ``own`` is this rank's number of that name. A graph that was traced for the numbers
+    of all ranks has them in ``expected``.
+    """
+    state = ranks.graph_for({name: tuple(expected)}) if expected else ranks.CALLS
+    same = dict(zip(names.split(","), numbers, strict=True))
+    ranks.agreed(op, _of_name(group), after.device, same, {name: own}, state)
+    return after.new_empty(0, dtype=torch.float32)
+
+
+@_op(lambda x, token, op, group: (torch.empty_like(x), torch.empty_like(token)))
+def summed_after(x: Tensor, token: Tensor, op: str, group: str) -> tuple[Tensor, Tensor]:
+    """Return the sum of ``x`` over ranks, after the collective that wrote the token,
+    and a token. The adjoint is a sum over ranks too.
+    """
+    return ranks.summed_(op, _of_name(group), x.contiguous().clone()), token.clone()
+
+
+def _of_sum(ctx: Any, inputs: tuple[Tensor, Tensor, str, str], output: Any) -> None:
+    ctx.of, ctx.summed = inputs[2:], ctx.needs_input_grad[0]
+
+
+def _gradient_of_sum(ctx: Any, upstream: Tensor, token: Tensor) -> tuple[Any, ...]:
+    if ctx.summed:
+        return *summed_after(upstream, token, *ctx.of), None, None
+    return None, token, None, None
+
+
+torch.library.register_autograd(
+    "reweight_ops::summed_after", _gradient_of_sum, setup_context=_of_sum, lib=_library
+)
+
+
 @torch.compiler.assume_constant_result
-def columns_of_ranks(op: str, group: str, device: str, names: str, own: int) -> tuple[int, ...]:
-    """Return the columns of every rank, during the trace of a graph."""
-    key = (CompileContext.current_compile_id(), op, group, own)
+def numbers_of_ranks(
+    op: str, group: str, device: str, names: str, name: str, own: int
+) -> tuple[int, ...]:
+    """Return the number of that name of every rank, during the trace of a graph.
+
+    ``names`` are those of the numbers that precede it in the exchange of the call.
+    """
+    trace = CompileContext.current_compile_id()
+    key = (trace, op, group, own)
     if key not in _told:
-        _told.clear()
+        for other in [other for other in _told if other[0] != trace]:
+            del _told[other]
         same: Mapping[str, int] = dict.fromkeys(names.split(","), 0)
         found = ranks.agreed(
-            op, _of_name(group), torch.device(device), same, {"columns": own}, ranks.TRACES
+            op, _of_name(group), torch.device(device), same, {name: own}, ranks.TRACES
         )
-        _told[key] = found["columns"]
+        _told[key] = found[name]
     return _told[key]

@@ -31,8 +31,8 @@ class GroupContrast(Reduction):
 
     A score is minus the mean of the token loss over the valid tokens. ::
 
-        loss = -1/Q Σ_q { Σ_{i in q+} ω_i·s_i / Σ_{i in q+} ω_i  -  τ·log( 1/|q-| Σ_{j
-        in q-} exp(s_j/τ) ) }
+        loss = -1/Q Σ_q { Σ_{i in q+} ω_i·s_i / Σ_{i in q+} ω_i
+                          - τ·log( 1/|q-| Σ_{j in q-} exp(s_j/τ) ) }
 
     ``q+`` are the sequences of prompt q with an advantage (label, reward) above 0, and
     ``q-`` the others. ``ω_i = exp((1 - L_i/L_max)/λ)`` prefers short positives. A
@@ -123,16 +123,13 @@ class GroupContrast(Reduction):
     def _omega(self, rows: Rows, sequences: Groups, lengths: Tensor) -> Tensor:
         if is_infinite(self.length_temperature):
             return torch.ones_like(lengths)
-        longest = self.max_length
+        longest: float | Tensor | None = self.max_length
         if longest is None:
             if sequences.index is not None:
                 raise rows.error(
                     "GroupContrast over packed sequences has no padded length: give max_length."
                 )
-            rows.refuse_across(
-                "GroupContrast", "knows only the padded length of one rank's part: give max_length."
-            )
-            longest = sequences.length
+            longest = rows.padded_length(sequences)
         # The constant 1/λ cancels in the normalisation. Without it no exp overflows,
         # and equal lengths have exactly equal weights.
         return torch.exp(-lengths / (longest * self.length_temperature))
@@ -165,8 +162,8 @@ class GroupClassification(Reduction):
 
     A score is minus the mean of the token loss. ::
 
-        loss = 1/Q Σ_q { log(1 + Σ_{j in q-} exp(s_j/τ)) + log(1 + Σ_{i in q+}
-        exp(-s_i/τ)) }
+        loss = 1/Q Σ_q { log(1 + Σ_{j in q-} exp(s_j/τ))
+                         + log(1 + Σ_{i in q+} exp(-s_i/τ)) }
 
     ``q+`` are the sequences of prompt q with a mean advantage (label, reward) above 0.
     A prompt that has only positives, or only negatives, adds 0. It counts in Q, the

@@ -20,7 +20,7 @@ from ..ranges import Bounds, Interval, NonNegativeOrInf, Number, ranged
 from ..rows.batch import BatchStatistics
 from ..rows.constants import number_like
 from ..rows.groups import Groups
-from ..rows.rows import Rows
+from ..rows.rows import NO_ORDER, Rows
 
 
 @ranged
@@ -159,7 +159,7 @@ class SegmentRatio(SequenceRatio):
     def _groups(self, rows: Rows) -> Groups:
         if rows.segments is None:
             raise rows.error("SegmentRatio needs segment_ids.")
-        rows.refuse_across("SegmentRatio", "has segments that are runs of one rank's tokens.")
+        rows.refuse_across("SegmentRatio", NO_ORDER)
         return rows.segments
 
 
@@ -179,9 +179,7 @@ class CumulativeRatio(Ratio):
         self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None
     ) -> Tensor:
         rows.need_sequences("CumulativeRatio")
-        rows.refuse_across(
-            "CumulativeRatio", "sums the tokens before each, and sees those of one rank."
-        )
+        rows.refuse_across("CumulativeRatio", NO_ORDER)
         total = BatchStatistics(rows).seq_cumsum((logp - old_logp).detach())
         own = torch.where(logp.isfinite(), logp, 0)
         return self._clamped(total + (own - own.detach()))

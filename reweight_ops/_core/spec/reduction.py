@@ -221,12 +221,8 @@ class SequenceMean(Reduction):
                     "SequenceMean(per='constant') over packed sequences has no padded length: "
                     "give horizon."
                 )
-            if self.horizon is None:
-                rows.refuse_across(
-                    "SequenceMean(per='constant')",
-                    "knows only the padded length of one rank's part: give horizon.",
-                )
-            return _over(keep, self.horizon if self.horizon is not None else sequences.length)
+            horizon = rows.padded_length(sequences) if self.horizon is None else self.horizon
+            return _over(keep, horizon)
         return keep
 
 

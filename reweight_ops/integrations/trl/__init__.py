@@ -4,21 +4,30 @@ Two hooks. The default one computes per-token log-probs and entropies and keeps 
 loss, metric and scaling of TRL. ``fuse_loss=True`` computes the whole loss and thereby
 any of our methods::
 
-    trainer = ReweightGRPOTrainer(model=..., reward_funcs=..., args=GRPOConfig(...),
-    train_dataset=...) trainer = ReweightGRPOTrainer(..., fuse_loss=True)
-    # TRL's loss, fused trainer = ReweightGRPOTrainer(...,
-    reweight=rw.weights.AdvantageReweighting(alpha=0.3))   # TRL's loss, reweighted
+    trainer = ReweightGRPOTrainer(
+        model=..., reward_funcs=..., args=GRPOConfig(...), train_dataset=...
+    )
+    # TRL's loss, fused
+    trainer = ReweightGRPOTrainer(..., fuse_loss=True)
+    # TRL's loss, reweighted
+    weight = rw.weights.AdvantageReweighting(alpha=0.3)
+    trainer = ReweightGRPOTrainer(..., reweight=weight)
+    # another loss
     trainer = ReweightGRPOTrainer(..., spec=rw.methods.gspo_token())
-    # another loss trainer = ReweightGRPOTrainer(..., spec=[rw.methods.lopti("low"),
-    rw.methods.lopti("high")])   # GRPOConfig(num_iterations=2) trainer =
-    ReweightGRPOTrainer(..., recipe="canon")                                        #
-    all that a paper trains with trainer = ReweightGRPOTrainer(..., advantages="qae")
+    # one loss for each pass of GRPOConfig(num_iterations=2)
+    lopti = [rw.methods.lopti("low"), rw.methods.lopti("high")]
+    trainer = ReweightGRPOTrainer(..., spec=lopti)
+    # all that a paper trains with
+    trainer = ReweightGRPOTrainer(..., recipe="canon")
     # TRL's loss, other advantages
+    trainer = ReweightGRPOTrainer(..., advantages="qae")
 
     with patch_trl(fuse_loss=True):      # scripts that build GRPOTrainer themselves
         main()
-    with patch_trl(heads=True):          # any trainer: the head that GRPO, RLOO, DPO,
-        KTO, SFT and AsyncGRPO share, and distillation main()
+    # any trainer: the head that GRPO, RLOO, DPO, KTO, SFT and AsyncGRPO share, and
+    # that of distillation
+    with patch_trl(heads=True):
+        main()
 
 Both work from hidden states and the head's weight (``rw.linear_token_logps``,
 ``rw.linear_policy_loss``), so that ``[B, T, V]`` logits never exist, as in stock TRL.
@@ -236,7 +245,7 @@ class Hooks:
         chunks = {"batch_size": batch_size, "compute_entropy": compute_entropy}
         if reason is not None:
             self._leave_to_trl(trainer, model, reason)
-            return original(
+            return original(  # type: ignore[no-any-return]
                 model,
                 input_ids,
                 attention_mask,
@@ -244,7 +253,7 @@ class Hooks:
                 **chunks,
                 compute_aux_loss=compute_aux_loss,
                 **multimodal,
-            )  # type: ignore[no-any-return]
+            )
         form = self._linear_form(trainer, model)
         if form is not None:
             self.counts.ran("linear_token_logps")

@@ -51,7 +51,12 @@ def test_no_kernel_spills_on_any_target(compiled, kernel, dtype):
 NEEDED = {
     "stats_kernel": [r"LDG\S*\.128"],
     "grad_kernel": [r"LDG\S*\.128", r"STG\S*\.128"],
-    "divergence_kernel": [r"LDG\S*\.128", r"STG\S*\.128"],
+    "divergence_kernel": [
+        r"LDG\S*\.128",
+        r"STG\S*\.128",
+        r"STAS\S*\.128",
+        r"SYNCS\S*TRYWAIT",
+    ],
     "scale_kernel": [r"(LDG\S*\.128[\s\S]*?){4}STG\S*\.128"],  # four loads in flight
     "ring_kernel": [
         r"UBLKCP\.S\.G",
@@ -177,6 +182,34 @@ def test_sass_of_the_ring(compiled):
     assert too_many(sass, [*LEAN_KERNELS][2]) == []
     for function in re.split(r"Function : ", sass)[1:]:
         assert len(re.findall(r"MEMBAR\.\S*GPU", function)) <= 1, function.split()[0]
+
+
+def with_lines(sass, after, more):
+    """The code with other instructions after each that has ``after``, at addresses of
+    their own.
+    """
+    made = []
+    for line in sass.splitlines():
+        made.append(line)
+        if after in line:
+            made += [
+                f"        /*{0xF0000000 + len(made) + k:x}*/ {x} ;" for k, x in enumerate(more)
+            ]
+    return "\n".join(made)
+
+
+def test_the_gate_sees_long_and_narrow_loops(compiled):
+    """The negative control of the counts, on machine code that is changed as text."""
+    sass, kernels = nvcc.sass(compiled("streaming")[0], SASS_ARCH), list(LEAN_KERNELS)[:2]
+    for kernel in kernels:
+        kinds = LEAN_KERNELS[kernel]
+        longer = too_many(with_lines(sass, "MUFU.EX2", ["FADD R0, R0, R1"] * 3), kernel)
+        assert sum("instructions a logit" in x for x in longer) == len(kinds) == len(longer)
+        divides = too_many(with_lines(sass, "MUFU.EX2", ["CALL.REL.NOINC 0x10"]), kernel)
+        assert sum("64-bit division" in x for x in divides) == len(kinds)
+        narrow = too_many(re.sub(r"(LDG\S*)\.128", r"\1.64", sass), kernel)
+        assert sum("not read by 16 bytes" in x for x in narrow) == len(kinds) == len(narrow)
+        assert too_many(sass, kernel) == []
 
 
 @pytest.fixture

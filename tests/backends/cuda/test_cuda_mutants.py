@@ -24,7 +24,7 @@ STREAMING, RING, DIVERGENCE, SURE = (
     "test_cuda_divergence.py",
     "test_cuda_sure.py",
 )
-SCALE, PROGRAM = "test_cuda_scale.py", "test_cuda_program.py"
+SCALE, PROGRAM, SPLIT = "test_cuda_scale.py", "test_cuda_program.py", "test_cuda_split_rows.py"
 
 #: name: (file, text, text with the bug). Bugs of the streaming kernel, of code that
 #: both kernels share, and of the choice between them.
@@ -54,7 +54,6 @@ MUTANTS = {
     "softcap without slope": ("gradient.h", "fmaf(e, g.p_coef, factor) * slope", "fmaf(e, g.p_coef, factor)"),
     "softcap makes -inf finite": ("partial.h", "if (fabsf(x) != kInf) x = cap * r", "x = cap * r"),
     "padding not cleared": ("gradient.h", "column < columns; column += kThreads", "column < vocab; column += kThreads"),
-    "vectors at any address": ("elements.h", "& 15) == 0", "& 1) == 0"),
     "32-bit offsets": ("../common/primitives.h", "return (i / per_batch) * batch_stride", "return int32_t((i % per_batch) * row_stride) + (i / per_batch) * batch_stride; return (i / per_batch) * batch_stride"),
     "one temperature for all": ("../common/primitives.h", "call.temperature_per_row ? i : 0", "0"),
     "ignored rows are swept": ("../common/primitives.h", "return call.ids[i] < 0 ||", "return"),
@@ -144,67 +143,112 @@ SURE_MUTANTS = {
     "a log-sum-exp without its low part": ("streaming.cu", "low = get(call.lse_low)", "low = 0.0"),
 }  # fmt: skip
 
-#: Bugs of the kernels on two logits tensors. All are in one file.
+#: Bugs of the kernel on two logits tensors.
 DIVERGENCE_MUTANTS = {
-    name: ("divergence.cu", text, bug)
+    f"divergence: {name}": ("divergence.cu", text, bug)
     for name, text, bug in (
         # columns, groups and rows
-        ("divergence: a column after the last group forgotten", "    if (tail < columns) {\n", "    if (tail + 1 < columns) {\n"),
-        ("divergence: a gradient after the last group forgotten", "    if (tail < columns) narrow", "    if (tail + 1 < columns) narrow"),
-        ("divergence: a group too many", "if (i >= groups) continue;\n        float a", "if (i > groups) continue;\n        float a"),
-        ("divergence: a group not loaded", "if (i >= groups) continue;\n        x[u]", "if (i + 1 >= groups) continue;\n        x[u]"),
-        ("divergence: gradient starts a step late", "(groups - 1) / kStep * kStep", "groups / kStep * kStep - kStep"),
-        ("divergence: the second's rows by the first's strides", "row_of<U>(call.q, i)", "static_cast<const U*>(call.q.logits) + call.strides.offset(i)"),
-        ("divergence: the first's rows in 32 bits", "row_of<T>(call, i)", "static_cast<const T*>(call.logits) + int32_t(call.strides.offset(i))"),
-        ("divergence: the second's rows in 32 bits", "row_of<U>(call.q, i)", "static_cast<const U*>(call.q.logits) + int32_t(call.q.strides.offset(i))"),
-        ("divergence: the gradient's rows in 32 bits", "+ call.out_strides.offset(i)", "+ int32_t(call.out_strides.offset(i))"),
-        ("divergence: the second's dtype", "case DType::f16: return launch_rows<F16>", "case DType::f16: return launch_rows<Bf16>"),
+        ("a column after the last group forgotten", "slice == slices.count - 1 && tail < columns", "slice == slices.count - 1 && tail + 1 < columns"),
+        ("a gradient after the last group forgotten", "column = part.head + part.to * kColumns + thread_index();", "column = part.head + part.to * kColumns + thread_index() + 1;"),
+        ("a gradient before the first group forgotten", "if (part.first && thread_index() < part.head) write", "if (part.first && thread_index() + 1 < part.head) write"),
+        ("a group too many", "if (i >= end) continue;\n        float a", "if (i > end) continue;\n        float a"),
+        ("a group not loaded", "if (i >= end) continue;\n        of_x", "if (i + 1 >= end) continue;\n        of_x"),
+        ("gradient starts a step late", "(part.to - part.from - 1) / kStep * kStep", "(part.to - part.from) / kStep * kStep - kStep"),
+        ("the second's rows by the first's strides", "row_of<U>(call.q, i)", "static_cast<const U*>(call.q.logits) + call.strides.offset(i)"),
+        ("the first's rows in 32 bits", "row_of<T>(call, i)", "static_cast<const T*>(call.logits) + int32_t(call.strides.offset(i))"),
+        ("the second's rows in 32 bits", "row_of<U>(call.q, i)", "static_cast<const U*>(call.q.logits) + int32_t(call.q.strides.offset(i))"),
+        ("the gradient's rows in 32 bits", "+ call.out_strides.offset(i)", "+ int32_t(call.out_strides.offset(i))"),
+        ("the second's dtype", "case DType::f16: return of(F16())", "case DType::f16: return of(Bf16())"),
         # alignment
-        ("divergence: the second's alignment not looked at", "is_aligned(row.x) && is_aligned(row.y)", "is_aligned(row.x)"),
-        ("divergence: the first's alignment not looked at", "is_aligned(row.x) && is_aligned(row.y)", "is_aligned(row.y)"),
-        ("divergence: the gradient's alignment not looked at", "} else if (aligned && is_aligned(out)) {", "} else if (aligned) {"),
+        ("the second's alignment not looked at", "is_aligned(row.x) && is_aligned(row.y)", "is_aligned(row.x)"),
+        ("the first's alignment not looked at", "is_aligned(row.x) && is_aligned(row.y)", "is_aligned(row.y)"),
+        ("the second's alignment not looked at in the gradient", "is_aligned(row.x + part.head) && is_aligned(row.y + part.head)", "is_aligned(row.x + part.head)"),
+        ("the first's alignment not looked at in the gradient", "is_aligned(row.x + part.head) && is_aligned(row.y + part.head)", "is_aligned(row.y + part.head)"),
+        ("the gradient's alignment not looked at", "head = (16 - int(", "head = 0 * (16 - int("),
+        ("a group of the row's first columns", "y(row.y + part.head, columns - part.head)", "y(row.y, columns)"),
+        ("the last vector by blocks", "x(row.x + part.head, columns - part.head)", "x(row.x + part.head, columns)"),
+        ("a fill at any address", "begin = from + ahead < to ? from + ahead : to", "begin = from"),
+        ("the first columns of a fill forgotten", "    for (int i = from + thread_index(); i < begin; i += kThreads) narrow(value, out[i]);\n", ""),
+        ("the last columns of a fill forgotten", "    for (int i = begin + vectors * kPerVector<T> + thread_index(); i < to; i += kThreads) narrow(value, out[i]);\n", ""),
         # ignored rows, padding, rows without coefficients
-        ("divergence: ignored rows are swept", "if (is_ignored(call, i)) {", "if (false) {"),
-        ("divergence: the table of ignored rows forgotten", "            if (call.table && thread_index() == 0) put_column(call.table, call.rows, i, {});\n", ""),
-        ("divergence: padding of ignored rows forgotten", "fill(out, 0, int(call.columns), 0.0f)", "fill(out, 0, columns, 0.0f)"),
-        ("divergence: padding not cleared", "            fill(out, columns, int(call.columns), 0.0f);\n", ""),
-        ("divergence: rows without coefficients are swept", "const bool none = forward == 0 && reverse == 0 && entropy == 0;", "const bool none = false;"),
-        ("divergence: the first row's weight", "call.weights[i]", "call.weights[0]"),
-        ("divergence: a coefficient of another row", "c[call.rows], c[2", "c[0], c[2"),
+        ("ignored rows are swept", "if (is_ignored(call, i)) {", "if (false) {"),
+        ("the table of ignored rows forgotten", "    if (call.table && begin == 0 && thread_index() == 0) put_column(call.table, call.rows, i, {});\n", ""),
+        ("padding of ignored rows forgotten", "end == slices.count ? int(call.columns) :", "end == slices.count ? int(call.vocab_size) :"),
+        ("padding not cleared", "    if (part.last) fill(out, columns, int(call.columns), 0.0f);\n", ""),
+        ("rows without coefficients are swept", "const bool none = forward == 0 && reverse == 0 && entropy == 0;", "const bool none = false;"),
+        ("the first row's weight", "call.weights[i]", "call.weights[0]"),
+        ("a coefficient of another row", "c[call.rows], c[2", "c[0], c[2"),
         # temperature and soft cap
-        ("divergence: the first's temperature for both", "kLog2ef / q_temperature", "kLog2ef / p_temperature"),
-        ("divergence: the first's temperature for the second's center", "q(v[6], v[7], row.q_temperature,", "q(v[6], v[7], row.p_temperature,"),
-        ("divergence: one temperature of the second", "temperature_of(call.q, i)", "temperature_of(call.q, 0)"),
-        ("divergence: a gradient not by temperature", "other = q_factor * forward / t", "other = q_factor * forward"),
-        ("divergence: soft caps swapped", "p_cap(call.softcap), q_cap(call.q.softcap)", "p_cap(call.q.softcap), q_cap(call.softcap)"),
-        ("divergence: the second's soft cap alone forgotten", "call.softcap < kInf || call.q.softcap < kInf", "call.softcap < kInf"),
-        ("divergence: the second's soft cap forgotten in the gradient", "        if (q_cap.on) q_cap.apply(y);\n", ""),
-        ("divergence: soft cap without slope", ") * slope;  // two", ");  // two"),
+        ("the first's temperature for both", "kLog2ef / q_temperature", "kLog2ef / p_temperature"),
+        ("the first's temperature for the second's center", "q(v[6], v[7], row.q_temperature,", "q(v[6], v[7], row.p_temperature,"),
+        ("one temperature of the second", "temperature_of(call.q, i)", "temperature_of(call.q, 0)"),
+        ("a gradient not by temperature", "other = q_factor * forward / t", "other = q_factor * forward"),
+        ("soft caps swapped", "p_cap(call.softcap), q_cap(call.q.softcap)", "p_cap(call.q.softcap), q_cap(call.softcap)"),
+        ("the second's soft cap alone forgotten", "call.softcap < kInf || call.q.softcap < kInf", "call.softcap < kInf"),
+        ("the second's soft cap forgotten in the gradient", "        if (q_cap.on) q_cap.apply(y);\n", ""),
+        ("soft cap without slope", ") * slope;  // two", ");  // two"),
         # signs and constants
-        ("divergence: the difference's sign", "fmaf(f, -d, q.cross)", "fmaf(f, d, q.cross)"),
-        ("divergence: the ratio the other way", "a - fmaxf(b, -1e30f)", "fmaxf(b, -1e30f) - a"),
-        ("divergence: a log-sum-exp without its low part", "double(lse) + double(low)", "double(lse)"),
-        ("divergence: the center's rounding ignored", "return 1.0f + expm1f(rest * kLn2f);", "return 1.0f;"),
-        # sums and their order
-        ("divergence: differences rebased by the own shift alone", "fmaf(shift - others_shift, s.sum, s.cross)", "fmaf(shift, s.sum, s.cross)"),
-        ("divergence: entropy sum not rebased", "factor * fmaf(shift, s.sum, s.dot)", "factor * s.dot"),
-        ("divergence: no bound of a shift", "fmaxf((from - to) * scale, -1e30f)", "(from - to) * scale"),
-        ("divergence: half a warp's sums", "merge_lanes<32>(s,", "merge_lanes<16>(s,"),
-        ("divergence: half the warps", "merge_lanes<kWarps>(states[buffer][thread_index() % kWarps],", "merge_lanes<kWarps / 2>(states[buffer][thread_index() % kWarps],"),
-        ("divergence: a zero lost in the merge", "fmaxf(a.p_zero, b.p_zero)", "a.p_zero"),
-        ("divergence: no barrier before the block's merge", "            barrier();\n            if (thread_index() < 32)", "            if (thread_index() < 32)"),
-        ("divergence: no barrier before the gradient", "            barrier();\n            const Gradient& g", "            const Gradient& g"),
-        ("divergence: no second set of sums and constants", "        buffer ^= 1;\n", ""),
+        ("the ratio the other way", "a - fmaxf(b, -1e30f)", "fmaxf(b, -1e30f) - a"),
+        ("a log-sum-exp without its low part", "double(lse) + double(low)", "double(lse)"),
+        ("the center's rounding ignored", "return 1.0f + expm1f(rest * kLn2f);", "return 1.0f;"),
+        # slices, barriers and messages
+        ("no barrier before the block's merge", "            if (!call.split) barrier();\n", ""),
+        ("no barrier before the gradient", "            barrier();\n            const Gradient g", "            const Gradient g"),
+        ("no second set of sums and constants", "        buffer ^= 1;\n", ""),
         # -inf
-        ("divergence: no guard for -inf", "return top == -kInf ? 0.0f : top;", "return top;"),
-        ("divergence: 0 * -inf in the entropy", "fmaf(e, p_masked ? 0.0f : t, p.dot)", "fmaf(e, t, p.dot)"),
-        ("divergence: -inf - -inf", "d = p_masked || q_masked ? 0.0f : t - u", "d = t - u"),
-        ("divergence: no look for -inf where one tensor has none", "low = fminf(low, fminf(x[j], y[j]));", "low = fminf(low, y[j]);"),
-        ("divergence: zeros of the wrong tensor", "(p_masked ? s.p_zero : s.q_zero) = 1.0f", "s.q_zero = 1.0f"),
-        ("divergence: a gradient of -inf", "    if (x == -kInf) return 0.0f;\n", ""),
-        ("divergence: 0 * -inf in the gradient", "fmaxf((x - g.p_center) * scales.p, -200.0f)", "(x - g.p_center) * scales.p"),
-        ("divergence: no bound of a ratio", "a - fmaxf(b, -1e30f)", "a - b"),
-        ("divergence: numbers for an infinite divergence", " || (reverse != 0 && !(fabsf(v[1]) < kInf))", ""),
+        ("a gradient of -inf", "    if (x == -kInf) return 0.0f;\n", ""),
+        ("0 * -inf in the gradient", "fmaxf((x - g.p_center) * scales.p, -200.0f)", "(x - g.p_center) * scales.p"),
+        ("no bound of a ratio", "a - fmaxf(b, -1e30f)", "a - b"),
+        ("numbers for an infinite divergence", " || (reverse != 0 && !(fabsf(v[1]) < kInf))", ""),
+    )
+} | {
+    f"divergence: {name}": ("divergence_sums.h", text, bug)
+    for name, text, bug in (
+        ("the difference's sign", "fmaf(f, -d, q.cross)", "fmaf(f, d, q.cross)"),
+        ("differences rebased by the own shift alone", "fmaf(shift - others_shift, s.sum, s.cross)", "fmaf(shift, s.sum, s.cross)"),
+        ("entropy sum not rebased", "factor * fmaf(shift, s.sum, s.dot)", "factor * s.dot"),
+        ("no bound of a shift", "fmaxf((from - to) * scale, -1e30f)", "(from - to) * scale"),
+        ("half a warp's sums", "    for (int lanes = 16; lanes; lanes /= 2) {\n        add(s.p", "    for (int lanes = 8; lanes; lanes /= 2) {\n        add(s.p"),
+        ("half a warp's maximum", "    for (int lanes = 16; lanes; lanes /= 2) {\n        p_top", "    for (int lanes = 8; lanes; lanes /= 2) {\n        p_top"),
+        ("sums relative to each lane's maximum", "    rebase(s, p_top, q_top, scales);\n    const auto add = [](Side& x", "    const auto add = [](Side& x"),
+        ("the later half of the slices forgotten", "if (slice + kHalf < slices) s = merge", "if (slice + kHalf < slices && false) s = merge"),
+        ("a zero lost in the merge", "fmaxf(a.p_zero, b.p_zero)", "a.p_zero"),
+        ("a zero lost between lanes", "        s.p_zero = fmaxf(s.p_zero, shuffle_xor(s.p_zero, lanes));\n", ""),
+        # -inf
+        ("no guard for -inf", "return top == -kInf ? 0.0f : top;", "return top;"),
+        ("0 * -inf in the entropy", "fmaf(e, p_masked ? 0.0f : t, p.dot)", "fmaf(e, t, p.dot)"),
+        ("-inf - -inf", "d = p_masked || q_masked ? 0.0f : t - u", "d = t - u"),
+        ("no look for -inf where one tensor has none", "low = fminf(low, fminf(x[j], y[j]));", "low = fminf(low, y[j]);"),
+        ("zeros of the wrong tensor", "(p_masked ? s.p_zero : s.q_zero) = 1.0f", "s.q_zero = 1.0f"),
+    )
+} | {
+    "divergence: vectors at any address": ("elements.h", "& 15) == 0", "& 1) == 0"),
+}  # fmt: skip
+
+#: Bugs of rows of two logits tensors that blocks share.
+SPLIT_MUTANTS = {
+    f"split: {name}": (file, text, bug)
+    for name, file, text, bug in (
+        ("the last columns in every slice", "divergence.cu", "if (slice == slices.count - 1 && tail < columns) {", "if (tail < columns) {"),
+        ("one slice's sums for all", "divergence.cu", "states[buffer][slice][warp] = s;", "states[buffer][0][warp] = s;"),
+        ("every block sums all slices", "divergence.cu", "            end = begin + 1;\n", ""),
+        ("a cluster takes a row for each of its blocks", "divergence.cu", "i = block_index() / slices.count;", "i = block_index() % call.rows;"),
+        ("no cluster barrier before the first message", "divergence.cu", "                    cluster_barrier();  // the barriers of all blocks count before anything is sent\n", ""),
+        ("messages not waited for", "divergence.cu", "                    if (call.split) wait_for_cluster(exchange.full, 0);\n", ""),
+        ("messages of one block expected", "divergence.cu", "slices.count * int(sizeof(exchange.states[0]))", "int(sizeof(exchange.states[0]))"),
+        ("messages to oneself alone", "divergence.cu", "if (call.split && lane < slices.count) send_state(s, exchange, slice, lane);", "if (call.split && lane < slices.count) send_state(s, exchange, slice, begin);"),
+        ("messages to one place", "divergence.cu", "exchange.states[slice][thread_index() / 32];", "exchange.states[0][thread_index() / 32];"),
+        ("the sums of a row's first warp from all", "divergence.cu", "exchange.states[slice][thread_index() / 32];", "exchange.states[slice][0];"),
+        ("zeros not sent", "divergence.cu", "as_vector(s.p_zero, s.q_zero, 0.0f, 0.0f)", "as_vector(0.0f, 0.0f, 0.0f, 0.0f)"),
+        ("a block writes the whole gradient", "divergence.cu", "call, slices, begin, end, g, p_cap, q_cap);", "call, slices, 0, slices.count, g, p_cap, q_cap);"),
+        ("an ignored row's first slice alone", "divergence.cu", "write_ignored(call, i, out, slices, begin, end);", "write_ignored(call, i, out, slices, begin, begin + 1);"),
+        ("the first slice's columns alone filled", "divergence.cu", "fill(out, part.begin_column(), part.end_column(columns), g.value);", "if (part.first) fill(out, 0, part.end_column(columns), g.value);"),
+        ("slices that are not there", "divergence_sums.h", "slice < slices ? states[slice][warp] : State()", "states[slice][warp]"),
+        ("a slice ends a group early", "divergence.h", "return begin(slice + 1);", "return begin(slice + 1) - (slice + 1 < count);"),
+        ("slices that overlap", "divergence.h", "return begin(slice + 1);", "return begin(slice + 1) + (slice + 1 < count);"),
+        ("old GPUs asked for clusters", "dispatch.cpp", "if (device.major < 9) return", "if (false) return"),
+        ("many rows split", "dispatch.cpp", "4 * call.rows >= 3 * at_once", "false"),
+        ("no cluster taken for some", "dispatch.cpp", "if (!p.status && clusters == 0) return", "if (false) return"),
     )
 }  # fmt: skip
 
@@ -266,6 +310,7 @@ ALL_MUTANTS = {
     **MUTANTS,
     **RING_MUTANTS,
     **DIVERGENCE_MUTANTS,
+    **SPLIT_MUTANTS,
     **SURE_MUTANTS,
     **SCALE_MUTANTS,
     **PROGRAM_MUTANTS,
@@ -274,6 +319,7 @@ FOUND_BY = {
     **dict.fromkeys(MUTANTS, STREAMING),
     **dict.fromkeys(RING_MUTANTS, RING),
     **dict.fromkeys(DIVERGENCE_MUTANTS, DIVERGENCE),
+    **dict.fromkeys(SPLIT_MUTANTS, SPLIT),
     **dict.fromkeys(SURE_MUTANTS, SURE),
     **dict.fromkeys(SCALE_MUTANTS, SCALE),
     **dict.fromkeys(PROGRAM_MUTANTS, PROGRAM),
@@ -292,8 +338,11 @@ FOUND_BY = {
 # * Two tensors, a block that takes all rows from its first on: each is written again,
 # with the same bits.
 # * Two tensors, the number of blocks: it affects only speed.
+# * Two tensors, split rows, another slice for each block: all are summed, and written.
 # * Two tensors, an empty sum rebased from its maximum of -inf: the bound of the shift
 # makes the factor 0, and its sums are.
+# * Two tensors, split rows, messages announced after some have come: the phase cannot
+# end before the arrival that announces them.
 # * Two tensors, a NaN among the first's logits if the table is of other logits: a bound
 # of the exponent makes it -200. The statistics of such a row are NaN.
 # * A thread that has seen only masked logits sums them again: they have no mass,
@@ -366,7 +415,7 @@ def run_forked(module: Path, file: str, log: Path) -> None:
 
 def test_without_a_bug_everything_passes():
     """Otherwise a failure would count as a found bug every time."""
-    result = run_tests(build(), STREAMING, RING, DIVERGENCE, SURE, SCALE, PROGRAM)
+    result = run_tests(build(), STREAMING, RING, DIVERGENCE, SPLIT, SURE, SCALE, PROGRAM)
     assert result.returncode == 0, result.stdout[-2000:]
 
 
@@ -394,7 +443,7 @@ def test_a_planted_bug_is_found(name, tmp_path):
     assert process.exitcode not in (0, 2, 3, 4, 5), f"not found: {name}\n{log.read_text()[-2000:]}"
 
 
-@pytest.mark.parametrize("file", [STREAMING, RING, DIVERGENCE, SURE, SCALE, PROGRAM])
+@pytest.mark.parametrize("file", [STREAMING, RING, DIVERGENCE, SPLIT, SURE, SCALE, PROGRAM])
 def test_sanitizers(file):
     """Reads and writes outside of rows and of shared memory, and undefined behavior,
     under AddressSanitizer and UBSan.

@@ -71,9 +71,9 @@ def batch():
     token_mask = ((at >= 3) & (at < torch.tensor([12, 7, 10, 12])[:, None])).float()
     with torch.no_grad():
         own = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    near = lambda scale: torch.nn.functional.pad(
+    near = lambda scale: torch.nn.functional.pad(  # noqa: E731
         (own + scale * torch.randn(own.shape, generator=g)).clamp(max=0), (1, 0)
-    )  # noqa: E731
+    )
     data = {
         "input_ids": ids, "token_mask": token_mask, "sample_mask": torch.tensor([1.0, 1.0, 1.0, 0.0]), "advantages": torch.randn(B, S, generator=g),
         "prev_logprobs": near(0.3), "generation_logprobs": near(0.4), "reference_policy_logprobs": near(0.3),

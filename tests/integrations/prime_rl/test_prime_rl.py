@@ -37,9 +37,9 @@ def sample_streams(weighted=False):
     logprobs = [(-1.5 * torch.rand(n, generator=g) - 0.05).requires_grad_() for n in LENGTHS]
     masks = [torch.rand(n, generator=g) > 0.25 for n in LENGTHS]
     masks[0][0] = masks[1][0] = masks[2][0] = False
-    near = lambda: [
+    near = lambda: [  # noqa: E731
         (x.detach() + 0.5 * e).clamp(max=-1e-3) for x, e in zip(logprobs, drawn(), strict=True)
-    ]  # noqa: E731
+    ]
     weights = (
         [torch.rand(n, generator=g) * (torch.rand(n, generator=g) > 0.3) for n in LENGTHS]
         if weighted

@@ -201,9 +201,9 @@ UNSUPPORTED = {
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_other_adapters_need_logits(make_trainer, name):
     config, reason = UNSUPPORTED[name]
-    make = lambda **ours: make_trainer(
+    make = lambda **ours: make_trainer(  # noqa: E731
         ReweightGRPOTrainer, with_adapter(target_modules=["lm_head"], **config), ours
-    )  # noqa: E731
+    )
     trainer = make(lm_head="linear")
     inputs = make_inputs(trainer)
     with pytest.raises(

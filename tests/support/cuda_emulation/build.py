@@ -48,7 +48,7 @@ LEFT_OUT = """
 namespace reweight_ops {{
 const StreamingKernels streaming_{0} = {{[](const StatsCall&) {{ return {1}; }}, [](const GradCall&) {{ return {1}; }}, [](const LossGradCall&) {{ return {1}; }}}};
 const RingKernels ring_{0} = {{[](const LossGradCall&, int, int& count) {{ return count = 1, 0; }}, [](const LossGradCall&, int, int64_t) {{ return {1}; }}}};
-const DivergenceLaunch divergence_{0} = [](const DivergenceCall&) {{ return {1}; }};
+const DivergenceKernels divergence_{0} = {{[](const DivergenceCall&) {{ return {1}; }}, [](const DivergenceCall&, int& count) {{ return count = 1, 0; }}, [](const DivergenceCall&) {{ return {1}; }}}};
 const ScaleLaunch scale_{0} = [](const ScaleCall&) {{ return {1}; }};
 }}
 """
@@ -118,7 +118,7 @@ def build(
         units[f"divergence_{name}"] = (
             csrc / "cuda/divergence.cu",
             words,
-            [h for h in headers if h.name not in ("ring.h", "asynchronous.h")],
+            [h for h in headers if h.name != "ring.h"],
         )
         units[f"scale_{name}"] = csrc / "cuda/scale.cu", words, [*host, csrc / "cuda/elements.h"]
         units[f"ring_{name}"] = csrc / "cuda/ring.cu", words, headers

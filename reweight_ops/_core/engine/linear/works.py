@@ -61,8 +61,8 @@ class TokenWork(NamedTuple):
 
     def at(self, rows: slice) -> TokenWork:
         inputs = RowInputs(
-            *(None if t is None else t[..., rows].contiguous() for t in self.work.inputs)
-        )  # type: ignore[arg-type]
+            *(None if t is None else t[..., rows].contiguous() for t in self.work.inputs)  # type: ignore[arg-type]
+        )
         return self._replace(work=self.work._replace(inputs=inputs))
 
     def gradient_(self, logits: LogitRows) -> Tensor:
