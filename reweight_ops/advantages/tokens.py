@@ -52,7 +52,7 @@ def masked(op: str, completion_mask: Tensor) -> Tensor:
     return mask
 
 
-def token_rewards(op: str, rewards: Tensor, mask: Tensor) -> Tensor:
+def token_rewards(op: str, rewards: Tensor | None, mask: Tensor) -> Tensor:
     """Return ``[B, T]`` rewards with 0 where masked. ``[B]`` rewards go to each row's
     last valid token.
     """
