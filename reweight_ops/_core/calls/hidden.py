@@ -129,7 +129,7 @@ def resolve_hidden(
 
     ``named`` holds the other tensors of the call by their public names.
     """
-    lora = linear.lora
+    lora: Any = linear.lora
     if lora is not None and not isinstance(lora, Lora):  # a plain tuple may be given
         if not isinstance(lora, tuple) or len(lora) not in (2, 3):
             raise InvalidCall(f"{op}: lora is a {type(lora).__name__}, expected a Lora.")

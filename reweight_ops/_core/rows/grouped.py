@@ -302,9 +302,9 @@ def indices(
         or ids.dtype not in (torch.int32, torch.int64)
         or tuple(ids.shape) != shape
     ):
+        of_shape = "" if any_shape else f" of shape {shape}"
         raise InvalidCall(
-            f"{op}: {name} must be an int32 or int64 tensor{'' if any_shape else f' of shape {shape}'}. "
-            f"{describe({name: ids})}"
+            f"{op}: {name} must be an int32 or int64 tensor{of_shape}. {describe({name: ids})}"
         )
     on_device(op, name, ids, like)
     inside = (ids >= least) & (ids < count)
