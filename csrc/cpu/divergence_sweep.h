@@ -252,10 +252,18 @@ private:
     static bool higher(float top, float at, double scale) { return double(top) * scale > double(at) * scale + kMargin; }
     static bool is_sure(const DivergenceState::Side& side, double top) { return side.sum < (1 + kSmallRest) * std::exp2(top - side.ref); }
 
+    /// Sums relative to the references. Where there is none, every logit so far is -inf: the block
+    /// may hold a NaN, and else it has no mass and nothing that other sums could be relative to.
     DivergenceBlock sweep(int64_t begin, int64_t n) const {
+        DivergenceBlock block = sweep_from(p_at_ == -kInf ? 0.0f : p_at_, q_at_ == -kInf ? 0.0f : q_at_, begin, n);
+        if (p_at_ == -kInf && !std::isnan(block.state.p.sum)) block.state.p = {};
+        if (q_at_ == -kInf && !std::isnan(block.state.q.sum)) block.state.q = {};
+        return block;
+    }
+
+    DivergenceBlock sweep_from(float p_at, float q_at, int64_t begin, int64_t n) const {
         const T* x = row_.x + begin;
         const U* y = row_.y + begin;
-        const float p_at = p_at_ == -kInf ? 0.0f : p_at_, q_at = q_at_ == -kInf ? 0.0f : q_at_;  // a block of -inf may also hold a NaN
         if (!is_far(p_at, row_.x_scale) && !is_far(q_at, row_.y_scale)) {
             const Shift<false> p_shift(row_.x_scale, p_at), q_shift(row_.y_scale, q_at);
             DivergenceBlock block = sweep_divergence_block<false>(x, y, n, p_shift, q_shift, exponential_, caps_);

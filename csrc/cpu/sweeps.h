@@ -256,10 +256,18 @@ private:
 
     static int64_t size_of(int64_t left) { return left < kBlock ? left : kBlock; }
 
-    /// Sums relative to the reference. Without one, every logit so far is -inf, and any finite
-    /// reference serves: the block may hold a NaN.
+    /// Sums relative to the reference. Without one, every logit so far is -inf: the block may hold a
+    /// NaN, and else it has no mass and nothing that other sums could be relative to.
     BlockSums sweep(const T* x, int64_t n) const {
-        return with_shift(scale_, at_ == -kInf ? 0.0f : at_, [&](const auto& shift) {
+        if (at_ == -kInf) {
+            const BlockSums sums = sweep_from(0.0f, x, n);
+            return std::isnan(sums.state.sum) ? sums : BlockSums();
+        }
+        return sweep_from(at_, x, n);
+    }
+
+    BlockSums sweep_from(float at, const T* x, int64_t n) const {
+        return with_shift(scale_, at, [&](const auto& shift) {
             // One form serves all rows far from zero.
             constexpr Sums kThese = std::decay_t<decltype(shift)>::kFarAway ? Sums::full : kSums;
             return sweep_block<T, kThese>(x, n, shift, exponential_, softcap_);

@@ -238,3 +238,42 @@ def test_a_column_that_is_masked_by_the_lowest_number(backend, dtype):
     torch.testing.assert_close(
         grad.double().view(16), want, rtol=2.0**-8 if dtype == torch.bfloat16 else 1e-6, atol=0
     )
+
+
+FAR_BELOW = [0.0, -800.0, -1919.0, -1e5]
+
+
+@pytest.mark.parametrize("offset", FAR_BELOW)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_row_whose_first_columns_are_masked(primitives, dtype, offset):
+    """Blocks of -inf come before the logits, which are far below zero."""
+    z = torch.full((1, 9001), -math.inf, dtype=DTYPES[dtype])
+    z[0, 8500:8504] = offset
+    ids = torch.tensor([8501])
+    stats = contract.stats_of(primitives, z, ids)
+    for name in ("logp", "max_logp", "log_sum_p_sq"):
+        torch.testing.assert_close(stats[name], -torch.tensor([4.0]).log(), rtol=1e-6, atol=0)
+    grad = contract.grad_of(primitives, z, ids, stats, {"logp": torch.ones(1)})
+    want = torch.zeros(9001).index_fill(0, torch.arange(8500, 8504), -0.25)
+    want[8501] = 0.75
+    torch.testing.assert_close(grad[0].float(), want, rtol=1e-5, atol=0)
+    out, _ = contract.loss_grad(primitives, z, ids)
+    assert torch.equal(out[0], stats["logp"])
+
+
+@pytest.mark.parametrize("offset", FAR_BELOW)
+def test_divergences_of_rows_whose_first_columns_are_masked(primitives, offset):
+    z, y = torch.full((1, 9001), -math.inf), torch.full((1, 9001), -math.inf)
+    z[0, 8500:8502] = offset
+    y[0, 8500:8502] = torch.tensor([3.0, 1.0]).log() + offset / 2
+    softmax = SoftmaxParams(9001)
+    two = DivergenceInputs(z, y, torch.zeros(1, dtype=torch.int64), ONE, ONE, softmax, softmax)
+    table = dict(zip(DIVERGENCE_STATS, primitives.divergence_stats(two), strict=True))
+    q = torch.softmax(y[:, 8500:8502].double(), 1)  # about 3/4 and 1/4
+    for name, want in (
+        ("entropy", math.log(2)),
+        ("other_entropy", -(q * q.log()).sum()),
+        ("forward_kl", (q * (2 * q).log()).sum()),
+        ("reverse_kl", -(2 * q).log().sum() / 2),
+    ):
+        assert table[name].item() == pytest.approx(float(want), rel=1e-5), name

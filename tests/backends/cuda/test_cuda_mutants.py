@@ -166,7 +166,6 @@ DIVERGENCE_MUTANTS = {
         ("the first's alignment not looked at in the gradient", "is_aligned(row.x + part.head) && is_aligned(row.y + part.head)", "is_aligned(row.y + part.head)"),
         ("the gradient's alignment not looked at", "head = (16 - int(", "head = 0 * (16 - int("),
         ("a group of the row's first columns", "y(row.y + part.head, columns - part.head)", "y(row.y, columns)"),
-        ("the last vector by blocks", "x(row.x + part.head, columns - part.head)", "x(row.x + part.head, columns)"),
         ("a fill at any address", "begin = from + ahead < to ? from + ahead : to", "begin = from"),
         ("the first columns of a fill forgotten", "    for (int i = from + thread_index(); i < begin; i += kThreads) narrow(value, out[i]);\n", ""),
         ("the last columns of a fill forgotten", "    for (int i = begin + vectors * kPerVector<T> + thread_index(); i < to; i += kThreads) narrow(value, out[i]);\n", ""),
@@ -212,7 +211,6 @@ DIVERGENCE_MUTANTS = {
         ("half a warp's maximum", "    for (int lanes = 16; lanes; lanes /= 2) {\n        p_top", "    for (int lanes = 8; lanes; lanes /= 2) {\n        p_top"),
         ("sums relative to each lane's maximum", "    rebase(s, p_top, q_top, scales);\n    const auto add = [](Side& x", "    const auto add = [](Side& x"),
         ("the later half of the slices forgotten", "if (slice + kHalf < slices) s = merge", "if (slice + kHalf < slices && false) s = merge"),
-        ("a zero lost in the merge", "fmaxf(a.p_zero, b.p_zero)", "a.p_zero"),
         ("a zero lost between lanes", "        s.p_zero = fmaxf(s.p_zero, shuffle_xor(s.p_zero, lanes));\n", ""),
         # -inf
         ("no guard for -inf", "return top == -kInf ? 0.0f : top;", "return top;"),
@@ -243,6 +241,7 @@ SPLIT_MUTANTS = {
         ("a block writes the whole gradient", "divergence.cu", "call, slices, begin, end, g, p_cap, q_cap);", "call, slices, 0, slices.count, g, p_cap, q_cap);"),
         ("an ignored row's first slice alone", "divergence.cu", "write_ignored(call, i, out, slices, begin, end);", "write_ignored(call, i, out, slices, begin, begin + 1);"),
         ("the first slice's columns alone filled", "divergence.cu", "fill(out, part.begin_column(), part.end_column(columns), g.value);", "if (part.first) fill(out, 0, part.end_column(columns), g.value);"),
+        ("a zero lost in the merge", "divergence_sums.h", "fmaxf(a.p_zero, b.p_zero)", "a.p_zero"),
         ("slices that are not there", "divergence_sums.h", "slice < slices ? states[slice][warp] : State()", "states[slice][warp]"),
         ("a slice ends a group early", "divergence.h", "return begin(slice + 1);", "return begin(slice + 1) - (slice + 1 < count);"),
         ("slices that overlap", "divergence.h", "return begin(slice + 1);", "return begin(slice + 1) + (slice + 1 < count);"),
@@ -338,6 +337,8 @@ FOUND_BY = {
 # * Two tensors, a block that takes all rows from its first on: each is written again,
 # with the same bits.
 # * Two tensors, the number of blocks: it affects only speed.
+# * Two tensors, the last vector of a row at any address cut out of blocks: it reads up
+# to 15 bytes behind the row, where a sanitizer looks.
 # * Two tensors, split rows, another slice for each block: all are summed, and written.
 # * Two tensors, an empty sum rebased from its maximum of -inf: the bound of the shift
 # makes the factor 0, and its sums are.

@@ -184,3 +184,10 @@ def test_explain_says_whether_rows_are_split(backend, monkeypatch, plan):
     assert kernel(1, 50257) == "split rows (2 blocks share a row)"
     assert kernel(2, 151936) == ("whole rows (2 rows are enough for the 2 blocks that run at once)")
     assert "short enough for one block" in kernel(1, 32000)
+
+
+def test_a_zero_in_the_last_of_eight_slices(split):
+    two = make(1, SHARED[8], torch.bfloat16)
+    two.logits[0, -5] = -math.inf
+    table = split.divergence_stats(two)
+    assert table[0, 0] == math.inf and table[1:4, 0].isfinite().all()
