@@ -2,6 +2,7 @@
 vocabulary-sized logits. Start at :func:`policy_loss`.
 """
 
+import sys as _sys
 import warnings as _warnings
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
@@ -32,9 +33,11 @@ from ._core.calls.specs import METHODS, method
 from ._core.catalogue.lookup import recipe
 from ._core.catalogue.recipes import Recipe
 from ._core.catalogue.search import find
+from ._core.catalogue.surface import complete as _complete
 from ._core.engine.metrics import Metrics
 from ._core.engine.output import PolicyLossOutput, TokenStats
 from ._core.formula.base import Rule, TokenWeight, rule, weight
+from ._core.losses.explain import PREPARED as _OPS
 from ._core.losses.explain import Explanation, explain
 from ._core.losses.linear import linear_policy_loss, linear_token_logps, linear_token_stats
 from ._core.losses.linear_distillation import linear_distillation_loss, linear_token_divergence
@@ -157,6 +160,20 @@ __all__ = [
     "weight",
     "weights",
 ]
+
+for _module in (
+    advantages,
+    divergences,
+    methods,
+    objectives,
+    preference,
+    rewards,
+    sample_weights,
+    schedules,
+    weights,
+    _sys.modules[__name__],
+):
+    _complete(_module, _OPS)
 
 
 def __dir__() -> list[str]:

@@ -22,10 +22,11 @@ from ._core.backends.select import NAMES, load, unsupported_reason
 from ._core.catalogue.lookup import recipe as lookup
 from ._core.catalogue.papers import paper_of
 from ._core.catalogue.recipes import RECIPES, recipes_of
-from ._core.catalogue.registry import CATALOGUE, KINDS, Entry
+from ._core.catalogue.registry import KINDS, Entry
 from ._core.catalogue.search import exact
 from ._core.catalogue.search import find as search
-from ._core.catalogue.table import level, plan
+from ._core.catalogue.table import by_tier, level, plan
+from ._core.catalogue.tiers import TIERS
 from ._core.formula.base import Rule, TokenWeight
 from ._core.formula.leaves import Leaves
 from ._core.formula.namespace import TorchNamespace
@@ -137,12 +138,18 @@ def _build_info() -> dict[str, Any]:
 
 
 @app.command()
-def methods(kind: str = typer.Option(None, help=f"Only this kind: {', '.join(KINDS)}.")) -> None:
-    """List the catalogue: every published method by name."""
+def methods(
+    kind: str = typer.Option(None, help=f"Only this kind: {', '.join(KINDS)}."),
+    tier: str = typer.Option(None, help=f"Only this tier: {', '.join(TIERS)}."),
+) -> None:
+    """List the catalogue: every published method by name, the core ones first."""
     if kind is not None and kind not in KINDS:
         raise typer.BadParameter(f"no kind {kind!r}; the kinds are: {', '.join(KINDS)}.")
+    if tier is not None and tier not in TIERS:
+        raise typer.BadParameter(f"no tier {tier!r}; the tiers are: {', '.join(TIERS)}.")
     for one in KINDS if kind is None else (kind,):
-        if not CATALOGUE[one]:
+        entries = [e for e in by_tier(one) if tier in (None, e.tier)]
+        if not entries:
             continue
         table = Table(
             "name",
@@ -150,12 +157,12 @@ def methods(kind: str = typer.Option(None, help=f"Only this kind: {', '.join(KIN
             "level",
             "plan",
             "arXiv",
+            "tier",
             "certainty",
             title=f"{KINDS[one][0]}: {KINDS[one][1]}",
         )
-        for name in sorted(CATALOGUE[one]):
-            e = CATALOGUE[one][name]
-            table.add_row(name, e.full_name, level(e), plan(e), e.arxiv, e.certainty)
+        for e in entries:
+            table.add_row(e.name, e.full_name, level(e), plan(e), e.arxiv, e.tier, e.certainty)
         console.print(table)
 
 
@@ -267,7 +274,10 @@ def show(name: str) -> None:
 def _show(e: Entry) -> None:
     console.print(f"[bold]{e.call}[/]: {e.full_name}", highlight=False)
     console.print(
-        f"{paper_of(e).source} ({e.certainty})\n", highlight=False, markup=False, soft_wrap=True
+        f"{paper_of(e).source} ({e.tier}, {e.certainty})\n",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
     console.print(e.formula + "\n", highlight=False, markup=False)
     if recipes_of([e]):

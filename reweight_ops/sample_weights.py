@@ -217,8 +217,8 @@ def raft(rewards: Tensor, *, keep: Count[int] = 1, **groups: Unpack[GroupKeyword
 
     Of equal rewards the first is kept. The loss is that of the likelihood.
 
-    SuperHF (arXiv:2310.16763) keeps the same one of its 16. A completion without a
-    score is never kept.
+    SuperHF (arXiv:2310.16763) keeps the same one of its 16; its loss is
+    ``divergences.superhf``. A completion without a score is never kept.
     """
     g = grouped("raft", rewards, groups)
     return g.result((g.rank(-g.values) < keep).to(g.values.dtype))

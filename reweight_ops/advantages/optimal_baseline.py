@@ -44,8 +44,7 @@ def otb(
     Positions are columns. With ``zero_tail`` the baseline is 0 where only the longest
     response of a group remains, and for a group of one. A response with a reward of NaN
     is in no baseline and has advantage 0. Transcribed from verl
-    (``optimal_token_baseline``).
-    is the paper's (PMLR v306).
+    (``optimal_token_baseline``). The paper is in PMLR v306.
     """
     return _baselined(
         "otb",

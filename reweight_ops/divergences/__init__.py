@@ -13,6 +13,7 @@ from .composites import (
     ldr,
     pld,
     stablemax,
+    superhf,
     symmetric_cross_entropy,
 )
 
@@ -26,6 +27,7 @@ __all__ = [
     "ldr",
     "pld",
     "stablemax",
+    "superhf",
     "symmetric_cross_entropy",
     "token_divergence",
 ]

@@ -157,6 +157,40 @@ def kd(
 
 
 @published(
+    "superhf",
+    "SuperHF: likelihood of the best completions with a KL prior",
+    level="token",
+    plan="two passes",
+    arxiv="2310.16763",
+    paper="SuperHF: Supervised Iterative Learning from Human Feedback",
+)
+def superhf(
+    logits: Tensor,
+    reference_logits: Tensor,
+    completion_ids: Tensor,
+    *,
+    beta: NonNegative[Number] = 0.35,
+    completion_mask: Tensor | None = None,
+    **keywords: Unpack[SoftmaxKeywords],
+) -> Tensor:
+    """``-log p(y) + beta·KL(p_0‖p)`` per token: R. ``p_0`` is that of
+    ``reference_logits``, the model before the training.
+
+    The completions are the best of many (16 in the authors' configuration) by reward:
+    ``sample_weights.raft`` gives 1 to them and 0 to the others; times the mask it is
+    ``completion_mask``. 0.35 is the authors' ``kl_coefficient``. The other arguments
+    are those of :func:`token_divergence`. The logits are read twice.
+
+    Differs from the paper: from the authors' code, where the KL is at the position
+    after each token, is a mean over each completion, and is summed over the
+    completions of a mini-batch.
+    """
+    nll: Tensor = -token_logps(logits, completion_ids, completion_mask=completion_mask, **keywords)
+    kl = token_divergence(logits, reference_logits, completion_mask=completion_mask, **keywords)
+    return nll + beta * kl
+
+
+@published(
     "pld",
     "Plackett-Luce Distillation",
     level="token",

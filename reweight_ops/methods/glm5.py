@@ -21,7 +21,7 @@ class RatioMask(Rule):
         r = xp.exp(t.log_ratio)
         # a NaN is not dropped, so that it shows
         outside = (r <= 1 - self.epsilon_low) | (r >= 1 + self.epsilon_high)
-        return -xp.stop_gradient(xp.where(outside, 0.0, r)) * t.adv * t.logp
+        return xp.where(outside, 0.0, -xp.stop_gradient(r) * t.adv * t.logp)
 
 
 @published(

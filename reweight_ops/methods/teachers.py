@@ -23,7 +23,8 @@ class GatedDistillation(Rule):
     gate_beta: Positive[Number] = 5.0
 
     def loss(self, xp, t):
-        d = t.ref_logp - t.logp
+        # a teacher's log-prob of -inf closes the gate, and 0·inf is NaN
+        d = xp.maximum(t.ref_logp - t.logp, -1e4)
         return xp.stop_gradient(xp.sigmoid(self.gate_beta * d)) * d
 
 

@@ -20,8 +20,9 @@ def mapo_masks(activations: Sequence[Tensor], completion_mask: Tensor) -> Tensor
     minimum and maximum. The mask is the mean over the list. A sequence with equal
     values gets 0.
 
-    >>> import torch
-    >>> mapo_masks([torch.tensor([[[1.0], [2.0], [3.0]]])], torch.tensor([[1, 1, 1]]))
+    >>> import torch, reweight_ops as rw
+    >>> activations = torch.tensor([[[1.0], [2.0], [3.0]]])
+    >>> rw.preference.mapo_masks([activations], torch.tensor([[1, 1, 1]]))
     tensor([[0.0000, 0.5000, 1.0000]])
     """
     if not activations:
@@ -55,9 +56,9 @@ def rank_consistency(rewards: Tensor, previous_rewards: Tensor, *, kind: str = "
     ``spearman``: ``(ρ + 1)/2``, ρ the correlation of ranks (ties by position).
     ``toporder``: 1 where both agree on the best and on the worst response, else 0.
 
-    >>> import torch
+    >>> import torch, reweight_ops as rw
     >>> rewards = torch.tensor([[3.0, 2.0, 1.0]])
-    >>> rank_consistency(rewards, torch.tensor([[3.0, 1.0, 2.0]]))
+    >>> rw.preference.rank_consistency(rewards, torch.tensor([[3.0, 1.0, 2.0]]))
     tensor([0.6667])
     """
     if rewards.dim() != 2 or rewards.shape != previous_rewards.shape or rewards.size(-1) < 2:

@@ -33,9 +33,9 @@ def kto_baseline(
     ``methods.kto(kl=...)``. With ``process_group`` the mean is over all its ranks, as
     in TRL's trainer.
 
-    >>> import torch
+    >>> import torch, reweight_ops as rw
     >>> logps, ref = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.5, -3.0]])
-    >>> kto_baseline(logps, ref, torch.tensor([[1, 0]]))
+    >>> rw.preference.kto_baseline(logps, ref, torch.tensor([[1, 0]]))
     tensor(0.5000)
     """
     for name, x in (

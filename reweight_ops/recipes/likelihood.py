@@ -100,6 +100,27 @@ ALL = (
         rollout=("`teacher_logits` are without gradient.",),
     ),
     Recipe(
+        name="superhf",
+        entry="rw.divergences.superhf",
+        sample_weights="rw.sample_weights.raft(rewards, keep=1, group_size=group_size)[:, None] * "
+        "completion_mask",
+        loss="rw.divergences.superhf(policy(batch), teacher_logits, completion_ids, beta=0.35, "
+        "completion_mask=sample_weights).sum() / sample_weights.sum()",
+        settings=published(
+            SCRIPT,
+            superbatch_size="16 completions of a prompt",
+            completion_filter_top_k=1,
+            kl_coefficient=0.35,
+            learning_rate="2e-5",
+            temperature=1,
+            top_p=0.95,
+        ),
+        rollout=(
+            "`teacher_logits` are of the model before the training, without gradient.",
+            "One gradient step per sampled batch: completions are then sampled again.",
+        ),
+    ),
+    Recipe(
         name="gradient_ascent",
         entry="rw.methods.gradient_ascent",
         spec="rw.methods.gradient_ascent()",

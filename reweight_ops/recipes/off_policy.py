@@ -5,7 +5,7 @@ sampler of other numerics, or one that a teacher grades.
 from __future__ import annotations
 
 from .._core.catalogue.recipes import Recipe
-from .sources import EXAMPLE, GRPO, SCRIPT, published
+from .sources import EXAMPLE, GRPO, PAPER, SCRIPT, published
 
 _CENTERED = "rw.advantages.dr_grpo(rewards, group_size=group_size)"
 _SAMPLER = {"old_per_token_logps": "sampling_per_token_logps"}
@@ -185,11 +185,17 @@ ALL = (
         name="stapo",
         entry="rw.weights.SpuriousTokens",
         advantages=GRPO,
-        spec="rw.methods.dapo().with_weight(rw.weights.SpuriousTokens(probability=0.01, "
-        "entropy_quantile=0.05))"
-        ".replace(reduction=rw.TokenMean(weight=rw.weights.SpuriousTokens(probability=0.01, "
-        "entropy_quantile=0.05)))",
-        settings=published(EXAMPLE, probability=0.01, entropy_quantile=0.05),
+        spec="rw.methods.dapo().with_weight(rw.weights.SpuriousTokens())"
+        ".replace(reduction=rw.TokenMean(weight=rw.weights.SpuriousTokens()))",
+        settings=published(
+            f"{PAPER}, later versions",
+            probability=0.002,
+            entropy_quantile=0.75,
+            epsilon_low=0.2,
+            epsilon_high=0.28,
+            num_generations=8,
+            learning_rate="1e-6",
+        ),
     ),
     Recipe(
         name="gtpo",

@@ -15,6 +15,8 @@ from torch import Tensor
 from .._core.catalogue.registry import CATALOGUE
 from .._core.formula.base import TokenWeight
 from .._core.losses.policy import policy_loss_from_logps
+from .._core.losses.preference import preference_loss_from_logps
+from .._core.spec.pairs import PairSpec
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.reduction import NoReduction
 from ..rules.likelihood import NLL
@@ -117,6 +119,19 @@ def token_weights(
     return out.loss / -logps
 
 
+def pair_numbers(
+    spec: PairSpec, tokens: dict[str, Any], dtype: torch.dtype, device: torch.device | str
+) -> list[Tensor]:
+    """The loss of pairs, and its gradient by the log-prob of every token.
+
+    ``tokens`` has arguments of :func:`~reweight_ops.preference_loss_from_logps`.
+    """
+    given = {name: _argument(x, dtype, device) for name, x in tokens.items()}
+    logps = given.pop("per_token_logps").requires_grad_()
+    loss = preference_loss_from_logps(logps, spec=spec, **given).loss
+    return [loss.detach(), torch.autograd.grad(loss, logps)[0]]
+
+
 def _has_float(value: Any) -> bool:
     return any(map(_has_float, value)) if isinstance(value, list) else isinstance(value, float)
 
@@ -124,6 +139,8 @@ def _has_float(value: Any) -> bool:
 def _numbers(
     value: Any, row: Golden, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
 ) -> Iterator[float]:
+    if isinstance(value, PairSpec):
+        value = pair_numbers(value, row.tokens, dtype, device)
     if isinstance(value, PolicyLossSpec | TokenWeight):
         weights = value.weights if isinstance(value, PolicyLossSpec) else (value,)
         count = max(len(x) for x in row.tokens.values() if isinstance(x, list))

@@ -20,7 +20,9 @@ class Golden:
     call after the other, from the state ``init(*init)``; the result is what each
     returns beside the state. ``tokens``: for a weight, one sequence of tokens by what
     formulas read (``logp``, ``old_logp``, ``adv``, ``entropy``, ...;
-    ``completion_mask``).
+    ``completion_mask``). For a loss of pairs, arguments of
+    ``preference_loss_from_logps``; the result is the loss and its slope by every
+    token's log-prob.
     """
 
     kind: str

@@ -156,18 +156,21 @@ TRAINERS = (
             ([0.9, 0.8], {"lower": 0.8, "upper": 0.9}),
         )
     ),
-    # The median entropy is 2: only the first is unlikely, certain and rewarded.
+    # Two tokens are unlikely and rewarded: their median entropy is 3/2.
     _weight(
         "stapo",
         [0.0, 1.0, 1.0, 1.0, 1.0],
         {
             "logp": [-6.0, -6.0, -0.1, -6.0, -0.1],
-            "entropy": [1.0, 2.0, 3.0, 1.5, 2.5],
+            "entropy": [1.0, 2.0, 0.1, 0.2, 0.3],
             "adv": [1.0, 1.0, 1.0, -1.0, 1.0],
         },
         probability=0.01,
         entropy_quantile=0.5,
     ),
+    # No token is below the probability, and the entropy of one alone is its quantile.
+    _weight("stapo", [1.0, 1.0], {"logp": [-6.0, -1.0], "entropy": [0.1, 0.0], "adv": 1.0}),
+    _weight("stapo", [1.0, 1.0], {"logp": [-7.0, -1.0], "entropy": [0.1, 0.0], "adv": 1.0}),
     # Squares .01, .09, and 0 of an unknown one: means 0, .005, .033 from the smallest.
     # One is left in any case.
     *(
@@ -315,6 +318,18 @@ TRAINERS = (
             "alpha": 0.0,
         },
         [[4 * (LN2 + HIGH * log(HIGH) + (1 - HIGH) * log(1 - HIGH))]],
+    ),
+    # -log(1/4), and half of KL((1/2, 1/2) from (1/4, 3/4)) = log(2) - log(3)/2.
+    Golden(
+        "divergence",
+        "superhf",
+        {
+            "logits": [[[0.0, LN3]]],
+            "reference_logits": [[[0.0, 0]]],
+            "completion_ids": [[0]],
+            "beta": 0.5,
+        },
+        [[2 * LN2 + 0.5 * (LN2 - LN3 / 2)]],
     ),
     # Below the target .2: a step of .001, in force; twice up to .002; above: down, and
     # not in force.

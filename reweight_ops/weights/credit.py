@@ -151,25 +151,25 @@ class TokenRegulation(TokenWeight):
     "STAPO: silencing spurious tokens (S2T)",
     paper="STAPO: Stabilizing Reinforcement Learning for LLMs by Silencing Rare Spurious Tokens",
     arxiv="2602.15620",
-    certainty="secondary",
     level="token",
-    example={"probability": 0.01, "entropy_quantile": 0.05},
 )
 @weight
 class SpuriousTokens(TokenWeight):
     """0 where ``A > 0``, ``p < probability`` and ``H`` is below its
-    ``entropy_quantile`` over the call's tokens, else 1.
+    ``entropy_quantile``, else 1. The quantile is over the call's tokens with ``A > 0``
+    and ``p < probability``.
 
     These are unlikely tokens of certain distributions in correct responses. They are
     few, and have the largest gradients. The method renormalizes over the remaining
-    tokens: ``reduction=TokenMean(weight=SpuriousTokens(...))`` in a clipped loss.
-    Differs from the paper: the rule comes from its abstract. The thresholds differ
-    between its accounts, so they must be given.
+    tokens: ``reduction=TokenMean(weight=SpuriousTokens())`` in a clipped loss. The
+    defaults are those of the paper's later versions. A single such token is kept: its
+    entropy is the quantile.
     """
 
-    probability: Unit[Number]
-    entropy_quantile: Unit[Number]
+    probability: Unit[Number] = 0.002
+    entropy_quantile: Unit[Number] = 0.75
 
     def weight(self, xp, t, batch):
-        certain = t.entropy < batch.quantile(t.entropy, self.entropy_quantile)
-        return xp.where((t.adv > 0) & (xp.exp(t.logp) < self.probability) & certain, 0.0, 1.0)
+        unlikely = (t.adv > 0) & (xp.exp(t.logp) < self.probability)
+        certain = t.entropy < batch.quantile(t.entropy, self.entropy_quantile, unlikely)
+        return xp.where(unlikely & certain, 0.0, 1.0)

@@ -260,8 +260,8 @@ def confidence_mask(max_logps: Tensor, threshold: Annotated[float, Interval("[0,
     It is for ``completion_mask``, or for a consistency loss against the distribution
     whose confidence it measures.
 
-    >>> import torch
-    >>> confidence_mask(torch.tensor([0.9, 0.5]).log(), 0.8)
+    >>> import torch, reweight_ops as rw
+    >>> rw.weights.confidence_mask(torch.tensor([0.9, 0.5]).log(), 0.8)
     tensor([ True, False])
     """
     return max_logps.exp() > threshold

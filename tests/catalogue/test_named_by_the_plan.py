@@ -24,16 +24,34 @@ SURVEYS = (
     "WARM", "Ctrl-U", "Data Mixing Agent", "Aioli", "SuperHF", "GA + KL", "guided error correction", "soft reward", "question-answer inversion",
     "CANON", "burn-in", "dynamic sampling", "difficulty bands", "all-correct groups", "HAPO temperature", "Regret-loss", "Infra", "RICL",
 )  # fmt: skip
+#: What the abstracts of papers with an entry name beside the loss.
+LEFT_OUT_BESIDES = (
+    "BT", "LARICL", "DWS", "WorldPM", "DMoERM", "on-policy KL gradient", "2506.09477", "pre-sampling", "value pre-training",
+    "gradient-free search", "bilevel updates", "⊥Grad", "compression",
+)  # fmt: skip
+#: Words of both lists that name a method in another way, and the call that each leads
+#: to first; none of them is left out.
+OTHERWISE = {
+    "DPPO": "rw.methods.dppo_kl", "quadratic DRO": "rw.methods.dro", "DRO (quadratic)": "rw.methods.dro",
+    "rollout_is": "rw.methods.glm5", "double-sided rollout mask": "rw.methods.glm5", "A2PO": "rw.methods.a_star_po",
+    "sequence-masked TIS": "rw.weights.SequenceMaskedImportance", "seq-mask-TIS": "rw.weights.SequenceMaskedImportance",
+    "geometric TIS": "rw.weights.GeometricSequenceMask", "binary-KL gate": "rw.weights.divergence_gate", "TV gate": "rw.weights.divergence_gate",
+    "FlashREINFORCE": "rw.weights.divergence_gate", "VAPO's positive NLL": "rw.methods.vapo", "unpaired preference": "rw.methods.kto",
+    "optimal token baseline": "rw.advantages.otb", "Upsample": "rw.sample_weights.upweight", "scalarisation": "rw.sample_weights.upweight",
+    "first-inter-later-intra": "rw.schedules.canon", "adaptive temperature sampling": "rw.schedules.hapo_temperature",
+    "Advantage Model": "rw.sample_weights.selective_rehearsal", "LDAM-DRW": "rw.schedules.drw", "SuperHF": "rw.divergences.superhf",
+    "GRPO-SG": "rw.weights.TokenRegulation", "NPO + retain": "rw.methods.npo", "ScaleBiO": "rw.sample_weights.source_weights",
+}  # fmt: skip
 #: Left out: each has a line of LEFT_OUT. All others have an entry.
 WITHOUT_ENTRY = {
     "REC (ring", "Straight-through KL", "SDPO", "SDFT", "GOLD", "OPSD", "stable_reinforce", "Lp-Reg", "CaSP", "DVP", "VCPO", "SofT-GRPO",
     "Even your Teacher Needs Guidance", "Bradley-Terry", "AdaWAC", "ShrinkMatch", "WEAT", "KaLM", "LongAlign", "GSR", "RENT", "coreset", "RewardFusion",
     "ConvexDA", "WARM", "Ctrl-U", "Data Mixing Agent", "Aioli", "GA + KL", "guided error correction", "question-answer inversion", "difficulty bands",
-    "all-correct groups", "Regret-loss", "Infra", "RICL", "Cooldown",
+    "all-correct groups", "Regret-loss", "Infra", "RICL", "Cooldown", *LEFT_OUT_BESIDES,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TRAINERS + SURVEYS)
+@pytest.mark.parametrize("name", TRAINERS + SURVEYS + LEFT_OUT_BESIDES)
 def test_a_name_of_the_plan_is_found(name):
     hits = rw.find(name)
     if name in WITHOUT_ENTRY:
@@ -44,6 +62,19 @@ def test_a_name_of_the_plan_is_found(name):
         )
     else:
         assert hits and hits[0].call and hits[0].why != "the nearest spelling"
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_another_name_leads_to_its_entry(name):
+    first = rw.find(name)[0]
+    assert first.call == OTHERWISE[name] and first.why != "the nearest spelling"
+
+
+def test_self_distillation_is_a_mixture_two_methods_and_a_weight_that_is_left_out():
+    hits = rw.find("self-distillation")
+    found = ["rw.methods.sdar", "rw.weights.SelfDistilledEvidence", "rw.divergences.kd"]
+    assert [hit.call for hit in hits[:3]] == found
+    assert [hit for hit in hits if not hit.call and "closed-form weight" in hit.full_name]
 
 
 def test_the_command_line_shows_the_reason(monkeypatch):

@@ -21,7 +21,7 @@ ACRONYMS = {
     "DHKD": "divergences.dhkd", "TW-GRPO": "weights.tw_grpo", "WAGLE": "methods.grad_diff", "MCTS-DPO": "preference.mcts_dpo",
     "D3S": "sample_weights.d3s", "GLOW": "sample_weights.glow", "SparsePO": "preference.sparse_po", "MaPO": "preference.sparse_po",
     "DatasetEquity": "sample_weights.focal", "ScaleBiO": "sample_weights.source_weights", "DreamPRM": "sample_weights.source_weights",
-    "FamO2O": "sample_weights.exponential_advantage", "AWR": "sample_weights.exponential_advantage", "SuperHF": "sample_weights.raft",
+    "FamO2O": "sample_weights.exponential_advantage", "AWR": "sample_weights.exponential_advantage", "SuperHF": "divergences.superhf",
     "ReLIFT": "schedules.Relift", "SophiaVL-R1": "rewards.trust_grpo", "Trust-GRPO": "rewards.trust_grpo", "TRAAC": "rewards.traac",
     "LDR-KL": "divergences.ldr", "ALDR-KL": "divergences.aldr", "EnsLoss": "preference.ens_loss", "RPO": "preference.rpo",
     "SCIR": "preference.scir", "CREAM": "preference.cream", "INPO": "preference.inpo", "StableMax": "divergences.stablemax",
@@ -35,8 +35,6 @@ ACRONYMS = {
     "VAPO": "methods.vapo", "Lite PPO": "advantages.lite_ppo", "STAPO": "weights.SpuriousTokens", "TR-GRPO": "weights.TokenRegulation",
     "TRM": "weights.trm", "GLM-5": "methods.glm5", "INTELLECT-2": "methods.two_sided_clip", "Skywork-OR1": "schedules.AdaptiveEntropy",
 }  # fmt: skip
-#: Those that an entry's docstring explains, without an entry of their own.
-MENTIONED = {"SuperHF"}
 
 
 @pytest.mark.parametrize("acronym", ACRONYMS)
@@ -49,7 +47,7 @@ def test_an_acronym_leads_to_its_entry(acronym):
     ):
         calls = [hit.call for hit in rw.find(text)]
         assert f"rw.{ACRONYMS[acronym]}" in calls[:4], (text, calls)
-        if acronym not in MENTIONED and acronym not in ("MaPO", "ALDR-KL", "A*-PO"):
+        if acronym not in ("MaPO", "ALDR-KL", "A*-PO"):
             assert f"rw.{ACRONYMS[acronym]}" in [entry.call for entry, _ in exact(text)], (
                 "show finds it too"
             )
@@ -74,6 +72,14 @@ def test_words_of_a_title_and_what_is_left_out():
     assert "rw.weights.steer" in [hit.call for hit in rw.find("entropy change")]
     (hit,) = [hit for hit in rw.find("DrivingWorld") if not hit.call]
     assert "completion_mask" in hit.full_name and repr(hit).startswith("left out")
+
+
+def test_a_name_that_is_left_out_comes_before_entries_with_its_words():
+    for name in ("stable_reinforce", "GOLD", "WARM"):
+        first, *others = rw.find(name)
+        assert not first.call and others, name
+    # not before an entry of that name
+    assert rw.find("EDGE-GRPO")[0].call == "rw.advantages.edge_grpo"
 
 
 def test_spelling_is_the_last_resort():

@@ -89,8 +89,14 @@ def test_they_are_the_loops(data, backend, plan):
     ]
     assert len(d) == 13
     w = [math.exp(x) for x in d]
+    moved = [
+        abs(math.exp(data["old"][i, t]) - math.exp(data["sampling"][i, t]))
+        for i, t in where
+        if not data["sampling"][i, t].isnan()
+    ]
     for name, want in {
         "sampling_logp_difference/mean": sum(map(abs, d)) / 13, "sampling_logp_difference/max": max(map(abs, d)), "kl": -sum(d) / 13,
+        "sampling_prob_difference/mean": sum(moved) / 13, "sampling_prob_difference/max": max(moved),
         "k3_kl": sum(math.exp(x) - x - 1 for x in d) / 13, "importance_sampling_ratio/min": min(w), "importance_sampling_ratio/mean": sum(w) / 13,
         "importance_sampling_ratio/max": max(w), "eff_sample_size": sum(w) ** 2 / sum(x * x for x in w) / 13,
     }.items():  # fmt: skip
@@ -151,7 +157,7 @@ def test_only_what_applies_and_parts_combine(data):
         parts.append(evaluate(part, spec=SPEC.replace(reduction=rw.TokenSum())).diagnostics)
     combined = rw.Metrics.combine(parts).as_floats()
     exact = [name for name in combined if "share" not in name and "eff" not in name]
-    assert len(exact) == 9
+    assert len(exact) == 11
     assert {k: combined[k] for k in exact} == pytest.approx(
         {k: whole.as_floats()[k] for k in exact}
     )

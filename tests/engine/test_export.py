@@ -30,7 +30,7 @@ def fresh():
 
 
 def test_every_public_op_is_here():
-    assert {op.__name__ for op in explain._PREPARED} == set(CALLS)
+    assert {op.__name__ for op in explain.PREPARED} == set(CALLS)
 
 
 @pytest.mark.parametrize(

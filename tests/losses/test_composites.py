@@ -72,6 +72,16 @@ CASES = {
         lambda z, t, ids, **o: divergences.stablemax(z, ids, **o),
         lambda s, t, y: stablemax_by_loops(s, y),
     ),
+    "superhf": (
+        lambda z, t, ids, **o: divergences.superhf(z, t, ids, beta=0.4, **o),
+        lambda s, t, y: (
+            -log_softmax(s)[y]
+            + 0.4
+            * sum(
+                math.exp(b) * (b - a) for a, b in zip(log_softmax(s), log_softmax(t), strict=True)
+            )
+        ),
+    ),
     "symmetric": (
         lambda z, t, ids, **o: divergences.symmetric_cross_entropy(z, t, **o),
         lambda s, t, y: (
@@ -130,6 +140,23 @@ def test_half_precision_and_drop_last(name):
     torch.testing.assert_close(same, got)
     (grad,) = torch.autograd.grad(same.sum(), longer)
     assert (grad[:, -1] == 0).all() and grad.dtype == torch.bfloat16
+
+
+def test_superhf_of_one_completion_is_its_authors_loss():
+    """Their trainer's loss of a mini-batch of one completion, but for the position of
+    its KL (openfeedback/superhf, ``finetune_language_model``): ``KLDivLoss`` with
+    log-targets over the completion, cut at 0.
+    """
+    z, t, ids, _ = batch()
+    z, t, ids = z[0].requires_grad_(), t[0], ids[0]
+    kl = torch.nn.KLDivLoss(reduction="batchmean", log_target=True)(
+        torch.log_softmax(z, -1), torch.log_softmax(t, -1)
+    )
+    want = F.cross_entropy(z, ids) + 0.35 * torch.maximum(kl, torch.tensor(0.0))
+    got = divergences.superhf(z, t, ids).mean()
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    grads = [torch.autograd.grad(x, z)[0] for x in (got, want)]
+    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-14)
 
 
 def test_ldr_at_its_limits_and_per_row():

@@ -105,3 +105,40 @@ def test_tw_grpo():
     mask = torch.ones(2, N)
     whole, without = (rw.weights.tw_grpo(x, mask, group_size=2) for x in (both, both[..., KEEP]))
     torch.testing.assert_close(whole, without)
+
+
+@pytest.mark.parametrize("method", ["dppo_kl", "dppo_tv", "glm5"])
+def test_a_dropped_token_that_became_impossible_costs_nothing(method):
+    """Its log-prob is -inf: as one of coefficient 0, it adds 0 and not 0·inf."""
+    z, _, ids = inputs()
+    z[2, ids[2]] = -math.inf
+    old = torch.full((N,), -0.7)
+    rest = torch.arange(N) != 2
+
+    def run(**options):
+        x = z.clone().requires_grad_()
+        out = rw.policy_loss(
+            x, ids, -torch.ones(N), spec=method, old_per_token_logps=old, **options
+        )
+        return out.loss.detach(), torch.autograd.grad(out.loss, x)[0]
+
+    loss, grad = run()
+    want, slope = run(completion_mask=rest, num_items_in_batch=N)
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(grad[rest], slope[rest])
+    assert not grad[2].any()
+
+
+def test_a_teacher_that_excludes_a_token_closes_its_gate():
+    z, _, ids = inputs()
+    ref = torch.full((2, 3), -2.0)
+    ref[1, 0] = -math.inf
+    x = torch.stack([z[:3], z[2:]]).requires_grad_()
+    out = rw.policy_loss(
+        x, ids[:3].expand(2, 3), torch.zeros(2), spec="sdar", ref_per_token_logps=ref
+    )
+    logp = x.detach().log_softmax(-1)[..., ids[:3]].diagonal(dim1=-2, dim2=-1)
+    d = torch.where(ref.isinf(), 0, ref - logp)
+    torch.testing.assert_close(out.loss.detach(), 0.1 * (torch.sigmoid(5 * d) * d).mean())
+    (grad,) = torch.autograd.grad(out.loss, x)
+    assert grad.isfinite().all() and not grad[1, 0].any()

@@ -284,12 +284,8 @@ def test_trm_and_stapo(batch):
         batch,
     )
     H = papers.entropy(batch["logits"].detach())
-    spurious = (
-        (batch["A"][:, None] > 0)
-        & (batch["logp"] < math.log(0.4))
-        & (H[batch["mask"]].quantile(0.6) > H)
-        & batch["mask"]
-    )
+    unlikely = (batch["A"][:, None] > 0) & (batch["logp"] < math.log(0.4)) & batch["mask"]
+    spurious = unlikely & (H[unlikely].quantile(0.6) > H)
     mask = rw.weights.SpuriousTokens(probability=0.4, entropy_quantile=0.6)
     spec = rw.methods.ppo().replace(reduction=rw.TokenMean(weight=mask))
     assert 0 < spurious.sum() < batch["mask"].sum()

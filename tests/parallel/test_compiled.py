@@ -2,6 +2,8 @@
 eager call's numbers and errors.
 """
 
+import time
+
 import pytest
 import torch
 import torch._dynamo
@@ -202,3 +204,28 @@ def test_ranks_that_trace_apart_agree_or_all_raise(four):
     assert first[3].startswith(
         "InvalidCall: token_logps: the ranks of the group differ in rows, rank by rank: 6, 5."
     )
+
+
+def bad_arguments(ranks):
+    """Rank 1 finds an error in its arguments while it traces the whole graph."""
+    group = ranks.group(range(2), fresh=True, timeout=3)
+    if ranks.rank > 1:
+        return "", 0.0
+    torch._dynamo.reset()
+    t, began = shards(ranks), time.monotonic()
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def loss(z, ids):
+        return rw.token_logps(z, ids, process_group=group).sum()
+
+    with pytest.raises(Exception) as error:  # PyTorch's, with ours in its text
+        loss(t["z"], t["ids"][ranks.rank :])
+    return str(error.value), time.monotonic() - began
+
+
+@pytest.mark.slow
+def test_a_rank_that_raises_in_its_trace_ends_the_wait_of_the_other(four):
+    (first, seconds), (second, _), *_ = four.run(bad_arguments)
+    assert "the other ranks of the group did not take part" in first, first
+    assert "token_logps: logits has 6 positions, completion_ids 5" in second, second
+    assert seconds < 60

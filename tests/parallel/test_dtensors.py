@@ -176,6 +176,7 @@ def refusals(ranks):
     )
     refuse("hidden", lambda: rw.linear_token_logps(h, distribute_tensor(w, mesh, (Shard(1),)), ids))
     refuse("no group", lambda: rw.policy_loss(z, ids, 1.0, spec="dapo", sequence_group="cp"))
+    refuse("pairs", lambda: rw.preference_loss(z[:2], ids[:2], spec="simpo", sequence_group=group))
     return refused
 
 
@@ -204,6 +205,7 @@ WHY = {
     "partial": "redistribute it to Shard or Replicate",
     "two groups": "process_group is given, and the DTensors name it already",
     "hidden": "which is not the vocabulary's",
+    "pairs": "gather the log-probs of whole sequences",
     "no group": "sequence_group is a str, expected a torch.distributed.ProcessGroup",
 }
 

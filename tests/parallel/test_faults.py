@@ -64,7 +64,24 @@ def faults(ranks):
             )
         ),
     }
-    rw.token_logps(z[:6], few, **over).sum().backward()
+    of_sequences = dict(completion_ids=few.view(3, 2) % V, sequence_group=group)
+    z = logits(ranks).view(3, 2, V)
+    found["sequence spec"] = raised(
+        lambda: rw.policy_loss(z, advantages=1.0, spec="dapo" if odd else "gspo", **of_sequences)
+    )
+    surrogate = rw.methods.grpo().surrogate
+    means = [rw.SequenceMean(per=per) for per in ("token_mean", "constant")]
+    specs = [rw.PolicyLossSpec(surrogate=surrogate, reduction=mean) for mean in means]
+    found["sequence part"] = raised(
+        lambda: rw.policy_loss(z, advantages=1.0, spec=specs[odd], **of_sequences)
+    )
+    given = dict(num_sequences_in_batch=None if odd else 3.0)
+    found["sequence divisor"] = raised(
+        lambda: rw.policy_loss(z, advantages=1.0, spec="gspo", **given, **of_sequences)
+    )
+    given = dict(num_sequences_in_batch=3.0 + odd)  # numbers are each rank's own
+    rw.policy_loss(z, advantages=1.0, spec="gspo", **given, **of_sequences).loss.backward()
+    rw.token_logps(z.view(6, V), few, **over).sum().backward()
     return found
 
 
@@ -76,6 +93,9 @@ OF_ALL = {
     "gradient": "differ in whether a gradient is needed",
     "vocabulary": "vocab_size is 21, and all ranks of process_group together have 20 columns",
     "id beyond": "completion_ids[0] (flat) is 20, expected 0 to 19",
+    "sequence spec": "differ in the spec or what it is given",
+    "sequence part": "differ in the spec or what it is given",
+    "sequence divisor": "differ in the spec or what it is given",
     "sequences": "differ in number of sequences, rank by rank: 3, 3, 2, 3.",
 }
 OF_ONE = {

@@ -46,6 +46,7 @@ def composites(ranks, padding):
             divergences.confidence_masked_kl, threshold=0.8, sharpening_temperature=0.5
         ),
         "kd": of_two(divergences.kd, "ids", kd_temperature=2.0),
+        "superhf": of_two(divergences.superhf, "ids"),
         "ldr": ldr,
         "pld": of_two(divergences.pld, "ids", teacher_temperature=0.5),
         "dhkd": of_two(divergences.dhkd, temperature=1.5, completion_mask=torch.arange(N) != 2),

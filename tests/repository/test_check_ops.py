@@ -49,7 +49,7 @@ def test_passes(op, backend, dtype):
 
 def test_every_op_is_compared_and_has_golden_rows():
     """Beside the modules, which are called as ops are."""
-    ops = {op.__name__ for op in explain._PREPARED} - ELSEWHERE
+    ops = {op.__name__ for op in explain.PREPARED} - ELSEWHERE
     assert (
         {*ops, "FusedLinearLogProbs", "FusedLinearPolicyLoss"}
         == set(OPS)

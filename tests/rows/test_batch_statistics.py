@@ -275,3 +275,32 @@ def test_weights_use_them_in_a_loss(backend):
         rw.policy_loss(logits, ids, A, **given)
     with pytest.raises(rw.InvalidCall, match="reads prompts"):
         rw.policy_loss(logits, ids, A, spec="reinforce", **groups)
+
+
+@pytest.mark.parametrize("q", [0.0, 0.1, 0.25, 0.4, 0.5, 0.75, 0.9, 1.0])
+def test_a_quantile_of_infinite_values_is_between_its_neighbours(q):
+    """An order statistic is itself; between -inf and a number is -inf; never NaN."""
+    values = [-math.inf, -math.inf, -1.0, 2.0, math.inf]
+    x = torch.tensor([*values[::-1], math.nan], dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0]])
+    batch = BatchStatistics(resolve_logps("test", mask.double(), {"completion_mask": mask}))
+    at = q * 4
+    low, high = values[math.floor(at)], values[math.ceil(at)]
+    share = at - math.floor(at)
+    want = low if share == 0 or math.isinf(low) else low + share * (high - low)
+    for got in (batch.quantile(x, q), batch.seq_quantile(x, q)[0]):
+        assert got.item() == want
+        (by,) = torch.autograd.grad(got, x)
+        assert by.sum() == 1 and not by[-1]
+
+
+def test_a_quantile_of_some_rows_is_theirs():
+    rows, owner, x = layout("padded")
+    batch, kept = BatchStatistics(rows), torch.tensor([s is not None for s in owner])
+    where = x.detach() > 0
+    got = batch.quantile(x, 0.3, where)
+    want = torch.quantile(x[kept & where], 0.3)
+    torch.testing.assert_close(got, want, rtol=1e-13, atol=0)
+    by = [torch.autograd.grad(y, x)[0].nan_to_num() for y in (got, want)]
+    assert by[0].count_nonzero() == 2 and by[0].sum() == pytest.approx(1)
+    assert batch.quantile(x, 0.3, torch.zeros_like(where)).item() == math.inf

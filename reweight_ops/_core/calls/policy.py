@@ -353,6 +353,8 @@ def resolve_loss(
         )
     for name in ("loss_scale", "num_items_in_batch", "num_sequences_in_batch"):
         refuse_learnt(getattr(data, name), rows.error, name)
+    if rows.across is not None:
+        rows.across.asks(spec, divisors, data.old_per_token_logps is None, str(rows.dtype))
     return bind_loss(rows, {**data.named(), "advantages": advantages}, spec)
 
 

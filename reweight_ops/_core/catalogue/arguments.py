@@ -27,6 +27,41 @@ SHARED = {
     "temperature": "A positive number, or a tensor as the formula says.",
     "sampling_mask": "Refused, because a divergence compares two whole distributions.",
     "entropy_over": "Only with ``sampling_mask``.",
+    "against": "The denominator of the ratio: ``old`` or ``ref``.",
+    "amplify": "0-d, the weight of surprising tokens.",
+    "damp": "0-d, the weight of the others.",
+    "backends": "Why each other backend would not be taken; None if it could be.",
+    "beta": "The factor of a score in its implicit reward.",
+    "bias": "``[V]``, or whether there is one.",
+    "device": "Where tensors are made.",
+    "dtype": "The dtype of the tensors.",
+    "full_name": "The name as the paper prints it.",
+    "certainty": "How the formula was found: ``verified``, ``secondary`` or ``derived``.",
+    "example": "Values for arguments without a default.",
+    "gradient": "``sequence``, or ``token`` for a gradient by each token's own ratio.",
+    "gradients": "``[K, P]``, one flat gradient per objective.",
+    "f_divergence_type": "TRL's option of that name.",
+    "groups": "The sequence of each row.",
+    "importance_sampling_level": "TRL's option of that name: ``token`` or ``sequence``.",
+    "inputs": "The caller's inputs per pair, ``[P]``, by name.",
+    "keep": "Bool: 1 where there is a valid row.",
+    "kl_loss_type": "verl's option of that name.",
+    "layout": "``halves`` or ``interleaved``.",
+    "lora": "A :class:`Lora` on the head; None: no adapter.",
+    "loss_mode": "verl's option of that name.",
+    "loss_type": "TRL's option of that name, or several.",
+    "name": "The name that messages, metrics and the catalogue have.",
+    "one_pass_unsupported_reason": "Why one pass is not possible; None if it is.",
+    "options": "Hyper-parameters of the method.",
+    "plan": "``one_pass`` or ``two_pass``.",
+    "ref_logps": "``[P]``, the sums under the reference model.",
+    "scores": "``[P]``, before β.",
+    "sequences": "The sequences of the call.",
+    "settings": "Keywords of the function of the same task, for every call.",
+    "size": "The number of sequences in a pair or list.",
+    "spec": "A spec, or the name of a method without required arguments.",
+    "teacher": "The sum of the divergence from the teacher, for metrics.",
+    "text": "What is looked for.",
     "answers": "``[B, K]``, nonzero where an option was chosen.",
     "class_counts": "``[K]``, the number of samples of each class.",
     "importance_sampling_ratio": "``[B, T]``, each token's ratio to the sampler; None means 1.",
@@ -81,19 +116,29 @@ def missing_arguments(function: Callable[..., Any]) -> list[str]:
     return [
         name
         for name in inspect.signature(function).parameters
-        if name not in SHARED and name not in ranges and name not in prose
+        if not name.startswith("_")
+        and name not in SHARED
+        and name not in ranges
+        and name not in prose
     ]
 
 
-def with_arguments(function: Callable[..., Any]) -> str:
-    """Return the docstring with every parameter."""
+def with_arguments(function: Callable[..., Any], fields: bool = False) -> str:
+    """Return the docstring with every parameter.
+
+    With ``fields`` they are what a record holds: what its docstring says of a name goes
+    before what :data:`SHARED` says.
+    """
     text, ranges = inspect.cleandoc(function.__doc__ or ""), getattr(function, "__ranges__", {})
     lines = []
     for name, p in inspect.signature(function).parameters.items():
+        if name.startswith("_"):
+            continue
         kind = "" if p.annotation is p.empty else str(p.annotation)
         default = "" if p.default is p.empty else f"default {p.default!r}"
         about = ", ".join(part for part in (kind, default) if part)
-        said = SHARED.get(name, "") or (f"{ranges[name]}." if name in ranges else "See above.")
+        shared = "" if fields and f"``{name}``" in text else SHARED.get(name, "")
+        said = shared or (f"{ranges[name]}." if name in ranges else "See above.")
         lines.append(f"    {name}{f' ({about})' if about else ''}: {said}")
     if not lines or "\nArgs:" in text:
         return text

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import Protocol
 
+from .other_names import OTHER_NAMES
+
 _SPELT = {
     "α": "alpha",
     "β": "beta",
@@ -26,6 +28,8 @@ _MOST_WORDS = 3
 class Named(Protocol):
     """The fields of an entry by which the registry is searched."""
 
+    @property
+    def kind(self) -> str: ...
     @property
     def name(self) -> str: ...
     @property
@@ -94,4 +98,6 @@ def names(entry: Named) -> Iterator[tuple[str, str]]:
     yield key(entry.paper), "title"
     yield key(entry.full_name), "full name"
     yield from ((key(acronym), "acronym") for acronym in _acronyms(entry) if key(acronym))
+    others = OTHER_NAMES.get((entry.kind, entry.name), ())
+    yield from ((key(other), "another name") for other in others)
     yield from ((key(initials), "initials") for initials in _initials(entry))

@@ -5,11 +5,14 @@ LEFT_OUT = {
     "step they are the `token_weights` of two calls",
     "Aioli, Data Mixing Agent": "domain weights come from a fitted law or an agent, outside of "
     "the loss; pass them to `sample_weights.source_weights`",
-    "Bradley-Terry reward model losses": "they are on scalar rewards, without a log-prob of a "
-    "token; `-logsigmoid(r_w - r_l - margin)` is one line of PyTorch",
+    "Bradley-Terry (BT) losses of reward models: MADPO's step one, the Advantage Model, "
+    "WorldPM, DMoERM": (
+        "they are on scalar rewards, without a log-prob of a token; "
+        "`-logsigmoid(r_w - r_l - margin)` is one line of PyTorch"
+    ),
     "Cooldown": "the temperature falls during training: pass a smaller one to "
     "`sample_weights.upweight`; the paper's curve was not found",
-    "Coreset reweighting, GSR, RENT": "weights come from gradients or the influence of whole "
+    "Coreset reweighting, GSR, RENT, DWS": "weights come from gradients or the influence of whole "
     "samples, outside of the loss; pass them as `token_weights`",
     "Ctrl-U, WARM": "they use the uncertainty of generated images, and reward models averaged "
     "in weight space: only the rewards change",
@@ -21,12 +24,12 @@ LEFT_OUT = {
     "not contain the reweighting of the abstract",
     "EDGE-GRPO: guided error correction": "the sampler replaces wrong responses before the "
     "loss; `advantages.edge_grpo` is the rest",
-    "Even your Teacher Needs Guidance": "its closed-form weight is for kernel ridge regression; "
-    "the mixture that it analyses is `divergences.kd`",
+    "Even your Teacher Needs Guidance (self-distillation)": "its closed-form weight is for kernel "
+    "ridge regression; the mixture that it analyses is `divergences.kd`",
     "GA + KL (unlearning)": "two calls: `methods.gradient_ascent` on what to forget, "
     "`distillation_loss` to the original model on what to retain",
     "How2Everything, MM-R5": "they define rewards of a task; the loss is unchanged GRPO",
-    "Infra, RICL": "they weight data by flipped difficulty, and examples in the context: "
+    "Infra, RICL, LARICL": "they weight data by flipped difficulty, and examples in the context: "
     "neither is a loss on log-probs; pass the first as `token_weights`",
     "KaLM-Embedding-V2 (focal weights)": "it weights a contrastive loss between embeddings; no "
     "token is predicted",
@@ -51,8 +54,16 @@ LEFT_OUT = {
     "ShrinkMatch, WEAT": "they are on class subsets in consistency training, and on adversarial "
     "training of vision models by energy",
     "stable_reinforce": "the default of Tinker's asynchronous recipes; its formula is not public",
-    "Straight-through KL, IS-weighted with a cap": "a penalty of any loss and no method: the "
-    "rules of `reweight_ops.rules.on_policy_kl`",
+    "Steps outside of a loss: PVPO's pre-sampling, SPO's and MCTS's sampling, TRAAC's "
+    "compression, VC-PPO's value pre-training, the gradient-free search of constrained RLHF, "
+    "bilevel updates of ScaleBiO and DreamPRM, ⊥Grad": (
+        "they sample, search, compress, or update other parameters; these papers' entries are "
+        "the rest"
+    ),
+    "Straight-through KL, IS-weighted with a cap; on-policy KL gradient (arXiv:2506.09477)": (
+        "penalties of any loss and no method: the rules of `reweight_ops.rules.on_policy_kl`, "
+        "and `K1Unbiased` to `K3Unbiased` of `reweight_ops.rules.penalties`"
+    ),
     "TGeo-KD, KD-AIF, STORM": "weights come from a network or from influence functions, outside "
     "of the loss; pass them as `token_weights`",
 }

@@ -38,6 +38,7 @@ REPOSITORIES = {
     "2505.17018": "kxfan2002/SophiaVL-R1",
     "2310.02743": "tlc4418/llm_optimization",
     "2304.06767": "RLHFlow/RAFT",
+    "2310.16763": "openfeedback/superhf",
     "2406.03363": "timonziegenbein/inappropriateness-mitigation",
     "2410.05102": "huawei-noah/HEBO",
     "2601.04992": "Eureka-Maggie/GLOW",

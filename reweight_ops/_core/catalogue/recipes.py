@@ -50,7 +50,8 @@ QUANTITIES = {
     "labels": "`[B]`, negative for a text to forget, positive for one to retain",
     "returns": "`[B]`, the return of each trajectory of the data set",
     "start_values": "`[B]`, the value of the first state of a trajectory",
-    "teacher_logits": "`[B, T, V]`, logits of the teacher, or of the policy on the original text",
+    "teacher_logits": "`[B, T, V]`, logits of the teacher or the reference, or of the policy on "
+    "the original text",
     "vocab_size": "a number",
     "class_counts": "`[V]`, how often each token is a target in the data set; 1 for a token "
     "that never is",

@@ -16,6 +16,7 @@ from .arguments import with_arguments
 from .references import with_reference
 from .sections import with_sections
 from .signatures import collected_by, written_out
+from .tiers import tier_of
 from .titles import TITLES
 
 #: The kinds of entries: the namespace, and what its members are.
@@ -60,6 +61,11 @@ class Entry:
     #: Values for the arguments without a default, which the paper does not state. Only
     #: ``show``, ``check`` and the table use them.
     example: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tier(self) -> str:
+        """Return one of :data:`TIERS`."""
+        return tier_of(self.kind, self.name, self.certainty)
 
     @property
     def formula(self) -> str:

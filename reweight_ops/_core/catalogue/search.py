@@ -5,6 +5,7 @@ arXiv id, or by words.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -18,7 +19,11 @@ from .registry import CATALOGUE, KINDS, Entry
 _LEAST_PREFIX = 4
 
 #: The keys of an entry that a text may match, the surest first.
-_RANKS = (("name",), ("arXiv id", "title", "full name", "acronym"), ("initials",))
+_RANKS = (
+    ("name",),
+    ("arXiv id", "title", "full name", "acronym", "another name"),
+    ("initials",),
+)
 
 
 @dataclass(frozen=True)
@@ -83,18 +88,20 @@ def find(text: str, kind: str | None = None) -> list[Hit]:
         Hits. ``hit.call`` is the expression to write, and ``hit.why`` tells what has
             matched. After an entry that was found by its paper come the other entries
             of that paper, and then its recipes. A method that the package leaves out is
-            a hit without a call, and its ``full_name`` says why. If nothing matches,
-            the hits are the nearest spellings, or none.
+            a hit without a call, and its ``full_name`` says why; it is the first if no
+            entry has that name. If nothing matches, the hits are the nearest spellings,
+            or none.
 
     Raises:
         InvalidCall: the text has no letters or digits, or there is no such kind.
 
     Example:
-        >>> [hit.call for hit in find("AR", "token_weight")]
+        >>> import reweight_ops as rw
+        >>> [hit.call for hit in rw.find("AR", "token_weight")]
         ['rw.weights.AdvantageReweighting']
-        >>> [hit.call for hit in find("AAPO")]
+        >>> [hit.call for hit in rw.find("AAPO")]
         ['rw.advantages.aapo', "rw.recipe('aapo')"]
-        >>> find("2506.12542")[0].why
+        >>> rw.find("2506.12542")[0].why
         'arXiv id'
     """
     if not key(text):
@@ -119,7 +126,9 @@ def find(text: str, kind: str | None = None) -> list[Hit]:
             )
             for r in recipes_of(of_papers)
         ]
-        hits += _left_out(text)
+        left_out = _left_out(text)
+        first = [] if of_papers else [hit for hit in left_out if hit.why == "name"]
+        hits = first + hits + [hit for hit in left_out if hit not in first]
     return hits or _hits(_by_spelling(text, kind))
 
 
@@ -200,9 +209,14 @@ def _by_spelling(text: str, kind: str | None) -> list[tuple[Entry, str]]:
 
 
 def _left_out(text: str) -> list[Hit]:
-    wanted = words(text)
+    """Return the methods without an entry. A line of them names several."""
+    wanted, named = words(text), key(text)
     return [
-        Hit("", reason, title, "unknown", "words")
+        Hit("", reason, title, "unknown", "name" if named in _parts(title) else "words")
         for title, reason in LEFT_OUT.items()
         if _has(wanted, title)
     ]
+
+
+def _parts(title: str) -> tuple[str, ...]:
+    return tuple(key(part) for part in re.split("[,;:()]", title))

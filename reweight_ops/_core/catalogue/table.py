@@ -6,12 +6,19 @@ from ..formula.trace import trace_weight
 from .entry_text import anchor, entry_text
 from .left_out import LEFT_OUT
 from .registry import CATALOGUE, CERTAINTIES, KINDS, Entry
+from .tiers import TIERS
 
 _HEAD = """\
 # The catalogue
 
 Generated from the registry by `python -m reweight_ops.codegen`; do not edit. `reweight-ops show
 NAME` prints an entry's formula, its defaults and its differences from the paper.
+
+Tiers:
+
+{tiers}
+
+Certainties:
 
 {certainties}
 
@@ -51,6 +58,12 @@ def level(entry: Entry) -> str:
     return entry.level or ""
 
 
+def by_tier(kind: str) -> list[Entry]:
+    """Return the entries of a kind, core first, each tier by name."""
+    order = list(TIERS)
+    return sorted(CATALOGUE[kind].values(), key=lambda e: (order.index(e.tier), e.name))
+
+
 def _line(entry: Entry) -> str:
     link = (
         f"[{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv})"
@@ -59,24 +72,24 @@ def _line(entry: Entry) -> str:
     )
     return (
         f"| [`{entry.name}`](#{anchor(entry)}) | {entry.full_name} | {link} | {level(entry)} "
-        f"| {plan(entry)} | {entry.certainty} |"
+        f"| {plan(entry)} | {entry.tier} | {entry.certainty} |"
     )
+
+
+def _listed(meanings: dict[str, str]) -> str:
+    return "\n".join(f"- *{name}*: {meaning}" for name, meaning in meanings.items())
 
 
 def markdown() -> str:
     """The whole page."""
-    parts = [
-        _HEAD.format(
-            certainties="\n".join(f"- *{name}*: {meaning}" for name, meaning in CERTAINTIES.items())
-        )
-    ]
+    parts = [_HEAD.format(tiers=_listed(TIERS), certainties=_listed(CERTAINTIES))]
     for kind, (module, meaning) in KINDS.items():
         if not CATALOGUE[kind]:
             continue
-        rows = [_line(CATALOGUE[kind][name]) for name in sorted(CATALOGUE[kind])]
+        rows = [_line(entry) for entry in by_tier(kind)]
         head = (
-            "| name | full name | arXiv | level | plan | certainty |\n| --- | --- | --- | "
-            "--- | --- | --- |"
+            "| name | full name | arXiv | level | plan | tier | certainty |\n| --- | --- | --- | "
+            "--- | --- | --- | --- |"
         )
         parts.append(f"## `{module}`: {meaning}\n\n{head}\n" + "\n".join(rows) + "\n")
         parts += [entry_text(CATALOGUE[kind][name]) + "\n" for name in sorted(CATALOGUE[kind])]

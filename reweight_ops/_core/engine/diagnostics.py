@@ -41,9 +41,7 @@ def policy_diagnostics(
     if "log_ratio" in call.spec.requires:
         found["ratio/eff_sample_size"] = _effective(t.log_ratio.exp(), keep)
     if call.sampling_logp is not None:
-        found |= _against_sampler(
-            rows.keep & ~t.sampling_logp.isnan(), t.old_logp - t.sampling_logp
-        )
+        found |= _against_sampler(rows.keep & ~t.sampling_logp.isnan(), t.old_logp, t.sampling_logp)
     flat = [number_like(x, keep) for pair in found.values() for x in pair]
     return Metrics(tuple(found), torch.stack(flat).view(-1, 2))
 
@@ -63,15 +61,20 @@ def _gradient_share(
     }
 
 
-def _against_sampler(known: Tensor, drift: Tensor) -> dict[str, tuple[Tensor, Tensor | int]]:
-    """Return statistics of ``old_logp - sampling_logp`` where the sampler's log-prob is
-    not NaN, as TRL counts them.
+def _against_sampler(
+    known: Tensor, old_logp: Tensor, sampling_logp: Tensor
+) -> dict[str, tuple[Tensor, Tensor | int]]:
+    """Return statistics of ``old_logp - sampling_logp`` and of the probabilities'
+    difference where the sampler's log-prob is not NaN, as TRL counts them.
     """
-    d = torch.where(known, drift, 0)
+    d = torch.where(known, old_logp - sampling_logp, 0)
+    moved = torch.where(known, (old_logp.exp() - sampling_logp.exp()).abs(), 0)
     ratio, count = d.exp(), known.sum()
     return {
         "sampling/sampling_logp_difference/mean": (d.abs().sum(), count),
         "sampling/sampling_logp_difference/max": (_extremum(d.abs(), known, "max"), 1),
+        "sampling/sampling_prob_difference/mean": (moved.sum(), count),
+        "sampling/sampling_prob_difference/max": (_extremum(moved, known, "max"), 1),
         "sampling/kl": (-d.sum(), count),
         "sampling/k3_kl": ((torch.expm1(d) - d).sum(), count),
         "sampling/importance_sampling_ratio/min": (_extremum(ratio, known, "min"), 1),

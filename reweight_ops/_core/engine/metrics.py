@@ -30,6 +30,7 @@ _EXTREMA = {
     "clip_ratio/high_max": "max",
     "ratio/max": "max",
     "sampling/sampling_logp_difference/max": "max",
+    "sampling/sampling_prob_difference/max": "max",
     "sampling/importance_sampling_ratio/min": "min",
     "sampling/importance_sampling_ratio/max": "max",
 }
@@ -47,6 +48,9 @@ _ROLLOUT = {
     "sampling/kl": "/rollout_corr/kl",
     "sampling/k3_kl": "/rollout_corr/k3_kl",
     "sampling/eff_sample_size": "/rollout_corr/rollout_is_eff_sample_size",
+    # its differences are of probabilities, not of log-probs
+    "sampling/sampling_prob_difference/mean": "/training/rollout_probs_diff_mean",
+    "sampling/sampling_prob_difference/max": "/training/rollout_probs_diff_max",
     **{
         f"sampling/importance_sampling_ratio/{x}": f"/rollout_corr/rollout_is_{x}"
         for x in ("min", "mean", "max")

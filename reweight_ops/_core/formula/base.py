@@ -175,6 +175,25 @@ def rule(name: str | type | None = None, *, kind: str = "surrogate") -> Any:
     """Make a frozen keyword-only dataclass of a :class:`Rule` and register it by name.
 
     This is a class decorator.
+
+    Args:
+        name: the name in messages and in the catalogue; default: the class's own in
+            snake_case.
+        kind: the terms that it may be: ``surrogate``, ``penalty`` or ``any``.
+
+    Returns:
+        The class, or a decorator if it is called with options.
+
+    Raises:
+        InvalidCall: another module's rule has the name, or the class is no rule.
+
+    >>> import reweight_ops as rw
+    >>> @rw.rule
+    ... class Squared(rw.Rule):
+    ...     def loss(self, xp, t):
+    ...         return -t.adv * t.logp * t.logp
+    >>> rw.PolicyLossSpec(surrogate=Squared(), name="squared").surrogate.name
+    'squared'
     """
     if isinstance(name, type):
         return rule()(name)
@@ -198,6 +217,24 @@ def weight(name: str | type | None = None) -> Any:
     name.
 
     This is a class decorator.
+
+    Args:
+        name: the name in messages and in the catalogue; default: the class's own in
+            snake_case.
+
+    Returns:
+        The class, or a decorator if it is called with a name.
+
+    Raises:
+        InvalidCall: another module's weight has the name, or the class is no weight.
+
+    >>> import reweight_ops as rw
+    >>> @rw.weight
+    ... class Likely(rw.TokenWeight):
+    ...     def weight(self, xp, t, batch):
+    ...         return xp.exp(t.logp)
+    >>> rw.methods.grpo().with_weight(Likely()).weights[0].name
+    'likely'
     """
     if isinstance(name, type):
         return weight()(name)

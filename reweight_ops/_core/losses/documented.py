@@ -95,6 +95,26 @@ KEYWORDS = {
     "noise": "``[P + 1]`` standard normal draws.",
     "num_pairs_in_batch": "The final divisor of this call's sum of pairs.",
 }
+_SHAPE = (
+    "R is the shape of the rows: ``(B, T)``, or ``(N,)`` if packed. V is the size of the\n"
+    "    vocabulary, D the width of the hidden states, S the number of sequences, P that of\n"
+    "    pairs. A loss is 0-d, and what it returns per token is R."
+)
+#: What an op computes, and how without more memory than it needs.
+_REFERENCES = {
+    "logits": "Milakov and Gimelshein 2018, Online normalizer calculation for softmax, "
+    "arXiv:1805.02867.",
+    "linear": "Wijmans et al. 2024, Cut Your Losses in Large-Vocabulary Language Models, "
+    "arXiv:2411.09009.",
+    "policy": "Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347; "
+    "the spec's own.",
+    "preference": "Rafailov et al. 2023, Direct Preference Optimization, arXiv:2305.18290; the "
+    "spec's own.",
+    "distillation": "Hinton et al. 2015, Distilling the Knowledge in a Neural Network, "
+    "arXiv:1503.02531.",
+    "divergence": "Agarwal et al. 2023, On-Policy Distillation of Language Models, "
+    "arXiv:2306.13649.",
+}
 _RAISES = """Raises:
     InvalidCall: a shape, dtype, number or id that does not fit, or an argument without effect.
     UnsupportedRequest, BackendUnavailable: no backend, or not the named one, can run this.
@@ -103,6 +123,20 @@ _RAISES = """Raises:
 
 def _default(parameter: inspect.Parameter) -> str:
     return "" if parameter.default is parameter.empty else f", default {parameter.default!r}"
+
+
+def _references(signature: inspect.Signature) -> list[str]:
+    """The papers of what an op with these parameters computes."""
+    given = signature.parameters
+    marks = {
+        "logits": "logits" in given,
+        "linear": "lm_head_weight" in given,
+        "policy": "advantages" in given,
+        "preference": "pairs" in given,
+        "distillation": "teacher" in given or "teacher_logits" in given,
+        "divergence": "kind" in given,
+    }
+    return [_REFERENCES[name] for name, holds in marks.items() if holds]
 
 
 def documented(doc: str | None, signature: inspect.Signature) -> str:
@@ -124,4 +158,7 @@ def documented(doc: str | None, signature: inspect.Signature) -> str:
         sections.append(f"Returns:\n    {signature.return_annotation}.")
     if "Raises:" not in prose:
         sections.append(_RAISES)
+    if "Shape:" not in prose:
+        sections.append(f"Shape:\n    {_SHAPE}")
+    sections.append("\n    ".join(["References:", *_references(signature)]))
     return "\n\n".join([prose.rstrip(), *sections, *([f">>> {code}"] if examples else [])])

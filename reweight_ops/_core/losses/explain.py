@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from typing_extensions import ParamSpec
 
-from ...errors import InvalidCall
+from ...errors import InvalidCall, UnsupportedRequest
 from ..calls.dtensors import has_dtensors, localized
 from ..calls.keywords import misnamed
 from ..catalogue.signatures import written_out
@@ -31,8 +31,13 @@ T = TypeVar("T")
 #: The keywords that name processes which make a call together.
 GROUPS = ("process_group", "sequence_group")
 
+_NO_SEQUENCES = (
+    "sequence_group is an argument of policy losses. An op without sequences needs none. For "
+    "pairs, gather the log-probs of whole sequences for preference_loss_from_logps."
+)
+
 #: Maps a public op to the function that resolves its arguments to a call.
-_PREPARED: dict[Any, Callable[..., Call[Any] | Again[Any]]] = {}
+PREPARED: dict[Any, Callable[..., Call[Any] | Again[Any]]] = {}
 
 
 def by_ranks(function: Callable[P, T]) -> Callable[P, T]:
@@ -46,16 +51,23 @@ def by_ranks(function: Callable[P, T]) -> Callable[P, T]:
     def op(*args: P.args, **keywords: P.kwargs) -> T:
         if not torch.compiler.is_compiling() and has_dtensors((*args, *keywords.values())):
             return op(**_local(function, args, keywords))  # type: ignore[call-arg]
-        alone = keywords.get("process_group") is None and keywords.get("sequence_group") is None
-        if alone or torch.compiler.is_compiling():
-            return function(*args, **keywords)
-        groups = {name: keywords[name] for name in GROUPS if keywords.get(name) is not None}
-        tensors = (x for x in (*args, *keywords.values()) if isinstance(x, torch.Tensor))
-        device = next((x.device for x in tensors), torch.device("cpu"))
-        with announced(function.__name__, groups, device):
-            return function(*args, **keywords)
+        return _announced(function.__name__, functools.partial(function, *args, **keywords))
 
     return op
+
+
+def _announced(name: str, call: functools.partial[T]) -> T:
+    """Run a call. If it names groups and raises before the ranks of one have met, the
+    other ranks are told.
+    """
+    args, keywords = call.args, call.keywords
+    groups = {group: keywords[group] for group in GROUPS if keywords.get(group) is not None}
+    if not groups or torch.compiler.is_compiling():
+        return call()
+    tensors = (x for x in (*args, *keywords.values()) if isinstance(x, torch.Tensor))
+    device = next((x.device for x in tensors), torch.device("cpu"))
+    with announced(name, groups, device):
+        return call()
 
 
 def _local(function: Callable[..., Any], args: Any, keywords: Any) -> dict[str, Any]:
@@ -71,23 +83,33 @@ def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
 
     prepare = ranged(prepare)
 
-    @by_ranks
     @functools.wraps(prepare)
     def op(*args: P.args, **keywords: P.kwargs) -> T:
+        if not torch.compiler.is_compiling() and has_dtensors((*args, *keywords.values())):
+            return op(**_local(prepare, args, keywords))  # type: ignore[call-arg]
+        alone = keywords.get("process_group") is None and keywords.get("sequence_group") is None
+        if alone or torch.compiler.is_compiling():
+            return run(resolve(*args, **keywords))
+        return _announced(prepare.__name__, functools.partial(call, *args, **keywords))
+
+    def call(*args: Any, **keywords: Any) -> T:
         return run(resolve(*args, **keywords))
 
     def resolve(*args: Any, **keywords: Any) -> Call[T] | Again[T]:
         try:
             return prepare(*args, **keywords)
         except TypeError as error:
+            if keywords.get("sequence_group") is not None and "sequence_group" not in names:
+                raise UnsupportedRequest(f"{prepare.__name__}: {_NO_SEQUENCES}") from None
             raise misnamed(prepare.__name__, signature, len(args), keywords) or error from None
 
     signature = inspect.signature(prepare)
     result = re.sub(r"^Call\[(.*?)\](?: \| Again\[.*\])?$", r"\1", str(signature.return_annotation))
     whole = written_out(prepare).replace(return_annotation=result)
+    names = whole.parameters
     op.__signature__ = whole  # type: ignore[attr-defined]
     op.__doc__ = documented(prepare.__doc__, whole)
-    _PREPARED[op] = lambda *args, **keywords: (
+    PREPARED[op] = lambda *args, **keywords: (
         resolve(**_local(prepare, args, keywords))
         if has_dtensors((*args, *keywords.values()))
         else resolve(*args, **keywords)
@@ -153,9 +175,9 @@ def explain(
     >>> rw.explain(rw.policy_loss, logits, ids, 1.0, spec="gspo", device="cpu").plan
     'two_pass'
     """
-    prepare = _PREPARED.get(op)
+    prepare = PREPARED.get(op)
     if prepare is None:
-        names = ", ".join(sorted(f.__name__ for f in _PREPARED))
+        names = ", ".join(sorted(f.__name__ for f in PREPARED))
         raise InvalidCall(
             f"explain: its first argument is {op!r}, expected one of {names}. Then come that "
             "function's own arguments."

@@ -9,12 +9,14 @@ sum over ranks.
 
 from __future__ import annotations
 
+import dataclasses
+import zlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .ranks import agreed, check_group, size_and_rank, summed_
+from .ranks import UNKNOWN, agreed, check_group, size_and_rank, summed_
 from .traced import agreed_after, numbers_of_ranks, summed_after
 
 #: The number that each rank has for itself in the exchange before a call.
@@ -32,6 +34,7 @@ class Across:
     def __init__(self, op: str, group: Any) -> None:
         self.op, self.group = op, group
         self._of = f"{op}, sequence_group"
+        self._asked = UNKNOWN
         self._same: dict[str, int] = {}
         self._sizes: tuple[int, ...] = ()
         self._token: Tensor | None = None
@@ -39,6 +42,13 @@ class Across:
     @property
     def world(self) -> int:
         return size_and_rank(self.group)[0]
+
+    def asks(self, *parts: Any) -> None:
+        """Note what the call asks for, which says what it sums. A graph of
+        torch.compile does not: its ranks are not compared in it.
+        """
+        if not torch.compiler.is_compiling():
+            self._asked = zlib.crc32(_structure(parts).encode())
 
     def agree(self, rows: int, sequences: int, needs_grad: bool, after: Tensor) -> None:
         """Raise on every rank if the calls of the ranks do not fit together.
@@ -48,6 +58,7 @@ class Across:
         self._same = {
             "number of sequences": sequences,
             "whether a gradient is needed": int(needs_grad),
+            "the spec or what it is given": self._asked,
         }
         if torch.compiler.is_compiling():
             self._token = self._agreed_after(after, rows, [])
@@ -97,6 +108,20 @@ def across(op: str, group: Any) -> Across | None:
     """Return the ranks that a call's ``sequence_group`` stands for."""
     check_group(op, "sequence_group", group)
     return None if group is None else Across(op, group)
+
+
+def _structure(x: Any) -> str:
+    """Describe a spec without its numbers, which may differ between ranks."""
+    if x is None or isinstance(x, (str, bool)):
+        return repr(x)
+    if isinstance(x, (tuple, list)):
+        return f"({', '.join(map(_structure, x))})"
+    name: str = getattr(x, "__qualname__", type(x).__qualname__)
+    if isinstance(x, (int, float, Tensor)):
+        return "a number"
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        return name + _structure([getattr(x, field.name) for field in dataclasses.fields(x)])
+    return name
 
 
 class _Summed(torch.autograd.Function):

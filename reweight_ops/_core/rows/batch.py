@@ -65,14 +65,18 @@ class BatchStatistics:
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
 
-    def _only(self, x: Any, other: float) -> Tensor:
-        """Return ``x`` in the valid rows and ``other`` in the rest."""
+    def _only(self, x: Any, other: float, where: Tensor | None = None) -> Tensor:
+        """Return ``x`` in the valid rows (with ``where``) and ``other`` in the rest."""
         x = (
             x
             if isinstance(x, Tensor)
             else torch.full((), x, dtype=self._rows.dtype, device=self._rows.device)
         )
-        return torch.where(self._rows.keep, x, other)
+        return torch.where(self._chosen(where), x, other)
+
+    def _chosen(self, where: Tensor | None) -> Tensor:
+        keep = self._rows.keep
+        return keep if where is None else keep & where
 
     def _sequences(self) -> Groups:
         return self._rows.need_sequences("a weight that uses batch.seq_*")
@@ -96,13 +100,13 @@ class BatchStatistics:
             self._rows.total(chosen.double()) / self._rows.total(self._rows.keep).clamp(min=1)
         ).to(chosen.dtype)
 
-    def _ended(self, x: Tensor, other: float) -> Tensor:
-        """Return ``x`` in the valid rows and ``other`` in the rest, and append one more
-        ``other``.
+    def _ended(self, x: Tensor, other: float, where: Tensor | None = None) -> Tensor:
+        """Return ``x`` in the valid rows (with ``where``), ``other`` in the rest, and
+        one more ``other``.
 
         A batch without rows then has an extremum too.
         """
-        own, across = self._only(x, other), self._rows.across
+        own, across = self._only(x, other, where), self._rows.across
         return torch.cat(
             [own if across is None else across.gather(own)[0], x.new_full((1,), other)]
         )
@@ -113,21 +117,23 @@ class BatchStatistics:
     def max(self, x: Tensor) -> Tensor:
         return self._ended(x, -math.inf).max()
 
-    def _order_statistics(self, x: Tensor, q: Any) -> tuple[Tensor, Tensor]:
-        ordered = self._ended(x, math.inf).sort().values
-        return ordered, q * (self._rows.total(self._rows.keep) - 1).clamp(min=0).to(x.dtype)
+    def _order_statistics(
+        self, x: Tensor, q: Any, where: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        ordered = self._ended(x, math.inf, where).sort().values
+        return ordered, q * (self._rows.total(self._chosen(where)) - 1).clamp(min=0).to(x.dtype)
 
-    def quantile(self, x: Tensor, q: Any) -> Tensor:
+    def quantile(self, x: Tensor, q: Any, where: Tensor | None = None) -> Tensor:
         """Interpolate linearly between order statistics, as ``torch.quantile`` does.
 
-        It takes any number of rows and reads no value on the host.
+        With ``where`` it is the quantile of the valid rows with it, and inf if there
+        are none. It takes any number of rows and reads no value on the host.
         """
-        ordered, at = self._order_statistics(x, q)
+        ordered, at = self._order_statistics(x, q, where)
         below, above = (
             ordered.gather(0, k.long().view(1)).view(()) for k in (at.floor(), at.ceil())
         )
-        result: Tensor = below + (at - at.floor()) * (above - below)
-        return result
+        return _between(below, above, at - at.floor())
 
     def quantile_nearest(self, x: Tensor, q: Any) -> Tensor:
         """Return the order statistic that is nearest to the quantile
@@ -273,7 +279,7 @@ class BatchStatistics:
         values = self._only(x, 0)[ordered.order]
         at = q * (ordered.count() - 1).to(values.dtype)
         below, above = (values[ordered.start() + k.long()] for k in (at.floor(), at.ceil()))
-        return self._only(ordered.back(below + (at - at.floor()) * (above - below)), 0)
+        return self._only(ordered.back(_between(below, above, at - at.floor())), 0)
 
     def _rank(self, x: Tensor, ordered: Ordered) -> Tensor:
         return self._only(ordered.back(ordered.place()).to(x.dtype), 0)
@@ -355,6 +361,15 @@ class BatchStatistics:
 
     def group_min(self, x: Tensor) -> Tensor:
         return -self.group_max(-x)
+
+
+def _between(below: Tensor, above: Tensor, share: Tensor) -> Tensor:
+    """Return ``below + share·(above - below)``, and ``below`` where that is infinite or
+    ``share`` is 0: inf - inf and 0·inf are NaN.
+    """
+    gap = torch.where((share == 0) | below.isinf(), 0, above - below)
+    result: Tensor = below + share * gap
+    return result
 
 
 def _scattered(position: Tensor, seed: Any) -> Tensor:

@@ -141,8 +141,8 @@ def from_first_difference(
     ``pairs`` is as in :func:`preference_loss`. A pair that does not differ has no token
     left.
 
-    >>> import torch
-    >>> from_first_difference(torch.tensor([[5, 6, 7], [5, 8, 7]])).int()
+    >>> import torch, reweight_ops as rw
+    >>> rw.preference.from_first_difference(torch.tensor([[5, 6, 7], [5, 8, 7]])).int()
     tensor([[0, 1, 1],
             [0, 1, 1]], dtype=torch.int32)
     """

@@ -31,6 +31,9 @@ _STATE, _OP, _FIRST = 0, 1, 2
 #: A larger number means that it runs a graph (:func:`graph_for`).
 CALLS, FAILED, TRACES = 0, 1, 2
 
+#: A number that a rank cannot tell. It differs from none.
+UNKNOWN = -(2**62)
+
 # the groups of this thread's call whose other ranks it has not met yet
 _pending = local()
 
@@ -127,7 +130,7 @@ def agreed(
             )
     for at, name in enumerate(same, _FIRST):
         values = [theirs[at] for theirs in told]
-        if len(set(values)) > 1:
+        if len(set(values) - {UNKNOWN}) > 1:
             raise InvalidCall(
                 f"{op}: the ranks of the group differ in {name}, rank by rank: "
                 f"{', '.join(map(str, values))}."

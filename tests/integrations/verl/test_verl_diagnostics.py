@@ -4,6 +4,7 @@ TRL's names are in TRL's source.
 
 import importlib
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +47,24 @@ def test_they_are_verls(out):
     }
     for name in shared:
         assert ours[f"rollout_corr/{name}"] == pytest.approx(float(theirs[name]), rel=1e-6), name
+
+
+def test_the_two_differences_of_probabilities_are_verls(out):
+    """Of tokens that both know; verl's ``training/`` metrics."""
+    made, old, sampling, mask = out
+    debug = importlib.import_module("verl.utils.debug.metrics")
+    batch = {
+        "rollout_log_probs": sampling,
+        "old_log_probs": old,
+        "response_mask": mask,
+        "responses": torch.zeros(3, 7),
+    }
+    theirs = debug.calculate_debug_metrics(SimpleNamespace(batch=batch))
+    ours = made.diagnostics.as_floats("verl")
+    names = [name for name in ours if name.startswith("training/")]
+    assert names == ["training/rollout_probs_diff_mean", "training/rollout_probs_diff_max"]
+    for name in names:
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-12), name
 
 
 def test_names_of_trl_are_in_its_source(out):
