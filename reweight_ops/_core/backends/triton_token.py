@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...triton_kernels import kernels
-from ...triton_kernels.config import Config, config_for
+from ...triton_kernels.config import Config, Launch, config_for
 from ..formula.loss_program import Program, loss_graph
 from . import triton_launch
 from .base import DERIVATIVES, LOSS_ROWS, STATS, RowInputs, SoftmaxParams, rows_of
@@ -87,6 +87,9 @@ class _Call:
             triton_launch.launch(kernels.merge_kernel, self.rows, *args, **meta)
         return partial
 
+    def shape(self, launch: Launch) -> Launch:
+        return launch if self.align == 16 else launch.shifting()
+
     def grid(self, out: Tensor) -> int:
         """Return how many programs write a gradient."""
         return self.rows * (-(-out.size(-1) // self.config.segment) if self.split else 1)
@@ -121,8 +124,8 @@ def token_stats(
         SEGMENT=call.config.segment,
         **call.tile,
         ALIGN=call.align,
-        AHEAD=call.config.stats.ahead,
-        shape=call.config.stats,
+        AHEAD=call.shape(call.config.stats).ahead,
+        shape=call.shape(call.config.stats),
         wave=call.wave,
     )
     return out
@@ -173,7 +176,7 @@ def token_grad(
         **call.tile | {"SLOTS": call.config.grad.threads, "VECTORS": call.config.grad_vectors},
         ALIGN=call.align,
         EMULATE=call.emulate,
-        shape=call.config.grad,
+        shape=call.shape(call.config.grad),
         wave=call.wave,
     )
 
@@ -233,9 +236,9 @@ def token_loss_grad(
         SEGMENT=call.config.segment,
         **call.tile,
         ALIGN=call.align,
-        AHEAD=call.config.one_pass.ahead,
+        AHEAD=call.shape(call.config.one_pass).ahead,
         EMULATE=call.emulate,
-        shape=call.config.one_pass.alone() if call.split else call.config.one_pass,
+        shape=call.config.one_pass.alone() if call.split else call.shape(call.config.one_pass),
         wave=call.wave,
     )
     return rows
