@@ -34,7 +34,7 @@ __all__ = [
 
 
 def _vector(op: str, name: str, value: Tensor, like: Tensor | None = None) -> Tensor:
-    x = floats(op, name, value, None if like is None else tuple(like.shape))
+    x = floats(op, name, value, like)
     if x.dim() != 1:
         raise InvalidCall(
             f"{op}: {name} has shape {tuple(x.shape)}, expected (K,): one value per objective."

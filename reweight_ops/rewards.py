@@ -104,7 +104,7 @@ def lsc(rewards: Tensor, reference: Real[Tensor | float]) -> Tensor:
     if x.dim() not in (1, 2):
         raise InvalidCall(f"lsc: rewards has shape {tuple(x.shape)}, expected (B,) or (B, K).")
     if isinstance(reference, Tensor) and reference.dim():
-        reference = floats("lsc", "reference", reference, tuple(x.shape)).to(x.dtype)
+        reference = floats("lsc", "reference", reference, x).to(x.dtype)
     u = torch.nn.functional.logsigmoid(x - reference)
     return u if x.dim() == 1 else torch.where(x.isnan().all(1), torch.nan, u.nansum(1))
 
@@ -352,7 +352,7 @@ def soft_multi_choice(answers: Tensor, correct: Tensor) -> Tensor:
     right = is_correct(
         "soft_multi_choice",
         "correct",
-        floats("soft_multi_choice", "correct", correct, tuple(chosen.shape)),
+        floats("soft_multi_choice", "correct", correct, chosen),
     )
     taken, total = (chosen != 0).to(chosen.dtype).sum(1), right.to(chosen.dtype).sum(1)
     return torch.where(((chosen != 0) & ~right).any(1), 0, taken) / torch.where(

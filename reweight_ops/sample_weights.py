@@ -472,9 +472,7 @@ def class_balanced(
     weight = (
         (1 - beta) / -torch.expm1(counts * math.log(beta)) if beta > 0 else torch.ones_like(counts)
     )
-    ids = indices(
-        "class_balanced", "labels", labels, tuple(labels.shape), len(counts), "len(class_counts)"
-    )
+    ids = indices("class_balanced", "labels", labels, None, len(counts), "len(class_counts)")
     return torch.cat([weight / weight.mean(), weight.new_full((1,), torch.nan)])[ids]
 
 
@@ -504,7 +502,5 @@ def upweight(
     if n.dim() != 1:
         raise InvalidCall(f"upweight: source_counts has shape {tuple(n.shape)}, expected (K,).")
     share = torch.softmax(n.log() / temperature, 0)
-    ids = indices(
-        "upweight", "source_ids", source_ids, tuple(source_ids.shape), len(n), "len(source_counts)"
-    )
+    ids = indices("upweight", "source_ids", source_ids, None, len(n), "len(source_counts)")
     return torch.cat([share * n.sum() / n, n.new_full((1,), torch.nan)])[ids]

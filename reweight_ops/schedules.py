@@ -27,7 +27,7 @@ from ._core.ranges import (
     Unit,
     ranged,
 )
-from ._core.rows.grouped import GroupKeywords, floats, grouped, like
+from ._core.rows.grouped import GroupKeywords, floats, grouped, like, where_valid
 from ._core.spec.policy import PolicyLossSpec
 from .errors import InvalidCall
 from .methods.reweighting import lopti as lopti_spec
@@ -134,7 +134,7 @@ def capo(
     estimator may be used.
     """
     a = floats("capo", "advantages", advantages)
-    mask = floats("capo", "completion_mask", completion_mask) != 0
+    mask = where_valid("capo", completion_mask)
     if a.shape not in (mask.shape, mask.shape[:-1]):
         raise InvalidCall(
             f"capo: advantages has shape {tuple(a.shape)}, expected {tuple(mask.shape)} or "

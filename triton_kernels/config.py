@@ -45,6 +45,12 @@ class Launch(NamedTuple):
         """Number of programs that a processor has room for."""
         return min(2048 // self.threads, REGISTERS // (self.threads * self.registers))
 
+    def shifting(self) -> Launch:
+        """Return the same threads with registers for rows at any address, and one tile
+        ahead: of each vector, two are loaded.
+        """
+        return self._replace(registers=max(self.registers, 128), ahead=1)
+
     def alone(self) -> Launch:
         """Return the same threads with as many registers as possible.
 

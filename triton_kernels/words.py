@@ -64,15 +64,66 @@ def load_elements(P, first, stop, SLOTS: tl.constexpr, E: tl.constexpr, policy: 
 
 
 @triton.jit
+def _shifted(a, b, skip, dtype: tl.constexpr):
+    """The four words ``[SLOTS, 4]`` that begin ``skip`` bytes after those of ``a``;
+    ``b`` has the next four.
+    """
+    evens, odds = tl.split(tl.reshape(a, [a.shape[0], 2, 2]))
+    w0, w2 = tl.split(evens)
+    w1, w3 = tl.split(odds)
+    evens, odds = tl.split(tl.reshape(b, [b.shape[0], 2, 2]))
+    w4, w6 = tl.split(evens)
+    w5, w7 = tl.split(odds)
+    two, one = (skip & 8) != 0, (skip & 4) != 0
+    w0, w1, w2 = tl.where(two, w2, w0), tl.where(two, w3, w1), tl.where(two, w4, w2)
+    w3, w4, w5 = tl.where(two, w5, w3), tl.where(two, w6, w4), tl.where(two, w7, w5)
+    w0, w1, w2 = tl.where(one, w1, w0), tl.where(one, w2, w1), tl.where(one, w3, w2)
+    w3, w4 = tl.where(one, w4, w3), tl.where(one, w5, w4)
+    if dtype.primitive_bitwidth == 16:
+        half = (skip & 2) != 0
+        w0 = tl.where(half, _low_half_of_next(w0, w1), w0)
+        w1 = tl.where(half, _low_half_of_next(w1, w2), w1)
+        w2 = tl.where(half, _low_half_of_next(w2, w3), w2)
+        w3 = tl.where(half, _low_half_of_next(w3, w4), w3)
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [a.shape[0], 4])
+
+
+@triton.jit
+def _low_half_of_next(word, following):
+    """The high half of a word, and above it the low half of the next."""
+    return ((word >> 16) & 0xFFFF) | (following << 16)
+
+
+@triton.jit
+def load_shifted(P, columns, SLOTS: tl.constexpr, E: tl.constexpr, policy: tl.constexpr):
+    """:func:`load_run` at any address: a vector is cut out of the two aligned vectors
+    that hold it. The second is not read where the row is aligned.
+    """
+    dtype: tl.constexpr = P.dtype.element_ty
+    skip = (P.to(tl.int64, bitcast=True) & 15).to(tl.int32)
+    W = P.to(tl.pointer_type(tl.int8), bitcast=True) - skip
+    W = tl.multiple_of(W.to(tl.pointer_type(tl.int32), bitcast=True), 16) + _offsets(SLOTS, 4)
+    there = tl.full([SLOTS, 4], 1, tl.int1)
+    if columns is not None:
+        there &= tl.arange(0, SLOTS)[:, None] * E + E <= columns
+    a = tl.load(W, mask=there, other=0, eviction_policy=policy)
+    b = tl.load(W + 4, mask=there & (skip != 0), other=0, eviction_policy=policy)
+    return tl.where(there, _shifted(a, b, skip, dtype), _minus_infinities(dtype))
+
+
+@triton.jit
 def load_run(
     P, columns, SLOTS: tl.constexpr, E: tl.constexpr, ALIGN: tl.constexpr, policy: tl.constexpr
-):
+):  # fmt: skip
     """Load a run at ``P``.
 
     It loads the whole run (``columns`` is None), or the whole vectors among the first
     ``columns`` elements and -inf after them.
     """
-    if ALIGN < 4:
+    SHIFTS: tl.constexpr = ALIGN < 16 and E * P.dtype.element_ty.primitive_bitwidth == 128
+    if SHIFTS:
+        words = load_shifted(P, columns, SLOTS, E, policy)
+    elif ALIGN < 4:
         if columns is None:
             words = load_elements(P, 0, SLOTS * E, SLOTS, E, policy)
         else:

@@ -5,8 +5,8 @@
 values, and adds the ranges to the docstring. It checks a Python number. It does not
 read a tensor, or a formula that stands for a number (:class:`Unread`). Booleans,
 strings and NaN are not numbers. In a compiled function a value is checked while the
-function is compiled, if it is a constant there. A number that torch.compile turned into
-an input is not checked.
+function is compiled. A number that torch.compile turned into an input has a guard: a
+value out of range compiles again, and that compilation raises.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar, Union, get
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import has_static_value
+from torch.fx.experimental.symbolic_shapes import guard_scalar, has_static_value
 
 from ..errors import InvalidCall
 from .names import unexpected
@@ -269,6 +269,7 @@ def ranged(what: T, plain: bool = False) -> T:
                 tuple(keywords),
                 tuple([(name, value) for name, value in given if is_constant(value)]),
             )
+            check_inputs(target.__name__, target, given)
         else:
             _check(target, keywords, given)
         return call(*args, **keywords)
@@ -298,6 +299,44 @@ def _check_constants(
     # torch.compile runs this and follows none of it: what it raises is the reason that
     # compilation ends with.
     _check(target, keywords, given)
+
+
+def check_inputs(owner: str, target: Any, given: Iterable[tuple[str, Any]]) -> None:
+    """Check the numbers that a compiled graph takes as inputs.
+
+    torch.compile makes a guard of each comparison, without the value. It asks for the
+    value only where the function raises.
+    """
+    for name, value in given:
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, (int, float)) and not has_static_value(each):
+                low, high, whole = _bounds(target, name, isinstance(value, tuple))
+                if (
+                    (whole and isinstance(each, float))
+                    or (low is not None and each < low)
+                    or (high is not None and each > high)
+                ):
+                    _refuse(owner, target, name, guard_scalar(each))
+
+
+@torch.compiler.assume_constant_result
+def _bounds(target: Any, name: str, of_tuple: bool) -> tuple[float | None, float | None, bool]:
+    """Return the finite bounds of an argument, or None for them, and
+    whether only whole numbers lie between them."""
+    allowed = target.__ranges__.get(name)
+    interval = allowed and (allowed.interval.entries if of_tuple else allowed.interval)
+    if interval is None or not interval.text:
+        return None, None, False
+    low, high = (
+        None if abs(bound) >= sys.float_info.max else bound
+        for bound in (interval.low, interval.high)
+    )
+    return low, high, interval.whole
+
+
+@torch.compiler.assume_constant_result
+def _refuse(owner: str, target: Any, name: str, value: float) -> None:
+    raise InvalidCall(f"{owner}: {name} is {value!r}, expected {target.__ranges__[name]}.")
 
 
 def is_constant(value: Any) -> bool:

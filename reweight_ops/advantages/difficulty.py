@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._core.catalogue.registry import published
 from .._core.ranges import CountOrZero, NonNegative, Real
-from .._core.rows.grouped import GroupKeywords, floats, grouped, is_correct, require
+from .._core.rows.grouped import GroupKeywords, floats, grouped, is_correct, require, where_valid
 from ..errors import InvalidCall
 from .outcome import singletons
 
@@ -208,7 +208,7 @@ def lens(
             f"lens: old_per_token_logps has shape {tuple(logps.shape)}, expected "
             f"({len(g.values)}, T)."
         )
-    valid = floats("lens", "completion_mask", completion_mask, tuple(logps.shape)) != 0
+    valid = where_valid("lens", completion_mask, logps)
     total = torch.where(valid, logps, 0).sum(-1)
     mean_logp = total / valid.sum(-1).clamp(min=1)
     right = is_correct("lens", "correct", g.values)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .._core.catalogue.registry import published
 from .._core.ranges import NonNegative
 from .._core.rows.grouped import Grouped, GroupKeywords, floats, grouped
-from ..errors import InvalidCall
+from .tokens import masked, token_rewards
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -80,15 +80,13 @@ def tir_otb(
     """:func:`otb` with positions that count only a response's own tokens. Masked tokens
     of tools do not count (verl's ``tir_optimal_token_baseline``).
     """
-    mask = _mask("tir_otb", completion_mask)
+    mask = masked("tir_otb", completion_mask)
     # Valid tokens first, in their order; each response then has its n-th token in
     # column n.
     order = (~mask).to(torch.uint8).sort(dim=-1, stable=True).indices
-    at_end = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
-    r = floats("tir_otb", "rewards", rewards)
-    r = torch.where(at_end, r[:, None], 0) if r.dim() == 1 else r
+    r = token_rewards("tir_otb", rewards, mask)
     packed = [
-        None if x is None else floats("tir_otb", name, x, tuple(mask.shape)).gather(-1, order)
+        None if x is None else floats("tir_otb", name, x, mask).gather(-1, order)
         for name, x in (
             ("rewards", r),
             ("old_per_token_logps", old_per_token_logps),
@@ -110,14 +108,6 @@ def tir_otb(
     return torch.zeros_like(result).scatter(-1, order, result)
 
 
-def _mask(op: str, completion_mask: Tensor) -> Tensor:
-    if completion_mask.dim() != 2:
-        raise InvalidCall(
-            f"{op}: completion_mask has shape {tuple(completion_mask.shape)}, expected (B, T)."
-        )
-    return completion_mask != 0
-
-
 def _baselined(
     op: str,
     rewards: Tensor | None,
@@ -129,23 +119,19 @@ def _baselined(
     epsilon: float,
     groups: GroupKeywords,
 ) -> Tensor:
-    mask = _mask(op, completion_mask)
-    r = floats(op, "rewards", rewards)
-    if r.shape == mask.shape[:1]:
-        r = torch.where(mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1), r[:, None], 0)
-    shape = tuple(mask.shape)
-    r = torch.where(mask, floats(op, "rewards", r, shape), 0)
+    mask = masked(op, completion_mask)
+    r = token_rewards(op, rewards, mask)
     scored = ~r.isnan().any(-1)
     mask = mask & scored[:, None]
     r = torch.where(mask, r, 0)
     returns = r.flip(-1).cumsum(-1).flip(-1)
     uncertainty = (
         1
-        - 2 * floats(op, "old_per_token_logps", logps, shape).exp()
-        + floats(op, "log_sum_p_sq", log_sum_p_sq, shape).exp()
+        - 2 * floats(op, "old_per_token_logps", logps, mask).exp()
+        + floats(op, "log_sum_p_sq", log_sum_p_sq, mask).exp()
     )
     if ratio is not None:
-        uncertainty = uncertainty * floats(op, "importance_sampling_ratio", ratio, shape) ** 2
+        uncertainty = uncertainty * floats(op, "importance_sampling_ratio", ratio, mask) ** 2
     weight = torch.where(mask, torch.where(mask, uncertainty, 0).cumsum(-1), 0)
     lengths = mask.sum(-1).to(returns.dtype)
     g = grouped(

@@ -13,7 +13,15 @@ from torch import Tensor
 from .._core.calls.unused_options import forbid_unused
 from .._core.catalogue.registry import published
 from .._core.ranges import Count, Interval, NonNegative, ranged
-from .._core.rows.grouped import Grouped, GroupKeywords, floats, grouped, indices, like, require
+from .._core.rows.grouped import (
+    Grouped,
+    GroupKeywords,
+    floats,
+    grouped,
+    indices,
+    require,
+    where_valid,
+)
 from .._core.rows.groups import describe
 from ..errors import InvalidCall
 
@@ -47,7 +55,7 @@ def spo_segments(
     wasted. arXiv:2505.23564, section 4.1.
     """
     logps = floats("spo_segments", "old_per_token_logps", old_per_token_logps)
-    valid = like("spo_segments", "completion_mask", completion_mask, logps) != 0
+    valid = where_valid("spo_segments", completion_mask, logps)
     unlikely = valid & (logps < math.log(threshold))
     seen = unlikely.cumsum(-1)
     segments = (seen + interval - 1) // interval
@@ -84,7 +92,7 @@ def spo_chain(
     ids = indices(
         "spo_chain", "segments.segment_ids", ids, tuple(ids.shape), v.shape[1] + 1, "S + 1"
     )
-    valid = floats("spo_chain", "completion_mask", completion_mask, tuple(ids.shape)) != 0
+    valid = where_valid("spo_chain", completion_mask, ids)
     past = torch.arange(v.shape[1] + 1, device=v.device) >= cuts[:, None]
     # [B, S + 1], the reward from the end on
     bounds = torch.where(past, r[:, None], torch.cat([v, v.new_zeros(len(v), 1)], 1))
@@ -129,9 +137,7 @@ def spo_tree(
             "spo_tree: values and parents must be (N,). "
             f"{describe({'values': v, 'parents': parents})}"
         )
-    parents = indices(
-        "spo_tree", "parents", parents, tuple(v.shape), len(v), "the number of rows", least=-1
-    )
+    parents = indices("spo_tree", "parents", parents, v, len(v), "the number of rows", least=-1)
     v = torch.where(parents < len(v), v, torch.nan)
     root = parents < 0
     # Roots are siblings of each other, in a separate group that is dropped at the end.
@@ -203,12 +209,12 @@ def gigpo(
         "gigpo",
         "episode_ids",
         episode_ids,
-        tuple(step_returns.shape),
+        step_returns,
         len(g.values),
         "the number of episodes",
     )
     anchor_ids = indices(
-        "gigpo", "anchor_ids", anchor_ids, tuple(step_returns.shape), num_anchors, "num_anchors"
+        "gigpo", "anchor_ids", anchor_ids, step_returns, num_anchors, "num_anchors"
     )
     episode = grouped(
         "gigpo",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._core.catalogue.registry import published
 from .._core.ranges import NonNegative, PositiveOrInf, Unit, ranged
-from .._core.rows.grouped import GroupKeywords, floats, grouped, like
+from .._core.rows.grouped import GroupKeywords, floats, grouped, like, on_device, where_valid
 from .._core.rows.groups import describe
 from ..errors import InvalidCall
 from .outcome import singletons
@@ -42,21 +42,22 @@ def _scan(b: Tensor, a: Tensor) -> Tensor:
     return b
 
 
-def _masked(op: str, completion_mask: Tensor) -> Tensor:
-    mask = floats(op, "completion_mask", completion_mask)
+def masked(op: str, completion_mask: Tensor) -> Tensor:
+    mask = where_valid(op, completion_mask)
     if mask.dim() != 2:
         raise InvalidCall(
             f"{op}: completion_mask has shape {tuple(mask.shape)}, expected (B, T). "
             f"{describe({'completion_mask': mask})}"
         )
-    return mask != 0
+    return mask
 
 
-def _token_rewards(op: str, rewards: Tensor, mask: Tensor) -> Tensor:
+def token_rewards(op: str, rewards: Tensor | None, mask: Tensor) -> Tensor:
     """Return ``[B, T]`` rewards with 0 where masked. ``[B]`` rewards go to each row's
     last valid token.
     """
     r = floats(op, "rewards", rewards)
+    on_device(op, "rewards", r, mask)
     if r.shape == mask.shape:
         return torch.where(mask, r, 0)
     if r.shape != mask.shape[:1]:
@@ -72,8 +73,8 @@ def whiten(x: Tensor, completion_mask: Tensor) -> Tensor:
     """``(x - mean)/sqrt(var + 1e-8)`` over the valid tokens of the call, with unbiased
     ``var``. It is 0 where masked. ``[B, T]``.
     """
-    mask = _masked("whiten", completion_mask)
-    values = torch.where(mask, floats("whiten", "x", x, tuple(mask.shape)), 0)
+    mask = masked("whiten", completion_mask)
+    values = torch.where(mask, floats("whiten", "x", x, mask), 0)
     count = mask.sum()
     mean = values.sum() / count.clamp(min=1)
     variance = torch.where(mask, (values - mean) ** 2, 0).sum() / (count - 1).clamp(min=1)
@@ -87,16 +88,16 @@ def discounted_returns(rewards: Tensor, completion_mask: Tensor, *, gamma: Unit[
 
     A masked token neither discounts nor stops.
     """
-    mask = _masked("discounted_returns", completion_mask)
-    r = _token_rewards("discounted_returns", rewards, mask)
+    mask = masked("discounted_returns", completion_mask)
+    r = token_rewards("discounted_returns", rewards, mask)
     return torch.where(mask, _scan(r, torch.where(mask, gamma * torch.ones_like(r), 1)), 0)
 
 
 def _gae(
     op: str, rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor
 ) -> Tensor:
-    v = floats(op, "values", values, tuple(mask.shape))
-    r = _token_rewards(op, rewards, mask).to(v.dtype)
+    v = floats(op, "values", values, mask)
+    r = token_rewards(op, rewards, mask).to(v.dtype)
     v = torch.where(mask, v, 0)
     one = torch.ones_like(v)
     # the value at t, or at the next valid token
@@ -131,7 +132,7 @@ def gae(
     ``whitened`` the advantages have mean 0 and variance 1 over the call's valid tokens,
     as in TRL and verl. ``lam`` is a number, or ``[B]`` with one per row.
     """
-    mask = _masked("gae", completion_mask)
+    mask = masked("gae", completion_mask)
     advantages = _gae("gae", rewards, values, mask, gamma, lam)
     returns = torch.where(mask, advantages + values.detach(), 0)
     return Gae(whiten(advantages, mask) if whitened else advantages, returns)
@@ -163,7 +164,7 @@ def decoupled_gae(
     variance down. The value model is trained beforehand on a fixed policy, with λ = 1.
     ``whitened``: the advantages have mean 0 and deviation 1 over the batch.
     """
-    mask = _masked("decoupled_gae", completion_mask)
+    mask = masked("decoupled_gae", completion_mask)
     advantages = _gae("decoupled_gae", rewards, values, mask, gamma, lam_actor)
     returns = torch.where(
         mask, _gae("decoupled_gae", rewards, values, mask, gamma, lam_critic) + values.detach(), 0
@@ -181,7 +182,7 @@ def reinforce_plus_plus(
     The paper's KL penalty is part of the token rewards:
     ``r_t = 1[t = end]·r - β·(logp - ref_logp)``.
     """
-    mask = _masked("reinforce_plus_plus", completion_mask)
+    mask = masked("reinforce_plus_plus", completion_mask)
     return whiten(discounted_returns(rewards, mask, gamma=gamma), mask)
 
 
@@ -203,7 +204,7 @@ def reinforce_plus_plus_baseline(
     normalization.
     """
     g = grouped("reinforce_plus_plus_baseline", rewards, groups)
-    mask = _masked("reinforce_plus_plus_baseline", completion_mask)
+    mask = masked("reinforce_plus_plus_baseline", completion_mask)
     if len(mask) != len(g.values):
         raise InvalidCall(
             f"reinforce_plus_plus_baseline: completion_mask has {len(mask)} rows, rewards "
@@ -242,7 +243,7 @@ def remax(
     ``reward_clip=5, gamma=0.99, kl_coef=0.05`` in its scripts. The log-probs are those
     at sampling time. The loss is ``methods.reinforce``.
     """
-    mask = _masked("remax", completion_mask)
+    mask = masked("remax", completion_mask)
     r = floats("remax", "rewards", rewards, (len(mask),))
     gain = (r - like("remax", "greedy_rewards", greedy_rewards, r)).clamp(-reward_clip, reward_clip)
     remaining = mask.flip(-1).cumsum(-1).flip(-1).to(r.dtype)
@@ -256,7 +257,7 @@ def remax(
         )
     if per_token_logps is not None:
         logps, ref = (
-            floats("remax", name, x, tuple(mask.shape)).to(r.dtype)
+            floats("remax", name, x, mask).to(r.dtype)
             for name, x in (
                 ("per_token_logps", per_token_logps),
                 ("ref_per_token_logps", ref_per_token_logps),

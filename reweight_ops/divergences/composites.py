@@ -29,6 +29,7 @@ from .._core.losses.distillation import token_divergence
 from .._core.losses.explain import by_ranks
 from .._core.losses.statistics import token_logps, token_stats
 from .._core.ranges import Interval, NonNegative, Number, OpenUnit, Positive, Scalar, Unit
+from .._core.rows.grouped import floats
 from .._core.rows.numerics import log1mexp
 from ..errors import InvalidCall
 
@@ -355,7 +356,7 @@ def aldr(
     loss.
     """
     log_v = math.log(vocab_size)
-    return lambda0 - lambda0 * (log_v - entropies.detach()) / (alpha * log_v)
+    return lambda0 - lambda0 * (log_v - floats("aldr", "entropies", entropies)) / (alpha * log_v)
 
 
 @published(

@@ -235,7 +235,7 @@ OWN = {
 @pytest.mark.parametrize("op", OPS)
 def test_keywords_of_the_ops(op):
     call, records = OPS[op]
-    names = [name for record in records for name in record.RANGES] + list(OWN.get(op, ()))
+    names = [name for record in records for name in record.__ranges__] + list(OWN.get(op, ()))
     for name in names:
         for value in (math.nan, "0.2", True, -1.0, -1):
             with pytest.raises(rw.InvalidCall, match=rf"{op}: {name} is {value!r}, expected"):
@@ -276,7 +276,7 @@ def test_every_numeric_keyword_of_the_records_has_a_range():
     }
     for record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions):
         for name, p in inspect.signature(record).parameters.items():
-            assert not numeric(p) or name in record.RANGES or name in counted | data, name
+            assert not numeric(p) or name in record.__ranges__ or name in counted | data, name
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,11 @@ def split_and_capped(target: str) -> list[Compiled]:
         triton_launch.processors = lambda device: 1
 
 
+def unaligned(target: str) -> list[Compiled]:
+    """Whole rows that start anywhere."""
+    return compile_all(target, (torch.bfloat16,), vocab=50257)
+
+
 def every_shape(target: str) -> list[Compiled]:
     """Compile whole rows for every line of the tables of shapes, with a rule that has
     an entropy gradient.
@@ -512,6 +517,7 @@ if __name__ == "__main__":
             "compile": compile_all,
             "variants": split_and_capped,
             "shapes": every_shape,
+            "unaligned": unaligned,
             "oversized": oversized,
             "scales": scales,
             "rows": row_kernels,

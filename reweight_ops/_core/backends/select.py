@@ -42,10 +42,11 @@ def load(name: str) -> Backend:
         except BackendUnavailable as error:
             _loaded[name] = error
         except ModuleNotFoundError as error:
-            if error.name != f"{__package__}.{name}":
+            if not (error.name or "").startswith(__package__.partition(".")[0] + "."):
                 raise
             _loaded[name] = BackendUnavailable(
-                f"backend {name!r} is not part of this installation."
+                f"backend {name!r} is not part of this installation: there is no {error.name}. A "
+                "checkout is complete once it is installed (pip install -e .)."
             )
     found = _loaded[name]
     if isinstance(found, BackendUnavailable):

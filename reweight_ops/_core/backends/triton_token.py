@@ -88,6 +88,9 @@ class _Call:
             triton_launch.launch(kernels.merge_kernel, self.rows, *args, **meta)
         return partial
 
+    def shape(self, launch: Launch) -> Launch:
+        return launch if self.align == 16 else launch.shifting()
+
     def grid(self, out: Tensor) -> int:
         """Return how many programs write a gradient."""
         return self.rows * (-(-out.size(-1) // self.config.segment) if self.split else 1)
@@ -122,8 +125,8 @@ def token_stats(
         SEGMENT=call.config.segment,
         **call.tile,
         ALIGN=call.align,
-        AHEAD=call.config.stats.ahead,
-        shape=call.config.stats,
+        AHEAD=call.shape(call.config.stats).ahead,
+        shape=call.shape(call.config.stats),
         wave=call.wave,
     )
     return out
@@ -223,7 +226,7 @@ def token_grad(
         **call.tile | {"SLOTS": call.config.grad.threads, "VECTORS": call.config.grad_vectors},
         ALIGN=call.align,
         EMULATE=call.emulate,
-        shape=call.config.grad,
+        shape=call.shape(call.config.grad),
         wave=call.wave,
     )
 
@@ -283,9 +286,9 @@ def token_loss_grad(
         SEGMENT=call.config.segment,
         **call.tile,
         ALIGN=call.align,
-        AHEAD=call.config.one_pass.ahead,
+        AHEAD=call.shape(call.config.one_pass).ahead,
         EMULATE=call.emulate,
-        shape=call.config.one_pass.alone() if call.split else call.config.one_pass,
+        shape=call.config.one_pass.alone() if call.split else call.shape(call.config.one_pass),
         wave=call.wave,
     )
     return rows

@@ -112,6 +112,9 @@ class Hidden:
         )
 
 
+_REQUIRED = ("hidden", "lm_head_weight", "completion_ids")
+
+
 def resolve_hidden(
     op: str,
     hidden: Any,
@@ -126,8 +129,11 @@ def resolve_hidden(
 
     ``named`` holds the other tensors of the call by their public names.
     """
-    # a plain tuple may be given
-    lora = None if linear.lora is None else Lora(*linear.lora)
+    lora: Any = linear.lora
+    if lora is not None and not isinstance(lora, Lora):  # a plain tuple may be given
+        if not isinstance(lora, tuple) or len(lora) not in (2, 3):
+            raise InvalidCall(f"{op}: lora is a {type(lora).__name__}, expected a Lora.")
+        lora = Lora(*lora)
     tensors = {
         "hidden": hidden,
         "lm_head_weight": weight,
@@ -146,8 +152,11 @@ def resolve_hidden(
         ("hidden", hidden),
         ("lm_head_weight", weight),
         ("completion_ids", completion_ids),
+        ("lm_head_bias", linear.lm_head_bias),
+        ("lora.a", tensors["lora.a"]),
+        ("lora.b", tensors["lora.b"]),
     ):
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) and (x is not None or name in _REQUIRED):
             raise fail(f"{name} is a {type(x).__name__}, expected a tensor.")
     # before the shape, which a packed weight has not: bitsandbytes' 4 bits are [N, 1]
     if (kind := _quantised_as(weight)) is not None:
@@ -162,7 +171,7 @@ def resolve_hidden(
             raise fail(f"{name} is for an op that takes logits; this op computes them.")
     if completion_ids.dtype not in (torch.int32, torch.int64):
         raise fail(f"completion_ids are {completion_ids.dtype}, expected int32 or int64.")
-    shape, width = tuple(completion_ids.shape), hidden.size(-1)
+    shape, width = tuple(completion_ids.shape), hidden.size(-1) if hidden.dim() else 0
     if tuple(hidden.shape) != (*shape, width):
         raise fail(
             f"hidden has shape {tuple(hidden.shape)}; completion_ids is {shape}, so expected "
@@ -175,7 +184,9 @@ def resolve_hidden(
         raise fail(
             f"lm_head_bias has shape {tuple(linear.lm_head_bias.shape)}, expected ({columns},)."
         )
-    if lora is not None and (lora.a.shape != (lora.b.size(-1), width) or lora.b.size(0) != columns):
+    if lora is not None and (
+        lora.b.dim() != 2 or lora.a.shape != (lora.b.size(-1), width) or lora.b.size(0) != columns
+    ):
         raise fail(
             f"lora: a {tuple(lora.a.shape)} and b {tuple(lora.b.shape)}, expected (r, {width}) "
             f"and ({columns}, r)."

@@ -26,6 +26,7 @@ from ..ranges import (
     Positive,
     Range,
     Scalar,
+    check_inputs,
     described,
     is_constant,
     ranges_of,
@@ -40,7 +41,7 @@ class Options:
     its default."""
 
     NAMES: ClassVar[tuple[str, ...]] = ()
-    RANGES: ClassVar[dict[str, Range]] = {}
+    __ranges__: ClassVar[dict[str, Range]] = {}
     #: The switches of a record, and whether None is allowed for them.
     FLAGS: ClassVar[dict[str, bool]] = {}
 
@@ -381,7 +382,7 @@ ALIASES = {
 
 for _record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions):
     _record.NAMES = tuple(f.name for f in dataclasses.fields(_record))
-    _record.RANGES = {
+    _record.__ranges__ = {
         name: allowed
         for name, allowed in ranges_of(_record).items()
         if not isinstance(allowed, Flag)
@@ -391,7 +392,7 @@ for _record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions):
         for f in dataclasses.fields(_record)
         if str(f.type).startswith("bool")
     }
-    _record.__doc__ = described(_record.__doc__, _record.RANGES)
+    _record.__doc__ = described(_record.__doc__, _record.__ranges__)
     DEFAULTS.update({f.name: f.default for f in dataclasses.fields(_record)})
 
 
@@ -406,6 +407,8 @@ def parse(
     if torch.compiler.is_compiling():
         constants = tuple([(name, value) for name, value in keywords.items() if is_constant(value)])
         _check_constants(op, tuple(keywords), constants, records, own)
+        for record in records:
+            check_inputs(op, record, keywords.items())
     else:
         _check(op, keywords, keywords.items(), records, own)
     for record in records:
@@ -431,8 +434,8 @@ def _check(
             _reject(op, name, (*known, *own))
     for record in records:
         for name, value in given:
-            if name in record.RANGES:
-                record.RANGES[name].check(op, name, value)
+            if name in record.__ranges__:
+                record.__ranges__[name].check(op, name, value)
 
 
 @torch.compiler.assume_constant_result

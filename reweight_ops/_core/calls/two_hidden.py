@@ -156,7 +156,9 @@ def _other_head(
                 f"{of_other.name}.{name} requires grad, but no gradient flows to it: pass it "
                 "detached."
             )
-    LMHeadOptions.RANGES["logit_scale"].check(op, f"{of_other.name}.logit_scale", other.logit_scale)
+    LMHeadOptions.__ranges__["logit_scale"].check(
+        op, f"{of_other.name}.logit_scale", other.logit_scale
+    )
     ids = torch.zeros(p.rows.shape, dtype=torch.int64, device=p.states.device)
     theirs = LMHeadOptions(
         lm_head_bias=other.lm_head_bias,

@@ -31,6 +31,7 @@ from ..calls.logits import Logits, collapsed
 from ..calls.policy import bind_loss
 from ..calls.softmax import resolve_temperature
 from ..calls.specs import lasting_spec
+from ..rows.constants import ConstantRows
 from ..rows.rows import RowLayout, bind_rows
 from ..spec.policy import PolicyLossSpec
 from ..transforms import in_transform, is_wrapped
@@ -70,7 +71,7 @@ _NEVER_KEPT = ("sampling_mask", "process_group", "sequence_group")
 _RANGES = {
     name: allowed
     for record in (SoftmaxOptions, PolicyOptions)
-    for name, allowed in record.RANGES.items()
+    for name, allowed in record.__ranges__.items()
     if name not in _SETTINGS
 }  # fmt: skip
 
@@ -95,9 +96,15 @@ def _in_range(data: Mapping[str, Any]) -> bool:
     no divisor is 0.
     """
     for name, value in data.items():
-        if (not isinstance(value, Tensor) and _is_odd(value)) or (
-            name in _DIVISORS and type(value) is not Tensor and value == 0
-        ):
+        if (
+            not isinstance(value, Tensor)
+            and (
+                _is_odd(value)
+                or (
+                    name in ConstantRows.__ranges__ and not ConstantRows.__ranges__[name].has(value)
+                )
+            )
+        ) or (name in _DIVISORS and type(value) is not Tensor and value == 0):
             return False
         allowed = _RANGES.get(name)
         if allowed is not None and not allowed.has(value):
@@ -137,7 +144,7 @@ def signature(
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or in_transform():
         return None
     lasting = lasting_spec(spec)
-    if lasting is None or arguments.get("validate"):
+    if lasting is None or arguments.get("validate", False) is not False:
         return None
     for name in _NEVER_KEPT:
         if arguments.get(name) is not None:

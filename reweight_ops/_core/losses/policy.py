@@ -163,6 +163,11 @@ def policy_loss_from_logps(
         ("log_sum_p_sq", "log_sum_p_sq", log_sum_p_sq),
     ):
         if value is not None:
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                got = value.dtype if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                raise rows.error(f"{argument} is {got}, expected a tensor of fp32 or fp64.")
+            if value.device != rows.device:
+                raise rows.error(f"{argument} is on {value.device}, the rows are on {rows.device}.")
             if tuple(value.shape) != rows.shape:
                 raise rows.error(
                     f"{argument} has shape {tuple(value.shape)}, expected {rows.shape}."

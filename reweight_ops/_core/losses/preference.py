@@ -200,6 +200,11 @@ def linear_preference_loss(
 def _mask(op: str, spec: PairSpec, options: PairOptions, completion_ids: Any) -> Any:
     """Return the completion mask that the spec makes of the caller's."""
     if spec.tokens == "completion":
+        if completion_ids is not None and op.endswith("_from_logps"):
+            raise InvalidCall(
+                f"{op}: completion_ids would have no effect: the spec's tokens are 'completion'. "
+                "Leave it out, and mask ignored tokens with completion_mask."
+            )
         return options.completion_mask
     if options.cu_seqlens is not None or options.sequence_ids is not None:
         raise InvalidCall(

@@ -11,12 +11,14 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.utils._python_dispatch import _disable_current_modes
+
+from ..ranges import Interval, Range
 
 
 class _Constants:
@@ -173,3 +175,20 @@ def number_like(value: Any, like: Tensor) -> Tensor:
     if varies(value):
         return as_tensor(value, like.dtype, like.device)
     return torch.full((), value, dtype=like.dtype, device=like.device)
+
+
+_LOG_PROB = Range(Interval("[-inf, 0]"), False, True)
+_FINITE = Range(Interval("(-inf, inf)"), False, True)
+
+
+class ConstantRows:
+    """The ranges of numbers that stand for a tensor with one value per row."""
+
+    __ranges__: ClassVar[dict[str, Range]] = {
+        "old_per_token_logps": _LOG_PROB,
+        "ref_per_token_logps": _LOG_PROB,
+        "sampling_per_token_logps": _LOG_PROB,
+        "advantages": _FINITE,
+        "token_weights": _FINITE,
+        "importance_sampling_ratio": Range(Interval("[0, inf)"), False, True),
+    }

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -58,24 +58,38 @@ def is_correct(op: str, name: str, x: Tensor) -> Tensor:
     return require(op, ~(x < 0), message, x) > 0
 
 
-def floats(op: str, name: str, value: Any, shape: tuple[int, ...] | None = None) -> Tensor:
+#: The shape that an argument must have. A tensor stands for its shape and its device.
+Like: TypeAlias = tuple[int, ...] | Tensor
+
+
+def on_device(op: str, name: str, value: Tensor, like: Like | None) -> None:
+    """Raise for a tensor on another device."""
+    if isinstance(like, Tensor) and value.device != like.device:
+        raise InvalidCall(f"{op}: {name} is on {value.device}, other tensors on {like.device}.")
+
+
+def floats(op: str, name: str, value: Any, like: Like | None = None) -> Tensor:
     """Return a tensor argument, detached.
 
-    fp32 and fp64 stay as they are. Integers and bools become fp32. 16-bit floats and
-    wrong shapes are errors.
+    fp32 and fp64 stay as they are. Integers and bools become fp32. 16-bit floats, wrong
+    shapes and other devices are errors.
     """
     if not isinstance(value, Tensor):
         raise InvalidCall(f"{op}: {name} is a {type(value).__name__}, expected a tensor.")
+    if value.dtype.is_complex:
+        raise InvalidCall(f"{op}: {name} is {value.dtype}, expected real numbers.")
     if value.dtype in (torch.float16, torch.bfloat16):
         raise InvalidCall(
             f"{op}: {name} is {value.dtype}: statistics in 16 bits lose small differences; pass "
             "it as .float()."
         )
+    shape = like if like is None or isinstance(like, tuple) else tuple(like.shape)
     if shape is not None and tuple(value.shape) != shape:
         raise InvalidCall(
             f"{op}: {name} has shape {tuple(value.shape)}, expected {shape}. "
             f"{describe({name: value})}"
         )
+    on_device(op, name, value, like)
     x = value.detach()
     return x if x.is_floating_point() else x.float()
 
@@ -84,7 +98,14 @@ def like(op: str, name: str, value: Any, x: Tensor) -> Tensor:
     """Return a second tensor argument. It must have the shape and dtype of the first,
     ``x``.
     """
-    return floats(op, name, value, tuple(x.shape)).to(x.dtype)
+    return floats(op, name, value, x).to(x.dtype)
+
+
+def where_valid(op: str, completion_mask: Any, like: Like | None = None) -> Tensor:
+    """Return a mask of any dtype as bool, True where it is not 0."""
+    if isinstance(completion_mask, Tensor):
+        completion_mask = completion_mask != 0
+    return floats(op, "completion_mask", completion_mask, like) != 0
 
 
 class _CheckedGroups(Groups):
@@ -265,22 +286,27 @@ def whole_number(op: str, name: str, value: Any, least: int = 1) -> int:
 
 
 def indices(
-    op: str, name: str, ids: Any, shape: tuple[int, ...], count: int, total: str, least: int = 0
+    op: str, name: str, ids: Any, like: Like | None, count: int, total: str, least: int = 0
 ) -> Tensor:
     """Return indices as int64.
 
     An index outside of ``[least, count)`` is an error on the CPU, and becomes ``count``
     elsewhere. ``total`` is the name of ``count`` in messages.
     """
+    any_shape = like is None
+    if like is None:
+        like = tuple(ids.shape) if isinstance(ids, Tensor) else ()
+    shape = like if isinstance(like, tuple) else tuple(like.shape)
     if (
         not isinstance(ids, Tensor)
         or ids.dtype not in (torch.int32, torch.int64)
         or tuple(ids.shape) != shape
     ):
+        of_shape = "" if any_shape else f" of shape {shape}"
         raise InvalidCall(
-            f"{op}: {name} must be an int32 or int64 tensor of shape {shape}. "
-            f"{describe({name: ids})}"
+            f"{op}: {name} must be an int32 or int64 tensor{of_shape}. {describe({name: ids})}"
         )
+    on_device(op, name, ids, like)
     inside = (ids >= least) & (ids < count)
     if is_readable(ids) and not bool(inside.all()):
         at = (~inside).nonzero()[0].tolist()
@@ -292,6 +318,4 @@ def indices(
 
 def _listed(op: str, x: Tensor, ids: Any, count: Any) -> Groups:
     whole_number(op, "num_groups", count)
-    return _CheckedGroups(
-        count, index=indices(op, "group_ids", ids, tuple(x.shape), count, "num_groups")
-    )
+    return _CheckedGroups(count, index=indices(op, "group_ids", ids, x, count, "num_groups"))

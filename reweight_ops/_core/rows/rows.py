@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ...errors import InvalidCall, UnsupportedRequest
 from ..detached import Detached, plain
+from ..ranges import check_inputs
 from .across import Across, across
-from .constants import as_tensor, varies
+from .constants import ConstantRows, as_tensor, varies
 from .groups import IGNORE_INDEX, Groups, describe
 from .primitives import Masked, RowPrimitives
 from .structure import Structure, is_fake, is_readable
@@ -187,8 +188,12 @@ class Rows:
         """
         if not isinstance(value, Tensor):
             if varies(value):
+                check_inputs(self.op, ConstantRows, ((name, value),))
                 return as_tensor(value, self.dtype, self.device).expand(self.count).contiguous()
             if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
+                allowed = ConstantRows.__ranges__.get(name)
+                if allowed is not None and not allowed.has(value):
+                    raise self.error(f"{name} is {value}, expected {allowed}.")
                 return torch.full((self.count,), float(value), dtype=self.dtype, device=self.device)
             got = "NaN" if isinstance(value, float) else f"a {type(value).__name__}"
             raise self.error(f"{name} is {got}, expected a tensor or a number.")
@@ -219,6 +224,8 @@ class Rows:
             raise self.error(
                 f"{name} is on {value.device}, the logits or log-probs are on {self.device}."
             )
+        if value.dtype.is_complex:
+            raise self.error(f"{name} is {value.dtype}, expected real numbers.")
         if logps and value.dtype not in (torch.float32, torch.float64):
             raise self.error(
                 f"{name} is {value.dtype}: log-probs in 16 bits lose the ratio; compute them "
@@ -297,9 +304,21 @@ class RowLayout(NamedTuple):
         )
 
 
-def _mask(op: str, name: str, mask: Any, shape: tuple[int, ...], tensors: dict[str, Any]) -> Tensor:
+def _mask(
+    op: str,
+    name: str,
+    shape: tuple[int, ...],
+    device: torch.device,
+    tensors: dict[str, Any],
+) -> Tensor:
+    mask = tensors[name]
     if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
         raise _shape_error(op, name, mask, shape, tensors)
+    if mask.device != device or mask.layout is not torch.strided:
+        raise InvalidCall(
+            f"{op}: {name} is a {mask.layout} tensor on {mask.device}, expected a strided one on "
+            f"{device}. {describe(tensors)}"
+        )
     return mask.reshape(-1) != 0
 
 
@@ -490,7 +509,7 @@ def resolve_rows(
     ids = tensors.get("completion_ids")
     masks = []
     if tensors.get("completion_mask") is not None:
-        masks.append(_mask(op, "completion_mask", tensors["completion_mask"], shape, tensors))
+        masks.append(_mask(op, "completion_mask", shape, device, tensors))
     if sequences is not None and sequences.index is not None:
         _check_sequence_ids(
             structure,
@@ -510,7 +529,7 @@ def resolve_rows(
         keep = torch.ones(math.prod(shape), dtype=torch.bool, device=device)
     denominator = keep
     if tensors.get("denominator_mask") is not None:
-        denominator = _mask(op, "denominator_mask", tensors["denominator_mask"], shape, tensors)
+        denominator = _mask(op, "denominator_mask", shape, device, tensors)
     return Rows(
         op,
         shape,

@@ -10,7 +10,7 @@ import torch
 
 from ...errors import InvalidCall
 from ..ranges import Interval, Number, Positive, Real, ranged
-from .compiled import set_default
+from .compiled import describe, rebuild, set_default
 from .learnt import refuse, tensors_of
 from .pair_parts import PairLoss, PairPart, PairWeight, Score
 from .pair_score import LogRatio
@@ -68,8 +68,10 @@ class PairSpec:
         require_part("PairSpec", "score", self.score, Score, _WHERE)
         for w in self.weights:
             require_part("PairSpec", "weights", w, PairWeight, _WHERE, "holds")
-        if not torch.compiler.is_compiling():  # a graph has no use for a tensor's flag
-            refuse("PairSpec", tensors_of(self.weights, "weights"), "weights are detached")
+        if torch.compiler.is_compiling():
+            _refuse_learnt_in(describe(self.weights))
+        else:
+            _refuse_learnt(self.weights)
         if self.tokens not in TOKENS:
             raise InvalidCall(
                 f"PairSpec: tokens is {self.tokens!r}, expected one of {', '.join(TOKENS)}."
@@ -97,3 +99,12 @@ class PairSpec:
     def with_weight(self, weight: PairWeight) -> PairSpec:
         """Return a copy with one more weight."""
         return dataclasses.replace(self, weights=(*self.weights, weight))
+
+
+def _refuse_learnt(weights: tuple[PairWeight, ...]) -> None:
+    refuse("PairSpec", tensors_of(weights, "weights"), "weights are detached")
+
+
+@torch.compiler.assume_constant_result
+def _refuse_learnt_in(described: Any) -> None:
+    _refuse_learnt(rebuild(described))

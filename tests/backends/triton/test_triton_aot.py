@@ -77,6 +77,13 @@ def test_variants_compile(aot, target):
     assert_sound([k for k in compiled if k["dtype"] == "float32"], {})
 
 
+def test_rows_at_any_address_are_loaded_16_bytes_at_a_time(aot):
+    """V = 50257: the gradient is stored by elements."""
+    compiled = aot("unaligned", "sm_90")
+    assert len(compiled) == 3
+    assert_sound(compiled, dict.fromkeys(WHOLE_ROWS, (8, 0)))
+
+
 def test_loads_come_early_and_logits_cost_few_instructions(aot):
     """In the code for Hopper. The compiler could put the next tile's loads after this
     tile's arithmetic, and did so with eight vectors per tile.
