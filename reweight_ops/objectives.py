@@ -51,7 +51,6 @@ class LagrangeState(NamedTuple):
 
 
 @published(
-    "constrained_rlhf",
     "Constrained RLHF (μ-PPO, ξ-PPO)",
     paper="Confronting Reward Model Overoptimization with Constrained RLHF",
     arxiv="2310.04373",
@@ -173,7 +172,6 @@ def hypervolume(
 
 
 @published(
-    "hypervolume_reward_weighting",
     "Dynamic reward weighting, hypervolume-guided",
     arxiv="2509.11452",
     level="batch",
@@ -235,7 +233,6 @@ def gradient_influences(gradients: Tensor) -> Tensor:
 
 
 @published(
-    "gradient_reward_weighting",
     "Dynamic reward weighting, gradient-based",
     arxiv="2509.11452",
     level="objective",
@@ -285,7 +282,6 @@ class RecapState(NamedTuple):
 
 
 @published(
-    "recap",
     "RECAP: replay-enhanced capability preservation",
     paper="Beyond Reasoning Gains: Mitigating General Capabilities Forgetting in Large "
     "Reasoning Models",

@@ -62,7 +62,7 @@ def _weights(op: str, weights: Tensor | None, x: Tensor) -> Tensor:
     return torch.where(total > 0, present / torch.where(total > 0, total, 1), torch.nan)
 
 
-@published("wco", "Worst-Case Optimization", arxiv="2310.02743", level="sequence")
+@published("Worst-Case Optimization", arxiv="2310.02743", level="sequence")
 def wco(rewards: Tensor) -> Tensor:
     """``r = min_k r_k``: the lowest of an ensemble's rewards. ``[B, K] -> [B]``."""
     x = _members("wco", rewards)
@@ -70,7 +70,7 @@ def wco(rewards: Tensor) -> Tensor:
     return torch.where(x.isnan().all(1), torch.nan, least)
 
 
-@published("uwo", "Uncertainty-Weighted Optimization", arxiv="2310.02743", level="sequence")
+@published("Uncertainty-Weighted Optimization", arxiv="2310.02743", level="sequence")
 def uwo(rewards: Tensor, *, coef: NonNegative[float] = 0.1) -> Tensor:
     """``r = mean_k r_k - coef·var_k r_k`` with the unbiased variance over an ensemble
     (0 for one member). ``[B, K] -> [B]``.
@@ -84,7 +84,6 @@ def uwo(rewards: Tensor, *, coef: NonNegative[float] = 0.1) -> Tensor:
 
 
 @published(
-    "lsc",
     "Log-sigmoid-centered transform",
     paper="Transforming and Combining Rewards for Aligning Large Language Models",
     arxiv="2402.00742",
@@ -124,7 +123,7 @@ def weighted_sum(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
     return torch.where(x.isnan().all(1), torch.nan, (w * x).nansum(1))
 
 
-@published("weighted_mean", "Weighted mean of rewards", arxiv="2406.03363", level="sequence")
+@published("Weighted mean of rewards", arxiv="2406.03363", level="sequence")
 def weighted_mean(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
     """``r = sum_k w_k r_k / sum_k w_k`` over the rewards that apply.
     ``[B, K], [K] -> [B]``; weights are equal by default and not negative.
@@ -133,9 +132,7 @@ def weighted_mean(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
     return (_weights("weighted_mean", weights, x) * x.nan_to_num(0, math.inf, -math.inf)).sum(1)
 
 
-@published(
-    "harmonic_mean", "Weighted harmonic mean of rewards", arxiv="2406.03363", level="sequence"
-)
+@published("Weighted harmonic mean of rewards", arxiv="2406.03363", level="sequence")
 def harmonic_mean(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
     """``r = sum_k w_k / sum_k (w_k / r_k)``: near the least of the rewards, so none can
     be traded away. ``[B, K], [K] -> [B]``.
@@ -156,7 +153,6 @@ def harmonic_mean(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 @published(
-    "trust_grpo",
     "Trust-GRPO: thinking reward by trust",
     paper="SophiaVL-R1: Reinforcing MLLMs Reasoning with Thinking Reward",
     arxiv="2505.17018",
@@ -199,7 +195,6 @@ def trust_grpo(
 
 
 @published(
-    "grpo_lead_length",
     "GRPO-LEAD: length reward",
     arxiv="2504.09696",
     level="group",
@@ -237,7 +232,6 @@ def grpo_lead_length(
 
 
 @published(
-    "grpo_lambda_length",
     "GRPO-λ: length penalty for well-answered groups",
     paper="Stable Reinforcement Learning for Efficient Reasoning",
     arxiv="2505.18086",
@@ -288,7 +282,6 @@ def grpo_lambda_length(
 
 
 @published(
-    "traac",
     "TRAAC: correctness, format and length reward",
     paper="Think Right: Learning to Mitigate Under-Over Thinking via Adaptive, Attentive "
     "Compression",
@@ -331,7 +324,6 @@ def traac(
 
 
 @published(
-    "soft_multi_choice",
     "TW-GRPO's soft reward of multiple-choice answers",
     arxiv="2505.24718",
     level="sequence",

@@ -56,7 +56,6 @@ def _softmax(g: Grouped, scores: Tensor) -> Tensor:
 
 
 @published(
-    "exponential_advantage",
     "Exponential advantage weight (AWR, FamO2O)",
     paper="Advantage-Weighted Regression: Simple and Scalable Off-Policy Reinforcement Learning",
     arxiv="1910.00177",
@@ -79,7 +78,6 @@ def exponential_advantage(
 
 
 @published(
-    "kl_tilt",
     "KL-tilted optimum",
     paper="Asymptotics of Language Model Alignment",
     arxiv="2404.01730",
@@ -100,7 +98,6 @@ def kl_tilt(rewards: Tensor, *, beta: Positive[float], **groups: Unpack[GroupKey
 
 
 @published(
-    "kl_dro",
     "KL-constrained distributionally robust weights",
     paper="Doubly Robust Instance-Reweighted Adversarial Training",
     arxiv="unknown",
@@ -124,7 +121,6 @@ def kl_dro(
 
 
 @published(
-    "dynamic_loss_reweighting",
     "Dynamic loss-based sample reweighting",
     arxiv="2502.06733",
     level="sequence",
@@ -173,7 +169,6 @@ def dynamic_loss_reweighting(
 
 
 @published(
-    "glow",
     "Gain-based Loss Weighting",
     paper="Learning from Mistakes: Negative Reasoning Samples Enhance Out-of-Domain Generalization",
     arxiv="2601.04992",
@@ -206,7 +201,6 @@ def glow(
 
 
 @published(
-    "raft",
     "Reward-ranked fine-tuning: best of K",
     paper="RAFT: Reward rAnked FineTuning for Generative Foundation Model Alignment",
     arxiv="2304.06767",
@@ -225,7 +219,6 @@ def raft(rewards: Tensor, *, keep: Count[int] = 1, **groups: Unpack[GroupKeyword
 
 
 @published(
-    "d3s",
     "D3S: samples of the greatest advantage variance",
     arxiv="2509.22115",
     certainty="secondary",
@@ -268,7 +261,6 @@ def d3s(advantages: Tensor, *, num_samples: Count[int], **groups: Unpack[GroupKe
 
 
 @published(
-    "source_weights",
     "Weights of data sources (ScaleBiO, DreamPRM)",
     paper="ScaleBiO: Scalable Bilevel Optimization for LLM Data Reweighting",
     arxiv="2406.19976",
@@ -324,7 +316,6 @@ def source_weights(
 
 
 @published(
-    "focal",
     "Generalized focal loss (dequity)",
     paper="DatasetEquity: Are All Samples Created Equal? In The Quest For Equity Within Datasets",
     arxiv="2308.09878",
@@ -350,7 +341,7 @@ def _trajectory(op: str, scores: Tensor, scored: Tensor, temperature: float) -> 
     return _softmax(g, (g.values - low) / torch.where(spread > 0, spread, 1) / temperature)
 
 
-@published("trajectory_rw", "Return weighting (RW)", arxiv="2306.13085", level="sequence")
+@published("Return weighting (RW)", arxiv="2306.13085", level="sequence")
 def trajectory_rw(returns: Tensor, *, temperature: Positive[float] = 0.1) -> Tensor:
     """``w = n·softmax(u/temperature)``, ``u`` the returns of the data set on a line
     from 0 to 1 (min to max).
@@ -365,7 +356,7 @@ def trajectory_rw(returns: Tensor, *, temperature: Positive[float] = 0.1) -> Ten
     return _trajectory("trajectory_rw", x, ~x.isnan(), temperature)
 
 
-@published("trajectory_aw", "Advantage weighting (AW)", arxiv="2306.13085", level="sequence")
+@published("Advantage weighting (AW)", arxiv="2306.13085", level="sequence")
 def trajectory_aw(
     returns: Tensor, start_values: Tensor, *, temperature: Positive[float] = 0.1
 ) -> Tensor:
@@ -386,7 +377,6 @@ def trajectory_aw(
 
 
 @published(
-    "selective_rehearsal",
     "Selective rehearsal",
     paper="Stabilizing RLHF through Advantage Model and Selective Rehearsal",
     arxiv="2309.10202",
@@ -413,7 +403,6 @@ def selective_rehearsal(
 
 
 @published(
-    "dynamic_sampling",
     "Dynamic sampling: which prompts teach something",
     arxiv="2503.14476",
     level="group",
@@ -443,7 +432,6 @@ def dynamic_sampling(
 
 
 @published(
-    "class_balanced",
     "Class-balanced weights (LDAM-DRW's)",
     arxiv="1906.07413",
     level="sequence",
@@ -477,7 +465,6 @@ def class_balanced(
 
 
 @published(
-    "upweight",
     "Upweighting to a temperature (scalarisation)",
     paper="Upsample or Upweight? Balanced Training on Heavily Imbalanced Datasets",
     arxiv="2410.04579",

@@ -56,7 +56,6 @@ _Batch = TypeVar("_Batch")
 
 
 @published(
-    "lopti",
     "Low-Probability Token Isolation: the two updates",
     arxiv="2505.12929",
     level="step",
@@ -109,7 +108,6 @@ def lopti_updates(
 
 
 @published(
-    "capo",
     "Curriculum Advantage Policy Optimization",
     paper="From Imitation to Discrimination: Toward A Generalized Curriculum Advantage "
     "Mechanism Enhancing Cross-Domain Reasoning Tasks",
@@ -154,7 +152,6 @@ class D3sBudget(NamedTuple):
 
 
 @published(
-    "d3s",
     "D3S: the dynamic schedule",
     arxiv="2509.22115",
     certainty="secondary",
@@ -178,7 +175,6 @@ def d3s(
 
 
 @published(
-    "tsa",
     "Training Signal Annealing: the threshold",
     arxiv="1904.12848",
     level="step",
@@ -227,7 +223,6 @@ class ReliftState(NamedTuple):
 
 
 @published(
-    "relift",
     "ReLIFT: interleaved online fine-tuning",
     paper="Learning What Reinforcement Learning Can't: Interleaved Online Fine-Tuning for "
     "Hardest Questions",
@@ -265,7 +260,6 @@ class Relift:
 
 
 @published(
-    "drw",
     "Deferred re-weighting (LDAM-DRW)",
     arxiv="1906.07413",
     level="step",
@@ -285,7 +279,6 @@ def drw(
 
 
 @published(
-    "dynamic_loss_reweighting",
     "Dynamic loss-based sample reweighting: burn-in",
     arxiv="2502.06733",
     level="step",
@@ -306,7 +299,6 @@ def dynamic_loss_reweighting(
 
 
 @published(
-    "hapo_temperature",
     "Heterogeneous Adaptive Policy Optimization: the sampler's temperature",
     arxiv="2509.16591",
     level="token",
@@ -355,7 +347,6 @@ def hapo_temperature(
 
 
 @published(
-    "canon",
     "CANON: the weight of the inter-group comparison",
     arxiv="2509.23962",
     level="step",
@@ -409,7 +400,6 @@ class BetaDpoState(NamedTuple):
 
 
 @published(
-    "beta_dpo",
     "β-DPO: a β for each batch",
     paper="β-DPO: Direct Preference Optimization with Dynamic β",
     arxiv="2407.08639",
@@ -451,7 +441,6 @@ class AdaptiveEntropyState(NamedTuple):
 
 
 @published(
-    "adaptive_entropy",
     "Adaptive entropy control (Skywork-OR1)",
     paper="Skywork Open Reasoner 1 Technical Report",
     arxiv="2505.22312",

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 
 @published(
-    "grpo_passk",
     "Pass@k by the best response alone (verl's grpo_passk)",
     paper="Optimizing Language Models for Inference Time Objectives using Reinforcement Learning",
     arxiv="2503.19595",
@@ -47,7 +46,6 @@ def grpo_passk(
 
 
 @published(
-    "passk_training",
     "Pass@k Training: analytical advantage",
     paper="Pass@k Training for Adaptively Balancing Exploration and Exploitation of Large "
     "Reasoning Models",
@@ -87,7 +85,6 @@ def passk_training(
 
 
 @published(
-    "maxrl",
     "Maximum likelihood RL (MaxRL)",
     paper="Maximum Likelihood Reinforcement Learning",
     arxiv="2602.02710",
@@ -111,7 +108,6 @@ def maxrl(
 
 
 @published(
-    "psr_nsr",
     "Positive and negative sample reinforcement (PSR, NSR, W-REINFORCE)",
     paper="The Surprising Effectiveness of Negative Reinforcement in LLM Reasoning",
     arxiv="2506.01347",

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 
 @published(
-    "grpo_lead",
     "GRPO-LEAD",
     arxiv="2504.09696",
     level="group",
@@ -58,7 +57,6 @@ def grpo_lead(
 
 
 @published(
-    "mapo_mixed",
     "Mixed Advantage Policy Optimization (MAPO)",
     paper="MAPO: Mixed Advantage Policy Optimization",
     arxiv="2509.18849",
@@ -98,7 +96,6 @@ def mapo_mixed(
 
 
 @published(
-    "difficulty_prior",
     "Difficulty-prior advantage differentiation",
     paper="Unlocking the Potential of Difficulty Prior in RL-based Multimodal Reasoning",
     arxiv="2505.13261",
@@ -130,7 +127,6 @@ def difficulty_prior(
 
 
 @published(
-    "ngrpo",
     "Negative-enhanced GRPO",
     arxiv="2509.18851",
     level="group",
@@ -165,7 +161,6 @@ def ngrpo(
 
 
 @published(
-    "lens",
     "Likelihood Estimation with Negative Samples",
     paper="Don't Waste Mistakes: Leveraging Negative RL-Groups via Confidence Reweighting",
     arxiv="2510.08696",

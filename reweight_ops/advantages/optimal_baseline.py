@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-@published(
-    "otb", "Optimal Token Baseline (OTB)", arxiv="2602.07078", certainty="secondary", level="token"
-)
+@published("Optimal Token Baseline (OTB)", arxiv="2602.07078", certainty="secondary", level="token")
 def otb(
     rewards: Tensor,
     completion_mask: Tensor,
@@ -60,7 +58,6 @@ def otb(
 
 
 @published(
-    "tir_otb",
     "Optimal Token Baseline of tool-integrated reasoning (TIR-OTB)",
     arxiv="2602.07078",
     certainty="secondary",

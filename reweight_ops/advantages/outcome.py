@@ -41,7 +41,6 @@ def singletons(g: Grouped, advantages: Tensor, singleton: str) -> Tensor:
 
 
 @published(
-    "grpo",
     "Group Relative Policy Optimization",
     arxiv="2402.03300",
     level="group",
@@ -86,7 +85,6 @@ def grpo(
 
 
 @published(
-    "dr_grpo",
     "GRPO Done Right",
     arxiv="2503.20783",
     level="group",
@@ -100,7 +98,6 @@ def dr_grpo(rewards: Tensor, *, singleton: str = "zero", **groups: Unpack[GroupK
 
 
 @published(
-    "gdpo",
     "Group reward-Decoupled Normalization Policy Optimization",
     paper="GDPO: Group reward-Decoupled Normalization Policy Optimization for Multi-reward RL "
     "Optimization",
@@ -146,7 +143,6 @@ def gdpo(
 
 
 @published(
-    "rloo",
     "REINFORCE Leave-One-Out",
     paper="Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human "
     "Feedback in LLMs",
@@ -187,7 +183,6 @@ def rloo(
 
 
 @published(
-    "opo",
     "On-Policy RL with Optimal reward baseline",
     paper="On-Policy RL with Optimal Reward Baseline",
     arxiv="2505.23585",
@@ -209,7 +204,6 @@ def opo(
 
 
 @published(
-    "aapo",
     "Advantage-Augmented Policy Optimization",
     paper="AAPO: Enhance the Reasoning Capabilities of LLMs with Advantage Momentum",
     arxiv="2505.14264",
@@ -242,7 +236,6 @@ def aapo(
 
 
 @published(
-    "pvpo",
     "Pre-estimated Value-based Policy Optimization",
     paper="PVPO: Pre-Estimated Value-Based Policy Optimization for Agentic Reasoning",
     arxiv="2508.21104",
@@ -269,7 +262,6 @@ def pvpo(rewards: Tensor, reference_rewards: Tensor, **groups: Unpack[GroupKeywo
 
 
 @published(
-    "qae",
     "Quantile Advantage Estimation",
     paper="Quantile Advantage Estimation for Entropy-Safe Reasoning",
     arxiv="2509.22611",
@@ -308,7 +300,6 @@ def qae(
 
 
 @published(
-    "lite_ppo",
     "Lite PPO",
     paper="Part I: Tricks or Traps? A Deep Dive into RL for LLM Reasoning",
     arxiv="2508.08221",
@@ -329,7 +320,6 @@ def lite_ppo(
 
 
 @published(
-    "gpg",
     "Group Policy Gradient: the advantage",
     arxiv="2504.02546",
     certainty="secondary",
@@ -355,7 +345,6 @@ def gpg(
 
 
 @published(
-    "a_star_po",
     "A*-PO: the optimal advantage",
     arxiv="2505.20686",
     certainty="secondary",

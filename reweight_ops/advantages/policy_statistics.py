@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 
 @published(
-    "canon",
     "Conditional Advantage Estimation",
     arxiv="2509.23962",
     level="group",
@@ -70,7 +69,6 @@ def canon(
 
 
 @published(
-    "edge_grpo",
     "Entropy-Driven GRPO",
     paper="EDGE-GRPO: Entropy-Driven GRPO with Guided Error Correction for Advantage Diversity",
     arxiv="2507.21848",

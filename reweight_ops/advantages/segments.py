@@ -62,7 +62,7 @@ def spo_segments(
     return SpoSegments(segments, segments.amax(-1) if segments.shape[-1] else seen.sum(-1))
 
 
-@published("spo_chain", "Segment Policy Optimization, chain", arxiv="2505.23564", level="segment")
+@published("Segment Policy Optimization, chain", arxiv="2505.23564", level="segment")
 def spo_chain(
     values: Tensor, rewards: Tensor, segments: SpoSegments, completion_mask: Tensor
 ) -> Tensor:
@@ -109,7 +109,6 @@ def spo_chain(
 
 
 @published(
-    "spo_tree",
     "Segment Policy Optimization, tree",
     arxiv="2505.23564",
     level="segment",
@@ -161,7 +160,6 @@ def _normalized(g: Grouped, norm: str, epsilon: float) -> Tensor:
 
 
 @published(
-    "gigpo",
     "Group-in-Group Policy Optimization",
     paper="Group-in-Group Policy Optimization for LLM Agent Training",
     arxiv="2505.10978",

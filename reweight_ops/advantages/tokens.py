@@ -109,7 +109,6 @@ def _gae(
 
 
 @published(
-    "gae",
     "Generalized Advantage Estimation",
     paper="High-Dimensional Continuous Control Using Generalized Advantage Estimation",
     arxiv="1506.02438",
@@ -139,7 +138,6 @@ def gae(
 
 
 @published(
-    "decoupled_gae",
     "Value-Calibrated PPO (VC-PPO): decoupled GAE",
     paper="What's Behind PPO's Collapse in Long-CoT? Value Optimization Holds the Secret",
     arxiv="2503.01491",
@@ -172,7 +170,7 @@ def decoupled_gae(
     return Gae(whiten(advantages, mask) if whitened else advantages, returns)
 
 
-@published("reinforce_plus_plus", "REINFORCE++", arxiv="2501.03262", level="token")
+@published("REINFORCE++", arxiv="2501.03262", level="token")
 def reinforce_plus_plus(
     rewards: Tensor, completion_mask: Tensor, *, gamma: Unit[float] = 1.0
 ) -> Tensor:
@@ -186,9 +184,7 @@ def reinforce_plus_plus(
     return whiten(discounted_returns(rewards, mask, gamma=gamma), mask)
 
 
-@published(
-    "reinforce_plus_plus_baseline", "REINFORCE++-baseline", arxiv="2501.03262", level="token"
-)
+@published("REINFORCE++-baseline", arxiv="2501.03262", level="token")
 def reinforce_plus_plus_baseline(
     rewards: Tensor,
     completion_mask: Tensor,
@@ -216,7 +212,6 @@ def reinforce_plus_plus_baseline(
 
 
 @published(
-    "remax",
     "ReMax",
     paper="ReMax: A Simple, Effective, and Efficient Reinforcement Learning Method for Aligning "
     "Large Language Models",
@@ -268,7 +263,6 @@ def remax(
 
 
 @published(
-    "hapo",
     "Heterogeneous Adaptive Policy Optimization: token-level group average",
     arxiv="2509.16591",
     level="group",

@@ -51,7 +51,6 @@ def _label(ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @published(
-    "symmetric_cross_entropy",
     "Symmetric cross-entropy with a mean teacher",
     level="token",
     plan="two passes",
@@ -70,7 +69,6 @@ def symmetric_cross_entropy(
 
 
 @published(
-    "confidence_masked_kl",
     "Confidence-masked consistency (UDA)",
     level="token",
     plan="two passes",
@@ -115,7 +113,6 @@ def confidence_masked_kl(
 
 
 @published(
-    "kd",
     "Knowledge distillation beside the labels",
     level="token",
     plan="two passes",
@@ -158,7 +155,6 @@ def kd(
 
 
 @published(
-    "superhf",
     "SuperHF: likelihood of the best completions with a KL prior",
     level="token",
     plan="two passes",
@@ -192,7 +188,6 @@ def superhf(
 
 
 @published(
-    "pld",
     "Plackett-Luce Distillation",
     level="token",
     plan="composite",
@@ -246,7 +241,6 @@ def pld(
 
 
 @published(
-    "dhkd",
     "Dual-Head Knowledge Distillation (the auxiliary head's loss)",
     level="token",
     plan="composite",
@@ -293,7 +287,6 @@ def dhkd(
 
 
 @published(
-    "ldr",
     "Label-distributionally robust loss (LDR-KL)",
     level="token",
     plan="two passes",
@@ -336,7 +329,7 @@ def ldr(
 
 
 @published(
-    "aldr", "Adaptive LDR-KL", level="sample", plan="two passes", arxiv="2112.14869",
+    "Adaptive LDR-KL", level="sample", plan="two passes", arxiv="2112.14869",
 )  # fmt: skip
 def aldr(
     entropies: Tensor,
@@ -360,7 +353,7 @@ def aldr(
 
 
 @published(
-    "stablemax", "StableMax cross-entropy", level="token", plan="composite", arxiv="2501.04697",
+    "StableMax cross-entropy", level="token", plan="composite", arxiv="2501.04697",
     paper="Grokking at the Edge of Numerical Stability",
 )  # fmt: skip
 @by_ranks

@@ -23,7 +23,6 @@ from .penalties import entropy, kl
 
 
 @published(
-    "ppo",
     "Proximal Policy Optimization",
     paper="Proximal Policy Optimization Algorithms",
     arxiv="1707.06347",
@@ -45,7 +44,6 @@ def ppo(
 
 
 @published(
-    "dual_clip_ppo",
     "Dual-clip PPO",
     paper="Mastering Complex Control in MOBA Games with Deep Reinforcement Learning",
     arxiv="1912.09729",
@@ -65,7 +63,6 @@ def dual_clip_ppo(
 
 
 @published(
-    "grpo",
     "Group Relative Policy Optimization",
     arxiv="2402.03300",
 )
@@ -90,7 +87,7 @@ def grpo(
     )
 
 
-@published("dr_grpo", "GRPO Done Right", arxiv="2503.20783")
+@published("GRPO Done Right", arxiv="2503.20783")
 def dr_grpo(
     horizon: Positive[float] | None = None,
     epsilon_low: NonNegativeOrInf[Number] = 0.2,
@@ -112,7 +109,6 @@ def dr_grpo(
 
 
 @published(
-    "dapo",
     "Decoupled Clip and Dynamic Sampling Policy Optimization",
     arxiv="2503.14476",
 )
@@ -131,7 +127,6 @@ def dapo(
 
 
 @published(
-    "cispo",
     "Clipped IS-weight Policy Optimization",
     paper="MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention",
     arxiv="2506.13585",
@@ -155,7 +150,6 @@ def cispo(
 
 
 @published(
-    "sapo",
     "Soft Adaptive Policy Optimization",
     paper="Soft Adaptive Policy Optimization",
     arxiv="2511.20347",
@@ -173,7 +167,6 @@ def sapo(
 
 
 @published(
-    "dppo_tv",
     "Divergence PPO, total variation",
     arxiv="2602.04879",
     certainty="secondary",
@@ -196,7 +189,6 @@ def dppo_tv(
 
 
 @published(
-    "reinforce",
     "REINFORCE",
     paper="Simple statistical gradient-following algorithms for connectionist reinforcement "
     "learning",
@@ -209,7 +201,7 @@ def reinforce(entropy_coef: Real[Number] = 0.0) -> PolicyLossSpec:
     return PolicyLossSpec(surrogate=Reinforce(), penalties=entropy(entropy_coef), name="reinforce")
 
 
-@published("gpg", "Group Policy Gradient", arxiv="2504.02546")
+@published("Group Policy Gradient", arxiv="2504.02546")
 def gpg() -> PolicyLossSpec:
     """``-A·logp``, token mean over the batch.
 
@@ -220,7 +212,6 @@ def gpg() -> PolicyLossSpec:
 
 
 @published(
-    "ngrpo",
     "Negative-enhanced GRPO (NGRPO)",
     arxiv="2509.18851",
 )

@@ -55,7 +55,6 @@ _NOT_GATHERED = (
 
 
 @published(
-    "disco",
     "Discriminative Constrained Optimization (DisCO)",
     paper="DisCO: Reinforcing Large Reasoning Models with Discriminative Constrained Optimization",
     arxiv="2505.12366",
@@ -101,7 +100,6 @@ def disco(
 
 
 @published(
-    "drpo",
     "Decoupled Reward Policy Optimization (DRPO)",
     paper="DRPO: Efficient Reasoning via Decoupled Reward Policy Optimization",
     arxiv="2510.04474",
@@ -148,7 +146,6 @@ def drpo(
 
 
 @published(
-    "real",
     "REAL: rewards as labels",
     paper="Rewards as Labels: Revisiting RLVR from a Classification Perspective",
     arxiv="2602.05630",
@@ -181,7 +178,6 @@ def real(
 
 
 @published(
-    "grpo_guard",
     "GRPO-Guard, on tokens",
     paper="GRPO-Guard: Mitigating Implicit Over-Optimization in Flow Matching via Regulated "
     "Clipping",
@@ -210,7 +206,6 @@ def grpo_guard(
 
 
 @published(
-    "awm",
     "Advantage Weighted Matching, on tokens",
     paper="Advantage Weighted Matching: Aligning RL with Pretraining in Diffusion Models",
     arxiv="2509.25050",

@@ -24,7 +24,7 @@ class KlCov(Rule):
         return -xp.exp(t.log_ratio) * t.adv + self.kl_coef * xp.abs(t.log_ratio)
 
 
-@published("clip_cov", "Clip-Cov", arxiv="2505.22617", certainty="secondary", level="batch")
+@published("Clip-Cov", arxiv="2505.22617", certainty="secondary", level="batch")
 def clip_cov(
     fraction: Unit[Number] = 2e-4,
     lower: Real[Number] = 1.0,
@@ -45,7 +45,7 @@ def clip_cov(
     return PolicyLossSpec(surrogate=Clip(**bounds), weights=(chosen,), name="clip_cov")
 
 
-@published("kl_cov", "KL-Cov", arxiv="2505.22617", certainty="secondary", level="batch")
+@published("KL-Cov", arxiv="2505.22617", certainty="secondary", level="batch")
 def kl_cov(fraction: Unit[Number] = 2e-4, kl_coef: NonNegative[Number] = 1.0) -> PolicyLossSpec:
     """``-r·A``, plus ``kl_coef·|log r|`` for the ``fraction`` of the tokens with the
     largest ``(A - mean A)·(logp - mean logp)``; token mean.

@@ -34,7 +34,6 @@ class DppoKL(DppoTV):
 
 
 @published(
-    "dppo_kl",
     "Divergence PPO, binary KL",
     arxiv="2602.04879",
     certainty="secondary",

@@ -24,7 +24,6 @@ class Dro(Rule):
 
 
 @published(
-    "dro",
     "Direct Reward Optimisation (DRO)",
     paper="Offline Regularised Reinforcement Learning for Large Language Models Alignment",
     arxiv="2405.19107",

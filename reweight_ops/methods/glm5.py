@@ -25,7 +25,6 @@ class RatioMask(Rule):
 
 
 @published(
-    "glm5",
     "GLM-5's double-sided mask",
     paper="GLM-5: from Vibe Coding to Agentic Engineering",
     arxiv="2602.15763",

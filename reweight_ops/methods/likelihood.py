@@ -23,14 +23,13 @@ from .penalties import is_zero
 _LABELS = SignWeight(positive=0.0, negative=1.0), SignWeight(positive=1.0, negative=0.0)
 
 
-@published("sft", "Supervised fine-tuning", arxiv="2304.07288")
+@published("Supervised fine-tuning", arxiv="2304.07288")
 def sft() -> PolicyLossSpec:
     """``-logp``, token mean: the cross-entropy, ``comp_sum(tau=1)``."""
     return PolicyLossSpec(surrogate=NLL(), name="sft")
 
 
 @published(
-    "dft",
     "Dynamic Fine-Tuning",
     paper="On the Generalization of SFT: A Reinforcement Learning Perspective with Reward "
     "Rectification",
@@ -49,7 +48,6 @@ def dft() -> PolicyLossSpec:
 
 
 @published(
-    "comp_sum",
     "Comp-sum losses",
     arxiv="2304.07288",
     certainty="secondary",
@@ -65,7 +63,6 @@ def comp_sum(tau: NonNegative[Number]) -> PolicyLossSpec:
 
 
 @published(
-    "gce",
     "Generalized Cross Entropy",
     paper="Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels",
     arxiv="1805.07836",
@@ -78,7 +75,6 @@ def gce(q: Annotated[float, Interval("(0, 1]")] = 0.7) -> PolicyLossSpec:
 
 
 @published(
-    "mae",
     "Mean absolute error",
     arxiv="2304.07288",
     certainty="secondary",
@@ -91,7 +87,6 @@ def mae() -> PolicyLossSpec:
 
 
 @published(
-    "ldam",
     "Label-Distribution-Aware Margin loss",
     arxiv="1906.07413",
     example={"margin": 0.5},
@@ -108,7 +103,7 @@ def ldam(margin: NonNegative[Number]) -> PolicyLossSpec:
     return PolicyLossSpec(surrogate=MarginNLL(margin=margin), name="ldam")
 
 
-@published("gradient_ascent", "Gradient ascent (unlearning)", arxiv="2410.17509")
+@published("Gradient ascent (unlearning)", arxiv="2410.17509")
 def gradient_ascent() -> PolicyLossSpec:
     """``logp``, token mean over the tokens to forget: minus their cross-entropy. It is
     unbounded below.
@@ -116,9 +111,7 @@ def gradient_ascent() -> PolicyLossSpec:
     return PolicyLossSpec(surrogate=LikelihoodAscent(), name="gradient_ascent")
 
 
-@published(
-    "grad_diff", "Gradient difference (unlearning)", arxiv="2410.17509", example={"gamma": 1.0}
-)
+@published("Gradient difference (unlearning)", arxiv="2410.17509", example={"gamma": 1.0})
 def grad_diff(gamma: NonNegative[Number]) -> PolicyLossSpec:
     """``-NLL(forget) + γ·NLL(retain)``, each the mean over its own tokens, for one
     batch with both.
@@ -138,7 +131,6 @@ def grad_diff(gamma: NonNegative[Number]) -> PolicyLossSpec:
 
 
 @published(
-    "npo",
     "Negative Preference Optimization",
     paper="Negative Preference Optimization: From Catastrophic Collapse to Effective Unlearning",
     arxiv="2404.05868",

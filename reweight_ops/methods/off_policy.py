@@ -19,7 +19,6 @@ from .dro import Dro
 
 
 @published(
-    "topr",
     "Tapered Off-Policy REINFORCE",
     paper="Tapered Off-Policy REINFORCE: Stable and efficient reinforcement learning for LLMs",
     arxiv="2503.14286",
@@ -47,7 +46,6 @@ def topr(level: str = "sequence", ratio_max: Positive[Number] = 1.0) -> PolicyLo
 
 
 @published(
-    "kimi_opmd",
     "Online Policy Mirror Descent (Kimi k1.5)",
     paper="Kimi k1.5: Scaling Reinforcement Learning with LLMs",
     arxiv="2501.12599",
@@ -79,7 +77,6 @@ def kimi_opmd(tau: NonNegative[Number] = 0.1, level: str = "sequence") -> Policy
 
 
 @published(
-    "decoupled_ppo",
     "Decoupled PPO (AReaL)",
     paper="AReaL: A Large-Scale Asynchronous Reinforcement Learning System for Language Reasoning",
     arxiv="2505.24298",

@@ -17,7 +17,6 @@ from ..weights.probability import SignWeight
 
 
 @published(
-    "scale_rl",
     "ScaleRL's loss: CISPO with a prompt average",
     paper="The Art of Scaling Reinforcement Learning Compute for LLMs",
     arxiv="2510.13786",
@@ -42,7 +41,6 @@ def scale_rl(
 
 
 @published(
-    "vapo",
     "VAPO's policy loss: clip-higher with an NLL of correct responses",
     paper="VAPO: Efficient and Reliable Reinforcement Learning for Advanced Reasoning Tasks",
     arxiv="2504.05118",

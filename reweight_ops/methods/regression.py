@@ -48,7 +48,6 @@ def _against_reference() -> SequenceRatio:
 
 
 @published(
-    "a_star_po",
     "A*-PO: optimal advantage regression",
     arxiv="2505.20686",
     certainty="secondary",
@@ -69,7 +68,6 @@ def a_star_po(beta: Positive[Number] = 1e-3) -> PolicyLossSpec:
 
 
 @published(
-    "kto",
     "Kahneman-Tversky Optimization (KTO)",
     paper="KTO: Model Alignment as Prospect Theoretic Optimization",
     arxiv="2402.01306",

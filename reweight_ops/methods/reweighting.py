@@ -58,7 +58,7 @@ def _clip(epsilon_low: Number, epsilon_high: Number, clip_ratio_c: Number | None
     return DualClip(epsilon_low=epsilon_low, epsilon_high=epsilon_high, clip_ratio_c=clip_ratio_c)
 
 
-@published("advantage_reweighting", "Advantage Reweighting (AR)", arxiv="2505.12929")
+@published("Advantage Reweighting (AR)", arxiv="2505.12929")
 def advantage_reweighting(
     alpha: Unit[Number] = 0.3,
     probabilities: str = "old",
@@ -139,7 +139,7 @@ def advantage_reweighting(
     )
 
 
-@published("lopti", "Low-Probability Token Isolation (Lopti)", arxiv="2505.12929")
+@published("Low-Probability Token Isolation (Lopti)", arxiv="2505.12929")
 def lopti(
     half: str = "low",
     eta: Unit[Number] = 0.5,
@@ -186,7 +186,6 @@ def lopti(
 
 
 @published(
-    "top_entropy",
     "Forking-token GRPO (80/20)",
     paper="Beyond the 80/20 Rule: High-Entropy Minority Tokens Drive Effective Reinforcement "
     "Learning for LLM Reasoning",
@@ -207,7 +206,6 @@ def top_entropy(
 
 
 @published(
-    "hapo",
     "Heterogeneous Adaptive Policy Optimization (HAPO)",
     arxiv="2509.16591",
 )

@@ -13,7 +13,7 @@ from ..weights.importance import OffPolicySequenceMask, SamplerSequenceMask, Seq
 from .penalties import kl
 
 
-@published("gspo", "Group Sequence Policy Optimization", arxiv="2507.18071")
+@published("Group Sequence Policy Optimization", arxiv="2507.18071")
 def gspo(
     epsilon_low: NonNegativeOrInf[Number] = 3e-4,
     epsilon_high: NonNegativeOrInf[Number] = 4e-4,
@@ -32,7 +32,7 @@ def gspo(
     )
 
 
-@published("gspo_token", "GSPO, token-level variant", arxiv="2507.18071")
+@published("GSPO, token-level variant", arxiv="2507.18071")
 def gspo_token(
     epsilon_low: NonNegativeOrInf[Number] = 3e-4,
     epsilon_high: NonNegativeOrInf[Number] = 4e-4,
@@ -49,7 +49,6 @@ def gspo_token(
 
 
 @published(
-    "luspo",
     "Length-Unbiased Sequence Policy Optimization",
     paper="Length-Unbiased Sequence Policy Optimization: Revealing and Controlling Response "
     "Length Variation in RLVR",
@@ -75,7 +74,6 @@ def luspo(
 
 
 @published(
-    "gmpo",
     "Geometric-Mean Policy Optimization",
     paper="Geometric-Mean Policy Optimization",
     arxiv="2507.20673",
@@ -104,7 +102,6 @@ def gmpo(
 
 
 @published(
-    "vespo",
     "Variational Sequence-level Soft Policy Optimization",
     paper="VESPO: Variational Sequence-Level Soft Policy Optimization for Stable Off-Policy LLM "
     "Training",
@@ -132,7 +129,6 @@ def vespo(
 
 
 @published(
-    "opsm",
     "Off-Policy Sequence Masking",
     paper="DeepSeek-V3.2: Pushing the Frontier of Open Large Language Models",
     arxiv="2512.02556",

@@ -41,7 +41,6 @@ class TeacherReinforce(Rule):
 
 
 @published(
-    "sdar",
     "SDAR: self-distilled agentic RL",
     paper="Self-Distilled Agentic Reinforcement Learning",
     arxiv="2605.15155",
@@ -66,7 +65,6 @@ def sdar(
 
 
 @published(
-    "opd",
     "On-policy distillation as policy gradient",
     paper="On-Policy Distillation",
     arxiv="unknown",
@@ -84,7 +82,6 @@ def opd() -> PolicyLossSpec:
 
 
 @published(
-    "iw_opd",
     "Importance-Weighted On-Policy Distillation (IW-OPD)",
     paper="On the Position Bias of On-Policy Distillation",
     arxiv="2606.22600",

@@ -27,7 +27,6 @@ from .penalties import is_zero
 
 
 @published(
-    "two_sided_clip",
     "Two-sided GRPO clipping (INTELLECT-2)",
     paper="INTELLECT-2: A Reasoning Model Trained Through Globally Decentralized Reinforcement "
     "Learning",
@@ -51,7 +50,6 @@ def two_sided_clip(
 
 
 @published(
-    "m2po",
     "Second-Moment Trust Policy Optimization (M2PO)",
     arxiv="2510.01161",
     level="batch",
@@ -80,7 +78,6 @@ def m2po(
 
 
 @published(
-    "ctpo",
     "Cumulative Token Policy Optimization (CTPO)",
     paper="Rethinking Importance Sampling in LLM Policy Optimization: A Cumulative Token "
     "Perspective",
@@ -111,7 +108,6 @@ def ctpo(
 
 
 @published(
-    "prime_rl",
     "prime-rl's losses: DPPO or IPO masks with the KL of Kimi K2.5",
     paper="Kimi K2.5: Visual Agentic Intelligence",
     arxiv="2602.02276",
@@ -154,7 +150,6 @@ def prime_rl(
 
 
 @published(
-    "fipo",
     "Future-KL Influenced Policy Optimization (FIPO)",
     arxiv="2603.19835",
     certainty="secondary",

@@ -17,7 +17,6 @@ from .scores import AlphaLikelihood, Likelihood
 
 
 @published(
-    "f_dpo",
     "f-DPO: DPO with another divergence",
     level="pair",
     plan="two passes",
@@ -41,7 +40,6 @@ def f_dpo(
 
 
 @published(
-    "ld_dpo",
     "Length-Desensitization DPO (LD-DPO)",
     level="pair",
     plan="two passes",
@@ -58,7 +56,6 @@ def ld_dpo(ld_alpha: Unit[float], beta: Positive[Number] = 0.1) -> PairSpec:
 
 
 @published(
-    "aot",
     "Alignment via Optimal Transport (AOT)",
     level="batch",
     plan="two passes",
@@ -84,7 +81,6 @@ def aot(
 
 
 @published(
-    "irpo",
     "Iterative Reasoning Preference Optimization (IRPO)",
     level="pair",
     plan="two passes",
@@ -104,7 +100,6 @@ def irpo(beta: Positive[Number] = 0.1, alpha: NonNegative[Number] = 1.0) -> Pair
 
 
 @published(
-    "mpo",
     "Mixed Preference Optimization (MPO)",
     level="pair",
     plan="two passes",
@@ -136,7 +131,6 @@ def mpo(
 
 
 @published(
-    "alpha_po",
     "AlphaPO: a reward of another shape",
     level="pair",
     plan="two passes",
@@ -163,7 +157,6 @@ def alpha_po(
 
 
 @published(
-    "tpo",
     "Triple Preference Optimization (TPO)",
     level="pair",
     plan="two passes",

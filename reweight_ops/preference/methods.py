@@ -44,7 +44,7 @@ def _terms(*losses: PairLoss | tuple[PairLoss, Number]) -> tuple[PairTerm, ...]:
 
 
 @published(
-    "dpo", "Direct Preference Optimization", level="pair", plan="two passes", arxiv="2305.18290",
+    "Direct Preference Optimization", level="pair", plan="two passes", arxiv="2305.18290",
     paper="Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
 )  # fmt: skip
 def dpo(
@@ -64,7 +64,6 @@ def dpo(
 
 
 @published(
-    "cdpo",
     "Conservative DPO",
     level="pair",
     plan="two passes",
@@ -82,7 +81,6 @@ def cdpo(
 
 
 @published(
-    "robust_dpo",
     "Robust DPO (rDPO)",
     level="pair",
     plan="two passes",
@@ -102,7 +100,6 @@ def robust_dpo(
 
 
 @published(
-    "hinge",
     "SLiC-HF's hinge on DPO's margin",
     level="pair",
     plan="two passes",
@@ -118,7 +115,6 @@ def hinge(beta: Positive[Number] = 0.1) -> PairSpec:
 
 
 @published(
-    "ipo",
     "Identity Preference Optimization",
     level="pair",
     plan="two passes",
@@ -137,7 +133,6 @@ def ipo(beta: Positive[Number] = 0.1, average: bool = True) -> PairSpec:
 
 
 @published(
-    "exo",
     "Efficient Exact Optimization (pairs)",
     level="pair",
     plan="two passes",
@@ -153,7 +148,6 @@ def exo(
 
 
 @published(
-    "nca",
     "Noise Contrastive Alignment (pairs)",
     level="pair",
     plan="two passes",
@@ -169,7 +163,6 @@ def nca(beta: Positive[Number] = 0.1) -> PairSpec:
 
 
 @published(
-    "bco",
     "Binary Classifier Optimization (pairs)",
     level="pair",
     plan="two passes",
@@ -185,7 +178,6 @@ def bco(beta: Positive[Number] = 0.1) -> PairSpec:
 
 
 @published(
-    "sppo",
     "Self-Play Preference Optimization (hard labels)",
     level="pair",
     plan="two passes",
@@ -201,7 +193,6 @@ def sppo(beta: Positive[Number] = 0.1) -> PairSpec:
 
 
 @published(
-    "apo",
     "Anchored Preference Optimization",
     level="pair",
     plan="two passes",
@@ -221,7 +212,6 @@ def apo(beta: Positive[Number] = 0.1, anchor: str = "zero") -> PairSpec:
 
 
 @published(
-    "discopop",
     "Discovered Preference Optimization (DiscoPOP)",
     level="pair",
     plan="two passes",
@@ -235,7 +225,6 @@ def discopop(beta: Positive[Number] = 0.1, tau: Positive[Number] = 0.05) -> Pair
 
 
 @published(
-    "simpo",
     "Simple Preference Optimization",
     level="pair",
     plan="two passes",
@@ -253,7 +242,6 @@ def simpo(beta: Positive[Number] = 2.0, gamma: NonNegative[Number] = 1.0) -> Pai
 
 
 @published(
-    "cpo",
     "Contrastive Preference Optimization",
     level="pair",
     plan="two passes",
@@ -271,7 +259,6 @@ def cpo(beta: Positive[Number] = 0.1, cpo_alpha: NonNegative[Number] = 1.0) -> P
 
 
 @published(
-    "orpo",
     "Odds Ratio Preference Optimization",
     level="pair",
     plan="two passes",
@@ -290,7 +277,6 @@ def orpo(beta: Positive[Number] = 0.1) -> PairSpec:
 
 
 @published(
-    "dpo_gamma",
     "DPO^γ",
     level="pair",
     plan="two passes",
@@ -307,7 +293,6 @@ def dpo_gamma(gamma: NonNegative[Number], beta: Positive[Number] = 0.1) -> PairS
 
 
 @published(
-    "unlikelihood",
     "Unlikelihood on the rejected sequence",
     level="pair",
     plan="two passes",
@@ -325,7 +310,6 @@ def unlikelihood(beta: Positive[Number] = 0.1) -> PairSpec:
 
 
 @published(
-    "no_sft_ratio_w_unlikelihood",
     "Unlikelihood on the rejected sequence, without a reference",
     level="pair",
     plan="two passes",
@@ -344,7 +328,6 @@ def no_sft_ratio_w_unlikelihood(beta: Positive[Number] = 0.1) -> PairSpec:
 
 
 @published(
-    "wpo",
     "Weighted Preference Optimization",
     level="token to pair",
     plan="two passes",
@@ -367,7 +350,6 @@ def wpo(
 
 
 @published(
-    "madpo",
     "Margin-Adaptive DPO",
     level="pair",
     plan="two passes",
@@ -397,7 +379,6 @@ def madpo(
 
 
 @published(
-    "rpo",
     "Regularized Preference Optimization",
     level="pair",
     plan="two passes",
@@ -435,7 +416,6 @@ def rpo(
 
 
 @published(
-    "inpo",
     "Iterative Nash Policy Optimization",
     level="pair",
     plan="two passes",
@@ -456,7 +436,6 @@ def inpo(eta: Positive[float] = 7.5e-3, tau: Positive[float] = 2.5e-3) -> PairSp
 
 
 @published(
-    "cream",
     "Consistency Regularized Self-Rewarding",
     level="pair",
     plan="two passes",
@@ -474,7 +453,6 @@ def cream(beta: Positive[Number] = 0.1) -> PairSpec:
 
 
 @published(
-    "mcts_dpo",
     "MCTS-enhanced iterative preference learning",
     level="step",
     plan="two passes",
@@ -502,7 +480,6 @@ def mcts_dpo(beta: Positive[Number] = 0.1, loss: str = "conservative") -> PairSp
 
 
 @published(
-    "sparse_po",
     "SparsePO and MaPO (token masks)",
     level="token",
     plan="two passes",
@@ -538,7 +515,6 @@ def sparse_po(
 
 
 @published(
-    "ens_loss",
     "EnsLoss on DPO's margin",
     level="pair",
     plan="two passes",
@@ -561,7 +537,6 @@ def ens_loss(beta: Positive[Number] = 0.1, box_cox: Real[float] = 0.0) -> PairSp
 
 
 @published(
-    "rank_list",
     "RankList on implicit rewards",
     level="list",
     plan="two passes",
@@ -599,7 +574,6 @@ def rank_list(
 
 
 @published(
-    "scir",
     "Self-Consistency of Internal Rewards",
     level="pair",
     plan="two passes",

@@ -18,8 +18,8 @@ from .._core.ranges import (
 
 
 @published(
-    "fipo",
     "Future-KL Influenced Policy Optimization: the influence weight",
+    name="fipo",
     arxiv="2603.19835",
     certainty="secondary",
     level="token",
@@ -77,8 +77,8 @@ def _evidence(self, xp, t):
 
 
 @published(
-    "rlsd",
     "RLSD: self-distilled RLVR",
+    name="rlsd",
     paper="Self-Distilled RLVR",
     arxiv="2604.03128",
     certainty="secondary",
@@ -115,8 +115,8 @@ class NegativeSelfDistilledEvidence(TokenWeight):
 
 
 @published(
-    "tr_grpo",
     "Token-Regulated GRPO (TR-GRPO): the token weight",
+    name="tr_grpo",
     paper="Token-Regulated Group Relative Policy Optimization for Stable Reinforcement Learning "
     "in Large Language Models",
     arxiv="2511.00066",
@@ -147,8 +147,8 @@ class TokenRegulation(TokenWeight):
 
 
 @published(
-    "stapo",
     "STAPO: silencing spurious tokens (S2T)",
+    name="stapo",
     paper="STAPO: Stabilizing Reinforcement Learning for LLMs by Silencing Rare Spurious Tokens",
     arxiv="2602.15620",
     level="token",

@@ -46,8 +46,8 @@ class TopEntropy(TokenWeight):
 
 
 @published(
-    "d3s",
     "Dynamic Dual-level Down-Sampling, token level",
+    name="d3s",
     arxiv="2509.22115",
     certainty="secondary",
     level="token",
@@ -132,7 +132,6 @@ class SteerExponential(_Steer):
 
 
 @published(
-    "steer",
     "Stabilizing Token-level Entropy-changE via Reweighting (STEER)",
     paper="Rethinking Entropy Interventions in RLVR: An Entropy Change Perspective",
     arxiv="2510.10150",
@@ -237,7 +236,6 @@ class HapoUpper(_Hapo):
 
 
 @published(
-    "hapo_redistribution",
     "HAPO's differential advantage redistribution",
     arxiv="2509.16591",
     level="token",

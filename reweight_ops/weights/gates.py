@@ -75,7 +75,6 @@ class SequenceTotalVariationGate(TokenWeight):
 
 
 @published(
-    "divergence_gate",
     "Divergence-gated rollout correction (OpenRLHF)",
     paper="FlashREINFORCE, as named in OpenRLHF 0.11.2",
     arxiv="unknown",

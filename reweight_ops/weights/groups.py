@@ -81,7 +81,6 @@ def _mask(op: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 @published(
-    "tw_grpo",
     "Token-Weighted GRPO (focused thinking)",
     arxiv="2505.24718",
     level="group",
@@ -179,7 +178,6 @@ def _divergence(
 
 
 @published(
-    "gtpo",
     "Group Token Policy Optimization: dynamic entropy weighting",
     paper="GTPO and GRPO-S: Token and Sequence-Level Reward Shaping with Policy Entropy",
     arxiv="2508.04349",

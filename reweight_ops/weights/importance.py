@@ -22,8 +22,8 @@ _MIS = "When Speed Kills Stability: Demystifying RL Collapse from the Training-I
 
 
 @published(
-    "tis",
     "Truncated Importance Sampling (TIS)",
+    name="tis",
     paper=_TIS,
     arxiv="unknown",
     certainty="secondary",
@@ -47,8 +47,8 @@ class TruncatedImportance(TokenWeight):
 
 
 @published(
-    "icepop",
     "IcePop: masked importance sampling",
+    name="icepop",
     paper="Every Step Evolves: Scaling Reinforcement Learning for Trillion-Scale Thinking Model",
     arxiv="unknown",
     certainty="secondary",
@@ -69,8 +69,8 @@ class MaskedImportance(TokenWeight):
 
 
 @published(
-    "sequence_tis",
     "Sequence-level truncated importance sampling",
+    name="sequence_tis",
     paper=_MIS,
     arxiv="unknown",
     certainty="secondary",
@@ -90,8 +90,8 @@ class SequenceTruncatedImportance(TokenWeight):
 
 
 @published(
-    "mis",
     "Masked importance sampling of sequences (MIS)",
+    name="mis",
     paper=_MIS,
     arxiv="unknown",
     certainty="secondary",
@@ -112,8 +112,8 @@ class SequenceMaskedImportance(TokenWeight):
 
 
 @published(
-    "geometric_mask",
     "Geometric sequence masking",
+    name="geometric_mask",
     paper=_MIS,
     arxiv="unknown",
     certainty="secondary",
@@ -218,7 +218,6 @@ class JensenShannonWeight(TokenWeight):
 
 
 @published(
-    "f_distill",
     "f-divergence distillation weights",
     paper="One-step Diffusion Models with f-Divergence Distribution Matching",
     arxiv="2502.15681",

@@ -11,7 +11,7 @@ from .._core.formula.base import TokenWeight, weight
 from .._core.ranges import NonNegative, NonNegativeOrInf, Number, Positive, Unit
 
 
-@published("advantage_reweighting", "Advantage Reweighting (AR)", arxiv="2505.12929", level="token")
+@published("Advantage Reweighting (AR)", arxiv="2505.12929", level="token")
 @weight
 class AdvantageReweighting(TokenWeight):
     """``α·p_old + 1 - α`` with the probability under the old policy. It damps the
@@ -187,7 +187,6 @@ class ProbabilityInterval(TokenWeight):
 
 
 @published(
-    "spo_probability_mask",
     "SPO probability mask",
     arxiv="2505.23564",
     level="token",
@@ -203,8 +202,8 @@ def spo_probability_mask(threshold: Unit[float] = 0.9) -> TokenWeight:
 
 
 @published(
-    "tsa",
     "Training Signal Annealing",
+    name="tsa",
     arxiv="1904.12848",
     level="token",
     example={"threshold": 0.5},

@@ -15,8 +15,8 @@ from .._core.ranges import AtLeastOne, NonNegative, Number, Unit, ranged
 
 
 @published(
-    "stare",
     "Surprisal-guided Token-level Advantage Reweighting (STARE)",
+    name="stare",
     paper="STARE: Surprisal-Guided Token-Level Advantage Reweighting for Policy Entropy Stability",
     arxiv="2606.19236",
     level="token",

@@ -50,8 +50,8 @@ class SecondMomentUpper(TokenWeight):
 
 
 @published(
-    "m2_mask",
     "Second-moment mask (AReaL's m2_threshold)",
+    name="m2_mask",
     arxiv="2510.01161",
     certainty="secondary",
     level="batch",
@@ -180,7 +180,6 @@ class MaxTotalVariationMask(TokenWeight):
 
 
 @published(
-    "trm",
     "Trust Region Masking (TRM)",
     paper="Trust Region Masking for Long-Horizon LLM Reinforcement Learning",
     arxiv="2512.23075",

@@ -72,15 +72,15 @@ def test_names_and_registration_fail_loudly():
     with pytest.raises(rw.InvalidCall, match="Did you mean 'dapo'"):
         entry_of("dapoo", "policy_loss")
     with pytest.raises(rw.InvalidCall, match="kind is 'loss'"):
-        published("x", "X", kind="loss", paper="p", arxiv="unknown")
+        published("X", kind="loss", paper="p", arxiv="unknown")
     with pytest.raises(rw.InvalidCall, match="expected an id like"):
-        published("x", "X", kind="reward", paper="p", arxiv="arXiv:1")
+        published("X", kind="reward", paper="p", arxiv="arXiv:1")
     with pytest.raises(rw.InvalidCall, match="certainty is 'sure'"):
-        published("x", "X", kind="reward", paper="p", arxiv="unknown", certainty="sure")
+        published("X", kind="reward", paper="p", arxiv="unknown", certainty="sure")
     with pytest.raises(rw.InvalidCall, match="taken by"):
-        published("dapo", "X", kind="policy_loss", paper="p", arxiv="unknown")(lambda: None)
+        published("X", name="dapo", kind="policy_loss", paper="p", arxiv="unknown")(lambda: None)
     with pytest.raises(rw.InvalidCall, match="test_catalogue has no kind of its own"):
-        published("x", "X", paper="p", arxiv="unknown")(lambda: None)
+        published("X", paper="p", arxiv="unknown")(lambda: None)
 
 
 def test_a_method_by_name_is_built_once_and_a_users_own_every_time(monkeypatch):
@@ -88,8 +88,25 @@ def test_a_method_by_name_is_built_once_and_a_users_own_every_time(monkeypatch):
     assert named_spec("test", "dapo") is named_spec("test", "dapo")
     for epsilon in (0.1, 0.3):  # as if a notebook's cell ran twice
 
-        @published("own", "Own", kind="policy_loss", paper="p", arxiv="unknown")
+        @published("Own", kind="policy_loss", paper="p", arxiv="unknown")
         def own(epsilon=epsilon):
             return rw.methods.grpo(epsilon_low=epsilon, epsilon_high=epsilon)
 
         assert named_spec("test", "own").surrogate.epsilon_low == epsilon
+
+
+@pytest.mark.parametrize("kind", ["policy_loss", "pair_loss"])
+def test_a_spec_has_the_name_of_its_entry(kind):
+    assert {name: entry.build().name for name, entry in CATALOGUE[kind].items()} == {
+        name: name for name in CATALOGUE[kind]
+    }
+
+
+def test_the_name_of_an_entry_is_that_of_its_function_or_class(monkeypatch):
+    monkeypatch.setitem(CATALOGUE, "token_weight", {})
+
+    @published("Two words", kind="token_weight", paper="p", arxiv="unknown")
+    class TwoWords:
+        pass
+
+    assert CATALOGUE["token_weight"]["two_words"].function is TwoWords

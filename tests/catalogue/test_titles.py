@@ -32,4 +32,4 @@ def test_no_title_is_written_twice():
 )
 def test_a_title_comes_from_one_place(given):
     with pytest.raises(rw.InvalidCall, match="written once"):
-        published("again", "Again", kind="reward", **given)
+        published("Again", name="again", kind="reward", **given)

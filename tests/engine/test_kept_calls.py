@@ -238,7 +238,7 @@ def test_fp16_gradients_need_their_scale(kept_calls):
 
 def test_a_method_defined_again(kept_calls):
     def define(low):
-        @published("kept_test", "Test", paper="none", arxiv="unknown", kind="policy_loss")
+        @published("Test", name="kept_test", paper="none", arxiv="unknown", kind="policy_loss")
         def kept_test():
             """Test."""
             return rw.methods.dapo(epsilon_low=low, epsilon_high=low)

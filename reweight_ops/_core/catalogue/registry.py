@@ -133,11 +133,15 @@ def _kind_of_module(module: str) -> str:
     )
 
 
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+
 def published(
-    name: str,
     full_name: str,
     *,
     arxiv: str,
+    name: str | None = None,
     paper: str | None = None,
     kind: str | None = None,
     certainty: str = "verified",
@@ -147,6 +151,9 @@ def published(
 ) -> Callable[[_Published], _Published]:
     """Register a function or class. Its hyper-parameters are checked by their
     annotations (:mod:`reweight_ops._core.ranges`).
+
+    The entry's name is that of the function, or the class's in snake_case, unless
+    ``name`` gives another.
 
     ``arxiv`` is the id, or ``unknown``, and never invented. ``paper`` is its title,
     unless :mod:`.titles` has it. ``level`` is token, segment, sequence, group, pair,
@@ -175,19 +182,20 @@ def published(
 
     def register(function: _Published) -> _Published:
         of = kind or _kind_of_module(function.__module__)
-        known = CATALOGUE[of].get(name)
+        entry_name = name or _snake_case(function.__name__)
+        known = CATALOGUE[of].get(entry_name)
         if known is not None and known.function.__module__ != function.__module__:
             raise InvalidCall(
-                f"the {of.replace('_', ' ')} {name!r} is taken by {known.function.__module__}."
+                f"the {of.replace('_', ' ')} {entry_name!r} is taken by {known.function.__module__}."
             )
         checked = ranged(function)
         if inspect.isfunction(checked):
             checked.__signature__ = written_out(checked)  # type: ignore[attr-defined]
         checked.__doc__ = with_reference(
-            with_sections(checked, with_arguments(checked), of, name), title, arxiv
+            with_sections(checked, with_arguments(checked), of, entry_name), title, arxiv
         )
-        CATALOGUE[of][name] = Entry(
-            name, full_name, of, title, arxiv, certainty, checked, level, plan, example or {}
+        CATALOGUE[of][entry_name] = Entry(
+            entry_name, full_name, of, title, arxiv, certainty, checked, level, plan, example or {}
         )
         return checked
 

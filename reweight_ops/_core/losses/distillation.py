@@ -40,7 +40,6 @@ from .explain import public_op
 
 
 @published(
-    "token_divergence",
     "Full-vocabulary KL to a reference or teacher",
     kind="divergence",
     level="token",
