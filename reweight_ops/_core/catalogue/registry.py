@@ -186,7 +186,8 @@ def published(
         known = CATALOGUE[of].get(entry_name)
         if known is not None and known.function.__module__ != function.__module__:
             raise InvalidCall(
-                f"the {of.replace('_', ' ')} {entry_name!r} is taken by {known.function.__module__}."
+                f"the {of.replace('_', ' ')} {entry_name!r} is taken by "
+                f"{known.function.__module__}."
             )
         checked = ranged(function)
         if inspect.isfunction(checked):
