@@ -91,9 +91,10 @@ def make_batch(
             (torch.arange(sequences, device="cpu") * 2 // sequences).to(device),
             2,
         )
+        # both labels in both groups
         sign = (1.0 - 2.0 * (torch.arange(sequences, dtype=torch.float64, device="cpu") % 2)).view(
             *shape[:-1], 1
-        )  # both labels in both groups
+        )
         batch["advantages"] = (normal(*shape).abs() * sign).to(device, row)
     if spec.ratio.one_advantage:
         batch["advantages"] = batch["advantages"][..., :1]

@@ -65,11 +65,12 @@ def packed_grad(
     n = rows.ids.numel()
     if not n:
         return
+    # placeholders for arguments that no program reads
     call, by, nothing = (
         _Call(rows),
         [derivatives.get(name) for name in DERIVATIVES],
         stats["logp"],
-    )  # placeholders for arguments that no program reads
+    )
     triton_launch.launch(
         packed.packed_gradient_kernel,
         n,

@@ -540,9 +540,8 @@ def test_launch_shapes(columns, itemsize, shapes, monkeypatch):
         assert config.vector * itemsize == 16
         assert config.block & (config.block - 1) == 0
         assert config.segment % config.block == 0
-        assert (
-            config.segment % (config.grad.threads * config.grad_vectors * config.vector) == 0
-        )  # chunks of a split gradient are whole tiles
+        # chunks of a split gradient are whole tiles
+        assert config.segment % (config.grad.threads * config.grad_vectors * config.vector) == 0
         for launch in (config.stats, config.one_pass, config.grad):
             assert launch.threads % 64 == 0
             assert launch.programs() >= 1

@@ -280,11 +280,12 @@ def test_accuracy_of_low_precision(backend, dtype, plan):
     )
     for name, t, e, o in zip(inputs, truth, eager, ours, strict=True):
         assert o.dtype == d[name].dtype
+        # 4 chunks round the sum
         allowed = (
             ERROR_RATIO * (e - t).abs().max()
             + ERROR_FLOOR * t.abs().max()
             + 4 * torch.finfo(dtype).eps * t.abs().max()
-        )  # 4 chunks round the sum
+        )
         assert (o - t).abs().max() <= allowed, name
 
 

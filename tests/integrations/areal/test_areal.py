@@ -98,9 +98,8 @@ def test_their_loss(areal, name, sampling, packed):
         assert patch.fused_calls == {"policy_loss_from_logps": 1}
     assert_same(theirs, ours)
     inside = data["loss_mask"].bool() if sampling == "none" else theirs[2]["behave_mask"]
-    names = (
-        ("loss", "importance_weight") if name != "sequence" else ("importance_weight",)
-    )  # where AReaL has no loss of masked tokens to log
+    # where AReaL has no loss of masked tokens to log
+    names = ("loss", "importance_weight") if name != "sequence" else ("importance_weight",)
     for stat in names:
         torch.testing.assert_close(
             torch.where(inside, ours[2][stat], 0),

@@ -127,9 +127,10 @@ def wide_blocks(logits: LogitRows) -> Iterator[tuple[slice, LogitRows]]:
     Where two gradients are added, the sum is rounded once.
     """
     dtype = library.row_dtype(logits.values)
+    # a shard may have no column
     most = _BLOCK.get(logits.values.device.type, _BLOCK["cuda"]) // (
         max(logits.values.size(1), 1) * dtype.itemsize
-    )  # a shard may have no column
+    )
     # one of a call without rows
     for rows in chunks(0, max(logits.values.size(0), 1), max(most, 1)):
         other = None if logits.other is None else logits.other[rows]
