@@ -1,7 +1,6 @@
-"""``python -m bench`` measures the kernels and the ops.
+"""``python -m bench`` (installed: ``reweight-ops bench``) measures kernels and ops.
 
-It prints a table, and writes JSON and a plot under bench_output/. In an installation it
-is ``reweight-ops bench``.
+It prints a table, and writes JSON and a plot under bench_output/.
 
 python -m bench                      all cases, with default pages and with huge pages
                                      (two processes)
