@@ -1,19 +1,23 @@
-"""``python -m bench``, in an installation ``reweight-ops bench``: measure the kernels
-and the ops.
+"""``python -m bench`` (installed: ``reweight-ops bench``) measures kernels and ops.
 
 It prints a table, and writes JSON and a plot under bench_output/.
 
-python -m bench                              all cases, with default pages and with huge
-pages (two processes) python -m bench --update                     the same into the
-committed results of bench/results/; nothing else writes there python -m bench --only
-128x151936 --rounds 15 python -m bench --suite linear               from hidden states:
-the head's GEMMs with the loss between them python -m bench --suite pair
-divergences of two logits tensors python -m bench --suite distill              from
-hidden states of a student and of a teacher python -m bench --suite rows
-picked ids, kept sets, statistics from hidden states python -m bench --show
-bench/results/cpu-huge-pages.json python -m bench --compare A.json B.json      the cases
-that both files have, side by side python -m bench --device cuda                a GPU's
-cases, also from hidden states (make gpu-bench runs this)
+python -m bench                      all cases, with default pages and with huge pages
+                                     (two processes)
+python -m bench --update             the same into the committed results of
+                                     bench/results/; nothing else writes there
+python -m bench --only 128x151936 --rounds 15
+python -m bench --suite linear       from hidden states: the head's GEMMs with the loss
+                                     between them
+python -m bench --suite pair         divergences of two logits tensors
+python -m bench --suite distill      from hidden states of a student and of a teacher
+python -m bench --suite rows         picked ids, kept sets, statistics from hidden
+                                     states
+python -m bench --show bench/results/cpu-huge-pages.json
+python -m bench --compare A.json B.json
+                                     the cases that both files have, side by side
+python -m bench --device cuda        a GPU's cases, also from hidden states
+                                     (make gpu-bench runs this)
 """
 
 from __future__ import annotations

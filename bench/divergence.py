@@ -40,9 +40,10 @@ class DivergenceCase:
         return self.rows * self.vocab * ITEM[self.dtype]
 
     def least_bytes(self) -> int:
-        """Both tensors read once, and the gradient written once.
+        """Least number of bytes to move.
 
-        Both are read once more if the loss is known only later.
+        Both tensors are read once, and the gradient is written once. Both are read once
+        more if the loss is known only later.
         """
         return self.logits_bytes * {"kl": 2, "kl+grad": 5, "distill": 3}[self.job]
 

@@ -1,11 +1,11 @@
 """``make gpu``: everything that needs a GPU, in one command of at most 10 minutes,
 without a network.
 
-python -m bench.gpu                    build, tests, compute-sanitizer, benchmark python
--m bench.gpu --only test        make gpu-test: build, tests, compute-sanitizer python -m
-bench.gpu --only bench       make gpu-bench: build, benchmark python -m bench.gpu
---dry-run          the same stages on the CPU in tiny shapes, without a
-                                       build: shows that the script works
+python -m bench.gpu                build, tests, compute-sanitizer, benchmark
+python -m bench.gpu --only test    make gpu-test: build, tests, compute-sanitizer
+python -m bench.gpu --only bench   make gpu-bench: build, benchmark
+python -m bench.gpu --dry-run      the same stages on the CPU in tiny shapes, without a
+                                   build: shows that the script works
 
 One JSON and one log go to $OUT (default: gpu_output/).
 

@@ -21,10 +21,11 @@ from reweight_ops._core.backends.native_divergence import NativeDivergence
 
 from .device import FLUSH_BYTES, clock
 
-#: The last shape is not split by default; rows of the one before start anywhere.
+#: The last shape is not split by default. The rows of the shape before it start
+#: anywhere.
 SHAPES = ((1, 151936), (8, 151936), (64, 151936), (160, 151936), (64, 50257), (264, 151936))
 TINY_SHAPES = ((1, 33003), (2, 131101))
-#: Whole rows first: the others must have their bits.
+#: Whole rows come first, since the others must have their bits.
 KERNELS = ("whole", "split")
 
 

@@ -11,8 +11,7 @@ python -m bench.gpu_kernels "three=TRITON_SHAPES=three programs"
                                             the released defaults, and a table of
                                             triton_kernels/config.py
 python -m bench.gpu_kernels --dry-run       on the CPU, emulated, in tiny shapes: shows
-that
-                                            the script and the variants work
+                                            that the script and the variants work
 
 Before it is timed, a variant of the CUDA kernels must give the bits of the released
 defaults, and a variant of the Triton kernels must pass the criterion of accuracy. Only
@@ -96,7 +95,7 @@ class Table:
         return cls(torch.empty_like(pristine), pristine, flush, ids, inputs, {})
 
     def some(self, every: int, dtype: torch.dtype) -> Table:
-        """Rows 0, every, 2·every, ... in another dtype."""
+        """The rows 0, every, 2·every, ... in another dtype."""
         pristine = self.pristine[::every].to(dtype)
         inputs = {
             terms: RowInputs(i.row_weights[:, ::every].to(dtype), None, i.adv[::every].to(dtype))
@@ -300,7 +299,9 @@ def time_shape(
 
 
 def report(shapes: list[dict[str, Any]]) -> list[str]:
-    """One line per variant and job, one column per shape: the fraction of the limit."""
+    """One line per variant and job, and one column per shape, with the fraction of the
+    limit.
+    """
     lines = [" " * 40 + "".join(f"{s['rows']}x{s['vocab']}".rjust(14) for s in shapes)]
     for key in dict.fromkeys(key for s in shapes for key in (*s["fractions"], *s["wrong"])):
         cells = [

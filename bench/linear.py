@@ -1,5 +1,5 @@
-"""From hidden states: the head's three GEMMs with the loss between them, compared to
-the bare GEMMs.
+"""Measures calls from hidden states. The head's three GEMMs with the loss between them
+are compared to the bare GEMMs.
 
 ``linear`` is a clipped policy loss. ``linear ce`` is its special case for kernels that
 only compute the mean cross entropy.

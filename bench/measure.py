@@ -1,4 +1,4 @@
-"""Measurement: a correctness gate, interleaved rounds that include the machine's
+"""Measurement. It has a correctness gate, interleaved rounds that include the machine's
 limits, and memory growth.
 
 A case makes data. The data restores itself before each run, names the limits that are
@@ -132,8 +132,8 @@ def _trial(result: Result, data: Any, job: Job, effort: Effort) -> bool:
 def run_case(
     case: Any, providers: list[Provider], effort: Effort, tick: Callable[[], None]
 ) -> tuple[list[Result], dict[str, list[float]], float]:
-    """Every provider once per round, and every limit, in an order drawn anew:
-    ``(results, ms of each limit, share of the processor that others used)``.
+    """Run every provider once per round, and every limit, in an order drawn anew.
+    Return ``(results, ms of each limit, share of the processor that others used)``.
 
     ``tick`` is called after each step, for a progress bar.
     """

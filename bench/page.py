@@ -155,8 +155,8 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def times(entries: list[dict[str, Any]]) -> str:
-    """A table with one row per case and one column per provider that was timed in it;
-    this package's come first.
+    """A table with one row per case and one column per provider that was timed in it.
+    This package's providers come first.
     """
     rows = {e["name"]: {r["provider"]: r for r in rows_of(e) if "ms" in r} for e in entries}
     who = list(
@@ -240,7 +240,7 @@ def markdown() -> str:
 
 
 def bars(axis: Any, title: str, figures: list[tuple[str, bool, float]], unit: str) -> None:
-    """Draw a panel with one bar per provider, the lowest on top; ``figures`` are (name,
+    """Draw a panel with one bar per provider, the lowest on top. ``figures`` are (name,
     ours, value).
     """
     figures = sorted(figures, key=lambda f: -f[2])
@@ -260,7 +260,7 @@ def bars(axis: Any, title: str, figures: list[tuple[str, bool, float]], unit: st
 
 
 def draw(section: Section, path: Path) -> None:
-    """Draw one panel per case with the time of every provider; the overview also shows
+    """Draw one panel per case with the time of every provider. The overview also shows
     the memory.
     """
     import matplotlib

@@ -109,8 +109,8 @@ def _cell(best: dict[str, Any] | None) -> str:
 
 
 def summary(document: dict[str, Any]) -> list[str]:
-    """A short line per case: the limit, the fastest of each backend (ms and share of
-    the limit), the best baseline.
+    """A short line per case. It has the limit, the fastest of each backend (ms and
+    share of the limit), and the best baseline.
     """
     backends = list(
         dict.fromkeys(

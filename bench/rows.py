@@ -1,5 +1,5 @@
-"""Other jobs on rows: log-probs of several ids, kept sets, statistics from hidden
-states, with gradients.
+"""Other jobs on rows, with gradients. They are log-probs of several ids, kept sets, and
+statistics from hidden states.
 
 ``picked`` is log-probs of the row's id, of 8 given ids and of the 20 likeliest, for an
 upstream gradient per row. ``kept`` is the clipped policy loss over 64 kept ids per row.
@@ -78,7 +78,7 @@ def rows_cases(device: str, tiny: bool = False) -> list[Case | LinearCase]:
 
 @dataclass(kw_only=True)
 class RowsData(Data):
-    """Logits, and the picked or kept ids of each row; the row's own id comes first."""
+    """Logits, and the picked or kept ids of each row. The row's own id comes first."""
 
     def listed(self, count: int) -> Tensor:
         """Distinct ids ``[B, T, count]``."""
@@ -87,7 +87,7 @@ class RowsData(Data):
         return (self.ids[..., None] + steps) % vocab
 
     def of(self, log_p: Tensor) -> Tensor:
-        """The loss from log-probs of the whole vocabulary or of the kept ids: of a run,
+        """The loss of a run from log-probs of the whole vocabulary or of the kept ids,
         in a row's own dtype.
         """
         if self.case.job == "kept":
@@ -172,8 +172,9 @@ def eager_statistics(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def eager(data: Any) -> Job:
-    """Eager PyTorch. For ``kept`` it sets the other logits to ``-inf``,
-    the usual code."""
+    """Eager PyTorch. For ``kept`` it sets the other logits to ``-inf``, as usual code
+    does.
+    """
     if isinstance(data, StatsData):
         return job_of(
             data,
@@ -198,7 +199,7 @@ def eager(data: Any) -> Job:
 
 
 def gathered(data: RowsData) -> Job:
-    """Only the kept logits; every row keeps the same number."""
+    """Only the kept logits are read. Every row keeps the same number."""
     kept = data.listed(KEPT)
     return through_autograd(
         data, lambda z: data.of(torch.log_softmax(z.gather(-1, kept).float(), -1))

@@ -1,9 +1,12 @@
-"""Writes the generated files: ``docs/methods.md`` from the catalogue's registry,
-``docs/recipes.md`` from the recipes', the stub of ``rw.methods``, whose attributes are
-found while it is imported, and the examples of the catalogue's docstrings.
+"""Writes the generated files.
 
-``python -m reweight_ops.codegen``; with ``--check`` it writes nothing and exits 1 if
-one is stale.
+They are ``docs/methods.md`` from the catalogue's registry, ``docs/recipes.md`` from the
+recipes' registry, the stub of ``rw.methods``, and the examples of the catalogue's
+docstrings. The stub exists since the attributes of ``rw.methods`` are found while it is
+imported.
+
+``python -m reweight_ops.codegen`` writes them. With ``--check`` it writes nothing, and
+exits 1 if one is stale.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def generated_files() -> dict[Path, str]:
-    """Path (relative to the repository) and text of each generated file."""
+    """The path (relative to the repository) and the text of each generated file."""
     return {
         Path("docs/methods.md"): markdown(),
         Path("docs/recipes.md"): recipes_markdown(),

@@ -1,5 +1,5 @@
-"""An example of every entry of the catalogue, for its docstring: a golden row or the
-entry's own arguments, and what the call returns.
+"""An example of every entry of the catalogue, for its docstring. It is a golden row or
+the entry's own arguments, and what the call returns.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ EXAMPLES: dict[str, tuple[str, str]] = {
 '''
 
 
-#: The lines that make an example of a part, where it is more than a call without
-#: arguments. The last line is shown.
+#: The lines that make an example of a part, where a call without arguments is not
+#: enough. The last line is shown.
 _LOSS = "out = rw.policy_loss(torch.zeros(1, 2, 4), torch.tensor([[1, 2]]), 1.0, spec='grpo')"
 PART_CALLS: dict[str, list[str]] = {
     "DistillationLossOutput": [
@@ -211,7 +211,7 @@ def _rows(entry: Entry) -> list[Golden]:
 
 
 def _text(value: Any) -> str:
-    """An argument as one writes it. KeyError: nobody would write it."""
+    """An argument as a user writes it. It raises KeyError if nobody would write it."""
     if isinstance(value, Tensor):
         value = value.tolist()
         return f"torch.tensor({_rounded(value)})"
@@ -235,7 +235,7 @@ def _rounded(value: Any) -> Any:
 
 
 def _example(entry: Entry, row: Golden) -> tuple[str, str] | None:
-    """What the result's shape is, and the lines of a doctest; None if the row makes
+    """The shape of the result, and the lines of a doctest. It is None if the row makes
     none.
     """
     scope: dict[str, Any] = {"torch": torch}
@@ -273,7 +273,7 @@ def _example(entry: Entry, row: Golden) -> tuple[str, str] | None:
         shown_result = repr(eval(shown, scope))
     except (TypeError, ValueError, NameError, AttributeError):
         return None
-    # prints differ between versions
+    # Such prints differ between versions.
     if re.search(r"object at|e-0[7-9]|e-[1-9]\d|\binf\b", shown_result):
         return None
     lines.append(shown)

@@ -17,7 +17,7 @@ _HALVES = ("All chosen completions, then all rejected ones.",)
 def _pairs(
     name: str, arguments: str = "", reference: bool = True, settings: tuple[Setting, ...] = ()
 ) -> Recipe:
-    """A preference loss of pairs by its entry's name."""
+    """The recipe of a preference loss of pairs, by the name of its entry."""
     return Recipe(
         name=name,
         entry=f"rw.preference.{name}",

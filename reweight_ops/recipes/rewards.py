@@ -1,4 +1,4 @@
-"""Recipes of papers that combine several rewards, or weight what is in a data set."""
+"""Recipes of papers that combine several rewards, or weight a data set's samples."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Batches that exercise a loss: meaningful logits, masks, ratios, and the
-same in fp64."""
+"""Batches that exercise a loss: their logits, masks and ratios are meaningful. Each
+batch also exists in fp64.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +28,12 @@ def make_batch(
     seed: int = 0,
     on_policy: bool = False,
 ) -> dict[str, Any]:
-    """Keyword arguments for ``policy_loss(**batch, spec=spec)`` that exercise the spec:
-    outlier logits, targets with real mass, a ragged mask, log-ratios on both sides of
-    any clip. The logits are a non-leaf slice of a larger tensor and require grad.
-    Raises :class:`~reweight_ops.InvalidCall` where so few columns or rows cannot be all
-    that.
+    """Keyword arguments for ``policy_loss(**batch, spec=spec)`` that exercise the spec.
+
+    The logits have outliers, and the targets have real mass. The mask is ragged. The
+    log-ratios lie on both sides of any clip. The logits are a non-leaf slice of a
+    larger tensor and require grad. The call raises :class:`~reweight_ops.InvalidCall`
+    where so few columns or rows cannot have all that.
 
     >>> import reweight_ops as rw
     >>> batch = make_batch(rw.methods.grpo())
@@ -50,10 +52,10 @@ def make_batch(
     def uniform(size: tuple[int, ...]) -> Tensor:
         return torch.rand(size, generator=g, dtype=torch.float32, device="cpu")
 
-    # outliers: without them every p is about 1/V
+    # Without these outliers every p is about 1/V.
     z += 8.0 * (uniform(z.shape) < 4 / vocab)
     lift = uniform(shape) * 12
-    # targets from rare to nearly certain
+    # The targets range from rare to nearly certain.
     z.scatter_add_(-1, ids[..., None], lift.to(z.dtype)[..., None])
     buffer = torch.zeros(*shape[:-1], shape[-1] + 1, vocab + 3, dtype=dtype, device="cpu")
     buffer[..., :-1, :vocab] = z.to(dtype)
@@ -70,7 +72,7 @@ def make_batch(
         "advantages": normal(*shape).to(device, row) if "adv" in spec.requires else None,
         "completion_mask": mask.to(device),
     }
-    # Drawn always: what is drawn after it does not depend on the spec.
+    # It is drawn always, so that what is drawn after it does not depend on the spec.
     old = (logp + 0.4 * normal(*shape)).clamp(max=-1e-4).to(device, row)
     reads_old = "old_logp" in spec.requires or (
         "log_ratio" in spec.requires and spec.ratio.against == "old"
@@ -132,7 +134,7 @@ def double_batch(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def double_spec(spec: PolicyLossSpec) -> PolicyLossSpec:
-    """The spec with its tensors in fp64: constants are exact in fp64 already."""
+    """The spec with its tensors in fp64. Its constants are exact in fp64 already."""
 
     def double(x: Any) -> Any:
         if isinstance(x, Tensor):
@@ -150,8 +152,10 @@ def double_spec(spec: PolicyLossSpec) -> PolicyLossSpec:
 
 
 def make_sampling_mask(batch: dict[str, Any], share: float = 0.3, seed: int = 0) -> Tensor:
-    """A bool mask ``R + (V,)`` for the batch, of which every row keeps its id and
-    ``share`` of the others: in the first row none, in the last all.
+    """A bool mask ``R + (V,)`` for the batch.
+
+    Every row keeps its id and ``share`` of the other ids. The first row keeps none of
+    the others, and the last row keeps all.
     """
     ids, vocab = batch["completion_ids"], batch["logits"].size(-1)
     g = torch.Generator().manual_seed(seed)

@@ -1,5 +1,7 @@
-"""What ``reweight-ops check`` runs: every loss and op on every backend and dtype here,
-by the accuracy criterion; golden rows of the others.
+"""What ``reweight-ops check`` runs.
+
+The accuracy criterion judges every loss and op on every backend and dtype of this
+machine. Golden rows judge the other entries.
 """
 
 from __future__ import annotations
@@ -24,14 +26,14 @@ from .golden_rows import GOLDEN, GOLDEN_KINDS
 from .ops import OPS, compare_op, make_op_batch
 from .pairs import compare_divergence, compare_pairs, make_divergence, make_pairs
 
-#: The kinds that are compared with the fp64 reference; of the divergences the one that
-#: has kernels, the others have golden rows.
+#: The kinds that are compared with the fp64 reference. Of the divergences only the one
+#: that has kernels is compared. The others have golden rows.
 LOSS_KINDS = ("policy_loss", "pair_loss", "divergence")
 #: Ops and modules, which are not entries of the catalogue.
 OP = "op"
 _KERNELS = ("token_divergence",)
 DIRECTIONS = ("forward_kl", "reverse_kl")
-#: The policy loss that is compared with a sampling mask too, and with an entropy bonus.
+#: This policy loss is also compared with a sampling mask, and with an entropy bonus.
 _MASKED = "grpo"
 DTYPES = ("float32", "bfloat16", "float16")
 #: A loss scale that keeps fp16 gradients from being subnormal.
@@ -45,8 +47,8 @@ class Case:
     dtype: str
     device: str
     kind: str = "policy_loss"
-    #: The direction of a divergence; for a policy loss with a sampling mask, the set of
-    #: its entropy; for an op, the result or keyword.
+    #: The direction of a divergence. For a policy loss with a sampling mask it is the
+    #: set of its entropy. For an op it is the result or keyword.
     direction: str = ""
 
 
@@ -69,8 +71,8 @@ def by_hand(kind: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Selection:
-    """What to check; empty means everything. A name selects the entries of that name of
-    all selected kinds (GRPO is a loss and an advantage).
+    """What to check. An empty field means everything. A name selects the entries of
+    that name in all selected kinds (GRPO is a loss and an advantage).
     """
 
     backends: Sequence[str] = ()
@@ -98,7 +100,7 @@ class Selection:
     def entries(
         self, kinds: Iterable[str], names: Callable[[str], list[str]]
     ) -> list[tuple[str, str]]:
-        """Kind and name of what is selected of some kinds."""
+        """The kind and the name of every selected entry of some kinds."""
         found = [
             (kind, name) for kind in kinds if kind in (self.kinds or kinds) for name in names(kind)
         ]
@@ -148,8 +150,10 @@ def cases(selection: Selection) -> list[Case]:
 
 
 def run_case(case: Case, vocab: int) -> Comparison:
-    """Loss and gradient of one case; one_pass where the spec allows it and the backend
-    has it, with a loss scale so that fp16 takes it too.
+    """Compare the loss and the gradient of one case.
+
+    The plan is one_pass where the spec allows it and the backend has it. A loss scale
+    lets fp16 take that plan too.
     """
     dtype, backend = getattr(torch, case.dtype), case.backend
     if case.kind == OP:
@@ -196,8 +200,8 @@ def run_case(case: Case, vocab: int) -> Comparison:
 
 @dataclass(frozen=True)
 class GoldenCase:
-    """The golden rows of an entry. They are PyTorch on small vectors: fp64 on the CPU,
-    and fp32 on a GPU if there is one.
+    """The golden rows of an entry. They are PyTorch on small vectors. They run in fp64
+    on the CPU, and in fp32 on a GPU if there is one.
     """
 
     kind: str
@@ -211,8 +215,10 @@ class GoldenCase:
 
 
 def golden_cases(selection: Selection) -> list[GoldenCase]:
-    """The entries whose golden rows to evaluate: no backend computes them, so they are
-    left out where only others than ``reference`` are asked for.
+    """The entries whose golden rows are evaluated.
+
+    No backend computes these entries. They are left out where only backends other than
+    ``reference`` are asked for.
     """
     if selection.backends and "reference" not in selection.backends:
         return []
@@ -225,8 +231,9 @@ def golden_cases(selection: Selection) -> list[GoldenCase]:
 
 
 def run_golden(case: GoldenCase) -> float:
-    """The worst error of an entry's rows over what is allowed; ``inf``
-    without a row."""
+    """The worst error of an entry's rows, as a multiple of what is allowed. It is
+    ``inf`` without a row.
+    """
     return max(
         (golden_error(row, getattr(torch, case.dtype), case.device) for row in case.rows),
         default=float("inf"),

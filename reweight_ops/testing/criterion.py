@@ -1,5 +1,5 @@
-"""The accuracy criterion: a kernel's error against fp64, by the error of PyTorch's own
-fp32 maths.
+"""The accuracy criterion. It measures a kernel's error against fp64 in units of the
+error of PyTorch's own fp32 maths.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ from .yardstick import yardstick
 #: A kernel's error may be this multiple of the error of fp32 PyTorch maths rounded once
 #: to the same dtype ...
 ERROR_RATIO = 1.5
-#: ... plus this many times (|d_logp| + |d_entropy|) / T: four roundings of an fp32
-#: number of that size.
+#: ... plus this many times (|d_logp| + |d_entropy|) / T. That is four roundings of an
+#: fp32 number of that size.
 ERROR_FLOOR = 4 * 2.0**-24
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Errors against fp64, each as a multiple of what the accuracy criterion allows (<=
-    1 passes); the gradient's for target and non-target
-    columns apart, maximum and rms. ``worst`` names the worst gradient element."""
+    """Errors against fp64.
+
+    Each is a multiple of what the accuracy criterion allows, so <= 1 passes. The
+    gradient has a maximum and an rms error for target columns, and the same for the
+    other columns. ``worst`` names the worst gradient element.
+    """
 
     loss: float
     logps: float
@@ -67,13 +70,13 @@ def compare(
     plan: str = "auto",
     **options: Any,
 ) -> Comparison:
-    """Loss and gradient of a backend and plan against the fp64 reference, by the
-    criterion of the package. ``sampling_mask`` among the options is a bool mask.
+    """Compare the loss and the gradient of a backend and plan with the fp64 reference,
+    by the criterion of the package. ``sampling_mask`` among the options is a bool mask.
 
-    The gradient's error is divided by 1.5 times the error of ``torch.log_softmax`` in
-    fp32 rounded once to the logits' dtype, plus a floor of four fp32 roundings of
-    ``(|d_logp| + |d_entropy|)/T``, and of what four roundings of the other rows'
-    statistics make of the coefficients.
+    The gradient's error is divided by what is allowed. Allowed is 1.5 times the error
+    of ``torch.log_softmax`` in fp32 rounded once to the logits' dtype, plus a floor.
+    The floor is four fp32 roundings of ``(|d_logp| + |d_entropy|)/T``, and of what four
+    roundings of the other rows' statistics make of the coefficients.
     """
     return judge(
         spec, batch, *_gradient(spec, batch, backend=backend, plan=plan, **options), **options
@@ -83,8 +86,8 @@ def compare(
 def judge(
     spec: PolicyLossSpec, batch: dict[str, Any], got: Tensor, out: Any, **options: Any
 ) -> Comparison:
-    """The same of a gradient by the batch's logits and of the call's results, however
-    they were found.
+    """Compare the results of a call and its gradient by the batch's logits, however
+    they were found. The criterion is that of :func:`compare`.
     """
     common = {k: v for k, v in options.items() if k != "consume_logits"}
     truth, exact = _gradient(
@@ -131,8 +134,9 @@ def judge(
 def gradient_errors(
     got: Tensor, rounded: Tensor, truth: Tensor, floor: Tensor, is_target: Tensor
 ) -> tuple[dict[str, tuple[float, float]], str]:
-    """A gradient's maximum and rms error over what is allowed, for target columns and
-    the rest, and the worst element. ``rounded``: by fp32 maths.
+    """A gradient's maximum and rms error as multiples of what is allowed, for target
+    columns and for the rest, and the worst element. ``rounded`` is the gradient by fp32
+    maths.
     """
     parts, worst = {}, ""
     for name, where in (("target", is_target), ("rest", ~is_target)):
@@ -156,11 +160,12 @@ def gradient_errors(
 
 def _conditioning(exact: PolicyLossOutput) -> tuple[Tensor, Tensor]:
     """How much four roundings of every row's statistics change each row's coefficients
-    (``[N]``), where rows depend on each other, and the loss.
+    (``[N]``) where rows depend on each other, and how much they change the loss.
 
-    A sequence's ratio, or a batch's maximum, sums or selects over many log-probs, so
-    its coefficients are as wrong as those make them. Where every row stands alone
-    theirs is 0: there the criterion asks for the coefficient itself to four roundings.
+    A sequence's ratio, or a batch's maximum, sums or selects over many log-probs. Its
+    coefficients are as wrong as those log-probs make them. Where every row stands
+    alone, this change of the coefficients is 0. The criterion then asks for the
+    coefficient itself to four roundings.
     """
     call, leaves = exact._call, exact._leaves
     d_logp, loss = (
@@ -190,11 +195,11 @@ def _conditioning(exact: PolicyLossOutput) -> tuple[Tensor, Tensor]:
 
 
 def _loss_size(exact: PolicyLossOutput) -> Tensor:
-    """What the loss's roundings are relative to: the sum of its terms' sizes, and of
-    their slopes times the log-probs they are read at.
+    """The size that the loss's roundings are relative to. It is the sum of the sizes of
+    its terms, and of their slopes times the log-probs that they are read at.
 
-    Where a formula stops a gradient (CISPO's weight, a detached token weight) the
-    slopes say less than the value depends on: there it is what four roundings of the
+    Some formulas stop a gradient (CISPO's weight, a detached token weight). Their
+    slopes say less than the value depends on. Their size is what four roundings of the
     statistics make of the loss.
     """
     call, leaves = exact._call, exact._leaves
@@ -207,10 +212,12 @@ def _loss_size(exact: PolicyLossOutput) -> Tensor:
 
 
 def value_error(got: Tensor, fp32: Tensor, truth: Tensor, scale: Tensor | None = None) -> float:
-    """The largest error over 1.5 times fp32's own plus four roundings of a number of
-    the values' size (a difference of log-sum-exps is of that
-    size). ``scale``: that size instead, one for all or one each; errors, fp32's too,
-    are then relative to it.
+    """The largest error, as a multiple of what is allowed. Allowed is 1.5 times fp32's
+    own error plus four roundings of a number of the values' size. A difference of
+    log-sum-exps is of that size.
+
+    ``scale`` replaces that size by one number for all values, or by one for each. All
+    errors, fp32's too, are then relative to it.
     """
     got, fp32, truth = got.detach().double(), fp32.detach().double(), truth.detach()
     if not truth.numel():  # a call without rows

@@ -20,10 +20,10 @@ def eager_policy_loss(
     beta: float = 0.0,
     entropy_coef: float = 0.0,
 ) -> Tensor:
-    """The policy loss that a user would write in PyTorch (clip, token mean, k3, entropy
-    bonus): the baseline of benchmarks.
+    """The policy loss that a user would write in PyTorch: clip, token mean, k3 and
+    entropy bonus. It is the baseline of benchmarks.
 
-    Not ``backend="reference"``, which is truth and may be slow.
+    It is not ``backend="reference"``. That backend is truth and may be slow.
     """
     logp_all = torch.log_softmax(logits.float() / temperature, dim=-1)
     logps = logp_all.gather(-1, completion_ids.unsqueeze(-1)).squeeze(-1)

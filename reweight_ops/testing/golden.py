@@ -1,5 +1,5 @@
-"""Evaluates golden rows: the call of an entry, and how far its numbers are from those
-worked out by hand.
+"""Evaluates golden rows. It makes the call of an entry, and measures how far its
+numbers are from those that were worked out by hand.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ..rules.likelihood import NLL
 from .golden_ops import GOLDEN_OPS
 from .golden_row import Built, Golden
 
-#: What a result may be off, in roundings of a number of its row's size: a few
-#: operations on a few numbers.
+#: How far a result may be off, in roundings of a number of its row's size. A call does
+#: a few operations on a few numbers.
 ROUNDINGS = 16
 _STORED = {
     "old_logp": "old_per_token_logps",
@@ -36,8 +36,9 @@ _STORED = {
 def golden_error(
     row: Golden, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
 ) -> float:
-    """The worst error of a row's numbers over what is allowed: <= 1 passes; ``inf``
-    where one is missing, too many, or not a number in one only.
+    """The worst error of a row's numbers, as a multiple of what is allowed: <= 1
+    passes. It is ``inf`` where a number is missing, where there are too many, and where
+    only one of result and row is NaN.
     """
     got, expected = result_of(row, dtype, device), list(_numbers(row.expected, row))
     if len(got) != len(expected):
@@ -75,7 +76,7 @@ def result_of(
 def build(
     row: Golden, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
 ) -> Any:
-    """What the row's call returns: numbers, or the object that they are asked of."""
+    """What the row's call returns: numbers, or the object that gives them."""
     function = GOLDEN_OPS[row.name] if row.kind == "op" else CATALOGUE[row.kind][row.name].function
     return function(**{name: _argument(x, dtype, device) for name, x in row.arguments.items()})
 
@@ -94,7 +95,7 @@ def token_weights(
     weights: tuple[TokenWeight, ...], tokens: dict[str, Any], shape: tuple[int, int], **options: Any
 ) -> Tensor:
     """The weights ``[B, T]`` as the op applies them: per-token losses of ``-u·logp``,
-    divided by ``-logp``. ``tokens`` holds numbers for all or lists.
+    divided by ``-logp``. ``tokens`` holds numbers for all tokens, or lists.
     """
 
     def tensor(value: Any) -> Tensor:

@@ -1,5 +1,5 @@
-"""Golden rows of ops and modules: statistics, heads, teachers, kept ids, and gradients
-by logits, temperatures and stored log-probs, worked out by hand.
+"""Golden rows of ops and modules, worked out by hand. They have statistics, heads,
+teachers and kept ids, and gradients by logits, temperatures and stored log-probs.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .._core.losses.statistics import token_stats
 from ..nn import FusedLinearLogProbs, FusedLinearPolicyLoss
 from .golden_row import LN2, LN3, Built, Golden
 
-#: What a gradient is taken by, where a row has it as a tensor: the logits or the weight
-#: of a head, and what is asked of it besides.
+#: What a gradient is taken by, where a row has it as a tensor. It is the logits or the
+#: weight of a head, and whatever else the row has of these.
 _FIELDS = ("logits", "lm_head_weight", "temperature", "old_per_token_logps")
 
 
 def _called(op: Callable[..., Any]) -> Callable[..., list[Tensor]]:
-    """Every number of the op's result, and the gradient of the sum of those that have
-    one.
+    """Every number of the op's result, and the gradient of the sum of the numbers that
+    have one.
     """
 
     def run(**arguments: Any) -> list[Tensor]:
@@ -52,7 +52,7 @@ def _called(op: Callable[..., Any]) -> Callable[..., list[Tensor]]:
 
 
 def _module(kind: Any, **settings: Any) -> Callable[..., list[Tensor]]:
-    """A module with a head's weight, called."""
+    """The result of a module with a head's weight, and the gradient by that weight."""
 
     def run(lm_head_weight: Tensor, **arguments: Any) -> list[Tensor]:
         linear = torch.nn.Linear(
@@ -67,7 +67,7 @@ def _module(kind: Any, **settings: Any) -> Callable[..., list[Tensor]]:
     return run
 
 
-#: Op to what its rows call.
+#: What the rows of an op call.
 GOLDEN_OPS: dict[str, Callable[..., list[Tensor]]] = {
     "token_stats": _called(token_stats),
     "linear_token_logps": _called(linear_token_logps),
@@ -87,25 +87,26 @@ def _op(name: str, expected: Any, **arguments: Any) -> Golden:
     return Golden("op", name, arguments, expected)
 
 
-#: Logits of p = (1/6, 1/3, 1/2), the same as a head over one feature of 1, and the
-#: entropy.
+#: Logits of p = (1/6, 1/3, 1/2), the same logits as a head over one feature of 1, and
+#: their entropy.
 THREE, HEAD = [[0.0, LN2, LN3]], {"hidden": [[1.0]], "lm_head_weight": [[0.0], [LN2], [LN3]]}
 P3 = (1 / 6, 1 / 3, 1 / 2)
 H3 = (LN2 + LN3) / 6 + LN3 / 3 + LN2 / 2
-#: Logits of p = (1/4, 3/4) and of (1/2, 1/2), and heads likewise.
+#: Logits of p = (1/4, 3/4) and of q = (1/2, 1/2), and heads that give them.
 TWO, TWO_HEAD = [[0.0, LN3]], {"hidden": [[1.0]], "lm_head_weight": [[0.0], [LN3]]}
 EVEN = Built(HiddenLogits, {"hidden": [[1.0]], "lm_head_weight": [[0.0], [0.0]]})
-#: Their divergences KL(q‖p) and KL(p‖q), the gradient of the first, p - q, and of the
-#: second, p·(log p - log q - KL).
+#: Their divergences are KL(q‖p) and KL(p‖q). The gradient of the first is p - q, and
+#: that of the second is p·(log p - log q - KL).
 FORWARD, REVERSE = LN2 + log(4 / 3) / 2 - LN2, LN2 - (LN2 / 2 + 3 / 4 * log(4 / 3))
 BY_FORWARD, BY_REVERSE = [-1 / 4, 1 / 4], [1 / 4 * (-LN2 - REVERSE), 3 / 4 * (LN3 - LN2 - REVERSE)]
-#: To the mixture m = (3/8, 5/8): JSD = (KL(q‖m) + KL(p‖m))/2, gradient p·(log p - log m
-#: - KL(p‖m))/2.
+#: The mixture is m = (3/8, 5/8), and JSD = (KL(q‖m) + KL(p‖m))/2. Its gradient is
+#: p·(log p - log m - KL(p‖m))/2.
 OF_M = (log(2 / 3), log(6 / 5))
 P_TO_M, Q_TO_M = OF_M[0] / 4 + 3 / 4 * OF_M[1], (log(4 / 3) + log(4 / 5)) / 2
 JSD, BY_JSD = (P_TO_M + Q_TO_M) / 2, [1 / 8 * (OF_M[0] - P_TO_M), 3 / 8 * (OF_M[1] - P_TO_M)]
-#: Of the third id the teacher says 1/4, the student 1/2: two buckets. By log p of that
-#: id -(1/4 - 3/4) = 1/2, and that moves by (-1/6, -1/3, 1/2).
+#: The teacher gives the third id 1/4 and the student gives it 1/2, so there are two
+#: buckets. The derivative by log p of that id is -(1/4 - 3/4) = 1/2, and the logits
+#: move that by (-1/6, -1/3, 1/2).
 LISTED = Built(TopKLogps, {"token_ids": [[2]], "logps": [[log(1 / 4)]]})
 BUCKETS, BY_BUCKETS = -LN2 / 4 + 3 / 4 * log(3 / 2), [-1 / 12, -1 / 6, 1 / 4]
 
@@ -122,8 +123,9 @@ EVERY = {
     "topk_logps": [-LN2, -LN3],
     "topk_ids": [2, 1],
 }
-#: logps (-1/6, 2/3, -1/2), lse (1/6, 1/3, 1/2), the two selected (2/3, -2/3, 0), the
-#: two likeliest (-1/3, 1/3, 0); the entropy -p·(log p + H).
+#: The gradients of the statistics are (-1/6, 2/3, -1/2) of logps, (1/6, 1/3, 1/2) of
+#: lse, (2/3, -2/3, 0) of the two selected ids, and (-1/3, 1/3, 0) of the two likeliest.
+#: The gradient of the entropy is -p·(log p + H).
 BY_EVERY = [a - p * (log(p) + H3) for a, p in zip((1 / 3, 2 / 3, 0), P3, strict=True)]
 ASKED: dict[str, Any] = {
     "completion_ids": [1],
@@ -131,22 +133,23 @@ ASKED: dict[str, Any] = {
     "selected_ids": [[2, 0, -100]],
     "top_k": 2,
 }
-#: The last two of three are kept: 2/5 and 3/5.
+#: The last two of three ids are kept. Their probabilities are 2/5 and 3/5.
 KEPT = Built(SamplingMask, {"token_ids": [2, 1], "offsets": [0, 2]})
 MASKED: dict[str, Any] = {
     "completion_ids": [1],
     "stats": ("logps", "entropies"),
     "sampling_mask": KEPT,
 }
-#: By the kept entropy -p·(log p + H), where that is.
+#: The gradient of the kept entropy is -p·(log p + H), with p over the kept ids.
 H2 = 2 / 5 * log(5 / 2) + 3 / 5 * log(5 / 3)
 BY_KEPT = [0, 3 / 5 - 2 / 5 * (log(2 / 5) + H2), -3 / 5 - 3 / 5 * (log(3 / 5) + H2)]
 BY_WHOLE = [a - p * (log(p) + H3) for a, p in zip((0, 3 / 5, -3 / 5), P3, strict=True)]
-#: At T = 1/2 x is z/T: by z twice as much, by T -(x - Σp·x)/T of the id.
+#: At T = 1/2, x is z/T. The gradient by z is twice that by x. The gradient by T is -(x
+#: - Σp·x)/T of the id.
 HALF = [[0.0, LN2 / 2, LN3 / 2]]
 MEAN_X = LN2 / 3 + LN3 / 2
-#: REINFORCE with A = 2 of an id with p = 3/4, by the logits -2·(1[v = id] - p); half of
-#: KL(p‖q) besides.
+#: REINFORCE has A = 2 and an id with p = 3/4. Its gradient by the logits is -2·(1[v =
+#: id] - p). One row also has half of KL(p‖q).
 REINFORCE: dict[str, Any] = {"completion_ids": [1], "advantages": [2.0]}
 BY_REINFORCE = [1 / 2, -1 / 2]
 
@@ -210,8 +213,8 @@ ROWS = (
         spec="reinforce",
         teacher=Built(Teacher, {"logits": EVEN, "coef": 0.5}),
     ),
-    # A ratio of 2 at A = -1: nothing is clipped, the loss is the ratio, and the old
-    # log-prob moves it the other way.
+    # A ratio of 2 at A = -1 is not clipped. The loss is the ratio, and the old log-prob
+    # moves it the other way.
     _op(
         "policy_loss",
         [2, [2 * -1 / 4, 2 / 4], -2],

@@ -1,9 +1,9 @@
 """Golden rows of the losses of pairs: the loss and its slope by every token's log-prob.
 
 ``LN3 = log 3`` makes sigmoids exact: ``σ(log 3) = 3/4``, ``σ(2·log 3) = 9/10``. Unless
-a row says otherwise a pair is :data:`PAIR`: the chosen sequence's log-ratio is
-``log 3`` over two tokens, the rejected one's ``-log 3`` on one token, and the margin
-``2·log 3``.
+a row says otherwise, its pair is :data:`PAIR`. The chosen sequence has the log-ratio
+``log 3`` over two tokens, and the rejected one has ``-log 3`` on one token. The margin
+is ``2·log 3``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from .golden_row import LN2, LN3, Golden
 
-#: Three valid tokens: two chosen, one rejected.
+#: Three valid tokens. Two are chosen, and one is rejected.
 MASK = [[1, 1], [1, 0]]
 PAIR: dict[str, Any] = {
     "per_token_logps": [[-1.0, -1.0], [-2.0, -5.0]],
@@ -41,7 +41,9 @@ def _pair(
     given: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> Golden:
-    """A row of :data:`PAIR`: a slope of both chosen tokens, and the rejected one's."""
+    """A row of :data:`PAIR`, with one slope for both chosen tokens and one for the
+    rejected token.
+    """
     return _row(name, loss, [chosen, chosen, rejected, 0.0], {**PAIR, **(given or {})}, **arguments)
 
 
@@ -52,11 +54,11 @@ def _likely(chosen: list[float], rejected: float, **more: Any) -> dict[str, Any]
 
 
 WITH_A_REFERENCE = (
-    # β·m = log 3: the slope is -β/4 = -1/8.
+    # β·m = log 3, so the slope is -β/4 = -1/8.
     _pair("dpo", LOSS, -1 / 8, 1 / 8, beta=0.5),
-    # 0.9·(-1/4) + 0.1·3/4 = -0.15, times β.
+    # The slope is 0.9·(-1/4) + 0.1·3/4 = -0.15, times β.
     _pair("cdpo", 0.9 * LOSS + 0.1 * FLIPPED, -0.075, 0.075, beta=0.5, label_smoothing=0.1),
-    # (0.9·(-1/4) - 0.1·3/4) / 0.8 = -0.375, times β.
+    # The slope is (0.9·(-1/4) - 0.1·3/4) / 0.8 = -0.375, times β.
     _pair(
         "robust_dpo",
         (0.9 * LOSS - 0.1 * FLIPPED) / 0.8,
@@ -66,9 +68,10 @@ WITH_A_REFERENCE = (
         label_smoothing=0.1,
     ),
     _pair("hinge", 1 - LN3 / 2, -0.25, 0.25, beta=0.25),
-    # β·m = log 3 is above 1.
+    # β·m = log 3 is above 1, so the loss is 0.
     _pair("hinge", 0.0, 0.0, 0.0, beta=0.5),
-    # Per token log(3)/2 + log 3, less 1/(2β) = 1; a chosen token is half of its mean.
+    # The margin of the means is log(3)/2 + log 3, less 1/(2β) = 1. A chosen token is
+    # half of its mean.
     _pair("ipo", (1.5 * LN3 - 1) ** 2, 1.5 * LN3 - 1, -2 * (1.5 * LN3 - 1), beta=0.5),
     _pair(
         "ipo",
@@ -78,7 +81,8 @@ WITH_A_REFERENCE = (
         beta=0.5,
         average=False,
     ),
-    # KL of (3/4, 1/4) from (1/2, 1/2); its slope is σ(1-σ)·log 3, times β.
+    # The loss is the KL of (3/4, 1/4) from (1/2, 1/2). Its slope is σ(1-σ)·log 3, times
+    # β.
     _pair(
         "exo",
         0.75 * log(1.5) - 0.25 * LN2,
@@ -87,15 +91,17 @@ WITH_A_REFERENCE = (
         beta=0.5,
         label_smoothing=0.5,
     ),
-    # -log(3/4) - 1/2·log(1/4) - 1/2·log(3/4): -1/4 + 1/2·3/4, and 1/2·1/4.
+    # The loss is -log(3/4) - 1/2·log(1/4) - 1/2·log(3/4). The slopes are -1/4 +
+    # 1/2·3/4, and 1/2·1/4.
     _pair("nca", 1.5 * LOSS + 0.5 * FLIPPED, 1 / 8, 1 / 8, beta=1.0),
     _pair("bco", 2 * LOSS, -1 / 4, 1 / 4, beta=1.0),
-    # 1/(2β) = 1.
+    # The target 1/(2β) is 1.
     _pair("sppo", 2 * (LN3 - 1) ** 2, 2 * (LN3 - 1), -2 * (LN3 - 1), beta=0.5),
-    # 1 - 3/4 + 1/4, and 3/4 + 1 - 9/10.
+    # The losses are 1 - 3/4 + 1/4, and 3/4 + 1 - 9/10.
     _pair("apo", 0.5, -3 / 16, 3 / 16, beta=1.0),
     _pair("apo", 0.85, 3 / 16 - 0.09, 0.09, beta=1.0, anchor="down"),
-    # g = 3/4, e^-x = 1/3: g' = 3/16, so -3/16·LOSS - 1/16 + 1/16 - 1/4, times β.
+    # g = 3/4 and e^-x = 1/3, so g' = 3/16. The slope is -3/16·LOSS - 1/16 + 1/16 - 1/4,
+    # times β.
     _pair(
         "discopop",
         LOSS / 4 + 1 / 4,
@@ -104,13 +110,15 @@ WITH_A_REFERENCE = (
         beta=0.5,
         tau=1.0,
     ),
-    # γ = 1/2 of the reference's -2 - log 3 and -2 + log 3: -1 + log(3)/2 against -1 -
-    # log(3)/2.
+    # The reference has -2 - log 3 and -2 + log 3, and γ = 1/2 of that counts. What is
+    # left is -1 + log(3)/2 against -1 - log(3)/2.
     _pair("dpo_gamma", LOSS, -1 / 4, 1 / 4, beta=1.0, gamma=0.5),
-    # η·β·2 more, and -η·β a token; then 0.2 of the mean 1, -0.1 a token.
+    # The first row has η·β·2 more in the loss, and -η·β more a token. The second has
+    # 0.2 of the mean 1 more in the loss, and -0.1 more a token.
     _pair("rpo", LOSS + 0.1, -1 / 8 - 0.05, 1 / 8, form="cumulative", beta=0.5, eta=0.1),
     _pair("rpo", LOSS + 0.2, -1 / 8 - 0.1, 1 / 8, form="average", beta=0.5),
-    # D = D_old = 0, D_ref = -2·log 3, half of each; 1/(2η) = 1.
+    # D = D_old = 0 and D_ref = -2·log 3, and half of each counts. The target 1/(2η) is
+    # 1.
     _pair(
         "inpo",
         (LN3 - 1) ** 2,
@@ -128,8 +136,8 @@ WITH_A_REFERENCE = (
         given={"consistency": [0.9]},
         beta=0.5,
     ),
-    # The rewards agree: 2·(3/4 - 9/10)², and 2·2·(-0.15)·3/16 more, times β; then they
-    # do not.
+    # The rewards agree in the first row. That adds 2·(3/4 - 9/10)² to the loss, and
+    # 2·2·(-0.15)·3/16 to the slope, times β. In the second row they do not agree.
     _pair(
         "scir",
         LOSS + 0.045,
@@ -140,9 +148,10 @@ WITH_A_REFERENCE = (
         coef=2.0,
     ),
     _pair("scir", 0.0, 0.0, 0.0, given={"judge_margins": [-1.0]}, beta=0.5, coef=2.0),
-    # t = 3 and 1/3. log(2t/(t+1)): log(3/2) + log 2, slopes 1/(t+1).
+    # t is 3 and 1/3. The difference of log(2t/(t+1)) is log(3/2) + log 2. Its slopes
+    # are 1/(t+1).
     _pair("f_dpo", LOSS, -1 / 16, 3 / 16, beta=1.0, divergence="js_divergence"),
-    # 1 - 1/t: 2/3 + 2, slopes 1/t.
+    # The difference of 1 - 1/t is 2/3 + 2. Its slopes are 1/t.
     _pair(
         "f_dpo",
         LOSS,
@@ -151,7 +160,7 @@ WITH_A_REFERENCE = (
         beta=3 / 8 * LN3,
         divergence="forward_kl",
     ),
-    # t - 1: 2 + 2/3, slopes t.
+    # The difference of t - 1 is 2 + 2/3. Its slopes are t.
     _pair(
         "f_dpo",
         LOSS,
@@ -161,7 +170,8 @@ WITH_A_REFERENCE = (
         divergence="alpha_divergence",
         alpha=2.0,
     ),
-    # The second chosen token is beyond the rejected length: log(3)/2 + 1/2·log 3.
+    # The second chosen token is beyond the rejected length. The chosen log-ratio is
+    # log(3)/2 + 1/2·log 3.
     _row(
         "ld_dpo",
         LOSS,
@@ -172,9 +182,11 @@ WITH_A_REFERENCE = (
     ),
     # The mean NLL of the chosen sequence is 1.
     _pair("irpo", LOSS + 2, -1 / 8 - 1, 1 / 8, beta=0.5, alpha=2.0),
-    # σ(2·log 3) = 9/10, two of LOSS, NLL 1: -0.8/10 - 0.2/4 - 1/2.
+    # σ(2·log 3) = 9/10, LOSS counts twice, and the NLL is 1. The slope is -0.8/10 -
+    # 0.2/4 - 1/2.
     _pair("mpo", 0.8 * log(10 / 9) + 0.4 * LOSS + 1, -0.63, 0.13, beta=1.0),
-    # w = exp(-log 2 + 0); the square's log is not read where the mask is 0.
+    # w = exp(-log 2 + 0). The log of the sum of squares is not read where the mask is
+    # 0.
     _pair(
         "wpo",
         LOSS / 2,
@@ -187,7 +199,8 @@ WITH_A_REFERENCE = (
     _pair(
         "wpo", LOSS, -1 / 8, 1 / 8, given={"log_sum_p_sq": [[-2.0, -2.0], [-3.0, 0.0]]}, beta=0.5
     ),
-    # h = log 3 is τ + log 2: c = 1/2 + (3/2)/(1 + 2·2) = 0.8, w = σ(0.8·h)/(3/4).
+    # h = log 3 is τ + log 2. So c = 1/2 + (3/2)/(1 + 2·2) = 0.8, and w =
+    # σ(0.8·h)/(3/4).
     _pair(
         "madpo",
         LOSS * 4 / 3 / (1 + 3**-0.8),
@@ -200,8 +213,8 @@ WITH_A_REFERENCE = (
     ),
     # h is below -τ.
     _pair("madpo", LOSS, -1 / 8, 1 / 8, given={"reward_margins": [-LN3]}, beta=0.5, tau=LN2),
-    # c = 1/(1 + 1/4): ε = 0.2. -0.8/4 + 0.2·3/4 = -0.05, times β, from the second
-    # token on.
+    # c = 1/(1 + 1/4), so ε = 0.2. The slope is -0.8/4 + 0.2·3/4 = -0.05, times β, from
+    # the second token on.
     *(
         _row(
             "mcts_dpo",
@@ -228,8 +241,8 @@ WITH_A_REFERENCE = (
             ("ipo", (2 * LN3 - 1) ** 2, 2 * (2 * LN3 - 1), {}),
         )
     ),
-    # u: 1/2·log 3 of either side; both sides' KL terms are 0.1; the masks' norms are 2
-    # and 2.5.
+    # u is 1/2·log 3 on either side. The KL terms of both sides are 0.1. The norms of
+    # the masks are 2 and 2.5.
     _row(
         "sparse_po",
         LOSS + 0.1 * 2 + 0.2 * 2.5,
@@ -244,7 +257,8 @@ WITH_A_REFERENCE = (
         reward_norm_coef=0.1,
         kl_norm_coef=0.2,
     ),
-    # Slopes -1/2 of the margin 0 and -1/3 of s = log 3, over s.
+    # The slopes are -1/2 at the margin 0, and -1/3 at s = log 3. The second is divided
+    # by s.
     _pair(
         "ens_loss",
         -1 / 3 - 1e-6 * LN3,
@@ -253,8 +267,8 @@ WITH_A_REFERENCE = (
         given={"noise": [-LN2, -LN3]},
         beta=0.5,
     ),
-    # Log-probs of the pairs differ by 1 and -1, the reference's by less 2·log 3, in the
-    # other order of pairs.
+    # The log-probs of the pairs differ by 1 and -1. The reference's differ by -1 and 1,
+    # less 2·log 3, so that the pairs are in the other order.
     _row(
         "aot",
         LOSS,
@@ -265,7 +279,8 @@ WITH_A_REFERENCE = (
         },
         beta=0.5,
     ),
-    # Chosen log-ratios log 3 and 3, rejected ones 3 - 2·log 3 and -log 3.
+    # The chosen log-ratios are log 3 and 3. The rejected ones are 3 - 2·log 3 and -log
+    # 3.
     _row(
         "aot",
         LOSS,
@@ -279,14 +294,14 @@ WITH_A_REFERENCE = (
     ),
 )
 
-#: Scores log 3, 0 and -log 3 of a list.
+#: A list with the scores log 3, 0 and -log 3.
 LIST: dict[str, Any] = {
     "per_token_logps": [[-1.0], [-1.0], [-1.0]],
     "ref_per_token_logps": [[-1 - LN3], [-1.0], [-1 + LN3]],
 }
 
 OTHERS = (
-    # Means -1 and -2: β - γ = log 3.
+    # The means are -1 and -2, and β - γ = log 3.
     _row(
         "simpo",
         LOSS,
@@ -304,7 +319,7 @@ OTHERS = (
         beta=0.5,
         cpo_alpha=2.0,
     ),
-    # Odds 1 and 1/3, whose logs have slopes 1/(1-p) = 2 and 4/3.
+    # The odds are 1 and 1/3. Their logs have the slopes 1/(1-p) = 2 and 4/3.
     _row(
         "orpo",
         LN2 + LOSS / 2,
@@ -312,7 +327,7 @@ OTHERS = (
         _likely([-LN2, -LN2], -2 * LN2),
         beta=0.5,
     ),
-    # log(1 - 1/2) cancels the reference's log(1/2); its slope is -p/(1-p) = -1.
+    # log(1 - 1/2) cancels the reference's log(1/2). Its slope is -p/(1-p) = -1.
     _row(
         "unlikelihood",
         LOSS,
@@ -320,7 +335,7 @@ OTHERS = (
         _likely([-1.0, -1.0], -LN2, ref_per_token_logps=[[-1 - LN3, -1.0], [-LN2, -9.0]]),
         beta=1.0,
     ),
-    # β·(-log 2 - log 2) = -log 2: σ = 1/3.
+    # β·(-log 2 - log 2) = -log 2, so σ = 1/3.
     _row(
         "no_sft_ratio_w_unlikelihood",
         LN3,
@@ -328,7 +343,7 @@ OTHERS = (
         _likely([-LN2 / 2, -LN2 / 2], -LN2),
         beta=0.5,
     ),
-    # 1 - 1/p: -1 against -2, slopes 2 and 3; β - γ = log 3.
+    # 1 - 1/p is -1 against -2, with the slopes 2 and 3. β - γ = log 3.
     _row(
         "alpha_po",
         LOSS,
@@ -348,7 +363,7 @@ OTHERS = (
         beta=1 + LN3,
         gamma=1.0,
     ),
-    # The gold tokens' mean NLL is 2; with means the margin is 1.
+    # The mean NLL of the gold tokens is 2. With means the margin is 1.
     *(
         _row(
             "tpo",
@@ -379,7 +394,7 @@ OTHERS = (
         beta=1.0,
         skips=(1,),
     ),
-    # One skip of two more: -log(9/10).
+    # One skip of two adds -log(9/10).
     _row(
         "rank_list",
         2 * LOSS + log(10 / 9),
@@ -388,7 +403,7 @@ OTHERS = (
         group_size=3,
         beta=1.0,
     ),
-    # log(1 + 1/3 + 1/9) + log(1 + 1/3).
+    # The loss is log(1 + 1/3 + 1/9) + log(1 + 1/3).
     _row(
         "rank_list",
         log(13 / 9) + LOSS,

@@ -12,17 +12,21 @@ LN2, LN3 = log(2), log(3)
 
 @dataclass(frozen=True)
 class Golden:
-    """One call of an entry and its result. A list stands for a tensor: of floats if it
-    holds one, else of ints or bools; anything else is itself.
+    """One call of an entry and its result.
 
-    ``expected``: every number of the result in order, nested as is easiest to read.
-    ``updates``: what the ``update`` of the object that the call returns is given, one
-    call after the other, from the state ``init(*init)``; the result is what each
-    returns beside the state. ``tokens``: for a weight, one sequence of tokens by what
-    formulas read (``logp``, ``old_logp``, ``adv``, ``entropy``, ...;
-    ``completion_mask``). For a loss of pairs, arguments of
-    ``preference_loss_from_logps``; the result is the loss and its slope by every
-    token's log-prob.
+    In the arguments a list stands for a tensor. The tensor has floats if the list holds
+    one, else ints or bools. Anything else stands for itself.
+
+    ``expected`` has every number of the result in order, nested as is easiest to read.
+
+    ``updates`` are for an entry whose call returns an object with an ``update``. Each
+    is given to one call of ``update``, one after the other, from the state
+    ``init(*init)``. The result is what each call returns beside the state.
+
+    ``tokens`` of a weight are one sequence of tokens, by what formulas read (``logp``,
+    ``old_logp``, ``adv``, ``entropy``, ...; ``completion_mask``). ``tokens`` of a loss
+    of pairs are arguments of ``preference_loss_from_logps``. The result is then the
+    loss and its slope by every token's log-prob.
     """
 
     kind: str

@@ -22,9 +22,9 @@ def moved(*log_ratios: float) -> dict[str, Any]:
     return {"logp": -2.0, "old_logp": [-2 - x for x in log_ratios], "adv": 1.0}
 
 
-#: Of odds sqrt(3).
+#: The probability at odds of sqrt(3).
 HIGH = sqrt(3) / (1 + sqrt(3))
-#: Uncertainty 1 - 2·p + Σp² of 1/2 a token, and of 0.
+#: A token's uncertainty 1 - 2·p + Σp² is 1/2 for the one, and 0 for the other.
 HALF, SURE = {"logp": -LN2, "square": -LN2}, {"logp": 0.0, "square": 0.0}
 
 
@@ -53,13 +53,14 @@ def _otb(
 
 
 TRAINERS = (
-    # The best by its lead; a tie leads by nothing; over the standard deviation
-    # sqrt(1/2).
+    # The best completion gets its lead. A tie has no lead. The last row divides by the
+    # standard deviation sqrt(1/2).
     _advantage("grpo_passk", [0, 1, 0], rewards=[1.0, 3, 2], scale_rewards=False, group_size=3),
     _advantage("grpo_passk", [0, 0, 0], rewards=[2.0, 2, 0], scale_rewards=False, group_size=3),
     _advantage("grpo_passk", [sqrt(2), 0], rewards=[1.0, 0], epsilon=0.0, group_size=2),
-    # n = 4, c = 1, k = 2: ρ = 1 - 3/6, σ = 1/2; right 1, wrong (1/2 - 2/3)/(1/2). k =
-    # 1: 1 and -1. All wrong: -1·0.
+    # At n = 4, c = 1, k = 2, ρ = 1 - 3/6 and σ = 1/2. A right answer gets 1, and a
+    # wrong one gets (1/2 - 2/3)/(1/2). At k = 1 they get 1 and -1. Where all are wrong,
+    # the advantage is -1·0.
     _advantage(
         "passk_training",
         [1, -1 / 3, -1 / 3, -1 / 3],
@@ -70,16 +71,16 @@ TRAINERS = (
     ),
     _advantage("passk_training", [1, -1], correct=[1.0, 0], k=1, epsilon=0.0, group_size=2),
     _advantage("passk_training", [0, 0, 0, 0], correct=[0.0, 0, 1, 1], k=2, group_size=2),
-    # Two of three: C(1, 2) = 0, so ρ = 1 and nothing is left to learn.
+    # Two of three are right. C(1, 2) = 0, so ρ = 1 and nothing is left to learn.
     _advantage("passk_training", [0, 0, 0], correct=[1.0, 1, 0], k=2, epsilon=1.0, group_size=3),
     _advantage("maxrl", [3, -1, -1, -1], rewards=[1.0, 0, 0, 0], epsilon=0.0, group_size=4),
     _advantage("maxrl", [0.5, 2], rewards=[0.5, 2.0], singleton="reward", group_size=1),
-    # The batch's mean 3/4, unbiased variance 1/4.
+    # The batch has the mean 3/4 and the unbiased variance 1/4.
     _advantage("lite_ppo", [1, -1, 0, 0], rewards=[1.0, 0, 1, 1], epsilon=0.0, group_size=2),
-    # Three of four have a reward: 4/3.
+    # Three of four have a reward, so the factor is 4/3.
     _advantage("gpg", [2 / 3, -2 / 3, 0, 0], rewards=[1.0, 0, 1, 1], group_size=2),
     _advantage("gpg", [1, 0], rewards=[2.0, 0.0], singleton="reward", f_norm=4.0, group_size=1),
-    # V* = log((1 + 3)/2); of one known reward that reward.
+    # V* is log((1 + 3)/2). Where one reward is known, V* is that reward.
     _advantage(
         "a_star_po",
         [1 - LN2, -LN2, -0.5],
@@ -88,14 +89,15 @@ TRAINERS = (
         beta=1.0,
         group_size=1,
     ),
-    # Equal weights: the mean return. A response that is sure has no weight: the other's
-    # return is the baseline.
+    # With equal weights the baseline is the mean return. A response that is sure has no
+    # weight, so the other's return is the baseline.
     _otb("otb", [0.5, 0.5, -0.5, -0.5], [1.0, 0], [[1, 1], [1, 1]], HALF, HALF),
     _otb("otb", [0, 0, -1, -1], [1.0, 0], [[1, 1], [1, 1]], HALF, SURE),
-    # Behind the second response the first is alone.
+    # Past the end of the second response the first is alone.
     _otb("otb", [0.5, 1, -0.5, 0], [1.0, 0], [[1, 1], [1, 0]], HALF, HALF),
     _otb("otb", [0.5, 0, -0.5, 0], [1.0, 0], [[1, 1], [1, 0]], HALF, HALF, zero_tail=False),
-    # A factor of 2 in the first's ratio counts as 4 in its weight: baseline 4/5.
+    # A factor of 2 in the first response's ratio counts as 4 in its weight, so the
+    # baseline is 4/5.
     _otb(
         "otb",
         [0.2, 0.2, -0.8, -0.8],
@@ -105,15 +107,16 @@ TRAINERS = (
         HALF,
         importance_sampling_ratio=[[2.0, 2], [1, 1]],
     ),
-    # The second tokens are in columns 3 and 2: by column they share no baseline, by
-    # token they do.
+    # The second tokens are in columns 3 and 2. They share no baseline by column, and
+    # they share one by token.
     _otb("tir_otb", [0.5, 0, 0.5, -0.5, -0.5, 0], [1.0, 0], [[1, 0, 1], [1, 1, 0]], HALF, HALF),
-    # Doubly later, half as much: F = log 2·(1 + 0 + 2/4), (0 + 2/2), 2. Cut at 1.2.
+    # Each token later counts half as much. F is log 2·(1 + 0 + 2/4), log 2·(0 + 2/2),
+    # and log 2·2. The second row is cut at 1.2.
     _weight("fipo", [2**1.5, 2.0, 4.0], moved(LN2, 0.0, 2 * LN2), half_life=1.0, weight_max=inf),
     _weight("fipo", [1.2] * 3, moved(LN2, 0.0, 2 * LN2), half_life=1.0),
     _weight("fipo", [1.0, 0.5], moved(LN2, -2 * LN2), half_life=1.0, weight_min=0.5),
-    # Without the third, whose ratio is 4; and where A < 0 a ratio over 3 is weighted at
-    # most 1.
+    # The first row leaves out the third token, whose ratio is 4. In the second row A <
+    # 0, and a ratio over 3 is weighted by at most 1.
     _weight(
         "fipo",
         [2.0, 1.0, 1.0],
@@ -130,7 +133,8 @@ TRAINERS = (
         weight_max=inf,
         safety_ratio=3.0,
     ),
-    # The teacher's 2: 1.2 and .8 by the sign of A, half of it. Wide: 2 and 1/2.
+    # The teacher's ratio is 2. It becomes 1.2 or .8 by the sign of A, and half of the
+    # change counts. With a wide bound it becomes 2 or 1/2.
     _weight(
         "rlsd", [1.1, 0.9, 1.0], {"old_logp": -2.0, "ref_logp": -2 + LN2, "adv": [3.0, -3.0, 0.0]}
     ),
@@ -140,7 +144,8 @@ TRAINERS = (
         {"old_logp": -2.0, "ref_logp": -2 + LN2, "adv": [3.0, -3.0]},
         epsilon=5.0,
     ),
-    # σ(log 3) = 3/4 at p = 1/2: 2·(3/4 - 1/4); p = 1/4: σ(log(3)/2).
+    # At p = 1/2, σ(log 3) = 3/4 gives 2·(3/4 - 1/4). At p = 1/4 the sigmoid is
+    # σ(log(3)/2).
     *(
         _weight(
             "tr_grpo",
@@ -156,7 +161,7 @@ TRAINERS = (
             ([0.9, 0.8], {"lower": 0.8, "upper": 0.9}),
         )
     ),
-    # Two tokens are unlikely and rewarded: their median entropy is 3/2.
+    # Two tokens are unlikely and rewarded. Their median entropy is 3/2.
     _weight(
         "stapo",
         [0.0, 1.0, 1.0, 1.0, 1.0],
@@ -168,11 +173,12 @@ TRAINERS = (
         probability=0.01,
         entropy_quantile=0.5,
     ),
-    # No token is below the probability, and the entropy of one alone is its quantile.
+    # No token is below the probability in the first row. In the second row one token
+    # is, and its entropy is the quantile.
     _weight("stapo", [1.0, 1.0], {"logp": [-6.0, -1.0], "entropy": [0.1, 0.0], "adv": 1.0}),
     _weight("stapo", [1.0, 1.0], {"logp": [-7.0, -1.0], "entropy": [0.1, 0.0], "adv": 1.0}),
-    # Squares .01, .09, and 0 of an unknown one: means 0, .005, .033 from the smallest.
-    # One is left in any case.
+    # The squares are .01, .09, and 0 for an unknown log-prob. From the smallest on
+    # their means are 0, .005, .033. One token is left in any case.
     *(
         _weight(
             "m2_mask",
@@ -189,7 +195,8 @@ TRAINERS = (
     _weight(
         "m2_mask", [1.0, 0.0], {"old_logp": -2.0, "sampling_logp": [-2.1, -1.7]}, threshold=1e-9
     ),
-    # r = 2 and p from 1/4 to 1/2: k3 = 1 - log 2 = .307, k2 = .24, TV 1/4.
+    # r = 2, and p goes from 1/4 to 1/2. Then k3 = 1 - log 2 = .307, k2 = .24, and TV is
+    # 1/4.
     *(
         _weight(
             "trm",
@@ -209,7 +216,8 @@ TRAINERS = (
     ),
     _advantage("psr_nsr", [0.1, -1, 0], correct=[1.0, 0, nan]),
     _advantage("psr_nsr", [1, 0], correct=[1.0, 0], positive_weight=1.0, negative_weight=0.0),
-    # Two of three right ones; one right and one wrong; all; none.
+    # The answers have two of the three right choices, one right and one wrong, all, and
+    # none.
     Golden(
         "reward",
         "soft_multi_choice",
@@ -219,7 +227,8 @@ TRAINERS = (
         },
         [2 / 3, 0, 1, 0],
     ),
-    # Mixed, all wrong, one alone; and a band of the mean.
+    # One group is mixed, and one is all wrong. The next row has a completion alone in
+    # its group. The last row has a band of the mean.
     Golden(
         "sample_weight",
         "dynamic_sampling",
@@ -233,7 +242,7 @@ TRAINERS = (
         {"rewards": [1.0, 0, 0, 0, 1, 0, 1, 1], "high": 0.5, "group_size": 4},
         [1, 1, 1, 1, 0, 0, 0, 0],
     ),
-    # β = 1/2 of one and two samples: 1 and 2/3, of mean 5/6.
+    # At β = 1/2 one sample counts 1 and two samples count 2/3. Their mean is 5/6.
     Golden(
         "sample_weight",
         "class_balanced",
@@ -246,7 +255,8 @@ TRAINERS = (
         {"labels": [1, 0], "class_counts": [1.0, 2], "beta": 0.0},
         [1, 1],
     ),
-    # Of 1 and 9 samples: at τ = 2 shares 1/4 and 3/4, at infinity 1/2 each.
+    # The sources have 1 and 9 samples. At τ = 2 their shares are 1/4 and 3/4. At
+    # infinity each share is 1/2.
     Golden(
         "sample_weight",
         "upweight",
@@ -261,16 +271,17 @@ TRAINERS = (
     ),
     Golden("schedule", "drw", {"epoch": 159}, [0]),
     Golden("schedule", "drw", {"epoch": 160}, [0.9999]),
-    # Of 150 steps: a fifth of the warm-up to 3/5; a quarter of the first cycle of 40;
-    # its end but one step; the second cycle's top.
+    # The run has 150 steps. Step 5 is a fifth of the warm-up to 3/5. Step 40 is a
+    # quarter of the first cycle of 40 steps, and step 50 is half of it. Step 70 is the
+    # top of the second cycle.
     Golden("schedule", "canon", {"step": 5}, [1 - 0.6 / 5]),
     Golden("schedule", "canon", {"step": 40}, [1 - 0.3 * (1 + sqrt(0.5))]),
     Golden("schedule", "canon", {"step": 50, "order": "inter_first"}, [0.7]),
     Golden("schedule", "canon", {"step": 70, "order": "inter_first"}, [1]),
     Golden("schedule", "dynamic_loss_reweighting", {"step": 999, "temperature": 0.4}, [inf]),
     Golden("schedule", "dynamic_loss_reweighting", {"step": 1000, "temperature": 0.4}, [0.4]),
-    # Of entropies 1, 2, 4, 16 the third is the quantile 2/3: half way up, at it, half
-    # way down, above the highest.
+    # Of the entropies 1, 2, 4, 16 the third is the quantile 2/3. The given entropies
+    # are half way up, at it, half way down, and above the highest.
     Golden(
         "schedule",
         "hapo_temperature",
@@ -284,8 +295,8 @@ TRAINERS = (
         },
         [0.55, 0.5, 0.45, 0.6],
     ),
-    # Mean gaps 2 and -8 against running means of 1 and -3.5: 1 + 1/2·1, and 1 - 1/2·4.5
-    # < 0.
+    # The mean gaps are 2 and -8, and the running means are 1 and -3.5. β is 1 + 1/2·1,
+    # and then 1 - 1/2·4.5 < 0.
     Golden(
         "schedule",
         "beta_dpo",
@@ -293,8 +304,8 @@ TRAINERS = (
         [1.5, 0.001],
         updates=([1.0, 3], [-8.0]),
     ),
-    # log 2 of equal logits against p = (1/4, 3/4): KL = 1/4·log(1/2) + 3/4·log(3/2), at
-    # T = 1.
+    # Equal logits give log 2. Against p = (1/4, 3/4) they have KL = 1/4·log(1/2) +
+    # 3/4·log(3/2) at T = 1.
     Golden(
         "divergence",
         "kd",
@@ -319,7 +330,8 @@ TRAINERS = (
         },
         [[4 * (LN2 + HIGH * log(HIGH) + (1 - HIGH) * log(1 - HIGH))]],
     ),
-    # -log(1/4), and half of KL((1/2, 1/2) from (1/4, 3/4)) = log(2) - log(3)/2.
+    # The terms are -log(1/4), and half of KL((1/2, 1/2) from (1/4, 3/4)) = log(2) -
+    # log(3)/2.
     Golden(
         "divergence",
         "superhf",
@@ -331,8 +343,8 @@ TRAINERS = (
         },
         [[2 * LN2 + 0.5 * (LN2 - LN3 / 2)]],
     ),
-    # Below the target .2: a step of .001, in force; twice up to .002; above: down, and
-    # not in force.
+    # Below the target .2 the coefficient rises by .001 and is in force. Two more steps
+    # leave it at .002. Above the target it falls and is not in force.
     Golden(
         "schedule",
         "adaptive_entropy",

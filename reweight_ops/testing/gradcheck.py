@@ -1,5 +1,5 @@
-"""Finite differences of the fp64 reference, with what a loss holds constant held
-constant.
+"""Finite differences of the fp64 reference. What a loss holds constant stays constant
+in them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from ..errors import InvalidCall
 
 
 def gradcheck(spec: PolicyLossSpec, batch: dict[str, Any], **options: Any) -> bool:
-    """``torch.autograd.gradcheck`` of the fp64 reference, with what ``stop_gradient``
-    and detached weights hold recorded on the first call and
-    replayed: plain gradcheck differentiates them numerically and fails.
+    """``torch.autograd.gradcheck`` of the fp64 reference.
+
+    The values that ``stop_gradient`` and detached weights hold are recorded on the
+    first call and replayed afterwards. Plain gradcheck differentiates them numerically
+    and fails.
     """
     if batch["logits"].dtype != torch.float64:
         raise InvalidCall(
@@ -39,8 +41,8 @@ def gradcheck(spec: PolicyLossSpec, batch: dict[str, Any], **options: Any) -> bo
 
 
 class _Tape:
-    """Detached values in call order: recorded once, then replayed, so that they stay
-    constant under finite differences.
+    """Detached values in call order. They are recorded once and then replayed, so that
+    they stay constant under finite differences.
     """
 
     def __init__(self) -> None:
@@ -60,7 +62,7 @@ class _Tape:
             return self.values[position - 1]
 
         def straight_through(xp: TorchNamespace, slope: Tensor, value: Tensor) -> Tensor:
-            return slope + (value - slope).detach()  # as a sum of which one part stays
+            return slope + (value - slope).detach()  # the detached part of the sum stays constant
 
         @contextlib.contextmanager
         def play() -> Any:

@@ -37,8 +37,8 @@ STATISTICS = tuple(TokenStats.__dataclass_fields__)
 #: How many ids are picked of a row, and how many the stored teacher lists.
 PICKED, LISTED = 6, 8
 _CHUNK_ROWS = 24
-#: Temperature of a student beside a stored teacher: of one that is sure of the list a
-#: bucket of the rest says nothing.
+#: Temperature of a student beside a stored teacher. If the student is sure of the list,
+#: a bucket of the rest says nothing.
 _HEAT = 4.0
 _CLIP, _BETA, _COEF = 0.2, 0.04, 0.3
 _KINDS = ("forward_kl", "reverse_kl", "generalized_jsd")
@@ -53,9 +53,11 @@ def _spec() -> PolicyLossSpec:
 
 class Judged(NamedTuple):
     """``ours(batch, backend)`` and ``plain(batch)`` give the same numbers,
-    differentiable by ``batch[by]``. ``size``: what the values' roundings are
-    relative to, times their own size; ``reach(batch)`` ``[*R]``: those of the gradient,
-    for an upstream of 1.
+    differentiable by ``batch[by]``.
+
+    The roundings of the values are relative to ``size`` times the size of the values.
+    Those of the gradient are relative to ``reach(batch)`` ``[*R]``, for an upstream of
+    1.
     """
 
     ours: Callable[[dict[str, Any], str], Tensor]
@@ -68,15 +70,15 @@ class Judged(NamedTuple):
 # ---- batches
 
 
-@lru_cache(maxsize=3)  # a case in each dtype follows the other
+@lru_cache(maxsize=3)  # the cases of the three dtypes follow each other
 def make_op_batch(
     shape: tuple[int, ...], vocab: int, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
-    """Logits, ids, mask, advantages and stored log-probs of
-    :func:`~.testing.make_batch`; other logits; temperatures; ids to pick of a row, with
-    the row's own,
-    one twice and one that is padding; a teacher's likeliest ids and their log-probs; a
-    sampling mask.
+    """The batch of :func:`~.testing.make_batch` with more for ops.
+
+    It has other logits, temperatures, and a sampling mask. It has ids to pick of a row:
+    one is the row's own, one occurs twice, and one is padding. It has a teacher's
+    likeliest ids and their log-probs.
     """
     batch, g = make_batch(_spec(), shape, vocab, dtype, device), torch.Generator().manual_seed(2)
     batch["other_logits"] = make_divergence(shape, vocab, dtype, device)["other_logits"]
@@ -87,7 +89,7 @@ def make_op_batch(
     picked = torch.randint(0, vocab, (*shape, PICKED), generator=g, device="cpu").to(device)
     picked[..., 1], picked[..., 2], picked[..., 3] = batch["completion_ids"], picked[..., 0], -100
     batch["picked"] = picked
-    # Of a flat teacher: beside a mass of nearly 1 its bucket would say nothing.
+    # The teacher is flat. Beside a mass of nearly 1 its bucket would say nothing.
     top = torch.log_softmax(batch["other_logits"].double() / 3, -1).topk(min(LISTED, vocab // 2))
     return batch | {
         "teacher_ids": top.indices,
@@ -140,8 +142,8 @@ def _distinct(z: Tensor) -> Tensor:
     return torch.where(again, (-50 - again.cumsum(-1)).to(z.dtype), z)
 
 
-#: By PyTorch, from logits. ``topk_ids``: the logits at those ids, since equal ones may
-#: come in any order.
+#: The statistics by PyTorch, from logits. ``topk_ids`` gives the logits at those ids,
+#: since equal ones may come in any order.
 _PLAIN: dict[str, Callable[[dict[str, Any]], Tensor]] = {
     "logps": lambda b: _own(_log_p(b), b),
     "entropies": lambda b: -(_log_p(b).exp() * _log_p(b)).sum(-1),
@@ -189,7 +191,9 @@ def _statistic(name: str, hidden: bool) -> Judged:
 
 
 def _masked_statistic(name: str, over: str, hidden: bool) -> Judged:
-    """Of kept sets, renormalised; the entropy of those or of the vocabulary."""
+    """A statistic of kept sets, renormalised. The entropy is over those or over the
+    vocabulary.
+    """
 
     def ours(batch: dict[str, Any], backend: str) -> Tensor:
         rest = {"stats": (name,), "completion_mask": batch["completion_mask"], "backend": backend}
@@ -222,7 +226,7 @@ def _by_temperature(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _temperature(name: str) -> Judged:
-    """The gradient by a temperature a row."""
+    """The gradient by a temperature of each row."""
 
     def ours(batch: dict[str, Any], backend: str) -> Tensor:
         rest = {
@@ -266,8 +270,8 @@ def _listed(batch: dict[str, Any]) -> Tensor:
 
 
 def _buckets(log_p: Tensor, batch: dict[str, Any]) -> Tensor:
-    """KL(q‖p) over the listed ids and one bucket of all others, from the student's
-    log-probs of those.
+    """KL(q‖p) over the listed ids and one bucket of all others. The student's log-probs
+    are those of the listed ids.
     """
     log_q = batch["teacher_logps"].to(batch["temperature"].dtype)
     tails = (torch.log(-torch.expm1(x.logsumexp(-1, keepdim=True))) for x in (log_q, log_p))
@@ -276,7 +280,7 @@ def _buckets(log_p: Tensor, batch: dict[str, Any]) -> Tensor:
 
 def _reach_of_buckets(batch: dict[str, Any]) -> Tensor:
     """The derivatives by the listed log-probs, and what four roundings of those make of
-    them: beside a small bucket it is much.
+    them. Beside a small bucket that is much.
     """
     exact = _listed(batch).detach()
 
@@ -348,8 +352,8 @@ def _stored(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain_policy(batch: dict[str, Any], coef: float = 0.0) -> Tensor:
-    """The clipped loss with k3 of :func:`_spec` over the tokens that are in, and
-    ``coef`` times KL(p‖q) to the other logits.
+    """The clipped loss with k3 of :func:`_spec` over the tokens that are not masked,
+    and ``coef`` times KL(p‖q) to the other logits.
     """
     logps, adv = _own(_log_p(batch), batch), batch["advantages"]
     ratio, d = torch.exp(logps - batch["old_per_token_logps"]), batch["ref_per_token_logps"] - logps
@@ -363,8 +367,8 @@ def _plain_policy(batch: dict[str, Any], coef: float = 0.0) -> Tensor:
 
 
 def _policy_reach(batch: dict[str, Any]) -> Tensor:
-    """How large a row's coefficients are, at most: of the clipped ratio and the
-    penalty, and twice of the teacher's divergence.
+    """How large the coefficients of a row are at most. They are those of the clipped
+    ratio and the penalty, and twice those of the teacher's divergence.
     """
     logps = _own(_log_p(batch), batch).detach()
     ratio, against = (
@@ -413,8 +417,8 @@ def _by_stored(name: str) -> Judged:
 
 
 def _module(kind: Any, batch: dict[str, Any], **settings: Any) -> tuple[Any, Tensor]:
-    """A head of a kind with the weight of these logits, in their graph, and the hidden
-    states.
+    """A head of a kind, and the hidden states. The weight of the head is that of these
+    logits and stays in their graph.
     """
     hidden, weight = _head(batch["logits"])
     head = kind(weight.size(1), weight.size(0), device="meta", chunk_rows=_CHUNK_ROWS, **settings)
@@ -458,7 +462,7 @@ def _kept(hidden: bool) -> dict[str, Judged]:
     }
 
 
-#: Op, or module, to what is compared of it.
+#: What is compared of each op and module.
 OPS: dict[str, dict[str, Judged]] = {
     "token_stats": {
         **{name: _statistic(name, False) for name in STATISTICS},
@@ -467,7 +471,7 @@ OPS: dict[str, dict[str, Judged]] = {
     },
     "linear_token_logps": {"": Judged(_linear_logps, _LOGPS)},
     "linear_token_stats": {**{name: _statistic(name, True) for name in STATISTICS}, **_kept(True)},
-    # Its other kinds are a catalogue entry's.
+    # An entry of the catalogue compares the other kinds.
     "token_divergence": {
         kind: _divergence(token_divergence, kind, False) for kind in ("generalized_jsd", _TOP)
     },
@@ -496,8 +500,8 @@ OPS: dict[str, dict[str, Judged]] = {
 def compare_op(
     judged: Judged, batch: dict[str, Any], *, backend: str = "auto", loss_scale: float = 1.0
 ) -> Comparison:
-    """Values, and the gradient of their sum with random weights, against PyTorch's in
-    fp64, by the criterion of :func:`~.testing.compare`.
+    """Compare the values, and the gradient of their sum with random weights, with those
+    of PyTorch in fp64. The criterion is that of :func:`~.testing.compare`.
     """
     single = {
         name: x.float() if isinstance(x, Tensor) and x.dtype.itemsize == 2 else x
@@ -538,7 +542,7 @@ def compare_op(
 
 
 def _upstream(value: Tensor, loss_scale: float) -> Tensor:
-    """The same numbers in every run."""
+    """An upstream gradient with the same numbers in every run."""
     g = torch.Generator().manual_seed(3)
     drawn = (
         torch.randn(value.shape, generator=g, dtype=torch.float64, device="cpu")

@@ -1,5 +1,5 @@
-"""Pair losses and divergences by the accuracy criterion of :mod:`reweight_ops.testing`:
-batches, and a backend against the fp64 reference.
+"""Pair losses and divergences by the accuracy criterion of :mod:`reweight_ops.testing`.
+This module makes batches, and compares a backend with the fp64 reference.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def pair_inputs(
     spec: PairSpec, shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Random values of what a spec reads beside log-probs of rows ``[S, T]``, by
-    keyword; where it may read either, the one per token.
+    keyword. Where the spec may read either of two, the value per token is made.
     """
     pairs = shape[0] // spec.group_size
     sizes = {
@@ -67,7 +67,7 @@ def make_divergence(
     shape: tuple[int, ...], vocab: int, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
     """Logits, targets and mask of :func:`~.testing.make_batch`, and other logits near
-    those.
+    the first ones.
     """
     policy = make_batch(grpo(), shape, vocab, dtype, device)
     batch = {name: policy[name] for name in ("logits", "completion_ids", "completion_mask")}
@@ -85,8 +85,8 @@ def make_divergence(
 def compare_pairs(
     spec: PairSpec, batch: dict[str, Any], *, backend: str = "auto", loss_scale: float = 1.0
 ) -> Comparison:
-    """Loss and gradient of a pair loss on a backend against the fp64 reference, as
-    :func:`~.testing.compare` does for a policy loss.
+    """Compare the loss and the gradient of a pair loss on a backend with the fp64
+    reference, as :func:`~.testing.compare` does for a policy loss.
     """
 
     def run(batch: dict[str, Any], backend: str) -> tuple[Tensor, Any]:
@@ -129,11 +129,11 @@ def _yardstick(
 def compare_divergence(
     kind: str, batch: dict[str, Any], *, backend: str = "auto", loss_scale: float = 1.0
 ) -> Comparison:
-    """``token_divergence`` of a kind on a backend against the fp64 reference: each
-    token's value, and the gradient of their sum.
+    """Compare ``token_divergence`` of a kind on a backend with the fp64 reference. What
+    is compared is each token's value, and the gradient of their sum.
 
-    Its probabilities are of two softmaxes, so the gradient has the four roundings of
-    :func:`~.testing.compare` twice.
+    The probabilities are those of two softmaxes. Therefore the gradient has the four
+    roundings of :func:`~.testing.compare` twice.
     """
 
     def run(batch: dict[str, Any], backend: str) -> tuple[Tensor, Tensor]:
@@ -180,10 +180,10 @@ def _derivatives_of(
 ) -> tuple[Tensor, Tensor]:
     """What the roundings of the gradient (a token) and of the loss are relative to.
 
-    The gradient: ``dL/dlogp``, and what four roundings of all tokens' statistics make
-    of it, since a sum over them decides it. The loss: its terms, its slopes times the
-    log-probs they are read at, and what those roundings make of it, detached weights
-    included.
+    For the gradient that is ``dL/dlogp``, and what four roundings of all tokens'
+    statistics make of it, since a sum over them decides it. For the loss that is its
+    terms, its slopes times the log-probs that they are read at, and what those
+    roundings make of it. Detached weights are included.
     """
     rest = {name: x for name, x in batch.items() if name != "logits"}
     keep = rest["completion_mask"].bool()

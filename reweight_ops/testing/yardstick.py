@@ -1,8 +1,8 @@
-"""What PyTorch itself makes of a loss in fp32: ``torch.log_softmax``, differentiated by
-autograd. The accuracy criterion measures in its errors.
+"""What PyTorch itself makes of a loss in fp32, by ``torch.log_softmax`` and autograd.
+The accuracy criterion measures in its errors.
 
-It shares nothing with a backend, the reference included, but a loss's formula from row
-statistics on.
+It shares a loss's formula from row statistics on with every backend, and nothing else.
+The reference is one of these backends.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from .._core.engine.output import PolicyLossOutput
 
 
 class Yardstick(NamedTuple):
-    """A loss, its gradient by the logits, and the row statistics ``[*R]`` that it is
-    formed from.
+    """A loss, its gradient by the logits, and the row statistics ``[*R]`` that the loss
+    is formed from.
     """
 
     loss: Tensor
@@ -37,8 +37,8 @@ def row_statistics(
     sampling_mask: Tensor | None = None,
     entropy_over: str = "kept",
 ) -> dict[str, Tensor]:
-    """``logp``, ``entropy`` and ``log_sum_p_sq`` of every row, of the ids' shape,
-    differentiable. ``sampling_mask``: a bool mask.
+    """``logp``, ``entropy`` and ``log_sum_p_sq`` of every row. They have the ids' shape
+    and are differentiable. ``sampling_mask`` is a bool mask.
     """
     x = logits[..., :-1, :] if drop_last else logits
     x = x[..., :vocab_size]
@@ -60,8 +60,8 @@ def row_statistics(
 
 
 def yardstick(out: PolicyLossOutput, logits: Tensor, ids: Tensor, **head: Any) -> Yardstick:
-    """The loss of a call that gave ``out``, from these logits. ``head``: the keywords
-    of :func:`row_statistics`.
+    """The loss of a call that gave ``out``, from these logits. ``head`` has the
+    keywords of :func:`row_statistics`.
     """
     z = logits.detach().clone().requires_grad_()
     call = out._call

@@ -216,7 +216,7 @@ def split_and_capped(target: str) -> list[Compiled]:
 
 
 def unaligned(target: str) -> list[Compiled]:
-    """Whole rows that start anywhere."""
+    """Compile whole rows that start anywhere."""
     return compile_all(target, (torch.bfloat16,), vocab=50257)
 
 
@@ -485,7 +485,7 @@ def row_kernels(target: str) -> list[Compiled]:
 
 
 def oversized(target: str) -> list[Compiled]:
-    """The negative control: tiles far too large for the registers."""
+    """Compile the negative control: its tiles are far too large for the registers."""
     threads, slots = (
         4 * TARGETS[target].warp_size,
         1 << (12 if TARGETS[target].backend == "hip" else 10),

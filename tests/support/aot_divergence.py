@@ -53,8 +53,8 @@ def compile_all(target: str, pairs, **more) -> list[dict]:
 
 
 def count(target: str = "sm_90") -> int:
-    """Compilations over calls that differ in rows, vocabulary, soft cap and
-    temperatures, for one pair of dtypes.
+    """Count the compilations over calls that differ in rows, vocabulary, soft cap and
+    temperatures. The calls have one pair of dtypes.
     """
     with aot.Recorder(target) as recorder:
         for rows, vocab, softcap, temperatures in (

@@ -22,7 +22,7 @@ def own_rules() -> dict[str, type[Rule]]:
 
 
 def own_weights() -> dict[str, type[TokenWeight]]:
-    """Those that are pointwise and detached."""
+    """The weights that are pointwise and detached."""
     return {
         n: cls
         for n, cls in _own(WEIGHTS).items()

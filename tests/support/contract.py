@@ -171,8 +171,8 @@ def check_token_loss_grad(primitives, dtype, n, v, softmax, bonus):
 
 
 def check_minus_infinity(primitives, dtype, softcap):
-    """No mass and no gradient: single columns, whole tiles, the first tiles, all but a
-    few.
+    """Check that -inf has no mass and no gradient: in single columns, whole tiles, the
+    first tiles, and all but a few columns.
     """
     v = 3 * 2048 + 70
     z, _ = rows(4, v, dtype, "plain")
@@ -220,8 +220,8 @@ def check_masked_by_a_number(primitives, dtype, low):
 
 
 def check_a_masked_target(primitives):
-    """logp is -inf, the loss follows by formula, the other columns get their gradient,
-    and the target's is 0.
+    """Check a masked target. Its logp is -inf, and the loss follows by formula. The
+    other columns get their gradient, and the target's gradient is 0.
     """
     z, ids = rows(1, 300, torch.float32, "plain")
     z[0, ids[0]] = -math.inf
@@ -235,7 +235,7 @@ def check_a_masked_target(primitives):
 
 
 def check_a_sure_row(primitives):
-    """Every statistic but lse is 0, and none is -0."""
+    """Check that every statistic but lse is 0, and that none is -0."""
     z = torch.full((2, 50), -math.inf)
     z[1] = -200.0
     z[:, 3] = 100.0
@@ -276,7 +276,7 @@ def check_a_bad_row(primitives, dtype, softcap, at):
 
 
 def check_ignored_rows_or_invalid(primitives, dtype):
-    """Such rows are never read."""
+    """Check that ignored rows, and rows with an invalid id, are never read."""
     z, ids = rows(5, 777, dtype, "plain")
     clean = loss_grad(primitives, z, ids)
     z[[1, 3]] = math.nan
@@ -295,8 +295,8 @@ def check_ignored_rows_or_invalid(primitives, dtype):
 
 
 def check_zero_gradient_rows(primitives, dtype):
-    """A zero derivative in both primitives gives exact zeros, even where a sweep would
-    find something to multiply.
+    """Check that a zero derivative gives exact zeros in both primitives, even where a
+    sweep would find something to multiply.
     """
     z, ids = rows(4, 2500, dtype, "plain")
     stats = stats_of(primitives, z, ids)
@@ -309,8 +309,8 @@ def check_zero_gradient_rows(primitives, dtype):
         torch.tensor([[1.0, 0.0, 1.0, 1.0]]), stats["logp"] - 1, torch.tensor([1.0, 1.0, 1.0, -1.0])
     )
     got = primitives.token_loss_grad(z, ids, ONE, SoftmaxParams(2500), inputs, *CLIP, out)
-    # rows 0 and 2: ratio e > 1.2 and a positive advantage, clipped; row 1: no weight;
-    # row 3: not clipped
+    # Rows 0 and 2 have a ratio e > 1.2 and a positive advantage, so they are clipped.
+    # Row 1 has no weight. Row 3 is not clipped.
     assert (
         (got[4, :3] == 0).all() and (out[:3] == 0).all() and got[4, 3] != 0 and (out[3] != 0).any()
     )
@@ -350,8 +350,9 @@ def check_padding_and_shards(primitives, dtype):
 
 
 def _layouts(dtype, n, v):
-    """Views with different strides: padded, unaligned, batched and
-    sliced, transposed."""
+    """Views with different strides. They are padded, unaligned, batched and sliced, or
+    transposed.
+    """
     flat, ids = rows(n, v, dtype, "plain")
     yield (
         "unaligned",
@@ -375,7 +376,7 @@ def _layouts(dtype, n, v):
 
 
 def check_layouts(primitives, dtype, v):
-    """Every layout gives the bits of rows aligned to 16 bytes."""
+    """Check that every layout gives the bits of rows aligned to 16 bytes."""
     for name, view, values, ids in _layouts(dtype, 6, v):
         view.copy_(values)
         aligned = torch.empty(*values.shape[:-1], v + 15 & ~15, dtype=dtype)[..., :v]
@@ -404,8 +405,8 @@ def check_nothing_is_written_around_rows(primitives, dtype):
 
 
 def check_offsets_beyond_two_to_the_31(primitives):
-    """Two rows 2^31 + 5 elements apart, in memory that is mapped and, outside of those
-    rows, never touched.
+    """Check two rows that are 2^31 + 5 elements apart. Their memory is mapped, and it
+    is never touched outside of those rows.
     """
     v, stride = 1000, 2**31 + 5
     far = torch.empty(stride + v, dtype=torch.bfloat16).as_strided((2, v), (stride, 1))
@@ -423,8 +424,8 @@ def check_offsets_beyond_two_to_the_31(primitives):
 
 
 def check_the_target_of_a_sure_row(primitives):
-    """1 - p of the given log-prob to the precision of fp32; the difference from a
-    rounded p would keep one or two digits.
+    """Check that the target's gradient uses 1 - p of the given log-prob to the
+    precision of fp32. The difference from a rounded p would keep one or two digits.
     """
     v, n = 100, 5
     z = torch.zeros(n, v)
@@ -438,8 +439,8 @@ def check_the_target_of_a_sure_row(primitives):
 
 
 def check_signs_and_order(primitives):
-    """Without an oracle: gradients of logp sum to 0 over a row, and only the target's
-    is positive.
+    """Check what needs no oracle. The gradients of logp sum to 0 over a row, and only
+    the target's is positive.
     """
     z, ids = rows(9, 4000, torch.float32, "plain")
     out = grad_of(primitives, z, ids, stats_of(primitives, z, ids), {"logp": torch.ones(9)})

@@ -59,8 +59,8 @@ def run(backend, z, other, kind, weights, plan, **options):
 
 
 def criterion(got, single, exact, floor, what):
-    """At most 1.5 times the error of fp32 PyTorch maths rounded once, maximum and rms,
-    plus the floor.
+    """Assert at most 1.5 times the error of fp32 PyTorch maths rounded once, plus the
+    floor. The assertion holds for the maximum and the rms error.
     """
     e, b = (got.double() - exact).abs(), (single.to(got.dtype).double() - exact).abs()
     worst = (e / (1.5 * b.max() + floor)).max()

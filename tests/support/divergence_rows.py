@@ -93,8 +93,9 @@ def pytorch_fp32(two, constants, weights):
 
 
 def close_enough(got, single, exact, floor, what):
-    """At most 1.5 times the error of PyTorch in fp32, maximum and rms,
-    plus the floor."""
+    """Assert at most 1.5 times the error of PyTorch in fp32, plus the floor. The
+    assertion holds for the maximum and the rms error.
+    """
     e, b = (got.double() - exact).abs(), (single.to(got.dtype).double() - exact).abs()
     worst = (e / (1.5 * b.max() + floor)).max()
     rms = e.square().mean().sqrt() / (1.5 * b.square().mean().sqrt() + floor.max())
@@ -102,7 +103,7 @@ def close_enough(got, single, exact, floor, what):
 
 
 def both_plans(primitives, two, constants, weights):
-    """Yield (plan, table, gradient); one pass also in place."""
+    """Yield (plan, table, gradient). One pass also runs in place."""
     out = torch.full_like(two.logits, math.nan)
     yield "one pass", primitives.divergence_loss_grad(two, constants, weights, out), out
     table, out = primitives.divergence_stats(two), torch.full_like(two.logits, math.nan)
@@ -117,8 +118,8 @@ def both_plans(primitives, two, constants, weights):
 
 
 def assert_accurate(primitives, two, constants, same_bits=True):
-    """One pass, two passes and in place, by the criterion against the reference in
-    fp64.
+    """Assert the criterion against the reference in fp64 for one pass, two passes and
+    in place.
 
     ``same_bits`` also asserts that they are bitwise equal.
     """

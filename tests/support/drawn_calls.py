@@ -79,8 +79,8 @@ def logits_of(
         z *= torch.finfo(dtype).tiny / 4  # subnormal
     elif (
         kind == "huge"
-        # the target's, and no other: a log-prob of -1e30 has no neighbours that a ratio
-        # could be of
+        # Only the target's logit is huge. A log-prob of -1e30 has no neighbours that a
+        # ratio could be of.
     ):
         z.scatter_(-1, ids[..., None], min(1e30, largest / 4))
     elif kind in ("masked", "lowest"):
@@ -223,7 +223,7 @@ def mask_of(kind: str, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
 
 def packed(batch: dict[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
     """The same rows, one sequence after another, as ``[N]`` with offsets. Every row
-    stays, also ignored ones.
+    stays, even an ignored one.
     """
     (s, t), n = shape, math.prod(shape)
     found = {"cu_seqlens": torch.arange(s + 1) * t}
@@ -259,8 +259,8 @@ def policy_calls(
     def drawn(draw: Callable) -> PolicyCall:
         backend, method = draw(st.sampled_from(backends)), draw(st.sampled_from(methods))
         small = backend == "triton"
-        # Enough rows that the error of fp32 PyTorch, the measure, is not small by luck;
-        # or none.
+        # There are enough rows that the error of fp32 PyTorch, the measure, is not
+        # small by luck, or there are none.
         shape = draw(
             st.sampled_from(
                 [(4, 3), (0, 3), (3, 0)]

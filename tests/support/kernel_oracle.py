@@ -55,7 +55,7 @@ def gradient(
     softcap: float = math.inf,
     vocab_start: int = 0,
 ) -> Tensor:
-    """Gradient by the logits from these derivatives of row statistics; a log-prob of
+    """Gradient by the logits from these derivatives of row statistics. A log-prob of
     -inf has no slope.
     """
     z = logits.detach().clone().requires_grad_()
@@ -68,7 +68,7 @@ def gradient(
 def clip_loss(
     stats: dict[str, Tensor], old: Tensor, adv: Tensor, weight: Tensor, eps: float, bonus: float
 ) -> Tensor:
-    """[N]: each row's contribution to a clipped surrogate with an entropy bonus."""
+    """Each row's contribution ``[N]`` to a clipped surrogate with an entropy bonus."""
     ratio = torch.exp(stats["logp"] - old)
     surrogate = -torch.minimum(ratio * adv, ratio.clamp(1 - eps, 1 + eps) * adv)
     return weight * (surrogate - bonus * stats["entropy"])

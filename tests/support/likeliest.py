@@ -17,7 +17,9 @@ from reweight_ops._core.backends.picked import top_ids
 
 
 def sorted_ids(z: Tensor, k: int) -> Tensor:
-    """Largest first, NaN before all, of equal ones the lowest."""
+    """Ids, that of the largest logit first. NaN comes before all. Of equal logits the
+    lowest id comes first.
+    """
     order = torch.where(z.isnan(), 2, 1).long() * 2
     by_value = (
         z.double()
@@ -97,15 +99,15 @@ def search(
 def check_adversarial(
     primitives: Any, dtype: torch.dtype, sizes: tuple[tuple[int, int], ...], **options: Any
 ) -> None:
-    """The ids of rows of ``(columns, ids)``."""
+    """Check the ids of adversarial rows, for every ``(columns, ids)``."""
     for v, k in sizes:
         z = adversarial(v, dtype)
         assert torch.equal(search(primitives, z, k, **options), sorted_ids(z, k)), (v, k)
 
 
 def check_as_torch(primitives: Any, dtype: torch.dtype, v: int, k: int) -> None:
-    """Of rows without ties, in an order that is one: as :func:`top_ids`, ignored rows
-    and shards included.
+    """Check rows without ties, whose order is unique. Their ids are those of
+    :func:`top_ids`. Ignored rows and shards are included.
     """
     g = torch.Generator().manual_seed(3)
     steps = torch.stack([torch.randperm(v, generator=g) for _ in range(8)])
@@ -118,7 +120,7 @@ def check_as_torch(primitives: Any, dtype: torch.dtype, v: int, k: int) -> None:
 
 
 def check_layouts(primitives: Any, dtype: torch.dtype, v: int, k: int) -> None:
-    """Rows with padding, with strides, and at any address; the columns after the
+    """Check rows with padding, with strides, and at any address. The columns after the
     vocabulary hold larger numbers.
     """
     g = torch.Generator().manual_seed(4)
@@ -131,7 +133,9 @@ def check_layouts(primitives: Any, dtype: torch.dtype, v: int, k: int) -> None:
 
 
 def check_bad_ids(primitives: Any) -> None:
-    """A row whose id is no token has no statistics, but ids as by torch.topk."""
+    """Check a row whose id is no token. It has no statistics, but the ids of
+    torch.topk.
+    """
     z = torch.randn(3, 300, generator=torch.Generator().manual_seed(5))
     found = search(primitives, z, 3, ids=torch.tensor([300, -1, 0]), stats=STATS)
     assert torch.equal(found, sorted_ids(z, 3))

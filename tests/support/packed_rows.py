@@ -1,5 +1,5 @@
-"""Checks of packed rows: those of rows of logits (contract.py) on packed rows, and that
-rows do not affect each other.
+"""Checks of packed rows. They are those of rows of logits (contract.py) on packed rows,
+and the check that rows do not affect each other.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class AsLogits:
         out[:, : softmax.vocab_size] = torch.where(read[:, None], packed[at], 0)
 
     def token_loss_grad(self, z, ids, temperature, softmax, inputs, program, params, out):
-        """Like the engine: statistics, the program on rows, the gradient."""
+        """Compute the statistics, the program on rows, and the gradient, like the
+        engine.
+        """
         names = ("logp", "entropy", "lse", "lse_low", "log_sum_p_sq")
         stats = dict(zip(names, self.token_stats(z, ids, temperature, softmax, names), strict=True))
         leaves = (
@@ -93,10 +95,10 @@ def check_sure_rows(backend):
 
 
 def check_each_row_alone(backend, dtype, longest=1900, many=False):
-    """Rows of many lengths; with ``many``, more rows than blocks.
+    """Check rows of many lengths. With ``many`` there are more rows than blocks.
 
-    Each has the bits of the same row of logits. An ignored row gives 0, one without a
-    position NaN, and neither is read.
+    Each row has the bits of the same row of logits. An ignored row gives 0, one without
+    a position gives NaN, and neither is read.
     """
     g = torch.Generator().manual_seed(longest)
     lengths = (

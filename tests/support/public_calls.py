@@ -1,5 +1,5 @@
-"""One small call of every public op, by name: for tests of settings that no op may
-depend on (default dtype, default device, anomaly mode).
+"""One small call of every public op, by name. It is for tests of settings that no op
+may depend on (default dtype, default device, anomaly mode).
 
 Inputs have named dtypes and are on the CPU, whatever the process's defaults are.
 """
@@ -309,7 +309,7 @@ def calls(backends: list[str] = BACKENDS) -> dict[str, Call]:
 
 
 def golden_calls() -> dict[str, Call]:
-    """Golden rows in fp32 of the functions before the loss."""
+    """Golden rows, in fp32, of the functions before the loss."""
 
     def run(row) -> list[Tensor]:
         return [

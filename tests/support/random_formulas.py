@@ -27,7 +27,8 @@ def draw(r: random.Random, size: int) -> str:
     if kind == "unary":
         function = r.choice(_UNARY)
         inner = draw(r, size - 1)
-        # Mostly inside the function's domain, for the leaves of `leaves()`.
+        # The argument is mostly inside the function's domain, for the leaves of
+        # `leaves()`.
         argument = {"log": f"xp.abs({inner}) + 0.5", "log1p": f"xp.abs({inner})"}.get(
             function, inner
         )
@@ -98,7 +99,8 @@ class ExactSlopes(TorchNamespace):
 def truth(terms, weights, params, leaves, row_weights) -> dict[str, torch.Tensor]:
     """Every output of a loss, by fp64 autograd through the formulas themselves.
 
-    ``terms``: rules; ``weights``: (weight, scope); ``params`` as a program takes them.
+    ``terms`` are rules, ``weights`` are (weight, scope), and ``params`` are as a
+    program takes them.
     """
     xp, numbers = ExactSlopes(torch.float64), iter(params.double().tolist())
     low, high = next(numbers), next(numbers)

@@ -92,8 +92,8 @@ class Drawn:
 
 
 def check_one_pass(module: Any, seeds: Iterable[int]) -> None:
-    """Check from logits: the rows from the backend's own statistics, the gradient from
-    the exact derivatives by them.
+    """Check one pass from logits. The rows are from the backend's own statistics, and
+    the gradient is from the exact derivatives by them.
     """
     n, v, judged, asked = 24, 40, 0, 0
     names = ("logp", "entropy", "log_sum_p_sq", "lse")

@@ -12,8 +12,9 @@ B, T, V, GROUP = 8, 6, 11, 4
 
 
 class Policy(torch.nn.Module):
-    """Logits ``[B, T, V]`` of the completions' tokens, each from the
-    token before it."""
+    """Logits ``[B, T, V]`` of the completions' tokens. Each row is from the token
+    before it.
+    """
 
     def __init__(self):
         super().__init__()

@@ -27,8 +27,8 @@ TINY = 2.0**-126
 def evaluate(
     roots: list[Expr], values: dict[str, Tensor], u: float = 2.0**-24
 ) -> list[tuple[Tensor, Tensor]]:
-    """(value, error bound) of each root. ``values``: leaves and parameters by name,
-    fp64, exact in the shorter arithmetic.
+    """(value, error bound) of each root. ``values`` has the leaves and parameters by
+    name. They are fp64, and exact in the shorter arithmetic.
     """
     shape = next(iter(values.values())).shape
     memo: dict[int, tuple[Tensor, Tensor]] = {}
@@ -110,8 +110,8 @@ def _node(x: Expr, args, values, shape, u, lipschitz):
 
 
 def no_tie(traced, values) -> torch.Tensor:
-    """Rows in which no minimum, maximum or clip has a tie: there the conventions differ
-    by contract.
+    """Rows in which no minimum, maximum or clip has a tie. The conventions differ in
+    ties by contract.
     """
     ties = [x for x in walk(traced.result) if x.op in ("min", "max", "clip")]
     sides = evaluate([operand for x in ties for operand in x.args[-2:]], values)

@@ -9,7 +9,7 @@ SHAPE, VOCAB = (3, 4), 13
 
 
 def kept_batch(shape=SHAPE, vocab=VOCAB, dtype=torch.float64, share=0.4, seed=0):
-    """``(logits, ids, mask)``: every row keeps its id and some others; one row keeps
+    """``(logits, ids, mask)``. Every row keeps its id and some others. One row keeps
     only its id, and one keeps everything.
     """
     g = torch.Generator().manual_seed(seed)

@@ -17,7 +17,7 @@ GUARD = -77.0
 
 
 def layouts(columns: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], int]]:
-    """``(shape, strides, offset)`` in elements."""
+    """``(shape, strides, offset)`` of each layout, in elements."""
     c = columns
     return {
         "whole": ((2, 3, c), (3 * c, c, 1), 0),

@@ -31,8 +31,8 @@ def columns_of(v, vocab, padding=0):
 
 
 def positions_of(s, length, layout):
-    """The positions of each rank's part of a sequence: one run, or the i-th run from
-    the start and from the end of 2·s runs.
+    """The positions of each rank's part of a sequence. A part is one run, or the i-th
+    run from the start and from the end of 2·s runs.
     """
     runs = torch.arange(length).tensor_split(s if layout == "contiguous" else 2 * s)
     if layout == "contiguous":
@@ -160,7 +160,7 @@ def outputs_and_gradients(function, leaves, **options):
 
 
 def leaf(x, dtype, part=None, dim=0):
-    """A tensor's columns ``part`` as a separate leaf; anything else unchanged."""
+    """A tensor's columns ``part`` as a separate leaf. Anything else is unchanged."""
     if not isinstance(x, torch.Tensor):
         return x
     own = x.detach() if part is None else x.detach().narrow(dim, part.start, part.stop - part.start)
@@ -169,7 +169,7 @@ def leaf(x, dtype, part=None, dim=0):
 
 
 def padded(x, dim, columns):
-    """Add columns to a vocabulary; none of them may be read."""
+    """Add columns to a vocabulary. None of them may be read."""
     dim %= x.dim()
     return torch.cat(
         [x.detach(), x.new_full((*x.shape[:dim], columns, *x.shape[dim + 1 :]), 3.0)], dim

@@ -175,7 +175,7 @@ def judge_stats(batch: Batch, got: dict[str, torch.Tensor]) -> None:
 
 
 def random_derivatives(n: int, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Derivatives of these statistics; every fifth is 0."""
+    """Derivatives of these statistics. Every fifth is 0."""
     g = torch.Generator().manual_seed(1)
     every = {
         name: torch.randn(n, generator=g) * (torch.rand(n, generator=g) < 0.8)

@@ -9,7 +9,7 @@ import reweight_ops as rw
 
 
 def hyper_parameters(schedule: Tensor, bound: rw.TokenWeight) -> rw.PolicyLossSpec:
-    """A number, a tensor, or a formula; nothing else."""
+    """A hyper-parameter is a number, a tensor, or a formula, and nothing else."""
     rw.methods.dapo(epsilon_low=0.2, epsilon_high=schedule)
     rw.methods.dapo(epsilon_low="0.2")  # type: ignore[arg-type]
     rw.methods.dual_clip_ppo(clip_ratio_c=None)  # type: ignore[arg-type]
@@ -31,7 +31,7 @@ def results(logits: Tensor, hidden: Tensor, weight: Tensor, ids: Tensor) -> None
 
 
 def keywords(logits: Tensor, ids: Tensor) -> None:
-    """Known by name and type."""
+    """Every keyword is known by name and type."""
     rw.policy_loss(logits, ids, 1.0, spec="grpo", temprature=1.0)  # type: ignore[call-arg]
     rw.policy_loss(logits, ids, 1.0, spec="grpo", temperature="1")  # type: ignore[arg-type]
     rw.divergences.kd(logits, logits, ids, temperature=1.0)  # type: ignore[call-arg]
