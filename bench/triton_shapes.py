@@ -39,12 +39,15 @@ def table_of(settings: str) -> str | None:
 
 @dataclass(frozen=True)
 class TritonPrimitives:
-    """The three primitives of the Triton backend with the launch shapes of a table."""
+    """Primitives of the Triton backend with the launch shapes of a table."""
 
     table: str
 
     def token_stats(self, *args: Any) -> Any:
         return self._run("token_stats", args)
+
+    def top_stats(self, *args: Any) -> Any:
+        return self._run("top_stats", args)
 
     def token_grad(self, *args: Any) -> Any:
         return self._run("token_grad", args)

@@ -389,7 +389,9 @@ def stablemax(
         return torch.stack([s.sum(-1), own, valid.to(x.dtype)], -1)
 
     def value(sums: Tensor) -> Tensor:
-        known = torch.where(sums[:, 2:] > 0, sums, sums + math.nan)
-        return known[:, 0].log() - known[:, 1].log()
+        # A row without a valid id is NaN, and no NaN goes back through a logarithm.
+        found = sums[:, 2] > 0
+        known = torch.where(found[:, None], sums, 1)
+        return torch.where(found, known[:, 0].log() - known[:, 1].log(), math.nan)
 
     return run(formula_call(FormulaSource(call, rows, value, reads_ids=True)))

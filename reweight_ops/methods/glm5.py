@@ -21,7 +21,10 @@ class RatioMask(Rule):
         r = xp.exp(t.log_ratio)
         # a NaN is not dropped, so that it shows
         outside = (r <= 1 - self.epsilon_low) | (r >= 1 + self.epsilon_high)
-        return xp.where(outside, 0.0, -xp.stop_gradient(r) * t.adv * t.logp)
+        # A ratio of inf and a log-prob of -inf are only multiplied where they are kept.
+        kept = xp.where(outside, 0.0, xp.stop_gradient(r))
+        adv = xp.where(outside, 0.0, t.adv)
+        return xp.where(outside, 0.0, -kept * adv * t.logp)
 
 
 @published(

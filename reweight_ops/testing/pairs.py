@@ -122,8 +122,18 @@ def _yardstick(
     more: dict[str, Any] = (
         {"log_sum_p_sq": rows["log_sum_p_sq"]} if "log_sum_p_sq" in spec.requires else {}
     )
+    rest = _from_logps(spec, rest)
     out = preference_loss_from_logps(rows["logp"], **more, **rest, spec=spec, loss_scale=loss_scale)
     return torch.autograd.grad(out.loss, logits)[0], out
+
+
+def _from_logps(spec: PairSpec, batch: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the ids where a loss from log-probs does not read them."""
+    return {
+        name: x
+        for name, x in batch.items()
+        if name != "completion_ids" or spec.tokens != "completion"
+    }
 
 
 def compare_divergence(
@@ -194,7 +204,9 @@ def _derivatives_of(
 
     def derivatives_of(leaves: dict[str, Any]) -> tuple[Tensor, PreferenceLossOutput]:
         leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
-        out = preference_loss_from_logps(**leaves, **rest, spec=spec, loss_scale=loss_scale)
+        out = preference_loss_from_logps(
+            **leaves, **_from_logps(spec, rest), spec=spec, loss_scale=loss_scale
+        )
         return torch.autograd.grad(out.loss, leaves["per_token_logps"])[0], out
 
     d_logp, exact = derivatives_of(statistics)

@@ -10,7 +10,7 @@ from oracles import estimators
 
 import reweight_ops as rw
 from reweight_ops import rewards
-from reweight_ops.testing import golden_rows as golden
+from reweight_ops.testing import golden_advantages
 
 NAN, INF = math.nan, math.inf
 
@@ -26,7 +26,7 @@ def close(got, expected):
 
 
 #: Three reward models; one did not score, two did not, none did.
-MEMBERS = f64(*golden.MEMBERS)
+MEMBERS = f64(*golden_advantages.MEMBERS)
 
 
 def test_lsc():

@@ -69,7 +69,14 @@ def odd(ranks, dtype):
     """Values and gradients are one process's of rows with -inf, of a row with a NaN and
     of one without a gradient. One shard has no columns, and each row is a chunk.
     """
-    chunked_rows.CHUNK_ELEMENTS = 1
+    usual, chunked_rows.CHUNK_ELEMENTS = chunked_rows.CHUNK_ELEMENTS, 1
+    try:
+        return _odd(ranks, dtype)
+    finally:  # the processes serve other tests too
+        chunked_rows.CHUNK_ELEMENTS = usual
+
+
+def _odd(ranks, dtype):
     group, at = ranks.group(range(4)), ranks.rank
     g = torch.Generator().manual_seed(6)
     z, t = (torch.randn(N, V, generator=g, dtype=dtype) for _ in range(2))

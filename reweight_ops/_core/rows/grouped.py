@@ -80,8 +80,8 @@ def floats(op: str, name: str, value: Any, like: Like | None = None) -> Tensor:
         raise InvalidCall(f"{op}: {name} is {value.dtype}, expected real numbers.")
     if value.dtype in (torch.float16, torch.bfloat16):
         raise InvalidCall(
-            f"{op}: {name} is {value.dtype}: statistics in 16 bits lose small differences; pass "
-            "it as .float()."
+            f"{op}: {name} is {value.dtype}: statistics in 16 bits lose small differences; "
+            "pass it as .float()."
         )
     shape = like if like is None or isinstance(like, tuple) else tuple(like.shape)
     if shape is not None and tuple(value.shape) != shape:
