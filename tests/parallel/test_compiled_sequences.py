@@ -75,7 +75,7 @@ def whole_graphs(ranks, name, backend, sharded=False):
     return wrong
 
 
-NORMAL = ("top entropies",)
+NORMAL = ("dapo",)
 
 
 @pytest.mark.parametrize(

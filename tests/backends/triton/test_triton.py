@@ -152,8 +152,24 @@ CONDITIONS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("condition", CONDITIONS)
+#: A condition in one dtype takes seconds in the interpreter; all pairs run with the slow
+#: tests.
+USUAL = {(name, torch.float16) for name in CONDITIONS} | {("plain", dtype) for dtype in DTYPES}
+
+
+@pytest.mark.parametrize(
+    "condition, dtype",
+    [
+        pytest.param(
+            name,
+            dtype,
+            id=f"{name}-{str(dtype)[6:]}",
+            marks=() if (name, dtype) in USUAL else pytest.mark.slow,
+        )
+        for name in CONDITIONS
+        for dtype in DTYPES
+    ],
+)
 def test_conditions(condition, dtype, small_tiles):
     if dtype != torch.float16:  # the other primitives use the same conversions
         check_stats(CONDITIONS[condition](dtype))

@@ -53,7 +53,15 @@ def assert_sound(compiled: list[dict], streaming: dict[str, tuple[int, int]]) ->
         assert kernel["wide_stores"] >= stores, kernel
 
 
-@pytest.mark.parametrize("target", TARGETS)
+def some_slow(*usual):
+    """Half a minute of a core for a target: the others run with the slow tests."""
+    return [
+        target if target in usual else pytest.param(target, marks=pytest.mark.slow)
+        for target in TARGETS
+    ]
+
+
+@pytest.mark.parametrize("target", some_slow("sm_90", "gfx942"))
 def test_every_primitive_and_dtype_compiles_without_spills_and_streams_16_bytes_at_a_time(
     aot, target
 ):
@@ -66,7 +74,7 @@ def test_every_primitive_and_dtype_compiles_without_spills_and_streams_16_bytes_
     assert_sound(compiled, WHOLE_ROWS)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("target", some_slow("sm_90"))
 def test_variants_compile(aot, target):
     """Split rows, a softcap, and unaligned rows: the latter may load narrowly, but do
     not spill.
