@@ -152,8 +152,7 @@ CONDITIONS = {
 }
 
 
-#: A condition in one dtype takes seconds in the interpreter; all pairs run with the slow
-#: tests.
+#: A condition in one dtype takes seconds in the interpreter. The others are slow tests.
 USUAL = {(name, torch.float16) for name in CONDITIONS} | {("plain", dtype) for dtype in DTYPES}
 
 
