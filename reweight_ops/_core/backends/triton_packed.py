@@ -65,7 +65,7 @@ def packed_grad(
     n = rows.ids.numel()
     if not n:
         return
-    # placeholders for arguments that no program reads
+    # The kernel's constants exclude what is absent; its address is then never read.
     call, by, nothing = (
         _Call(rows),
         [derivatives.get(name) for name in DERIVATIVES],
