@@ -210,6 +210,11 @@ def stages(out: Path, dry: bool, seconds: float, commit: str = "") -> list[Stage
 # ---- running them
 
 
+def _listen() -> None:
+    """Let a child hear an interrupt, which a shell's background jobs ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run_stage(stage: Stage, allowed: float, log: Path) -> Outcome:
     """Run a stage to its end or for ``allowed`` seconds, and append its output to the
     log.
@@ -237,6 +242,7 @@ def run_stage(stage: Stage, allowed: float, log: Path) -> Outcome:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                preexec_fn=_listen,
             )
         except OSError as error:
             return Outcome(stage.name, "failed", str(error), command=command)

@@ -48,8 +48,23 @@ def test_accuracy(case, kind, dtype, split, monkeypatch):
     assert_accurate("triton", case, kind, dtype)
 
 
-@pytest.mark.parametrize("in_place", [False, True], ids=["apart", "in place"])
-@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F32), (F32, BF16)], ids=str)
+#: About 20 seconds each in the interpreter: the other pairs are slow tests.
+USUAL = {((BF16, BF16), False), ((F32, F32), True)}
+
+
+@pytest.mark.parametrize(
+    "dtypes, in_place",
+    [
+        pytest.param(
+            dtypes,
+            in_place,
+            id=f"{dtypes}-{'in place' if in_place else 'apart'}",
+            marks=() if (dtypes, in_place) in USUAL else pytest.mark.slow,
+        )
+        for dtypes in [(F32, F32), (BF16, BF16), (F16, F32), (F32, BF16)]
+        for in_place in (False, True)
+    ],
+)
 def test_splitting_rows_changes_no_bit(dtypes, in_place, monkeypatch):
     """Also, it launches only its slots, their merge and the gradient."""
     # 4 segments; the last tile and the last vector are not whole, and padding follows

@@ -23,8 +23,10 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 #: segments and a vector that is not whole.
 CASES = [
     (9, F32, 0.0, "real", False), (9, BF16, 300.0, "real", False), (257, F32, 300.0, "real", False), (257, F16, 0.0, "real", False),
-    (1003, F32, 0.0, "small", False), (1003, F32, 0.0, "small", True), (1003, BF16, 0.0, "small", True), (5003, F32, 0.0, "real", False),
-    (5003, BF16, 0.0, "real", True),
+    (1003, F32, 0.0, "small", False), (5003, F32, 0.0, "real", False), (5003, BF16, 0.0, "real", True),
+    # About a minute each in the interpreter.
+    pytest.param(1003, F32, 0.0, "small", True, marks=pytest.mark.slow),
+    pytest.param(1003, BF16, 0.0, "small", True, marks=pytest.mark.slow),
 ]  # fmt: skip
 REINFORCE = Program.of(("reinforce",))
 
