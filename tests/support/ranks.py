@@ -5,6 +5,7 @@ The pool runs functions of test modules on every rank.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import os
@@ -150,7 +151,8 @@ class Pool:
     def close(self):
         for pipe, process in zip(self.pipes, self.processes, strict=True):
             if process.is_alive():
-                pipe.send(None)
+                with contextlib.suppress(OSError):  # a dying rank has closed its end already
+                    pipe.send(None)
         for process in self.processes:
             process.join(10)
             if process.is_alive():
