@@ -30,7 +30,7 @@ types: setup
 	$(BIN)/mypy
 
 tests: setup trainers
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # Without them the parity tests skip, and say so.
 trainers: setup build/trainers/.installed ## verl, whose own code the parity tests run; not into the environment: it asks for other versions of what is there
@@ -49,7 +49,7 @@ build/peers/.installed: tests/support/peers.txt
 	done; touch $@
 
 slow: setup trainers            ## the sweeps that CI leaves out
-	$(BIN)/python -m pytest -n $(JOBS) -m slow
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow
 
 site: setup            ## the documentation, into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -105,6 +105,16 @@ NUMBERS = {
     "beta of pairs": lambda z, x: pairs(z, rw.preference.dpo(beta=x), **REFERENCE),
     "target margin of pairs": lambda z, x: pairs(z, rw.preference.simpo(gamma=x)),
 }
+#: A case takes up to ten seconds. The others are slow tests.
+USUAL = (
+    "temperature",
+    "bound of a clip, two_pass",
+    "coefficient",
+    "weight",
+    "logit_scale",
+    "temperature of a divergence",
+    "beta of pairs",
+)
 VALUES = (0.3, 0.2, 0.25, 0.4, 0.45)
 
 
@@ -130,7 +140,9 @@ def test_twice_is_pytorchs_own():
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in USUAL else pytest.mark.slow) for n in NUMBERS]
+)
 def test_a_number_that_changes_compiles_twice(name):
     counter = CompileCounter()
     compiled = torch.compile(NUMBERS[name], fullgraph=True, backend=counter)
@@ -139,9 +151,7 @@ def test_a_number_that_changes_compiles_twice(name):
     assert any(not torch.equal(a[1], seen[0][1]) for a in seen[1:]), "the number has no effect here"
 
 
-@pytest.mark.parametrize(
-    "name", ["temperature", "bound of a clip, two_pass", "logit_scale", "beta of pairs"]
-)
+@pytest.mark.parametrize("name", ["bound of a clip, two_pass", "logit_scale"])
 def test_numbers_are_inputs_at_once_where_all_are_dynamic(name):
     counter = CompileCounter()
     compiled = torch.compile(NUMBERS[name], fullgraph=True, dynamic=True, backend=counter)

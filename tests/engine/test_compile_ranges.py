@@ -165,7 +165,13 @@ LATER = {
 }
 
 
-@pytest.mark.parametrize("name", LATER)
+#: A case takes seven seconds. The others are slow tests.
+USUAL = ("a method's", "an upper bound", "NaN", "a count")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in USUAL else pytest.mark.slow) for n in LATER]
+)
 def test_a_number_that_leaves_its_range_later(name):
     """It is an input of the graph by then. A number in range compiles nothing again."""
     torch._dynamo.reset()

@@ -4,6 +4,7 @@ its title and its arXiv id.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Iterator
@@ -53,6 +54,7 @@ def key(text: str) -> str:
     return "".join(_SPELT.get(c, c) for c in text if c.isalnum() or c in _SPELT)
 
 
+@functools.lru_cache(maxsize=4096)  # a search splits the docstring of every entry
 def words(text: str) -> tuple[str, ...]:
     """Return the words of a text, as keys.
 

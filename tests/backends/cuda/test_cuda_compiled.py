@@ -9,41 +9,48 @@ import nvcc
 import pytest
 from paths import ROOT
 
-SASS_ARCH = "90"
+SASS_ARCH, ARCHS = "90", ["80", "90", "100", "120"]
 CSRC = ROOT / "csrc"
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """The fatbin for all targets and the compiler's output, by kernel and dtype."""
+    """The fatbin for one target and the compiler's output, by kernel and dtype."""
     folder, made = tmp_path_factory.mktemp("fatbins"), {}
 
-    def get(kernel, dtype="bf16"):
-        if (kernel, dtype) not in made:
-            target = folder / f"{kernel}_{dtype}.fatbin"
-            made[kernel, dtype] = (
-                target,
-                nvcc.compile_kernels(CSRC, kernel, dtype, nvcc.archs(), target),
-            )
-        return made[kernel, dtype]
+    def get(kernel, dtype="bf16", arch=SASS_ARCH):
+        at = kernel, dtype, arch
+        if at not in made:
+            fatbin = folder / f"{'_'.join(at)}.fatbin"
+            made[at] = (fatbin, nvcc.compile_kernels(CSRC, kernel, dtype, [arch], fatbin))
+        return made[at]
 
     return get
 
 
+#: A file takes half a minute a target. The others are slow tests.
+USUAL = [("bf16", "90"), ("bf16", "100")]  # sm_100 has spilled where no other target did
+
+
 @pytest.mark.parametrize(
-    ("kernel", "dtype"),
+    ("kernel", "dtype", "arch"),
     [
-        pytest.param(k, d, marks=() if d == "bf16" else pytest.mark.slow)
+        pytest.param(k, d, a, marks=() if (d, a) in USUAL else pytest.mark.slow)
         for d in nvcc.DTYPES
         for k in nvcc.KERNELS
+        for a in ARCHS
     ],
 )
-def test_no_kernel_spills_on_any_target(compiled, kernel, dtype):
+def test_no_kernel_spills_on_any_target(compiled, kernel, dtype, arch):
     """A spill fails the build, and ``auto`` would then install without CUDA kernels. No
     other warning is allowed either.
     """
-    _, said = compiled(kernel, dtype)
+    _, said = compiled(kernel, dtype, arch)
     assert said == ""
+
+
+def test_every_target_is_tested():
+    assert nvcc.archs() == ARCHS
 
 
 #: Instructions that each function of a kernel must have. UBLKCP is a bulk copy (to

@@ -179,7 +179,7 @@ def test_conditions(condition, dtype, small_tiles):
 @pytest.mark.parametrize("name", sorted(own_rules()))
 def test_rules(name):
     terms = (name,) if own_rules()[name].kind == "surrogate" else ("reinforce", name)
-    check_loss_grad(make(n=24, program=Program.of(terms)))
+    check_loss_grad(make(n=12, program=Program.of(terms)))
 
 
 @pytest.mark.parametrize(
