@@ -29,8 +29,7 @@ def test_it_builds_without_a_warning(tmp_path):
         "-m",
         "mkdocs",
         "build",
-        "--strict",
-        "--quiet",
+        "--strict",  # not --quiet: what is not said is not counted
         "--site-dir",
         str(tmp_path),
     ]
@@ -41,6 +40,11 @@ def test_it_builds_without_a_warning(tmp_path):
         name for name, entry in rw.METHODS.items() if f".{entry.function.__name__}" not in reference
     ]
     assert not missing and ":func:" not in reference
+    ops = (tmp_path / "reference/ops/index.html").read_text()
+    assert "<blockquote" not in reference + ops, "an example that is no code, or a line with >"
+    # what the package writes into its docstrings when it is imported
+    assert "Online normalizer calculation" in ops and "<code>group_ids</code>" in ops
+    assert not list(tmp_path.rglob("*.py"))
     catalogue = (tmp_path / "methods/index.html").read_text()
     assert catalogue.count("<math") > 400 and "<code>-A·logp</code>" not in catalogue
 
