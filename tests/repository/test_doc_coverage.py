@@ -264,6 +264,7 @@ def test_each_item_of_a_section_starts_with_its_name():
     wrong = []
     for name, value in {**OPS, **PARTS, **{n: e.function for n, e in ENTRIES.items()}}.items():
         section = ""
+        assert "ForwardRef" not in inspect.getdoc(value), name
         for line in inspect.getdoc(value).splitlines():
             if not line.startswith(" ") and line:
                 section = line
