@@ -87,3 +87,14 @@ def test_trainers_and_their_versions():
 def test_links_of_a_page_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text())
     assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_the_environment_variables_are_listed():
+    told = re.findall(r"^\| `(REWEIGHT_OPS_\w+)` \|", (DOCS / "api.md").read_text(), re.M)
+    sources = [*(ROOT / "reweight_ops").rglob("*.py"), *(ROOT / "triton_kernels").glob("*.py")]
+    read = {
+        name
+        for path in (*sources, ROOT / "setup.py")
+        for name in re.findall(r"""["'](REWEIGHT_OPS_[A-Z_]+)["']""", path.read_text())
+    }
+    assert sorted(told) == sorted(read)
