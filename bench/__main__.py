@@ -314,6 +314,17 @@ def measure(options: argparse.Namespace) -> None:
         raise SystemExit("\n".join(["ours are wrong:", *bad]))
 
 
+def read(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """A result file; what is none is an error of the command's user."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        parser.error(f"{path} cannot be read: {error}")
+    if not isinstance(found, dict) or not {"machine", "cases"} <= found.keys():
+        parser.error(f"{path} is no result file of this command")
+    return found
+
+
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     shown = (__doc__ or "").partition("\n")[2].replace("python -m bench", prog)
@@ -406,10 +417,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
     )
     options = parser.parse_args(arguments)
     if options.compare:
-        print("\n".join(compare(*options.compare)))
+        a, b = options.compare
+        print("\n".join(compare((a, read(a, parser)), (b, read(b, parser)))))
         return
     if options.show:
-        print_tables(json.loads(Path(options.show).read_text()))
+        print_tables(read(Path(options.show), parser))
         return
     if options.tiny:
         options.pages = "huge" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "default"

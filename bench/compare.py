@@ -4,7 +4,6 @@ is.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,19 @@ def timed(document: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
     }
 
 
-def compare(first: Path, second: Path) -> list[str]:
-    """One line for each provider of each case that both files have.
+def compare(first: tuple[Path, dict[str, Any]], second: tuple[Path, dict[str, Any]]) -> list[str]:
+    """One line for each provider of each case that both files have. A file is its path
+    and what is in it.
 
     Cases of only one file are counted and never dropped silently. The ratio is the
     first file's time over the second's. Times of two machines compare those machines:
     the header names both. The share of the limit belongs to each file.
     """
-    documents = [json.loads(path.read_text()) for path in (first, second)]
-    a, b = map(timed, documents)
+    files = (first, second)
+    a, b = (timed(document) for _, document in files)
     lines = [
-        f"{label} {path}: {describe(d)}"
-        for label, path, d in zip("AB", (first, second), documents, strict=True)
+        f"{label} {path}: {describe(document)}"
+        for label, (path, document) in zip("AB", files, strict=True)
     ]
     both = [key for key in a if key in b]
     if not both:

@@ -144,14 +144,15 @@ class FusedLinearLogProbs(_FusedHead):
     ``(logps, entropies)``.
 
     Args:
-        in_features: D. out_features: V. bias, device, dtype: as of ``nn.Linear``, whose
-            initialisation it has.
+        in_features: D.
+        out_features: V.
+        bias, device, dtype: as of ``nn.Linear``, whose initialisation it has.
         settings: keywords of :func:`linear_token_logps` that hold for every call
             (temperature, softcap, logit_scale, logits_dtype, chunk_rows, ...).
 
     Raises:
         InvalidCall, TypeError: a setting that belongs to a call, or that does not
-        exist.
+            exist.
 
     >>> import torch, reweight_ops as rw
     >>> linear = torch.nn.Linear(3, 4)
@@ -201,15 +202,16 @@ class FusedLinearPolicyLoss(_FusedHead):
     a :class:`PolicyLossOutput`.
 
     Args:
-        in_features: D. out_features: V. bias, device, dtype: as of ``nn.Linear``, whose
-            initialisation it has.
-        spec: a :class:`PolicyLossSpec` or a method's name. plan: as in
-            :func:`linear_policy_loss`.
+        in_features: D.
+        out_features: V.
+        bias, device, dtype: as of ``nn.Linear``, whose initialisation it has.
+        spec: a :class:`PolicyLossSpec` or a method's name.
+        plan: as in :func:`linear_policy_loss`.
         settings: keywords of :func:`linear_token_logps` that hold for every call.
 
     Raises:
         InvalidCall, TypeError: a setting that belongs to a call, or that does not
-        exist.
+            exist.
 
     >>> import torch, reweight_ops as rw
     >>> head = rw.FusedLinearPolicyLoss.from_linear(torch.nn.Linear(3, 4), spec="grpo")

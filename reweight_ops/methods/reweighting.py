@@ -82,8 +82,8 @@ def advantage_reweighting(
     beta=0.001``, ``advantages.grpo`` of 8 completions sampled at temperature 0.7,
     learning rate 1e-6. AR with Lopti, α = 0.3, is ``schedules.lopti``.
 
-    ``mode`` is one of the authors' code's: ``"linear"``; ``"positive_linear"``, where A
-    > 0 only; ``"sigmoid"``, ``2σ(steepness·(p - midpoint))``; ``"negative_sigmoid"``,
+    ``mode`` is one of the authors' code's: ``"linear"``; ``"positive_linear"``, where
+    A > 0 only; ``"sigmoid"``, ``2σ(steepness·(p - midpoint))``; ``"negative_sigmoid"``,
     where A <= 0 only; ``"balanced_sigmoid"``, and the negatives scaled to the
     positives' mass; ``"interval"``, 1 where p is in ``interval`` (open, closed) and 0
     elsewhere; ``"raft"``, advantages ``1[A > 0]``; ``"raft_linear"``, those times the

@@ -8,7 +8,7 @@ from paths import ROOT
 
 from bench import page
 from bench.__main__ import main
-from bench.report import print_tables, summary
+from bench.report import print_tables, rows_of, summary
 
 FILES = sorted((ROOT / "bench/results").glob("*.json"))
 
@@ -70,3 +70,53 @@ def test_two_result_files_side_by_side(capsys, tmp_path):
     assert abs(a / b - ratio) < 0.01
     main(["--compare", first, str(ROOT / "bench/results/h200-kernels.json")])
     assert "no provider of a case in common" in capsys.readouterr().out
+
+
+def test_a_file_that_is_no_result_is_an_error_of_one_line(capsys, tmp_path):
+    good, text, other = FILES[0], tmp_path / "text.json", tmp_path / "other.json"
+    text.write_text("no JSON")
+    other.write_text("{}")
+    for bad in (tmp_path / "missing.json", tmp_path, text, other):
+        for arguments in (["--show", str(bad)], ["--compare", str(good), str(bad)]):
+            with pytest.raises(SystemExit) as stopped:
+                main(arguments)
+            assert stopped.value.code == 2
+            assert str(bad) in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_the_page_says_of_commits_rounds_and_shares():
+    text = page.markdown().replace("On the\nCPU", "On the CPU")
+    of_a_gpu, of_a_cpu = [], []
+    for file in FILES:
+        document = json.loads(file.read_text())
+        (line,) = (
+            line for line in text.splitlines() if line.startswith(f"`bench/results/{file.name}`")
+        )
+        assert f"commit {document['machine']['commit']}, " in line
+        for entry in document["cases"]:
+            least, *most = re.search(r"(\d+)(?: to (\d+))? rounds", line).groups()
+            assert int(least) <= entry.get("rounds", document["rounds"]) <= int(most[0] or least)
+            found = of_a_gpu if "multiprocessors" in document["machine"] else of_a_cpu
+            found += [r["of_limit"] for r in rows_of(entry) if "ms" in r]
+    assert "On the GPU no share is above 1.00." in text and max(of_a_gpu) < 1.005
+    assert "On the CPU some are" in text and max(of_a_cpu) > 1.005
+
+
+SPEED = re.compile(r"\d ?(?:ms|us|µs|[GT]B/s|TFLOP/s)\b|\d ?(?:x|times) (?:as fast|faster)")
+
+
+def test_no_other_page_states_a_measured_speed():
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    computed = ROOT / "docs/scaling.md"
+    found = [
+        f"{path.name}: {line}"
+        for path in pages
+        if path not in (ROOT / "docs/performance.md", computed)
+        for line in path.read_text().splitlines()
+        if SPEED.search(line)
+    ]
+    assert len(pages) > 30 and not found, "\n".join(found)
+    assert (
+        SPEED.search((ROOT / "docs/performance.md").read_text())
+        and "assumptions" in computed.read_text()
+    )

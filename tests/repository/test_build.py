@@ -110,7 +110,9 @@ def test_wheel_with_kernels(tree, tmp_path):
     assert code == 0, log
     assert (site / "reweight_ops/bench/cases.py").exists()
     assert not [
-        p for name in ("gpu", "gpu_kernels", "test_bench") for p in site.rglob(f"bench/{name}.py")
+        p
+        for name in ("gpu", "gpu_kernels", "page", "scaling", "test_bench")
+        for p in site.rglob(f"bench/{name}.py")
     ], "for a checkout only"
     arguments = [
         "bench",

@@ -250,3 +250,24 @@ def test_an_entry_explains_every_parameter(name):
     ]
     args = inspect.getdoc(function).partition("Args:\n")[2]
     assert not [p for p in own if not re.search(rf"(?m)\b{p}\b", args)]
+
+
+#: ``name, name (type, default): text``, or several arguments with a word between.
+ITEM = r"[\w*.]+(?:(?:, (?:or )?| or | with )[\w*.]+)*(?: \(.*\))?: ?.*|[\w, ]+,"
+ITEM_SECTIONS = ("Args:", "Keyword Args:", "Raises:")
+
+
+def test_each_item_of_a_section_starts_with_its_name():
+    """A continuation that is not indented is an argument without a name to whoever
+    reads sections: editors and the site.
+    """
+    wrong = []
+    for name, value in {**OPS, **PARTS, **{n: e.function for n, e in ENTRIES.items()}}.items():
+        section = ""
+        assert "ForwardRef" not in inspect.getdoc(value), name
+        for line in inspect.getdoc(value).splitlines():
+            if not line.startswith(" ") and line:
+                section = line
+            elif section in ITEM_SECTIONS and re.match(r" {4}\S", line):
+                wrong += [] if re.fullmatch(ITEM, line.strip()) else [f"{name}: {line}"]
+    assert not wrong, "\n".join(wrong)

@@ -4,6 +4,8 @@ import importlib.util
 import json
 import subprocess
 import sys
+from itertools import combinations
+from statistics import fmean
 
 import pytest
 from paths import ROOT
@@ -243,3 +245,46 @@ def test_what_the_loss_costs(monkeypatch):
     )
     with pytest.raises(RuntimeError, match="differs from eager"):
         cost.measure(rows, vocab, rounds=1, compiled=False)
+
+
+def test_the_readme_tells_the_demos_committed_figures():
+    found = json.loads((ROOT / "docs/demo/trl_addition.json").read_text())
+    text = " ".join((ROOT / "README.md").read_text().split())
+    rewards = {
+        (run["name"], run["seed"]): [step["reward"] for step in run["log"] if "reward" in step]
+        for run in found["runs"]
+    }
+
+    def smoothed(values):
+        return [fmean(values[max(i - 4, 0) : i + 1]) for i in range(len(values))]
+
+    def apart(a, b):
+        pairs = zip(smoothed(rewards[a]), smoothed(rewards[b]), strict=True)
+        return fmean(abs(x - y) for x, y in pairs)
+
+    def ends(name):
+        return fmean(rewards[name, 0][:5]), fmean(rewards[name, 0][-5:])
+
+    def size(x):
+        return f"{x:.1e}".replace("e-0", "e-")
+
+    on, off = found["agreement"]
+    share = found["gradient_share_by_probability_quartile"]
+    stock = [("stock TRL", seed) for seed in range(3)]
+    spread = fmean(apart(a, b) for a, b in combinations(stock, 2))
+    last = [fmean(rewards[each][-5:]) for each in stock]
+    for told in (
+        f"are {size(on['loss_difference'])} and {size(on['gradient_difference'])} on-policy",
+        f"{size(off['loss_difference'])} and {size(off['gradient_difference'])} off-policy",
+        f"they are {apart(('fused', 0), stock[0]):.4f} apart on average",
+        f"Two stock seeds are {spread:.4f} apart",
+        f"the least likely quarter carries {100 * share['plain'][0]:.0f} % of",
+        f"norm, {100 * share['reweighted'][0]:.0f} % when reweighted",
+        "AR ({:.3f} to {:.3f}) is within the noise".format(*ends("fused + AR")),
+        "Lopti ({:.3f} to {:.3f}) below it".format(*ends("fused, Lopti")),
+        f"{found['cost']['rows']} rows of {found['cost']['vocabulary']} bf16 logits",
+    ):
+        assert told in text, told
+    # "within the noise of the seeds", "below it"
+    assert abs(ends("fused + AR")[1] - last[0]) < max(last) - min(last)
+    assert ends("fused, Lopti")[1] < min(last)

@@ -86,11 +86,22 @@ def imported(name, *rest):
     return rw if name == "reweight_ops" else stand_in(name)
 
 
+#: What no block has without importing it.
+OURS = {"rw"} | {
+    node.name
+    for path in (ROOT / "reweight_ops/integrations").rglob("*.py")
+    for node in ast.parse(path.read_text()).body
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+}
+
+
 class Names(dict):
     def __missing__(self, name):
         if hasattr(builtins, name):
             raise KeyError(name)
-        return self.setdefault(name, rw if name == "rw" else stand_in(name))
+        if name in OURS:
+            raise NameError(f"the block does not import {name}, and a reader copies a block")
+        return self.setdefault(name, stand_in(name))
 
 
 def run(page):
@@ -115,11 +126,13 @@ def test_python_of_a_page_runs(page):
     [
         "from reweight_ops.integrations.verl import no_such_name",
         "from reweight_ops.integrations.verl import register\nregister(no_such=1)",
-        "spec = rw.methods.dapo(no_such=1)",
+        "import reweight_ops as rw\nspec = rw.methods.dapo(no_such=1)",
+        "spec = rw.methods.dapo()",
+        "patch_loss(spec)",
     ],
 )
 def test_what_is_wrong_is_found(line, tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"```python\n{line}\n```\n")
-    with pytest.raises((ValueError, TypeError)):
+    with pytest.raises((ValueError, TypeError, NameError)):
         run(page)

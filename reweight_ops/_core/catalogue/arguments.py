@@ -134,7 +134,12 @@ def with_arguments(function: Callable[..., Any], fields: bool = False) -> str:
     for name, p in inspect.signature(function).parameters.items():
         if name.startswith("_"):
             continue
-        kind = "" if p.annotation is p.empty else str(p.annotation)
+        # those of a named tuple are ForwardRef("Tensor")
+        kind = (
+            ""
+            if p.annotation is p.empty
+            else getattr(p.annotation, "__forward_arg__", str(p.annotation))
+        )
         default = "" if p.default is p.empty else f"default {p.default!r}"
         about = ", ".join(part for part in (kind, default) if part)
         shared = "" if fields and f"``{name}``" in text else SHARED.get(name, "")

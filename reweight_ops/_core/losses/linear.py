@@ -94,11 +94,13 @@ def linear_token_logps(
     The logits are ``logit_scale · (hidden @ lm_head_weightᵀ + lm_head_bias)``.
 
     Args:
-        hidden: ``R + (D,)``. lm_head_weight: ``[V, D]`` in the same dtype (or under
-            autocast, which casts as ``F.linear`` does).
+        hidden: ``R + (D,)``.
+        lm_head_weight: ``[V, D]`` in the same dtype (or under autocast, which casts as
+            ``F.linear`` does).
         completion_ids, completion_mask, return_entropy, temperature, softcap,
             vocab_size, sampling_mask, entropy_over, backend: as in :func:`token_logps`.
-        lm_head_bias: ``[V]``. logit_scale: a number, before the soft cap.
+        lm_head_bias: ``[V]``.
+        logit_scale: a number, before the soft cap.
         logits_dtype: dtype of a chunk's logits (default: hidden's). ``torch.float32``
             from 16-bit operands rounds once less.
         accumulate_dtype: dtype in which the weight's gradient is summed over chunks.

@@ -58,14 +58,15 @@ def linear_token_divergence(
     logits.
 
     Args:
-        hidden: ``R + (D,)``. lm_head_weight: ``[V, D]``, and the other arguments of p's
-            head: as in :func:`linear_token_logps`.
+        hidden: ``R + (D,)``.
+        lm_head_weight: ``[V, D]``, and the other arguments of p's head: as in
+            :func:`linear_token_logps`.
         other: ``HiddenLogits(hidden, lm_head_weight, lm_head_bias=, logit_scale=,
             lora=, logits_dtype=)``, of any width and dtype, all detached; or logits ``R
             + (V,)``, any batch and row stride; or ``TopKLogps(token_ids, logps,
             tail=)`` as in :func:`token_divergence`.
         kind, beta, completion_mask, other_temperature, other_softcap: as in
-        :func:`token_divergence`.
+            :func:`token_divergence`.
         vocab_size: needed where the two heads are padded differently.
         chunk_rows: rows a chunk. By default the logits of *both* models take at most 96
             MiB on a CPU and 1 GiB on a GPU, or 256 rows.

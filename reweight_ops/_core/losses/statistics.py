@@ -173,14 +173,14 @@ def token_stats(
 
     ``logps``, ``entropies`` and ``lse`` are differentiable; ``log_sum_p_sq``,
     ``max_logp``, ``is_top1``, ``log1m_p`` and ``mean_logits`` are not. ``mean_logits``
-    has no kernel and takes one more read, in PyTorch. So do the ids of ``topk_ids``,
-    except on the ``cpu`` backend with ``top_k`` up to 128. :func:`explain` says which.
+    has no kernel and takes one more read, in PyTorch. So do the ids of ``topk_ids`` on
+    the ``reference``, and with a ``top_k`` above 128. :func:`explain` says which.
 
     Args:
         selected_ids: the ids of ``selected_logps``, int32 or int64, ``R + (K,)``, or
-        ``[K]`` for all rows. ``-100`` is padding: 0, without a gradient.
+            ``[K]`` for all rows. ``-100`` is padding: 0, without a gradient.
         top_k: the number of likeliest ids in ``topk_logps`` and ``topk_ids``, likeliest
-        first.
+            first.
 
     ``selected_logps`` and ``topk_logps`` are differentiable: with g_k the derivatives
     by them, the gradient is ``1/T · (Σ_k g_k·1[v = id_k] - p_v·Σ_k g_k)``. They come
