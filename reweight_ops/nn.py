@@ -92,7 +92,8 @@ class _FusedHead(torch_nn.Module):
 
         Raises:
             InvalidCall: the head is more than ``F.linear`` of its weight: quantised
-                (bitsandbytes, FP8), adapted, or another class.
+                (bitsandbytes, FP8), adapted, parametrised, with forward hooks, or
+                another class.
         """
         reason = _more_than_linear(linear)
         if reason is not None:
@@ -128,6 +129,10 @@ def _more_than_linear(linear: Any) -> str | None:
     name = f"{kind.__module__}.{kind.__qualname__}"
     if not isinstance(linear, torch_nn.Linear) or kind.forward is not torch_nn.Linear.forward:
         return f"a {name}, which is not a plain nn.Linear"
+    if "forward" in vars(linear):
+        return "an nn.Linear whose forward is replaced"
+    if "weight" not in linear._parameters:
+        return "parametrised, its weight is computed from other parameters"
     weight = linear.weight
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         return f"quantised, its weight is {weight.dtype}"
@@ -135,6 +140,9 @@ def _more_than_linear(linear: Any) -> str | None:
     sharded = hasattr(weight.data, "full_tensor")
     if not sharded and type(weight.data) is not Tensor:
         return f"quantised, its weight is a {type(weight.data).__name__}"
+    # FSDP2's own hooks gather the parameters
+    if not sharded and (linear._forward_pre_hooks or linear._forward_hooks):
+        return "an nn.Linear with forward hooks"
     return None
 
 

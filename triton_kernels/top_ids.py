@@ -234,7 +234,6 @@ def top_stats_kernel(
     logp, entropy, lse, lse_low, log_p_sq, max_logp = zero, zero, zero, zero, zero, zero
     TOP += row.to(tl.int64) * K
     KEYS += row.to(tl.int64) * ROOM
-    i = tl.arange(0, ROOM)
     ids = tl.full([ROOM], OUT_OF_LOSS, tl.int64)
     if keep:
         X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
@@ -262,6 +261,7 @@ def top_stats_kernel(
             top, rest, dot, rest_sq, w_y, inside, t
         )
         ids = vocab_start + (_sorted_keys(KEYS, count, ROOM).to(tl.int32) ^ _LAST).to(tl.int64)
+    i = tl.arange(0, ROOM)
     tl.store(TOP + i, ids, mask=i < K)
     result = (logp, entropy, lse, lse_low, log_p_sq, max_logp)
     for j in tl.static_range(6):

@@ -161,7 +161,25 @@ def _weight(linear, weight):
     return linear
 
 
+def _hooked(register):
+    linear = nn.Linear(D, V)
+    getattr(linear, register)(lambda *args: None)
+    return linear
+
+
+def _replaced(linear):
+    linear.forward = lambda x: x
+    return linear
+
+
 REFUSED = {
+    "a parametrisation": (
+        nn.utils.parametrizations.weight_norm(nn.Linear(D, V)),
+        "parametrised, its weight is computed from other parameters",
+    ),
+    "a forward of the instance": (_replaced(nn.Linear(D, V)), "forward is replaced"),
+    "a hook before": (_hooked("register_forward_pre_hook"), "with forward hooks"),
+    "a hook after": (_hooked("register_forward_hook"), "with forward hooks"),
     "a class of its own": (
         Quantised(D, V),
         "Quantised, which is not a plain nn.Linear: dequantise or merge it, or pass head",

@@ -369,9 +369,13 @@ def test_arguments_that_do_not_fit(case):
 def test_what_has_no_kept_distribution_says_so():
     z, ids, mask = kept_batch(dtype=torch.float32)
     hidden, weight = torch.zeros(*SHAPE, 2), torch.zeros(VOCAB, 2)
+    mask[..., 0] = True  # a divergence has no ids, which the mask could be without
+    top = rw.TopKLogps(torch.tensor([1]), torch.zeros(*SHAPE, 1))
     for call in (
         lambda: rw.token_stats(z, ids, stats=("mean_logits",), sampling_mask=mask),
         lambda: rw.token_divergence(z, z, sampling_mask=mask),
+        lambda: rw.token_divergence(z, top, sampling_mask=mask),
+        lambda: rw.linear_distillation_loss(hidden, weight, top, sampling_mask=mask),
         lambda: rw.distillation_loss(z, z, sampling_mask=mask),
         lambda: rw.linear_token_divergence(hidden, weight, z, sampling_mask=mask),
         lambda: rw.divergences.symmetric_cross_entropy(z, z, sampling_mask=mask),

@@ -13,9 +13,10 @@ from typing_extensions import Unpack
 from ...errors import InvalidCall
 from ..calls.keywords import SoftmaxKeywords, SoftmaxOptions, TopKLogps, parse
 from ..calls.logits import resolve_logits
+from ..calls.sampling_mask import refuse_sampling_mask
 from ..calls.top_teacher import resolve_top_teacher
 from ..calls.two_hidden import OtherOptions
-from ..calls.two_logits import resolve_two_logits
+from ..calls.two_logits import NO_TWO, resolve_two_logits
 from ..catalogue.registry import published
 from ..engine.chunked_rows import formula_call
 from ..engine.distillation import (
@@ -155,6 +156,7 @@ def _top_teacher(
 ) -> TopTeacherSource:
     if not isinstance(logits, Tensor) or logits.dim() < 2:
         raise InvalidCall(f"{op}: logits must be a tensor R + (V,).")
+    refuse_sampling_mask(op, options, NO_TWO)
     *batch, positions = logits.shape[:-1]
     ids = torch.zeros(
         *batch, positions - int(options.drop_last), dtype=torch.int64, device=logits.device

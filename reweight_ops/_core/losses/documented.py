@@ -13,12 +13,12 @@ import re
 #: there.
 KEYWORDS = {
     "logits": "``R + (V,)``, fp16, bf16, fp32 or fp64.",
-    "other_logits": "The second tensor, the same rows, detached.",
-    "teacher_logits": "The teacher's logits, the same rows, detached.",
+    "other_logits": "The second tensor, or :class:`TopKLogps`; the same rows, detached.",
+    "teacher_logits": "The teacher's logits, or :class:`TopKLogps`; the same rows, detached.",
     "hidden": "``R + (D,)``, the hidden states before the head.",
     "lm_head_weight": "``[V, D]``.",
-    "other": "A :class:`HiddenLogits`, or logits; detached.",
-    "teacher": "A :class:`HiddenLogits`, or logits; detached.",
+    "other": "A :class:`HiddenLogits`, :class:`TopKLogps`, or logits; detached.",
+    "teacher": "A :class:`HiddenLogits`, :class:`TopKLogps`, or logits; detached.",
     "per_token_logps": "R, fp32 or fp64, in the graph.",
     "advantages": "One per row or per sequence, or a number; None for specs that do not read them.",
     "completion_ids": "R, int32 or int64; -100 marks an ignored row.",

@@ -18,8 +18,10 @@ from ..calls.keywords import (
     TopKLogps,
     parse,
 )
+from ..calls.sampling_mask import refuse_sampling_mask
 from ..calls.top_teacher import resolve_top_teacher
 from ..calls.two_hidden import OtherOptions, no_ids, resolve_two_hidden
+from ..calls.two_logits import NO_TWO
 from ..engine.distillation import (
     DistillationLossOutput,
     DistillationObjective,
@@ -109,6 +111,7 @@ def _source(
     named: dict[str, Any],
 ) -> TwoHiddenSource | TopTeacherSource:
     softmax, head, of_other = options
+    refuse_sampling_mask(op, softmax, NO_TWO)
     if not isinstance(other, TopKLogps):
         return TwoHiddenSource(
             resolve_two_hidden(op, hidden, weight, other, mask, head, softmax, of_other, named),

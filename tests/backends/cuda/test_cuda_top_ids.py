@@ -65,11 +65,12 @@ def test_a_row_whose_id_is_no_token(cuda):
 
 
 def test_a_row_of_several_slices(cuda):
-    """Its largest logits are in the last slice, and equal to others in the first. In
-    another row there are NaN, far after the first tile.
+    """Its largest logits are in the last slice, and equal to others in the first.
+    Another row descends: the tiles of its NaN have no other candidate.
     """
     v = 90007
-    z = torch.randn(2, v, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    plain = torch.randn(v, generator=torch.Generator().manual_seed(1))
+    z = torch.stack([plain, torch.linspace(4, -4, v)]).to(torch.bfloat16)
     z[0, -40:] = z[0].max()
     z[1, [30011, 70003]] = float("nan")
     assert torch.equal(likeliest.search(cuda, z, 24), likeliest.sorted_ids(z, 24))

@@ -156,7 +156,7 @@ def test_packed_rows_compile_without_spills(aot, target):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120"])
 def test_the_search_of_ids_compiles_without_spills(aot, target):
     """Once for each room of keys. Its sorts take half a minute to compile."""
     compiled = aot("top", target)

@@ -76,11 +76,12 @@ def test_a_row_whose_id_is_no_token(by_numpy):
 
 
 def test_rows_of_several_segments(by_numpy):
-    """Its largest logits are in the last segment, and equal to others in the first. In
-    another row there are NaN, far after the first tile.
+    """Its largest logits are in the last segment, and equal to others in the first.
+    Another row descends: the tiles of its NaN have no other candidate.
     """
     v = 40009
-    z = torch.randn(2, v, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    plain = torch.randn(v, generator=torch.Generator().manual_seed(1))
+    z = torch.stack([plain, torch.linspace(4, -4, v)]).to(torch.bfloat16)
     z[0, -40:] = z[0].max()
     z[1, [20011, 39003]] = float("nan")
     assert torch.equal(likeliest.search(triton, z, 24), likeliest.sorted_ids(z, 24))
