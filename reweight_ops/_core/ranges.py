@@ -226,7 +226,7 @@ def _range(annotation: Any, module: str, optional: bool, plain: bool) -> Range |
         x for x in parts if inspect.isclass(x) and issubclass(x, Unread) and x is not Unread
     ]
     if formulas and {*parts} <= {*formulas, Tensor, type(None)}:
-        allowed = (*formulas, *({Tensor} & {*parts}))
+        allowed: tuple[type, ...] = (*formulas, *((Tensor,) if Tensor in parts else ()))
         names = " or ".join(f"a {x.__name__}" for x in reversed(allowed))
         return Kind(allowed, names, optional)
     return Range(PLAIN, optional, True) if plain and float in parts else None

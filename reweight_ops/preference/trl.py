@@ -68,7 +68,7 @@ _ANY_DIVERGENCE = {
 def trl(
     loss_type: str | Sequence[str] = "sigmoid",
     *,
-    loss_weights: Sequence[float] | None = None,
+    loss_weights: Sequence[float] | Tensor | None = None,
     beta: Positive[Number] = 0.1,
     label_smoothing: Annotated[float, Interval("[0, 1)")] = 0.0,
     f_divergence_type: str = "reverse_kl",
@@ -86,7 +86,7 @@ def trl(
     >>> preference.trl(["sigmoid", "sft"], loss_weights=[1.0, 0.005]).requires
     frozenset({'ref'})
     """
-    types = list(loss_type) if isinstance(loss_type, (list, tuple)) else [loss_type]
+    types: list[Any] = list(loss_type) if isinstance(loss_type, (list, tuple)) else [loss_type]
     unknown = [t for t in types if not isinstance(t, str) or t not in LOSS_TYPES]
     if unknown or not types:
         raise InvalidCall(

@@ -480,9 +480,9 @@ def _reject(op: str, name: str, known: tuple[str, ...]) -> NoReturn:
 
 def _positional(op: str) -> tuple[str, ...]:
     """Return the arguments of an op that have a position."""
-    names = ("per_token_logps",) if op.endswith("_from_logps") else ("completion_ids",)
-    names += ("hidden", "lm_head_weight") if op.startswith("linear_") else ()
-    return (*names, "advantages") if "policy_loss" in op else names
+    first = "per_token_logps" if op.endswith("_from_logps") else "completion_ids"
+    head = ("hidden", "lm_head_weight") if op.startswith("linear_") else ()
+    return (first, *head, *(("advantages",) if "policy_loss" in op else ()))
 
 
 def _target(alias: str) -> str:
