@@ -44,7 +44,7 @@ from .linear import linear_cases, linear_providers
 from .measure import Effort, Memory, foreign_load, run_case
 from .progress import Steps
 from .providers import Provider, providers
-from .report import plot, print_tables
+from .report import plot, print_tables, result_file
 from .rows import rows_cases, rows_providers
 
 HERE = Path(__file__).resolve().parent
@@ -396,12 +396,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
         "--out",
         help="folder of the results; default: bench_output, or the committed results with --update",
     )
-    parser.add_argument("--show", help="print the table of a result file and measure nothing")
+    parser.add_argument(
+        "--show", type=result_file, help="print the table of a result file and measure nothing"
+    )
     parser.add_argument(
         "--compare",
         nargs=2,
         metavar=("A", "B"),
-        type=Path,
+        type=result_file,
         help="print two result files side by side and measure nothing",
     )
     options = parser.parse_args(arguments)
@@ -409,7 +411,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
         print("\n".join(compare(*options.compare)))
         return
     if options.show:
-        print_tables(json.loads(Path(options.show).read_text()))
+        print_tables(json.loads(options.show.read_text()))
         return
     if options.tiny:
         options.pages = "huge" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "default"

@@ -4,6 +4,8 @@ without matplotlib).
 
 from __future__ import annotations
 
+import json
+from argparse import ArgumentTypeError
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -143,6 +145,17 @@ def summary(document: dict[str, Any]) -> list[str]:
             if r["wrong"] or (r["ours"] and r.get("failed"))
         ]
     return lines + [f"not reached: {name}" for name in document.get("not_reached", [])]
+
+
+def result_file(name: str) -> Path:
+    """The path of a result file, an argument of the command."""
+    try:
+        document = json.loads(Path(name).read_text())
+    except (OSError, ValueError) as error:
+        raise ArgumentTypeError(f"{name} cannot be read: {error}") from None
+    if not isinstance(document, dict) or not {"machine", "cases"} <= document.keys():
+        raise ArgumentTypeError(f"{name} is no result file of this command.")
+    return Path(name)
 
 
 def print_tables(document: dict[str, Any], console: Console | None = None) -> None:
