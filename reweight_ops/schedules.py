@@ -160,7 +160,7 @@ class D3sBudget(NamedTuple):
 def d3s(
     progress: Unit[float],
     *,
-    num_samples: Annotated[tuple[int, int], Interval(entries="[1, inf)")],
+    num_samples: Annotated[tuple[int, int], Interval(entries="[1, inf)", whole=True)],
     token_fraction: Annotated[tuple[float, float], Interval(entries="[0, 1]")],
 ) -> D3sBudget:
     """Both budgets go linearly from their first to their second value over ``progress``

@@ -4,9 +4,11 @@
 :func:`ranged` reads these annotations of a function or a dataclass, checks the given
 values, and adds the ranges to the docstring. It checks a Python number. It does not
 read a tensor, or a formula that stands for a number (:class:`Unread`). Booleans,
-strings and NaN are not numbers. In a compiled function a value is checked while the
-function is compiled. A number that torch.compile turned into an input has a guard: a
-value out of range compiles again, and that compilation raises.
+strings and NaN are not numbers, and tensors of booleans or of complex numbers are not
+either. What is annotated as ``bool``, ``str`` or a formula is checked by its type. In a
+compiled function a value is checked while the function is compiled. A number that
+torch.compile turned into an input has a guard: a value out of range compiles again, and
+that compilation raises.
 """
 
 from __future__ import annotations
@@ -46,6 +48,10 @@ class Unread:
         def __neg__(self) -> Any: ...
 
 
+def _has_numbers(tensor: Tensor) -> bool:
+    return tensor.dtype is not torch.bool and not tensor.is_complex()
+
+
 class Interval:
     """An interval in the usual notation, ``"[0, inf)"``. A square bracket at infinity
     includes it.
@@ -53,7 +59,7 @@ class Interval:
     With ``whole`` only integers are allowed. With ``fixed`` a tensor is not allowed in
     their place. The same holds for whole numbers, unless their annotated type allows
     one. ``words`` are allowed too. ``entries`` is the interval of the entries of a
-    tuple. Without ``text`` only a tuple is allowed.
+    tuple. Without ``text`` only a tuple is allowed, or a word.
     """
 
     def __init__(
@@ -66,7 +72,7 @@ class Interval:
         entries: str = "",
     ) -> None:
         self.text, self.whole, self.fixed, self.words = text, whole, fixed or whole, words
-        self.entries = Interval(entries) if entries else None
+        self.entries = Interval(entries, whole=whole) if entries else None
         if text:
             low, high = (float(bound) for bound in text[1:-1].split(","))
             # The interval is stored as closed. An open end is the next number.
@@ -77,7 +83,8 @@ class Interval:
         kinds = [f"a {'whole ' if self.whole else ''}number in {self.text}"] if self.text else []
         kinds += [repr(word) for word in self.words]
         if self.entries is not None:
-            kinds.append(f"a tuple of numbers in {self.entries.text}")
+            whole = "whole " if self.whole else ""
+            kinds.append(f"a tuple of {whole}numbers in {self.entries.text}")
         return " or ".join(kinds)
 
     def has(self, value: Any) -> bool:
@@ -87,13 +94,15 @@ class Interval:
             return (
                 bool(self.text)
                 and self.low <= value <= self.high
-                and (kind is int or not self.whole)
+                and (not self.whole if kind is float else abs(value) <= sys.float_info.max)
             )
         if isinstance(value, tuple):
             return self.entries is not None and all(self.entries.has(each) for each in value)
         if isinstance(value, str):
             return value in self.words
-        if isinstance(value, (Tensor, torch.SymFloat, torch.SymInt, Unread)):
+        if isinstance(value, Tensor):
+            return bool(self.text) and _has_numbers(value)
+        if isinstance(value, (torch.SymFloat, torch.SymInt, Unread)):
             return bool(self.text)
         if isinstance(value, bool) or not isinstance(value, AnyReal) or not self.text:
             return False
@@ -140,6 +149,25 @@ class Flag(Range):
 
     def __str__(self) -> str:
         return f"True or False{' or None' if self.optional else ''}"
+
+
+class Kind(Range):
+    """The range of an argument that is no number: ``types`` are allowed, and ``words``
+    say which.
+    """
+
+    def __init__(self, types: tuple[type, ...], words: str, optional: bool) -> None:
+        super().__init__(PLAIN, optional, Tensor in types)
+        self.types, self.words = types, words
+
+    def has(self, value: Any) -> bool:
+        """Whether the value is allowed."""
+        if isinstance(value, Tensor):
+            return Tensor in self.types and _has_numbers(value)
+        return isinstance(value, self.types) or (value is None and self.optional)
+
+    def __str__(self) -> str:
+        return f"{self.words}{' or None' if self.optional else ''}"
 
 
 #: What a hyper-parameter may be: a number, a 0-d tensor or one a row, or a formula (a
@@ -192,6 +220,15 @@ def _range(annotation: Any, module: str, optional: bool, plain: bool) -> Range |
             )
     if bool in parts and {*parts} <= {bool, type(None)}:
         return Flag(optional)
+    if str in parts and {*parts} <= {str, type(None)}:
+        return Kind((str,), "a string", optional)
+    formulas = [
+        x for x in parts if inspect.isclass(x) and issubclass(x, Unread) and x is not Unread
+    ]
+    if formulas and {*parts} <= {*formulas, Tensor, type(None)}:
+        allowed: tuple[type, ...] = (*formulas, *((Tensor,) if Tensor in parts else ()))
+        names = " or ".join(f"a {x.__name__}" for x in reversed(allowed))
+        return Kind(allowed, names, optional)
     return Range(PLAIN, optional, True) if plain and float in parts else None
 
 

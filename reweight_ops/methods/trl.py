@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from .._core.calls.unused_options import forbid_unused
+from .._core.catalogue.registry import TRAINERS_NAMES
 from .._core.formula.base import Rule, TokenWeight
 from .._core.ranges import (
     Count,
@@ -56,6 +57,8 @@ _IMPORTANCE = {
     "sequence_mask": SequenceMaskedImportance,
 }
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+TRAINERS_NAMES["policy_loss"] |= {name: f"rw.methods.trl({name!r})" for name in LOSS_TYPES}
+TRAINERS_NAMES["policy_loss"]["trl"] = "rw.methods.trl(...)"
 
 
 @ranged

@@ -6,6 +6,7 @@ import math
 from typing import Annotated, Any
 
 from .._core.calls.unused_options import forbid_unused
+from .._core.catalogue.registry import TRAINERS_NAMES
 from .._core.formula.base import Rule, TokenWeight
 from .._core.ranges import (
     AtLeastOne,
@@ -58,6 +59,15 @@ LOSS_MODES = (
     "dro",
     "bypass_mode",
 )
+TRAINERS_NAMES["policy_loss"] |= {
+    "verl": "rw.methods.verl(...)",
+    "vanilla": "rw.methods.verl()",
+    **{
+        name: f"rw.methods.verl(loss_mode={name!r})"
+        for name in LOSS_MODES
+        if name != "vanilla" and name not in TRAINERS_NAMES["policy_loss"]
+    },
+}
 LOSS_AGG_MODES = (
     "token-mean",
     "token-sum",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,11 @@ from .._core.rows.numerics import log1mexp
 from .._core.rows.pairs import Pairs
 from .._core.spec.pair_parts import PairLoss
 from ..errors import InvalidCall
+
+#: The distances of the answers that a list loss compares.
+Skips: TypeAlias = Annotated[
+    tuple[int, ...] | Literal["all"], Interval(entries="[1, inf)", whole=True, words=("all",))
+]
 
 
 def smoothed(x: Tensor, epsilon: Number) -> Tensor:
@@ -79,6 +84,7 @@ class Hinge(PairLoss):
         return torch.relu(1 - p.beta * p.margins)
 
 
+@ranged
 @dataclass(frozen=True, kw_only=True)
 class Ipo(PairLoss):
     """``(m - 1/(2β))²``. arXiv:2310.12036, eq. 17.
@@ -315,6 +321,7 @@ class SquaredNash(PairLoss):
         return squared(c.logps - r.logps - stored - 1 / (2 * self.eta))
 
 
+@ranged
 @dataclass(frozen=True, kw_only=True)
 class MaskNorm(PairLoss):
     """The L1 norm of one of the token masks, over both sequences of a pair."""
@@ -362,13 +369,14 @@ def ensemble_slopes(s: Tensor, noise: Tensor, box_cox: float, keep: Tensor) -> T
     return result
 
 
+@ranged
 @dataclass(frozen=True, kw_only=True)
 class ListLikelihood(PairLoss):
     """``Σ_{k in skips} Σ_i softplus(-β·(s_i - s_{i+k}))`` over a list of scores, best
     first; ``"all"``: ``Σ_i log(1 + Σ_{j>i} e^(β(s_j - s_i)))``.
     """
 
-    skips: tuple[int, ...] | Literal["all"] = (1, 2)
+    skips: Skips = (1, 2)
 
     def loss(self, p: Pairs) -> Tensor:
         s: Tensor = p.beta * torch.stack([side.scores for side in p.sides])

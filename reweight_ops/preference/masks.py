@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._core.ranges import ranged
 from .._core.rows.pairs import from_first_difference as from_first_difference
 from ..errors import InvalidCall
 
@@ -48,6 +49,7 @@ def mapo_masks(activations: Sequence[Tensor], completion_mask: Tensor) -> Tensor
     return total / len(activations)
 
 
+@ranged
 def rank_consistency(rewards: Tensor, previous_rewards: Tensor, *, kind: str = "kendall") -> Tensor:
     """CREAM's consistency of two rankings of the same G responses.
     ``[N, G], [N, G] -> [N]`` in [0, 1].

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated
 
 from .._core.catalogue.registry import published
 from .._core.ranges import Interval, NonNegative, Number, OpenUnit, Positive, Real, Unit
@@ -29,6 +29,7 @@ from .losses import (  # fmt: skip
     Robust,
     SearchConfidence,
     Sigmoid,
+    Skips,
     SoftLabel,
     SppoHard,
     SquaredNash,
@@ -549,7 +550,7 @@ def ens_loss(beta: Positive[Number] = 0.1, box_cox: Real[float] = 0.0) -> PairSp
 def rank_list(
     group_size: Annotated[int, Interval("[2, inf)", whole=True)],
     beta: Positive[Number] = 0.1,
-    skips: tuple[int, ...] | Literal["all"] = (1, 2),
+    skips: Skips = (1, 2),
 ) -> PairSpec:
     """``Σ_{k in skips} Σ_i softplus(-β(s_i - s_{i+k}))`` over a list of ``group_size``
     answers, best first; ``s`` are log-ratios to the reference.

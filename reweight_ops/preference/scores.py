@@ -17,6 +17,7 @@ from .._core.spec.pair_parts import Score
 from .._core.spec.pair_score import LogRatio as LogRatio
 
 
+@ranged
 @dataclass(frozen=True, kw_only=True)
 class Likelihood(Score):
     """``log π(y)``, without a reference. With ``average`` it is per token."""
@@ -41,6 +42,7 @@ class AlphaLikelihood(Score):
         return mean if self.alpha == 0 else -torch.expm1(-self.alpha * mean) / self.alpha
 
 
+@ranged
 @dataclass(frozen=True, kw_only=True)
 class LikelihoodAgainstUnlikelihood(Score):
     """``log π(y)`` of a chosen sequence, and ``-Σ_t log(1 - π(y_t))`` of a rejected

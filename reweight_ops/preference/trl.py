@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+from torch import Tensor
+
 from .._core.calls.unused_options import forbid_unused
+from .._core.catalogue.registry import TRAINERS_NAMES
 from .._core.ranges import Interval, Number, Positive, Real, Unit, ranged
 from .._core.spec.pair_parts import PairLoss
 from .._core.spec.pairs import PairSpec, PairTerm
@@ -47,6 +50,8 @@ LOSS_TYPES: dict[str, tuple[Any, bool]] = {
     "sft": (lambda e: ChosenNll(), False),
     "sigmoid_norm": (lambda e: Sigmoid(average=True), False),
 }
+TRAINERS_NAMES["pair_loss"] |= {name: f"rw.preference.trl({name!r})" for name in LOSS_TYPES}
+TRAINERS_NAMES["pair_loss"]["trl"] = "rw.preference.trl(...)"
 _ANY_DIVERGENCE = {
     "sigmoid",
     "sigmoid_norm",
@@ -63,7 +68,7 @@ _ANY_DIVERGENCE = {
 def trl(
     loss_type: str | Sequence[str] = "sigmoid",
     *,
-    loss_weights: Sequence[float] | None = None,
+    loss_weights: Sequence[float] | Tensor | None = None,
     beta: Positive[Number] = 0.1,
     label_smoothing: Annotated[float, Interval("[0, 1)")] = 0.0,
     f_divergence_type: str = "reverse_kl",
@@ -81,11 +86,19 @@ def trl(
     >>> preference.trl(["sigmoid", "sft"], loss_weights=[1.0, 0.005]).requires
     frozenset({'ref'})
     """
-    types = [loss_type] if isinstance(loss_type, str) else list(loss_type)
-    unknown = [t for t in types if t not in LOSS_TYPES]
+    types: list[Any] = list(loss_type) if isinstance(loss_type, (list, tuple)) else [loss_type]
+    unknown = [t for t in types if not isinstance(t, str) or t not in LOSS_TYPES]
     if unknown or not types:
         raise InvalidCall(
             f"preference.trl: loss_type is {loss_type!r}, expected some of {', '.join(LOSS_TYPES)}."
+        )
+    if not (
+        isinstance(loss_weights, (list, tuple, type(None)))
+        or (isinstance(loss_weights, Tensor) and loss_weights.dim() == 1)
+    ):
+        raise InvalidCall(
+            f"preference.trl: loss_weights is {loss_weights!r}, expected a number for every loss "
+            "type, in a list."
         )
     coefficients = [1.0] * len(types) if loss_weights is None else list(loss_weights)
     if len(coefficients) != len(types):

@@ -15,6 +15,7 @@ from .._core.spec.pair_parts import PairWeight
 from ..errors import InvalidCall
 
 
+@ranged
 @dataclass(frozen=True, kw_only=True)
 class SampledAlignment(PairWeight):
     """``w(y_w)·w(y_l)``, ``w = exp(mean_t(log π(y_t) - log Σ_v π_v²))``. With ``clamp``

@@ -21,7 +21,7 @@ from reweight_ops._core.calls.keywords import (
 from reweight_ops._core.catalogue.registry import CATALOGUE
 from reweight_ops._core.catalogue.signatures import collected_by
 from reweight_ops._core.formula.base import RULES, WEIGHTS
-from reweight_ops._core.ranges import Flag, Interval, ranged
+from reweight_ops._core.ranges import Flag, Interval, Kind, ranged, ranges_of
 from reweight_ops.preference import losses, scores, weights
 
 NAMESPACES = (
@@ -108,8 +108,22 @@ STATED = [
     for owner, value in SURFACE.items()
     for name, allowed in vars(value).get("__ranges__", {}).items()
 ]
-RANGED = [(owner, name) for owner, name, allowed in STATED if not isinstance(allowed, Flag)]
+RANGED = [(owner, name) for owner, name, allowed in STATED if not isinstance(allowed, (Flag, Kind))]
 FLAGS = [(owner, name) for owner, name, allowed in STATED if isinstance(allowed, Flag)]
+OF_A_KIND = [(owner, name) for owner, name, allowed in STATED if isinstance(allowed, Kind)]
+
+
+def test_all_that_can_be_checked_is_checked():
+    """A flag or a word is checked too where there is no number beside it."""
+    # Ops check the keywords of their records; these check what they are given.
+    own = (rw.PolicyLossSpec, rw.Recipe, rw.rule)
+    unchecked = {
+        owner: names
+        for owner, value in SURFACE.items()
+        if value not in own
+        and (names := {*ranges_of(value)} - SHARED - {*vars(value).get("__ranges__", ())})
+    }
+    assert not unchecked, unchecked
 
 
 def test_every_number_states_its_range():
@@ -143,10 +157,21 @@ def test_what_is_neither_true_nor_false_is_refused(owner, name):
         refused(owner, name, value)
 
 
+@pytest.mark.parametrize(("owner", "name"), OF_A_KIND)
+def test_what_is_no_string_or_no_tensor_is_refused(owner, name):
+    for value in (1, math.nan, True, ["a"], numpy.ones(2), torch.tensor(1j)):
+        refused(owner, name, value)
+    assert SURFACE[owner].__ranges__[name].has("a") == (
+        "a string" in str(SURFACE[owner].__ranges__[name])
+    )
+
+
 @pytest.mark.parametrize(("owner", "name"), RANGED)
 def test_what_is_no_number_in_the_range_is_refused(owner, name):
     interval = SURFACE[owner].__ranges__[name].interval
-    for value in (math.nan, "0.2", True, False, [1.0], 1j):
+    for value in (math.nan, "0.2", True, False, [1.0], 1j, 10**400):
+        refused(owner, name, value)
+    for value in (torch.tensor(True), torch.tensor(1j)):
         refused(owner, name, value)
     if interval.text:
         low, high = interval.text[1:-1].split(", ")
@@ -180,6 +205,14 @@ def test_what_is_no_number_in_the_range_is_refused(owner, name):
         (lambda: rw.methods.grpo().replace(**{"surrogate.epsilon_low": -1.0}), "Clip: epsilon_low is -1.0"),
         (lambda: rw.methods.grpo().replace(ratio=rw.SequenceRatio(clamp=math.nan)), "SequenceRatio: clamp is nan"),
         (lambda: rw.Penalty(rw.methods.grpo(beta=0.1).penalties[0].rule, math.nan), "Penalty: coef is nan"),
+        (lambda: rw.methods.trl(loss_type=["grpo"]), r"trl: loss_type is \['grpo'\], expected a string\."),
+        (lambda: rw.methods.hapo(entropies=0.5), "hapo: entropies is 0.5, expected a Tensor or a TokenWeight or None"),
+        (lambda: rw.preference.trl(5), "loss_type is 5, expected some of sigmoid"),
+        (lambda: rw.preference.trl([["sigmoid"]]), "loss_type is .*, expected some of sigmoid"),
+        (lambda: rw.preference.trl("sigmoid", loss_weights=0.5), "loss_weights is 0.5, expected a number for every loss type"),
+        (lambda: rw.preference.rank_list(3, skips=1), "rank_list: skips is 1, expected 'all' or a tuple of whole numbers"),
+        (lambda: rw.preference.rank_list(3, skips=(1.5,)), r"rank_list: skips is \(1.5,\)"),
+        (lambda: rw.schedules.d3s(0.5, num_samples=(1.5, 2), token_fraction=(0.1, 0.2)), "num_samples is .* whole numbers"),
         (lambda: rw.sample_weights.raft(torch.ones(4), keep=1.5, group_size=2), "raft: keep is 1.5, expected a whole number"),
         (lambda: rw.sample_weights.raft(torch.ones(4), keep=torch.tensor(1), group_size=2), r"raft: keep is tensor\(1\)"),
     ],

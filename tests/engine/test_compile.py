@@ -290,3 +290,26 @@ def test_the_first_call_of_a_process_compiles():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+ONE_TEMPERATURE = {
+    "kd": lambda z, y, ids: rw.divergences.kd(z, y, ids).sum(),
+    "a number twice": lambda z, y, ids: (
+        rw.distillation_loss(z, y, temperature=2.0, teacher_temperature=2.0).loss
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONE_TEMPERATURE)
+def test_one_temperature_of_two_logits_tensors(name):
+    """torch.compile takes no tensor twice as an argument of one function."""
+    generator = torch.Generator().manual_seed(0)
+    z, y = (torch.randn(6, 5, generator=generator) for _ in range(2))
+    ids, loss = torch.arange(6) % 5, ONE_TEMPERATURE[name]
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    grads = []
+    for function in (loss, compiled):
+        leaf = z.clone().requires_grad_()
+        function(leaf, y, ids).backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)

@@ -83,6 +83,18 @@ def test_a_word_that_no_case_has(bench, tmp_path):
     assert not (tmp_path / "bench_output").exists()
 
 
+@pytest.mark.parametrize("option", [["--show"], ["--compare", "other.json"]])
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"machine": {}}'])
+def test_what_is_no_result_file(bench, tmp_path, capsys, option, content):
+    for name in ("this.json", "other.json"):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+    with pytest.raises(SystemExit) as code:
+        bench(*option, "this.json")
+    said = capsys.readouterr().err
+    assert code.value.code == 2 and ("cannot be read" in said or "is no result file" in said)
+
+
 def test_the_real_results_are_the_committed_ones(monkeypatch):
     assert (harness.HERE / "results") == harness.RESULTS and list(harness.RESULTS.glob("*.json"))
     monkeypatch.setattr(

@@ -22,6 +22,7 @@ from ..ranges import (
     Count,
     FixedPositiveOrInf,
     Flag,
+    Kind,
     NonNegative,
     Positive,
     Range,
@@ -326,6 +327,7 @@ ALIASES = {
     "epsilon": "spec=methods.grpo(epsilon_low=..., epsilon_high=...)",
     "epsilon_low": "spec=methods.grpo(epsilon_low=..., epsilon_high=...)",
     "epsilon_high": "spec=methods.grpo(epsilon_low=..., epsilon_high=...)",
+    "eps": "spec=methods.grpo(epsilon_low=..., epsilon_high=...)",
     "clip_eps": "spec=methods.grpo(epsilon_low=..., epsilon_high=...)",
     "eps_clip": "spec=methods.grpo(epsilon_low=..., epsilon_high=...)",
     "cliprange": "spec=methods.grpo(epsilon_low=..., epsilon_high=...)",
@@ -355,6 +357,7 @@ ALIASES = {
     "rollout_log_probs": "sampling_per_token_logps",
     "rollout_is_weights": "importance_sampling_ratio",
     "vllm_is_ratio": "importance_sampling_ratio",
+    "is_ratio": "importance_sampling_ratio",
     "response_mask": "completion_mask",
     "action_mask": "completion_mask",
     "loss_mask": "completion_mask",
@@ -366,6 +369,11 @@ ALIASES = {
     "mask": "completion_mask",
     "hidden_states": "hidden",
     "lm_head": "lm_head_weight",
+    "weight": "lm_head_weight",
+    "bias": "lm_head_bias",
+    "ignore_index": "completion_mask, or ids of -100",
+    "rewards": "advantages, rw.advantages.grpo(rewards, ...)",
+    "reduction": "spec=PolicyLossSpec(reduction=...)",
     "advantage": "advantages",
     "log_probs": "per_token_logps",
     "logprobs": "per_token_logps",
@@ -385,7 +393,7 @@ for _record in (SoftmaxOptions, PolicyOptions, LMHeadOptions, PairOptions):
     _record.__ranges__ = {
         name: allowed
         for name, allowed in ranges_of(_record).items()
-        if not isinstance(allowed, Flag)
+        if not isinstance(allowed, (Flag, Kind))
     }
     _record.FLAGS = {
         f.name: "None" in str(f.type)
@@ -463,11 +471,18 @@ def check_flag(op: str, name: str, value: Any, optional: bool = False) -> None:
 def _reject(op: str, name: str, known: tuple[str, ...]) -> NoReturn:
     hint = ""
     alias = ALIASES.get(name, "")
-    if _target(alias) in (*known, *(() if op.endswith("_from_logps") else ("completion_ids",))):
+    if _target(alias) in (*known, *_positional(op)):
         hint = f" Here it is {alias}."
     elif near := difflib.get_close_matches(name, known, n=1):
         hint = f" Did you mean {near[0]}?"
     raise TypeError(f"{op}() got an unexpected keyword argument {name!r}.{hint}")
+
+
+def _positional(op: str) -> tuple[str, ...]:
+    """Return the arguments of an op that have a position."""
+    first = "per_token_logps" if op.endswith("_from_logps") else "completion_ids"
+    head = ("hidden", "lm_head_weight") if op.startswith("linear_") else ()
+    return (first, *head, *(("advantages",) if "policy_loss" in op else ()))
 
 
 def _target(alias: str) -> str:

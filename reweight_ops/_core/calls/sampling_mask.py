@@ -118,9 +118,9 @@ class SamplingMask(NamedTuple):
             )
         z = logits.detach()
         columns = z.size(-1) if vocab_size is None else vocab_size
-        if not 0 < columns <= z.size(-1):
+        if type(columns) is not int or not 0 < columns <= z.size(-1):
             raise InvalidCall(
-                f"SamplingMask.from_logits: vocab_size is {vocab_size}, logits have "
+                f"SamplingMask.from_logits: vocab_size is {vocab_size!r}, logits have "
                 f"{z.size(-1)} columns."
             )
         settings = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "temperature": temperature}

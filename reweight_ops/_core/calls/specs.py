@@ -10,7 +10,8 @@ import torch
 from ...errors import InvalidCall
 from ..catalogue.registry import CATALOGUE, Entry
 from ..catalogue.search import entry_of
-from ..formula.base import Rule
+from ..formula.base import Rule, TokenWeight
+from ..ranges import ranged
 from ..spec.pairs import PairSpec
 from ..spec.parts import called
 from ..spec.policy import PolicyLossSpec
@@ -20,6 +21,7 @@ from ..spec.policy import PolicyLossSpec
 METHODS = CATALOGUE["policy_loss"]
 
 
+@ranged
 def method(name: str, **options: Any) -> PolicyLossSpec:
     """Return the spec of the method of that name.
 
@@ -79,12 +81,14 @@ def named_spec(op: str, spec: Any) -> PolicyLossSpec:
     if not isinstance(spec, PolicyLossSpec):
         if isinstance(spec, PairSpec):
             raise InvalidCall(f"{op}: spec is a PairSpec, which rw.preference_loss takes.")
-        rule = (
-            " Of a rule it is rw.PolicyLossSpec(surrogate=...)." if isinstance(spec, Rule) else ""
-        )
+        part = ""
+        if isinstance(spec, Rule):
+            part = " Of a rule it is rw.PolicyLossSpec(surrogate=...)."
+        elif isinstance(spec, TokenWeight):
+            part = " A weight belongs to a loss: rw.methods.grpo().with_weight(...)."
         raise InvalidCall(
             f"{op}: spec is {spec!r}, expected a PolicyLossSpec or the name of a "
-            f"method.{called(spec)}{rule}"
+            f"method.{called(spec)}{part}"
         )
     return spec
 
@@ -116,7 +120,7 @@ def named_pair_spec(op: str, spec: Any) -> PairSpec:
         if isinstance(spec, PolicyLossSpec):
             raise InvalidCall(f"{op}: spec is a PolicyLossSpec, which rw.policy_loss takes.")
         raise InvalidCall(
-            f"{op}: spec is {spec!r}, expected a PairSpec or one of "
-            f"{', '.join(sorted(CATALOGUE['pair_loss']))}.{called(spec)}"
+            f"{op}: spec is {spec!r}, expected a PairSpec or the name of one.{called(spec)} The "
+            f"names are: {', '.join(sorted(CATALOGUE['pair_loss']))}."
         )
     return spec

@@ -136,12 +136,14 @@ def resolve_two_logits(
         logits, other, tuple(shape), options.vocab_size, fail, call.shard is not None
     )
     softmax = SoftmaxParams(call.softmax.vocab_size, resolve_softcap(other_softcap))
-    # This is a view, because torch.compile does not take a tensor twice.
     temperature = (
-        call.temperature.view(-1)
+        call.temperature
         if other_temperature is None
         else resolve_temperature(call.rows, other_temperature, fail)
     )
+    # Both may be one tensor, also where the caller gives a number twice. torch.compile
+    # does not take a tensor twice, but takes a view of it.
+    temperature = temperature.view(-1)
     refuse_learnt(call.temperature, fail)
     refuse_learnt(temperature, fail, "other_temperature")
     return TwoLogits(call, collapsed("other_logits", other, fail), temperature, softmax)

@@ -10,6 +10,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from ..ranges import Kind, Range
+
 #: B completions, T tokens of each.
 SHARED = {
     "advantages": "``[B]`` or ``[B, T]``.",
@@ -109,9 +111,15 @@ SHARED = {
 }
 
 
+def _ranges(function: Callable[..., Any]) -> dict[str, Range]:
+    """Return the ranges that say what a parameter is. A type alone does not."""
+    found = getattr(function, "__ranges__", {})
+    return {name: allowed for name, allowed in found.items() if not isinstance(allowed, Kind)}
+
+
 def missing_arguments(function: Callable[..., Any]) -> list[str]:
     """Return the parameters that neither the docstring nor :data:`SHARED` describes."""
-    doc, ranges = inspect.getdoc(function) or "", getattr(function, "__ranges__", {})
+    doc, ranges = inspect.getdoc(function) or "", _ranges(function)
     prose = doc.partition("\nArgs:\n")[0]
     return [
         name
@@ -129,7 +137,7 @@ def with_arguments(function: Callable[..., Any], fields: bool = False) -> str:
     With ``fields`` they are what a record holds: what its docstring says of a name goes
     before what :data:`SHARED` says.
     """
-    text, ranges = inspect.cleandoc(function.__doc__ or ""), getattr(function, "__ranges__", {})
+    text, ranges = inspect.cleandoc(function.__doc__ or ""), _ranges(function)
     lines = []
     for name, p in inspect.signature(function).parameters.items():
         if name.startswith("_"):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from ...errors import InvalidCall
+from ..ranges import ranged
 from .keys import key
 from .recipes import RECIPES, Recipe, recipes_of
 from .search import exact
 
 
+@ranged
 def recipe(name: str) -> Recipe:
     """Return everything that one paper needs, in one record.
 

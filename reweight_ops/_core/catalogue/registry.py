@@ -107,6 +107,9 @@ class Entry:
 #: The entries by kind and name. Importing the package fills it.
 CATALOGUE: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
 
+#: By kind, the names that trainers have for a loss, and the call that returns it.
+TRAINERS_NAMES: dict[str, dict[str, str]] = {"policy_loss": {}, "pair_loss": {}}
+
 
 def published_names(kind: str) -> Callable[[str], Any]:
     """Return a module's ``__getattr__``.

@@ -10,10 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...errors import InvalidCall
+from ..ranges import ranged
 from .keys import key, names, words
 from .left_out import LEFT_OUT
 from .recipes import recipes_of
-from .registry import CATALOGUE, KINDS, Entry
+from .registry import CATALOGUE, KINDS, TRAINERS_NAMES, Entry
 
 #: A shorter word must match a whole word: "ar" is in every other title.
 _LEAST_PREFIX = 4
@@ -72,6 +73,7 @@ def exact(text: str, kind: str | None = None) -> list[tuple[Entry, str]]:
     )[::-1]
 
 
+@ranged
 def find(text: str, kind: str | None = None) -> list[Hit]:
     """Find entries of the catalogue, the surest first.
 
@@ -138,12 +140,14 @@ def entry_of(name: str, kind: str) -> Entry:
     """
     if name in CATALOGUE[kind]:
         return CATALOGUE[kind][name]
-    what = kind.replace("_", " ")
+    what, trainers_name = kind.replace("_", " "), TRAINERS_NAMES.get(kind, {}).get(name)
     elsewhere = [entry for entry, _ in exact(name)]
     near = [
         entry for entry, _ in exact(name, kind) or ([] if elsewhere else _by_spelling(name, kind))
     ]
-    if near:
+    if trainers_name is not None:
+        hint = f"That is a trainer's name: write {trainers_name}."
+    elif near:
         hint = f"Did you mean {near[0].name!r}?"
     elif elsewhere and elsewhere[0].kind == "token_weight":
         hint = (

@@ -214,7 +214,11 @@ def check_stats(op: str, stats: Sequence[str], **picking: Any) -> None:
     """Raise for names that :class:`TokenStats` does not have, and if an argument in
     ``picking`` and its statistics are not both given.
     """
-    if not isinstance(stats, (tuple, list)) or not stats or any(n not in _STATS for n in stats):
+    if (
+        not isinstance(stats, (tuple, list))
+        or not stats
+        or any(not isinstance(n, str) or n not in _STATS for n in stats)
+    ):
         raise InvalidCall(f"{op}: stats is {stats!r}; expected some of {', '.join(_STATS)}.")
     for argument, names in _PICKING.items():
         wanted, given = [name for name in names if name in stats], picking[argument] is not None
