@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reweight_ops._core.backends.base import DIVERGENCE_STATS, DivergenceInputs, SoftmaxParams
+
 #: Largest relative error of the target's log-prob, and of ``1 - p``, which is the size
 #: of its gradient.
 TOLERANCE = 0.01
@@ -73,6 +75,57 @@ def exact(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     assert bool((x <= top).all()), "an id is not the likeliest token of its row"
     rest = (x - top).exp().scatter(-1, ids[:, None], 0.0).sum(-1)
     return -torch.log1p(rest), rest / (1 + rest)
+
+
+class SurePairs(NamedTuple):
+    """Logits of p and of q ``[N, V]``, and the values of a divergence table by name."""
+
+    logits: Tensor
+    other: Tensor
+    truth: dict[str, Tensor]
+
+
+def sure_pairs(vocab: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> SurePairs:
+    """In p, the rows of :func:`sure_rows` whose ``1 - p`` is below 1e-5.
+
+    They stand next to four kinds of q: the other tokens are likelier, or less likely, q
+    is half as sure, or sure of another token.
+    """
+    rows = sure_rows(vocab, dtype, seed=seed)
+    sure = rows.one_minus_p < 1e-5
+    z, ids = rows.logits[sure], rows.ids[sure]
+    likelier, rarer = ((z + d).scatter(1, ids[:, None], 0.0) for d in (1, -3))
+    logits, other = z.repeat(4, 1), torch.cat([likelier, rarer, z / 2, z.roll(1, 1)])
+
+    def parts(t: Tensor) -> tuple[Tensor, Tensor]:
+        x = t.double()
+        top, at = x.max(1, keepdim=True)
+        return x - top, torch.log1p((x - top).exp().scatter(1, at, 0.0).sum(1, keepdim=True))
+
+    (below_p, total_p), (below_q, total_q) = parts(logits), parts(other)
+    log_p, log_q = below_p - total_p, below_q - total_q
+    # The largest column's difference of logs would round to 0 as a difference of both.
+    d = (below_p - below_q) - (total_p - total_q)
+    truth = {
+        "forward_kl": -(log_q.exp() * d).sum(1),
+        "reverse_kl": (log_p.exp() * d).sum(1),
+        "entropy": -(log_p.exp() * log_p).sum(1),
+        "other_entropy": -(log_q.exp() * log_q).sum(1),
+    }
+    return SurePairs(logits, other, truth)
+
+
+def assert_divergences_kept(primitives: object, pairs: SurePairs) -> None:
+    """Assert the tolerance for both directions of KL and both entropies."""
+    n, vocab = pairs.logits.shape
+    one, softmax = torch.ones(1), SoftmaxParams(vocab)
+    ids = torch.zeros(n, dtype=torch.int64)
+    two = DivergenceInputs(pairs.logits, pairs.other, ids, one, one, softmax, softmax)
+    table = dict(zip(DIVERGENCE_STATS, primitives.divergence_stats(two), strict=True))
+    for name, truth in pairs.truth.items():
+        assert (truth > 0).all()
+        error = worst(table[name], truth)
+        assert error <= TOLERANCE, f"{name}: {error:.3g} relative"
 
 
 def worst(got: Tensor, truth: Tensor) -> float:

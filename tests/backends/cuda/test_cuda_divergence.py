@@ -21,6 +21,7 @@ from divergence_rows import (
     both_plans,
     make,
 )
+from sure_rows import assert_divergences_kept, sure_pairs
 
 from reweight_ops._core.backends import reference_divergence as reference
 from reweight_ops._core.backends.base import DIVERGENCE_STATS, DivergenceInputs, SoftmaxParams
@@ -247,6 +248,12 @@ def test_far_apart(cuda):
         and out[0, 2900] == -1
         and out.isfinite().all()
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [3, 257, 5003])
+def test_sure_tokens(cuda, vocab, dtype):
+    assert_divergences_kept(cuda, sure_pairs(vocab, DTYPES[dtype]))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
