@@ -12,7 +12,10 @@ from contract import DTYPES, ONE
 from sure_rows import (
     MARGINS,
     TOLERANCE,
+    assert_close_divergences_bounded,
+    assert_divergence_gradients_bounded,
     assert_divergences_kept,
+    close_pairs,
     exact,
     sure_pairs,
     sure_rows,
@@ -150,10 +153,16 @@ def test_public_ops(backend, dtype):  # docs/semantics.md: S27
         assert_kept(got, -rows.one_minus_p, f"gradient of a loss, {plan}")
 
 
-@pytest.mark.parametrize("vocab", [3, 257, 5003])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype, vocab", [("fp32", 3), ("bf16", 257), ("fp32", 5003)])
 def test_divergences(primitives, dtype, vocab):
-    assert_divergences_kept(primitives, sure_pairs(vocab, DTYPES[dtype]))
+    pairs = sure_pairs(vocab, DTYPES[dtype])
+    assert_divergences_kept(primitives, pairs)
+    assert_divergence_gradients_bounded(primitives, pairs.some(3))
+
+
+@pytest.mark.parametrize("vocab", [3, 5003])
+def test_divergences_of_close_distributions(primitives, vocab):
+    assert_close_divergences_bounded(primitives, close_pairs(vocab))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

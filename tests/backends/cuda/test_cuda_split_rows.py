@@ -15,7 +15,7 @@ import pytest
 import torch
 from cuda_emulation.fixtures import SCHEDULES, emulated
 from divergence_rows import CONSTANTS, DTYPES, assert_accurate, both_plans, make
-from sure_rows import SurePairs, assert_divergences_kept, sure_pairs
+from sure_rows import assert_divergences_kept, sure_pairs
 
 import reweight_ops
 from reweight_ops._core.backends import select
@@ -114,9 +114,7 @@ def test_split_rows_at_any_address(kernels, split, dtype, other):
 def test_sure_tokens_in_split_rows(split):
     """The largest columns are in both slices."""
     pairs = sure_pairs(SHARED[2], torch.bfloat16)
-    some = torch.arange(0, len(pairs.logits), 41)
-    truth = {name: values[some] for name, values in pairs.truth.items()}
-    assert_divergences_kept(split, SurePairs(pairs.logits[some], pairs.other[some], truth))
+    assert_divergences_kept(split, pairs.some(41))
 
 
 def test_equal_logits_in_split_rows(split):

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from divergence_criterion import assert_accurate
-from sure_rows import SurePairs, assert_divergences_kept, sure_pairs
+from sure_rows import assert_divergences_kept, sure_pairs
 from triton_oracle import DEVICE
 
 from reweight_ops._core.backends import triton_divergence as backend
@@ -65,9 +65,7 @@ def test_accuracy(case, kind, dtype, split, monkeypatch):
 def test_sure_tokens(dtype, split, vocab, step, monkeypatch):
     monkeypatch.setattr(tokens, "processors", lambda device: 10**6 if split else 0)
     pairs = sure_pairs(vocab, dtype)
-    some = torch.arange(0, len(pairs.logits), step)
-    truth = {name: values[some] for name, values in pairs.truth.items()}
-    assert_divergences_kept(backend, SurePairs(pairs.logits[some], pairs.other[some], truth))
+    assert_divergences_kept(backend, pairs.some(step))
 
 
 #: About 20 seconds each in the interpreter: the other pairs are slow tests.
