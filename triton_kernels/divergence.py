@@ -13,11 +13,27 @@ import triton.language as tl
 
 from . import math
 from .kernels import kernel
-from .sweep import LN2, LOWEST, base2_scale, capped, row_offset, slot_dot, slot_sum, zero_sweep
+from .sweep import (
+    LN2,
+    LOWEST,
+    SURE,
+    base2_scale,
+    capped,
+    high,
+    low,
+    pack,
+    rest_of_slot,
+    row_offset,
+    slot_dot,
+    slot_sum,
+    zero_sweep,
+)
 from .words import load_elements, load_tile, numbers, round_to, store_run
 
 # 2⁵⁰: a thousand elements of that size fit in 63 bits
 _FIXED = tl.constexpr(1125899906842624.0)
+# the least size of a sum: its quotient with 2⁵⁰ is still finite
+_SMALLEST = tl.constexpr(4e-24)
 #: Numbers of a slot, and rows of a table of slots.
 SLOT = tl.constexpr(10)
 
@@ -319,16 +335,26 @@ def _lse(top, k, log_sum, T):
 
 
 @triton.jit
-def _row_stats(state, T, T_OTHER, kp, kq, SLOTS: tl.constexpr):
+def _row_stats(
+    state, X, Y, V, T, T_OTHER, kp, kq, p_cap, q_cap,
+    SLOTS: tl.constexpr, E: tl.constexpr, P_CAP: tl.constexpr, Q_CAP: tl.constexpr,
+):  # fmt: skip
     """The eight numbers of a row's table, from its slots.
 
     The slots are added in 64-bit fixed point relative to the largest: no layout changes
-    the result.
+    the result. The largest column of each tensor, whose term is 1, is left out of its
+    sum: next to it, the others of a sure row would round away. Where its slot has lost
+    them, it is read again.
     """
-    p_top, q_top = tl.max(state[0], 0), tl.max(state[4], 0)
+    p_top, p_lead = tl.max(state[0], 0, return_indices=True, return_indices_tie_break_left=True)
+    q_top, q_lead = tl.max(state[4], 0, return_indices=True, return_indices_tie_break_left=True)
+    p_leads, q_leads = tl.arange(0, SLOTS) == p_lead, tl.arange(0, SLOTS) == q_lead
     _, p_sum, p_dot, p_cross, _, q_sum, q_dot, q_cross, p_zero, q_zero = _both_moved(
         state, p_top, q_top, kp, kq
     )
+    leaders = pack(tl.where(p_leads, p_sum, 0.0), tl.where(q_leads, q_sum, 0.0))
+    is_nan = ((p_sum == p_sum) & (q_sum == q_sum)) == 0  # integers cannot hold a NaN
+    p_sum, q_sum = tl.where(p_leads, 0.0, p_sum), tl.where(q_leads, 0.0, q_sum)
     sizes = _joined8(
         _size(p_sum),
         _size(p_dot),
@@ -340,11 +366,9 @@ def _row_stats(state, T, T_OTHER, kp, kq, SLOTS: tl.constexpr):
         q_zero,
     )
     s1, s2, s3, s4, s5, s6, p_zero, q_zero = _split8(tl.max(sizes, 0))
-    s1, s2, s3 = tl.maximum(s1, 1e-20), tl.maximum(s2, 1e-20), tl.maximum(s3, 1e-20)
-    s4, s5, s6 = tl.maximum(s4, 1e-20), tl.maximum(s5, 1e-20), tl.maximum(s6, 1e-20)
-    is_nan = ((p_sum == p_sum) & (q_sum == q_sum)) == 0  # integers cannot hold a NaN
-    none = tl.zeros([SLOTS], tl.int64)
-    p_sum, p_dot, p_cross, q_sum, q_dot, q_cross, is_nan, _ = _split8(
+    s1, s2, s3 = tl.maximum(s1, _SMALLEST), tl.maximum(s2, _SMALLEST), tl.maximum(s3, _SMALLEST)
+    s4, s5, s6 = tl.maximum(s4, _SMALLEST), tl.maximum(s5, _SMALLEST), tl.maximum(s6, _SMALLEST)
+    p_rest, p_dot, p_cross, q_rest, q_dot, q_cross, is_nan, leaders = _split8(
         tl.sum(
             _joined8(
                 _fixed(p_sum, s1),
@@ -354,23 +378,26 @@ def _row_stats(state, T, T_OTHER, kp, kq, SLOTS: tl.constexpr):
                 _fixed(q_dot, s5),
                 _fixed(q_cross, s6),
                 is_nan.to(tl.int64),
-                none,
+                leaders,
             ),
             0,
         )
     )
-    p_sum, p_dot, p_cross = _unfixed(p_sum, s1), _unfixed(p_dot, s2), _unfixed(p_cross, s3)
-    q_sum, q_dot, q_cross = _unfixed(q_sum, s4), _unfixed(q_dot, s5), _unfixed(q_cross, s6)
+    p_rest, p_dot, p_cross = _unfixed(p_rest, s1), _unfixed(p_dot, s2), _unfixed(p_cross, s3)
+    q_rest, q_dot, q_cross = _unfixed(q_rest, s4), _unfixed(q_dot, s5), _unfixed(q_cross, s6)
+    p_rest = _with_leader(p_rest, high(leaders), X, V, p_lead, p_top, kp, p_cap, SLOTS, E, P_CAP)
+    q_rest = _with_leader(q_rest, low(leaders), Y, V, q_lead, q_top, kq, q_cap, SLOTS, E, Q_CAP)
     sound = (
         (is_nan == 0)
-        & (p_sum > 0.0)
-        & (q_sum > 0.0)
+        & (p_rest > -1.0)
+        & (q_rest > -1.0)
         & (p_top < float("inf"))
         & (q_top < float("inf"))
     )
     nan = float("nan")
-    p_sum, q_sum = tl.where(sound, p_sum, nan), tl.where(sound, q_sum, nan)
-    p_log, q_log = math.log(p_sum), math.log(q_sum)
+    p_rest, q_rest = tl.where(sound, p_rest, nan), tl.where(sound, q_rest, nan)
+    p_sum, q_sum = 1.0 + p_rest, 1.0 + q_rest
+    p_log, q_log = math.log1p(p_rest), math.log1p(q_rest)
     gap = p_log - q_log
     forward = math.maximum(q_cross / q_sum * LN2 + gap, 0.0)
     reverse = math.maximum(p_cross / p_sum * LN2 - gap, 0.0)
@@ -391,8 +418,22 @@ def _row_stats(state, T, T_OTHER, kp, kq, SLOTS: tl.constexpr):
 
 
 @triton.jit
+def _with_leader(
+    others, sum, X, V, lead, top, k, cap,
+    SLOTS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
+    """The sum of all columns but the largest, from the sum of the other slots and that
+    of the largest column's slot.
+    """
+    rest = others + (sum - 1.0)
+    if (rest < SURE) & (rest > -0.5):
+        rest = others + rest_of_slot(X, V, lead, top, k, cap, SLOTS, E, CAP)
+    return rest
+
+
+@triton.jit
 def _unfixed(total, size):
-    return total.to(tl.float32) * (size / _FIXED)
+    return total.to(tl.float32) * (1.0 / _FIXED) * size
 
 
 @triton.jit
@@ -821,7 +862,7 @@ def divergence_kernel(
                     policy,
                 )
             forward, reverse, entropy, other_entropy, p_lse, p_low, q_lse, q_low = _row_stats(
-                state, t, u, kp, kq, SLOTS
+                state, X, Y, V, t, u, kp, kq, p_cap, q_cap, SLOTS, E, P_CAP, Q_CAP
             )
         values = (forward, reverse, entropy, other_entropy, p_lse, p_low, q_lse, q_low)
         for i in tl.static_range(8):

@@ -45,7 +45,7 @@ _UNFIXED = tl.constexpr(9.094947017729282e-13)
 _DOT = tl.constexpr(0.00390625)
 #: A sum that includes the 1 of the largest logit is rounded to 2⁻²⁴ with each tile.
 #: Below this rest, 160 tiles could cost the rest 1 %.
-_SURE = tl.constexpr(2.0**-10)
+SURE = tl.constexpr(2.0**-10)
 
 
 @triton.jit
@@ -192,7 +192,7 @@ def _unfixed(total):
 
 
 @triton.jit
-def _pair(high, low):
+def pack(high, low):
     """Pack two 32-bit numbers into one of 64 bits."""
     return (high.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low.to(tl.int32, bitcast=True).to(
         tl.uint32, bitcast=True
@@ -200,13 +200,13 @@ def _pair(high, low):
 
 
 @triton.jit
-def _high(pair):
+def high(pair):
     return (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _low(pair):
-    return pair.to(tl.int32)
+def low(pair):
+    return pair.to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -219,7 +219,7 @@ def _sum4(a, b, c, d):
 
 
 @triton.jit
-def _rest_of_slot(
+def rest_of_slot(
     X, V, slot, top, k, softcap, SLOTS: tl.constexpr, E: tl.constexpr, CAP: tl.constexpr
 ):
     """``Σe`` of one slot's columns of a row, without the largest logit, which occurs
@@ -285,29 +285,27 @@ def row_of_slots(
     S, U, of_leader, more = _sum4(
         _fixed(scale * sum),
         _fixed(scale * tl.fma(step, sum, dot) * _DOT) if ENTROPY else none.to(tl.int64),
-        tl.where(leads, _pair(sum, dot), none.to(tl.int64)),
-        _pair(tl.where(leads, sum_sq, 0.0), is_nan),
+        tl.where(leads, pack(sum, dot), none.to(tl.int64)),
+        pack(tl.where(leads, sum_sq, 0.0), is_nan),
     )
-    of_lead = _high(of_leader) - 1.0
+    of_lead = high(of_leader) - 1.0
     # Round once where a log-prob shows it: the sum is rounded as an integer.
     together = _unfixed((S >> tl.minimum(lift, 15.0).to(tl.int64)) + _fixed(of_lead))
     rest = tl.where(lift < 15.0, together, tl.fma(to_top, _unfixed(S), of_lead))
     rest_dot = rest * 0.0
     rest_sq = rest * 0.0
     if ENTROPY:
-        rest_dot = tl.fma(
-            to_top, _unfixed(U) * (1.0 / _DOT), _low(of_leader).to(tl.float32, bitcast=True)
-        )
+        rest_dot = tl.fma(to_top, _unfixed(U) * (1.0 / _DOT), low(of_leader))
     if P_SQ:
         square = tl.where(leads, 0.0, tl.exp2(step))
-        rest_sq = _unfixed(tl.sum(_fixed(square * square * sum_sq), 0)) + (_high(more) - 1.0)
-    if (rest < _SURE) & (rest > -0.5):
+        rest_sq = _unfixed(tl.sum(_fixed(square * square * sum_sq), 0)) + (high(more) - 1.0)
+    if (rest < SURE) & (rest > -0.5):
         rest = tl.fma(
-            to_top, _unfixed(S), _rest_of_slot(X, V, lead, largest, k, softcap, SLOTS, E, CAP)
+            to_top, _unfixed(S), rest_of_slot(X, V, lead, largest, k, softcap, SLOTS, E, CAP)
         )
         # a sum of squares is at most rest², too small to change Σp²
         rest_sq = tl.minimum(tl.maximum(rest_sq, 0.0), rest * rest)
-    is_nan = (_low(more) > 0) | (largest == float("inf"))
+    is_nan = (more.to(tl.int32) > 0) | (largest == float("inf"))
     empty = (rest <= -1.0) & (is_nan == 0)
     return (
         tl.where(empty, float("-inf"), largest),

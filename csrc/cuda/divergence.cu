@@ -102,11 +102,33 @@ RW_DEVICE State sweep_slice(const Rows<T, U>& row, int columns, const Divergence
     return s;
 }
 
-/// The sums of the warp's part of a slice, in each of its lanes.
+/// Where most of a warp's mass is in its largest column of a tensor, the thread with this column has
+/// lost its others to rounding: the warp sums that thread's columns again.
+template <class T, bool kCapped>
+RW_DEVICE void sum_again(Side& own, const Side& merged, const T* x, int columns, const DivergenceSlices& slices, int slice, float scale,
+                         const Softcap& cap) {
+    if (!(merged.sum < kRoundedAway) || merged.top == -kInf) return;
+    const int lane = thread_index() % 32, owner = thread_index() - lane + lowest_bit(leaders(own, merged.top));
+    const Partial again = sum_again<kCapped ? Sums::full : Sums::entropy>(merged.top, scale, cap, [&](const auto& f) {
+        for (int group = slices.begin(slice) + owner + lane * kThreads; group < slices.end(slice); group += 32 * kThreads) {
+            for (int j = 0; j < kColumns; ++j) f(widen(x[group * kColumns + j]));
+        }
+        const int tail = slices.groups * kColumns + owner;
+        if (tail < columns && slice == slices.count - 1 && lane == 0) f(widen(x[tail]));
+    });
+    if (thread_index() == owner) own.sum = again.rest;
+}
+
+/// The merged sums of the warp's part of a slice, in each of its lanes.
 template <class T, class U, bool kCapped>
 RW_DEVICE State sum_slice(const Rows<T, U>& row, int columns, const DivergenceSlices& slices, int slice, const Softcap& p_cap, const Softcap& q_cap) {
-    const State s = is_aligned(row.x) && is_aligned(row.y) ? sweep_slice<T, U, kCapped, true>(row, columns, slices, slice, p_cap, q_cap)
-                                                           : sweep_slice<T, U, kCapped, false>(row, columns, slices, slice, p_cap, q_cap);
+    State s = is_aligned(row.x) && is_aligned(row.y) ? sweep_slice<T, U, kCapped, true>(row, columns, slices, slice, p_cap, q_cap)
+                                                     : sweep_slice<T, U, kCapped, false>(row, columns, slices, slice, p_cap, q_cap);
+    s = without_top(s);
+    const State merged = merge_lanes(s, row.scales);
+    if (!(merged.p.sum < kRoundedAway) && !(merged.q.sum < kRoundedAway)) return merged;
+    sum_again<T, kCapped>(s.p, merged.p, row.x, columns, slices, slice, row.scales.p, p_cap);
+    sum_again<U, kCapped>(s.q, merged.q, row.y, columns, slices, slice, row.scales.q, q_cap);
     return merge_lanes(s, row.scales);
 }
 
@@ -121,8 +143,8 @@ struct Known {
     template <class T, class U>
     RW_DEVICE Known(const State& s, const Rows<T, U>& row) {
         const auto sums = [](const Side& u, float temperature, float zero) {
-            const double log_s = u.sum > 0 ? log2_of(u.sum) : double(kNaN);
-            return DivergenceSums{u.sum, u.dot, u.cross, log_s, double(u.top) / double(temperature) + log_s * kLn2, zero > 0};
+            const double log_s = u.top > -kInf && u.sum < kInf ? log1p_of(u.sum) : double(kNaN);
+            return DivergenceSums{1.0 + u.sum, u.dot, u.cross, log_s * kLog2e, double(u.top) / double(temperature) + log_s, zero > 0};
         };
         round_to_table(stats_of_sums(sums(s.p, row.p_temperature, s.p_zero), sums(s.q, row.q_temperature, s.q_zero)), values);
     }

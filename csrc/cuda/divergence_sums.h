@@ -5,11 +5,13 @@
 #pragma once
 
 #include "divergence.h"
-#include "partial.h"
+#include "statistics.h"
 
 namespace reweight_ops {
 namespace {
 
+/// A thread's `sum` has every column. Merged sums leave out the largest one, whose term is 1: next to
+/// it, the others of a sure row would round away.
 struct alignas(16) Side {
     float top = -kInf, sum = 0.0f, dot = 0.0f, cross = 0.0f;
 };
@@ -20,7 +22,7 @@ struct State {
     float p_zero = 0.0f, q_zero = 0.0f;  // 1 if a column has p = 0 < q; q = 0 < p
 };
 
-/// The sums of every warp of every slice of a row.
+/// The merged sums of every warp of every slice of a row.
 using RowStates = State[kMaxSlices][kWarps];
 
 /// The scales of both tensors of a row.
@@ -49,13 +51,37 @@ RW_DEVICE void rebase(State& s, float p_top, float q_top, const Scales& scales) 
     rebase(s.q, q_top, q_shift, p_shift);
 }
 
+/// A thread's sums without its largest columns; the subtraction is exact.
+RW_DEVICE State without_top(State s) {
+    if (s.p.top > -kInf) s.p.sum -= 1.0f;
+    if (s.q.top > -kInf) s.q.sum -= 1.0f;
+    return s;
+}
+
+/// Makes merged sums relative to other maxima. A column that is still the largest stays left out.
+RW_DEVICE void rebase_merged(State& s, float p_top, float q_top, const Scales& scales) {
+    const Side p = s.p, q = s.q;
+    if (p.top > -kInf) s.p.sum += 1.0f;
+    if (q.top > -kInf) s.q.sum += 1.0f;
+    rebase(s, p_top, q_top, scales);
+    if (p.top == p_top) s.p.sum = p.sum;
+    if (q.top == q_top) s.q.sum = q.sum;
+}
+
+/// Of several largest columns, one is left out.
 RW_DEVICE State merge(State a, State b, const Scales& scales) {
     const float p_top = fmaxf(a.p.top, b.p.top), q_top = fmaxf(a.q.top, b.q.top);
-    rebase(a, p_top, q_top, scales);
-    rebase(b, p_top, q_top, scales);
-    const auto add = [](const Side& x, const Side& y) { return Side{x.top, x.sum + y.sum, x.dot + y.dot, x.cross + y.cross}; };
-    return {add(a.p, b.p), add(a.q, b.q), fmaxf(a.p_zero, b.p_zero), fmaxf(a.q_zero, b.q_zero)};
+    const bool p_both = a.p.top == b.p.top && p_top > -kInf, q_both = a.q.top == b.q.top && q_top > -kInf;
+    rebase_merged(a, p_top, q_top, scales);
+    rebase_merged(b, p_top, q_top, scales);
+    const auto add = [](const Side& x, const Side& y, bool both) {
+        return Side{x.top, x.sum + y.sum + (both ? 1.0f : 0.0f), x.dot + y.dot, x.cross + y.cross};
+    };
+    return {add(a.p, b.p, p_both), add(a.q, b.q, q_both), fmaxf(a.p_zero, b.p_zero), fmaxf(a.q_zero, b.q_zero)};
 }
+
+/// The lanes of a warp whose largest column is the largest of all.
+RW_DEVICE uint32_t leaders(const Side& s, float top) { return ballot(s.top == top && top > -kInf); }
 
 /// Merges the sums of all lanes of a warp: first the maxima, then what is relative to them. Every
 /// lane gets the result.
@@ -66,7 +92,8 @@ RW_DEVICE State merge_lanes(State s, const Scales& scales) {
         p_top = fmaxf(p_top, shuffle_xor(p_top, lanes));
         q_top = fmaxf(q_top, shuffle_xor(q_top, lanes));
     }
-    rebase(s, p_top, q_top, scales);
+    const int p_leaders = count_bits(leaders(s.p, p_top)), q_leaders = count_bits(leaders(s.q, q_top));
+    rebase_merged(s, p_top, q_top, scales);
     const auto add = [](Side& x, int lanes) {
         x.sum += shuffle_xor(x.sum, lanes);
         x.dot += shuffle_xor(x.dot, lanes);
@@ -79,6 +106,8 @@ RW_DEVICE State merge_lanes(State s, const Scales& scales) {
         s.p_zero = fmaxf(s.p_zero, shuffle_xor(s.p_zero, lanes));
         s.q_zero = fmaxf(s.q_zero, shuffle_xor(s.q_zero, lanes));
     }
+    if (p_leaders > 1) s.p.sum += float(p_leaders - 1);
+    if (q_leaders > 1) s.q.sum += float(q_leaders - 1);
     return s;
 }
 

@@ -9,7 +9,18 @@ import contract
 import pytest
 import torch
 from contract import DTYPES, ONE
-from sure_rows import MARGINS, TOLERANCE, exact, sure_rows, worst
+from sure_rows import (
+    MARGINS,
+    TOLERANCE,
+    assert_close_divergences_bounded,
+    assert_divergence_gradients_bounded,
+    assert_divergences_kept,
+    close_pairs,
+    exact,
+    sure_pairs,
+    sure_rows,
+    worst,
+)
 
 import reweight_ops as rw
 from reweight_ops._core.backends import reference
@@ -142,38 +153,16 @@ def test_public_ops(backend, dtype):  # docs/semantics.md: S27
         assert_kept(got, -rows.one_minus_p, f"gradient of a loss, {plan}")
 
 
-@pytest.mark.parametrize("vocab", [3, 257, 5003])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_divergences(backend, vocab):
-    """The entropies of both, and both directions of KL, where all tokens but the
-    likeliest are one nat likelier in q.
-    """
-    rows = sure_rows(vocab)
-    z = rows.logits
-    y = (z + 1).scatter(1, rows.ids[:, None], 0.0)
-    # except where that makes another token likelier
-    y = torch.where(y > z.amax(1, keepdim=True), z, y)
+@pytest.mark.parametrize("dtype, vocab", [("fp32", 3), ("bf16", 257), ("fp32", 5003)])
+def test_divergences(primitives, dtype, vocab):
+    pairs = sure_pairs(vocab, DTYPES[dtype])
+    assert_divergences_kept(primitives, pairs)
+    assert_divergence_gradients_bounded(primitives, pairs.some(3))
 
-    def log_probs(t):
-        x = t.double()
-        below = x - x.gather(1, rows.ids[:, None])
-        return below - torch.log1p(
-            below.exp().scatter(1, rows.ids[:, None], 0.0).sum(1, keepdim=True)
-        )
 
-    p, q = log_probs(z), log_probs(y)
-    softmax = SoftmaxParams(vocab)
-    two = DivergenceInputs(z, y, rows.ids, ONE, ONE, softmax, softmax)
-    table = dict(zip(DIVERGENCE_STATS, BACKENDS[backend].divergence_stats(two), strict=True))
-    assert_kept(table["entropy"], -(p.exp() * p).sum(1), "entropy")
-    assert_kept(table["other_entropy"], -(q.exp() * q).sum(1), "other entropy")
-    sure = rows.one_minus_p < 1e-5  # elsewhere some rows are equal but for roundings
-    for name, truth in (
-        ("forward_kl", (q.exp() * (q - p)).sum(1)),
-        ("reverse_kl", (p.exp() * (p - q)).sum(1)),
-    ):
-        assert (truth[sure] > 0).all()
-        assert_kept(table[name][sure], truth[sure], name)
+@pytest.mark.parametrize("vocab", [3, 5003])
+def test_divergences_of_close_distributions(primitives, vocab):
+    assert_close_divergences_bounded(primitives, close_pairs(vocab))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

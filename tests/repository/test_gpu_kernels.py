@@ -2,6 +2,7 @@
 interpreted, compiled, and what it refuses.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import shutil
 import pytest
 import torch
 from cuda_emulation.build import compiler
+from paths import ROOT
 
 from bench import gpu_kernels, gpu_variants, triton_shapes
 
@@ -161,6 +163,21 @@ def test_settings():
             gpu_variants.parse([text])
     for settings in gpu_variants.VARIANTS.values():
         gpu_variants.defines(settings)
+
+
+def test_every_variant_has_a_prediction():
+    """The notes have a line for each variant and for no other."""
+    lines = (ROOT / "bench/NOTES.md").read_text().splitlines()
+
+    def first_cells(header: str) -> list[str]:
+        (start,) = [i for i, line in enumerate(lines) if line.startswith(header)]
+        table = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :])
+        return [line.split("|")[1].strip() for line in table]
+
+    of_cuda = [f"{name}: `{s}`" for name, s in gpu_variants.VARIANTS.items() if s]
+    assert first_cells("| variant | predicted |") == of_cuda
+    of_triton = first_cells("| shapes (`REWEIGHT_OPS_TRITON_SHAPES`")
+    assert [cell.partition(":")[0] for cell in of_triton] == list(triton_shapes.config.VARIANTS)
 
 
 @pytest.mark.slow

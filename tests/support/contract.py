@@ -393,6 +393,37 @@ def check_layouts(primitives, dtype, v):
         assert torch.equal(rows_in_place, want_rows) and torch.equal(view, want), name
 
 
+def check_addresses(primitives, dtype, v):
+    """Check the gradient of logits that start at any element of a vector.
+
+    It is written to any other and has the same bits. Nothing around it is written.
+    """
+    n, of_vector = 2, 16 // dtype.itemsize
+    values, ids = rows(n, v, dtype, "plain", seed=v)
+    want_rows, want = loss_grad(primitives, values, ids)
+    stats = stats_of(primitives, values, ids)
+    derivatives = {"logp": torch.tensor([1.0, -2.0])}
+    want_grad = grad_of(primitives, values, ids, stats, derivatives)
+    # Rows start at two elements of a vector.
+    stride = (v // of_vector + 3) * of_vector + 1
+    logits, written = (torch.empty(n, stride, dtype=dtype) for _ in range(2))
+    for x_start in range(of_vector):
+        view = logits[:, x_start : x_start + v]
+        view.copy_(values)
+        for start in range(of_vector):
+            at = x_start, start
+            out, around = (
+                written[:, start : start + v],
+                (written[:, :start], written[:, start + v :]),
+            )
+            written.fill_(7.0)
+            assert torch.equal(loss_grad(primitives, view, ids, out=out)[0], want_rows), at
+            assert torch.equal(out, want), at
+            grad_of(primitives, view, ids, stats, derivatives, out=out)
+            assert torch.equal(out, want_grad), at
+            assert all((part == 7).all() for part in around), at
+
+
 def check_nothing_is_written_around_rows(primitives, dtype):
     n, v = 3, 2563
     values, ids = rows(n, v, dtype, "plain")

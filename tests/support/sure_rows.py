@@ -13,9 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reweight_ops._core.backends.base import DIVERGENCE_STATS, DivergenceInputs, SoftmaxParams
+
 #: Largest relative error of the target's log-prob, and of ``1 - p``, which is the size
 #: of its gradient.
 TOLERANCE = 0.01
+
+#: Absolute error where p and q, or KL and a log-ratio, cancel: two exponentials of
+#: 2^-22 each, and four roundings.
+CANCELLED = 2**-21 + 2**-22
 
 #: Nats between the likeliest token and the runner-up.
 MARGINS = (0.5, 5.0, 12.0, 15.0, 16.0, 16.6, 17.0, 20.0, 30.0, 50.0, 79.0)
@@ -73,6 +79,120 @@ def exact(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     assert bool((x <= top).all()), "an id is not the likeliest token of its row"
     rest = (x - top).exp().scatter(-1, ids[:, None], 0.0).sum(-1)
     return -torch.log1p(rest), rest / (1 + rest)
+
+
+class SurePairs(NamedTuple):
+    """Logits of p and of q ``[N, V]``, and in fp64 the values of a divergence table by
+    name, both log-probs, and ``log p - log q``.
+    """
+
+    logits: Tensor
+    other: Tensor
+    truth: dict[str, Tensor]
+    log_p: Tensor
+    log_q: Tensor
+    log_ratio: Tensor
+
+    def some(self, step: int) -> SurePairs:
+        """Every ``step``-th row."""
+        return pairs_of(self.logits[::step], self.other[::step])
+
+
+def sure_pairs(vocab: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> SurePairs:
+    """In p, the rows of :func:`sure_rows` whose ``1 - p`` is below 1e-5.
+
+    They stand next to four kinds of q: the other tokens are likelier, or less likely, q
+    is half as sure, or sure of another token.
+    """
+    rows = sure_rows(vocab, dtype, seed=seed)
+    sure = rows.one_minus_p < 1e-5
+    z, ids = rows.logits[sure], rows.ids[sure]
+    likelier, rarer = ((z + d).scatter(1, ids[:, None], 0.0) for d in (1, -3))
+    logits, other = z.repeat(4, 1), torch.cat([likelier, rarer, z / 2, z.roll(1, 1)])
+
+    return pairs_of(logits, other)
+
+
+def close_pairs(vocab: int) -> SurePairs:
+    """In p, the sure rows of :func:`sure_pairs` in fp32. In q, every other token is
+    likelier by 2^-8, so that KL is a small difference.
+    """
+    rows = sure_rows(vocab)
+    sure = rows.one_minus_p < 1e-5
+    logits = rows.logits[sure]
+    return pairs_of(logits, (logits + 2**-8).scatter(1, rows.ids[sure, None], 0.0))
+
+
+def pairs_of(logits: Tensor, other: Tensor) -> SurePairs:
+    def parts(t: Tensor) -> tuple[Tensor, Tensor]:
+        x = t.double()
+        top, at = x.max(1, keepdim=True)
+        return x - top, torch.log1p((x - top).exp().scatter(1, at, 0.0).sum(1, keepdim=True))
+
+    (below_p, total_p), (below_q, total_q) = parts(logits), parts(other)
+    log_p, log_q = below_p - total_p, below_q - total_q
+    # The largest column's difference of logs would round to 0 as a difference of both.
+    d = (below_p - below_q) - (total_p - total_q)
+    truth = {
+        "forward_kl": -(log_q.exp() * d).sum(1),
+        "reverse_kl": (log_p.exp() * d).sum(1),
+        "entropy": -(log_p.exp() * log_p).sum(1),
+        "other_entropy": -(log_q.exp() * log_q).sum(1),
+    }
+    return SurePairs(logits, other, truth, log_p, log_q, d)
+
+
+def divergence_inputs(pairs: SurePairs) -> DivergenceInputs:
+    n, vocab = pairs.logits.shape
+    one, softmax = torch.ones(1), SoftmaxParams(vocab)
+    ids = torch.zeros(n, dtype=torch.int64)
+    return DivergenceInputs(pairs.logits, pairs.other, ids, one, one, softmax, softmax)
+
+
+def assert_divergences_kept(primitives: object, pairs: SurePairs) -> None:
+    """Assert the tolerance for both directions of KL and both entropies."""
+    two = divergence_inputs(pairs)
+    table = dict(zip(DIVERGENCE_STATS, primitives.divergence_stats(two), strict=True))
+    for name, truth in pairs.truth.items():
+        assert (truth > 0).all()
+        error = worst(table[name], truth)
+        assert error <= TOLERANCE, f"{name}: {error:.3g} relative"
+
+
+def assert_close_divergences_bounded(primitives: object, pairs: SurePairs) -> None:
+    """Assert KL to 1e-5 of the mass of all tokens but the likeliest."""
+    two = divergence_inputs(pairs)
+    table = dict(zip(DIVERGENCE_STATS, primitives.divergence_stats(two), strict=True))
+    p, q = pairs.log_p.exp(), pairs.log_q.exp()
+    mass = (p + q).scatter(1, p.argmax(1, keepdim=True), 0.0).sum(1)
+    for name in ("forward_kl", "reverse_kl"):
+        assert ((table[name].double() - pairs.truth[name]).abs() <= 1e-5 * mass).all(), name
+
+
+def assert_divergence_gradients_bounded(primitives: object, pairs: SurePairs) -> None:
+    """Assert each gradient: relative to a column's terms, and in the columns of the
+    likeliest tokens absolutely, where terms cancel.
+    """
+    two, (_, _, _, log_p, log_q, d) = divergence_inputs(pairs), pairs
+    p, q = log_p.exp(), log_q.exp()
+    kl, entropy = pairs.truth["reverse_kl"][:, None], pairs.truth["entropy"][:, None]
+    likeliest = torch.zeros_like(p).scatter(1, p.argmax(1, keepdim=True), 1.0)
+    likeliest = likeliest.scatter(1, q.argmax(1, keepdim=True), 1.0) > 0
+    info = torch.finfo(two.logits.dtype)
+    exact = {
+        "forward_kl": (p - q, p + q, 1.0, 1.0),
+        "reverse_kl": (p * (d - kl), p * (d.abs() + kl), d.abs() + kl, 1 + kl),
+        "entropy": (-p * (log_p + entropy), p * (entropy - log_p), entropy - log_p, 1.0),
+    }
+    for k, (name, (truth, terms, factor, size)) in enumerate(exact.items()):
+        got = torch.empty_like(two.logits)
+        constants = torch.eye(3)[k]
+        primitives.divergence_loss_grad(two, constants, torch.ones(len(p)), got)
+        bound = torch.where(likeliest, CANCELLED * size, TOLERANCE * terms)
+        # exponentials below the smallest normal number are 0
+        rounding = info.eps / 2 * truth.abs() + info.smallest_normal * (1 + factor)
+        excess = (got.double() - truth).abs() / (bound + rounding)
+        assert excess.max() <= 1, f"gradient of {name}: {float(excess.max()):.3g} of the bound"
 
 
 def worst(got: Tensor, truth: Tensor) -> float:

@@ -10,7 +10,7 @@ import torch
 
 #: Bytes of logits by device, and the fewest rows that still make an efficient GEMM
 #: (every chunk reads the weight again).
-_BUDGET = {"cpu": 96 << 20, "cuda": 1 << 30}
+_BUDGET = {"cpu": 96 << 20, "cuda": 5 << 28}
 _FEWEST_ROWS = 256
 
 

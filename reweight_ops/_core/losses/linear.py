@@ -108,7 +108,7 @@ def linear_token_logps(
             if there are at most 8 chunks, each of which rounds the sum once. Otherwise
             it is fp32, rounded once, and takes a buffer of the weight's size.
         chunk_rows: rows a chunk; default: multiples of 64, at most 96 MiB of logits on
-            a CPU and 1 GiB on a GPU, or 256 rows.
+            a CPU and 1.25 GiB on a GPU, or 256 rows.
         memory_budget: bytes of logits. It bounds a chunk. The rest of it keeps chunks
             for backward, which are then not recomputed. Default: one chunk.
         lora: ``Lora(a, b, scale)``, a low-rank term of the head.

@@ -71,7 +71,7 @@ def linear_token_divergence(
             :func:`token_divergence`.
         vocab_size: needed where the two heads are padded differently.
         chunk_rows: rows a chunk. By default the logits of *both* models take at most 96
-            MiB on a CPU and 1 GiB on a GPU, or 256 rows.
+            MiB on a CPU and 1.25 GiB on a GPU, or 256 rows.
         memory_budget: bytes of both models' logits, as in :func:`linear_token_logps`.
 
     Returns:

@@ -21,6 +21,13 @@ from divergence_rows import (
     both_plans,
     make,
 )
+from sure_rows import (
+    assert_close_divergences_bounded,
+    assert_divergence_gradients_bounded,
+    assert_divergences_kept,
+    close_pairs,
+    sure_pairs,
+)
 
 from reweight_ops._core.backends import reference_divergence as reference
 from reweight_ops._core.backends.base import DIVERGENCE_STATS, DivergenceInputs, SoftmaxParams
@@ -247,6 +254,18 @@ def test_far_apart(cuda):
         and out[0, 2900] == -1
         and out.isfinite().all()
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [3, 257, 2563])
+def test_sure_tokens(cuda, vocab, dtype):
+    pairs = sure_pairs(vocab, DTYPES[dtype])
+    assert_divergences_kept(cuda, pairs)
+    assert_divergence_gradients_bounded(cuda, pairs.some(3))
+
+
+def test_close_sure_distributions(cuda):
+    assert_close_divergences_bounded(cuda, close_pairs(2563))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -155,6 +155,11 @@ def test_any_layout_gives_the_same_bits(cuda, dtype, v):
     contract.check_layouts(cuda, dtype, v)
 
 
+@pytest.mark.parametrize("v", [1, 7, 33, 2563])
+def test_a_gradient_at_any_address(cuda, dtype, v):
+    contract.check_addresses(cuda, dtype, v)
+
+
 def test_nothing_is_written_around_rows(cuda, dtype):
     contract.check_nothing_is_written_around_rows(cuda, dtype)
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from cuda_emulation.fixtures import SCHEDULES, emulated
 from divergence_rows import CONSTANTS, DTYPES, assert_accurate, both_plans, make
+from sure_rows import assert_divergences_kept, sure_pairs
 
 import reweight_ops
 from reweight_ops._core.backends import select
@@ -108,6 +109,20 @@ def test_split_rows_at_any_address(kernels, split, dtype, other):
         around, s = wholes[2], starts[2]
         assert (out[:, v:] == 0).all() and around[:, v + s + 4 :].isnan().all(), starts
         assert around[:, :s].isnan().all(), starts
+
+
+def test_sure_tokens_in_split_rows(split):
+    """The largest columns are in both slices."""
+    pairs = sure_pairs(SHARED[2], torch.bfloat16)
+    assert_divergences_kept(split, pairs.some(41))
+
+
+def test_equal_logits_in_split_rows(split):
+    """Every slice has a largest column, of which one is left out."""
+    v = SHARED[8]
+    z = torch.full((1, v), 3.0, dtype=torch.bfloat16)
+    table = split.divergence_stats(make(1, v, torch.bfloat16)._replace(logits=z, other=z))
+    assert table[2:4, 0].tolist() == pytest.approx([math.log(v)] * 2, rel=1e-6)
 
 
 def test_split_rows_that_are_nan(split):

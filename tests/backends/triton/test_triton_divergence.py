@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from divergence_criterion import assert_accurate
+from sure_rows import assert_divergences_kept, sure_pairs
 from triton_oracle import DEVICE
 
 from reweight_ops._core.backends import triton_divergence as backend
@@ -46,6 +47,25 @@ def small_tiles(monkeypatch):
 def test_accuracy(case, kind, dtype, split, monkeypatch):
     monkeypatch.setattr(tokens, "processors", lambda device: 10**6 if split else 0)
     assert_accurate("triton", case, kind, dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "split", "vocab", "step"),
+    [
+        (F32, False, 129, 53),
+        # more and longer rows, which take a minute in the interpreter
+        *(
+            pytest.param(dtype, split, 1003, 5, marks=pytest.mark.slow)
+            for dtype in (F32, F16, BF16)
+            for split in (False, True)
+        ),
+    ],
+    ids=str,
+)
+def test_sure_tokens(dtype, split, vocab, step, monkeypatch):
+    monkeypatch.setattr(tokens, "processors", lambda device: 10**6 if split else 0)
+    pairs = sure_pairs(vocab, dtype)
+    assert_divergences_kept(backend, pairs.some(step))
 
 
 #: About 20 seconds each in the interpreter: the other pairs are slow tests.

@@ -65,6 +65,14 @@ def test_default_chunks(rows, row_bytes, budget):
         assert keep == rows
 
 
+def test_two_chunks_of_4096_rows_on_a_gpu():
+    """They take at most 1.3 GiB at Qwen's vocabulary, with what dropping rows takes."""
+    row_bytes = 2 * 151936
+    size, keep = chunking(8192, row_bytes, torch.device("cuda"))
+    assert (size, keep) == (4096, 0)
+    assert size * row_bytes + linear_gemms._BLOCK["cuda"] <= 1.3 * 2**30
+
+
 def test_explicit_chunks_keep_nothing_by_default():
     assert chunking(100, 8, CPU, 7) == (7, 0)
     # four chunks fit, one of them is the working one
