@@ -4,6 +4,8 @@ entry.
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import re
 from collections.abc import Callable
@@ -31,6 +33,9 @@ KINDS = {
     "divergence": ("rw.divergences", "a second logits tensor, or another normaliser"),
     "schedule": ("rw.schedules", "values that change from step to step"),
 }
+
+#: The kinds whose functions return a spec.
+_OF_SPECS = ("policy_loss", "pair_loss")
 
 CERTAINTIES = {
     "verified": "the paper's text or the authors' code was read",
@@ -137,6 +142,22 @@ def _snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 
+def _naming_its_spec(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Return the function of a method, whose spec then has the name of its entry.
+
+    The spec is copied, because another method, or the user's code, may hold it by its
+    own name.
+    """
+
+    @functools.wraps(function)
+    def named(*args: Any, **options: Any) -> Any:
+        spec = copy.copy(function(*args, **options))
+        object.__setattr__(spec, "name", name)
+        return spec
+
+    return named
+
+
 def published(
     full_name: str,
     *,
@@ -153,7 +174,7 @@ def published(
     annotations (:mod:`reweight_ops._core.ranges`).
 
     The entry's name is that of the function, or the class's in snake_case, unless
-    ``name`` gives another.
+    ``name`` gives another. The spec that a method returns has this name too.
 
     ``arxiv`` is the id, or ``unknown``, and never invented. ``paper`` is its title,
     unless :mod:`.titles` has it. ``level`` is token, segment, sequence, group, pair,
@@ -189,15 +210,17 @@ def published(
                 f"the {of.replace('_', ' ')} {entry_name!r} is taken by "
                 f"{known.function.__module__}."
             )
-        checked = ranged(function)
+        checked: Any = ranged(function)
+        if of in _OF_SPECS:
+            checked = _naming_its_spec(checked, entry_name)
         if inspect.isfunction(checked):
-            checked.__signature__ = written_out(checked)  # type: ignore[attr-defined]
+            checked.__signature__ = written_out(checked)
         checked.__doc__ = with_reference(
             with_sections(checked, with_arguments(checked), of, entry_name), title, arxiv
         )
         CATALOGUE[of][entry_name] = Entry(
             entry_name, full_name, of, title, arxiv, certainty, checked, level, plan, example or {}
         )
-        return checked
+        return checked  # type: ignore[no-any-return]
 
     return register
