@@ -98,7 +98,7 @@ def token_logps(
     completion_mask: Tensor | None = None,
     return_entropy: bool = False,
     **keywords: Unpack[SoftmaxKeywords],
-) -> Call[Any]:
+) -> Call[Tensor | tuple[Tensor, Tensor]]:
     """Log-probs of the given ids, and optionally the entropies, all differentiable.
 
     They are ``log_softmax(x)[id]`` and ``-Σ p log p`` with ``x = cap·tanh(z/cap)/T``.
@@ -178,9 +178,9 @@ def token_stats(
 
     Args:
         selected_ids: the ids of ``selected_logps``, int32 or int64, ``R + (K,)``, or
-        ``[K]`` for all rows. ``-100`` is padding: 0, without a gradient.
+            ``[K]`` for all rows. ``-100`` is padding: 0, without a gradient.
         top_k: the number of likeliest ids in ``topk_logps`` and ``topk_ids``, likeliest
-        first.
+            first.
 
     ``selected_logps`` and ``topk_logps`` are differentiable: with g_k the derivatives
     by them, the gradient is ``1/T · (Σ_k g_k·1[v = id_k] - p_v·Σ_k g_k)``. They come
