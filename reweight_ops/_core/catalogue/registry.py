@@ -113,21 +113,6 @@ class Entry:
 CATALOGUE: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
 
 
-def published_names(kind: str) -> Callable[[str], Any]:
-    """Return a module's ``__getattr__``.
-
-    Everything that the catalogue lists under the module's namespace, classes too, is an
-    attribute by that name.
-    """
-
-    def attribute(name: str) -> Any:
-        if name in CATALOGUE[kind]:
-            return CATALOGUE[kind][name].function
-        raise AttributeError(f"module {KINDS[kind][0]!r} has no attribute {name!r}")
-
-    return attribute
-
-
 def _kind_of_module(module: str) -> str:
     package = __name__.split(".")[0]
     for kind, (where, _) in KINDS.items():
