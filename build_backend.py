@@ -1,10 +1,10 @@
-"""setuptools as the build backend, and editable installations that type checkers can
+"""The build backend: setuptools, with editable installations that type checkers can
 read.
 
-Of a layout like this one setuptools makes an import hook, which mypy and pyright do not
-run: they read folders from ``.pth`` files. So the wheel of an editable installation
-names one, ``.editable/``, that holds nothing but a link to the package. The hook still
-finds what lies elsewhere.
+For a layout like this one, setuptools makes an import hook. mypy and pyright run no
+hooks: they read folders from ``.pth`` files. The wheel of an editable installation
+therefore names the folder ``.editable/``, which contains only a link to the package.
+The hook still finds modules that lie elsewhere.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def build_editable(
 
 
 def add(wheel: Path, name: str, content: bytes) -> None:
-    """One more file in a wheel, in its list of files too."""
+    """Add a file to a wheel and to the wheel's list of files."""
     with zipfile.ZipFile(wheel) as old:
         files = {entry: old.read(entry) for entry in old.namelist()}
     (record,) = (entry for entry in files if entry.endswith(".dist-info/RECORD"))

@@ -1,13 +1,16 @@
-"""Builds the torch-free extensions ``reweight_ops._C`` and, with nvcc,
-``reweight_ops._cuda`` with ninja; all metadata is in pyproject.toml.
+"""Builds the extensions ``reweight_ops._C`` and, with nvcc, ``reweight_ops._cuda``.
 
-``REWEIGHT_OPS_BUILD`` says what to build: ``auto`` (default: C++, and CUDA beside a
-PyTorch that is built for CUDA; never an error), ``cpu``, ``cuda`` (C++ and CUDA) or
-``none``; asked for by name, a part that cannot be built is an error. What was not
-built, and why, is remembered beside the package. ``CXX``, ``CXXFLAGS`` and ``LDFLAGS``
-are honoured. nvcc is looked for in ``CUDA_HOME``, ``PATH`` and ``/usr/local/cuda``; the
-targets are the GPUs of this machine, without one all from Ampere on, or those of
-``REWEIGHT_OPS_CUDA_ARCHS`` (``80;90``, or ``all``).
+Neither links PyTorch. ninja compiles both. All metadata is in pyproject.toml.
+
+``REWEIGHT_OPS_BUILD`` says what to build: ``cpu``, ``cuda`` (C++ and CUDA), ``none`` or
+``auto``. ``auto``, the default, builds C++, and CUDA if PyTorch is built for CUDA, and
+is never an error. Otherwise a part that cannot be built is an error. A file beside the
+package says which part was not built, and why.
+
+``CXX``, ``CXXFLAGS`` and ``LDFLAGS`` are honoured. nvcc is looked for in ``CUDA_HOME``,
+``PATH`` and ``/usr/local/cuda``. Kernels are compiled for the GPUs of this machine, and
+without a GPU for all from Ampere on. ``REWEIGHT_OPS_CUDA_ARCHS`` (``80;90``, or
+``all``) replaces that choice.
 """
 
 from __future__ import annotations
@@ -42,8 +45,8 @@ FLAGS = [
     "-Wall",
     "-Wextra",
 ]
-# csrc/cpu/kernels.cpp and divergence.cpp are compiled once per level; dispatch.cpp
-# picks the best one that the processor has, at run time.
+# csrc/cpu/kernels.cpp and divergence.cpp are compiled once per level. At run time
+# dispatch.cpp picks the best level that the processor has.
 X86_LEVELS = {
     "v2": ["-march=x86-64-v2"],
     "v3": ["-march=x86-64-v3"],
@@ -93,7 +96,7 @@ class NinjaBuild(build_ext):
         )
 
     def cpu_part(self) -> tuple[str, str]:
-        """The module's name and its build edges."""
+        """Return the module's name and its build edges."""
         openmp = (
             []
             if subprocess.run(
@@ -142,7 +145,7 @@ class NinjaBuild(build_ext):
         return self.link("reweight_ops._C", objects, openmp)
 
     def cuda_part(self) -> tuple[str, str]:
-        """The one place for the CUDA part."""
+        """Return the name and the build edges of the CUDA module."""
         nvcc = find_nvcc()
         if nvcc is None:
             raise RuntimeError("nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda)")
@@ -208,7 +211,9 @@ class NinjaBuild(build_ext):
 
 
 class Modules(build_py):
-    """The package's modules, without those of bench/ that work in a checkout alone."""
+    """Finds the package's modules, without those of bench/ that only work in a
+    checkout.
+    """
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         found: list[tuple[str, str, str]] = super().find_package_modules(package, package_dir)
@@ -216,7 +221,7 @@ class Modules(build_py):
 
 
 class LeftOut(RuntimeError):
-    """A part that this build is not to make."""
+    """This build was asked to leave a part out."""
 
 
 def say(text: str) -> None:
@@ -224,14 +229,15 @@ def say(text: str) -> None:
 
 
 def shared(name: str) -> dict[str, Any]:
-    """A file that the package and its build share; importing the package would import
-    torch.
+    """Run a file that the package and its build share, and return its names.
+
+    Importing the package would import torch.
     """
     return runpy.run_path(str(ROOT / f"reweight_ops/_core/backends/{name}.py"))
 
 
 def why_left_out(module: str, wanted: str) -> str | None:
-    """Why a module is not to be built; None if it is."""
+    """Return why a module is not built, or None if it is."""
     if wanted == "none" or (wanted == "cpu" and module == "_cuda"):
         return f"REWEIGHT_OPS_BUILD was {wanted}"
     if wanted != "auto" or module != "_cuda":
@@ -255,11 +261,12 @@ if found is not None and found.origin:
 
 
 def installed_torch() -> dict[str, Any] | None:
-    """``version`` and ``cuda`` (None: not built for it) of the PyTorch that the package
-    will be beside, without importing it.
+    """Return ``version`` and ``cuda`` (None: not built for CUDA) of the PyTorch in the
+    environment that the package is installed into, without importing it.
 
-    pip builds in an environment of its own, but by the interpreter that it installs
-    for: without ``PYTHON*`` variables that one sees what is there.
+    pip builds in an environment of its own, but runs the interpreter that it installs
+    for. Without ``PYTHON*`` variables that interpreter sees the packages installed
+    there.
     """
     for flags in ([], ["-E"]):
         done = subprocess.run(
@@ -281,7 +288,7 @@ def cxx() -> list[str]:
 
 
 def sources(part: str) -> str:
-    """What the Python side compares with the sources beside it."""
+    """Return the flag with the hash that Python later compares with the sources."""
     return f'-DRW_SOURCES="{shared("sources")["source_hash"](part)}"'
 
 
@@ -304,7 +311,7 @@ def edge(obj: str, kind: str, source: str, words: list[str], compiler: Path | No
 
 def find_nvcc() -> Path | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if home:  # named: no other will do
+    if home:  # the user names a toolkit, so no other is looked for
         return next(filter(Path.is_file, [Path(home, "bin", "nvcc")]), None)
     found = shutil.which("nvcc")
     return (
@@ -315,7 +322,7 @@ def find_nvcc() -> Path | None:
 
 
 def toolkit_of(nvcc: Path) -> Path:
-    """By what nvcc itself says: on the PATH it may be a wrapper."""
+    """Ask nvcc for its toolkit, because the nvcc on the PATH may be a wrapper."""
     said = subprocess.run(
         [nvcc, "-dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
     ).stderr
@@ -341,8 +348,10 @@ def cuda_libraries(toolkit: Path) -> list[str]:
 
 
 def cuda_archs(nvcc: Path) -> list[str]:
-    """The GPUs of this machine, or what this toolkit can compile for, from Ampere to
-    the newest; a driver compiles the PTX of the last for anything newer.
+    """Return the architectures to compile for: those of this machine's GPUs, or all
+    that this toolkit knows, from Ampere on.
+
+    For a newer GPU, a driver compiles the PTX of the last one.
     """
     named = os.environ.get("REWEIGHT_OPS_CUDA_ARCHS", "")
     if named not in ("", "all"):
@@ -369,8 +378,9 @@ def cuda_targets(archs: list[str]) -> list[str]:
 
 
 def gpus_here() -> list[str]:
-    """The compute capabilities of this machine's GPUs, as nvcc writes them; none where
-    nvidia-smi finds none.
+    """Return the compute capabilities of this machine's GPUs, as nvcc writes them.
+
+    There are none if nvidia-smi finds none.
     """
     try:
         asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
@@ -381,7 +391,7 @@ def gpus_here() -> list[str]:
 
 
 def cuda_edge(obj: str, kernel: str, dtype: str, targets: list[str], nvcc: Path) -> str:
-    """One file of kernels for one dtype."""
+    """Return the edge that compiles one file of kernels for one dtype."""
     words = [
         *NVCC_FLAGS,
         "-ccbin",
@@ -415,7 +425,7 @@ LICENSE = {
     "license_expression" if int(__version__.split(".")[0]) >= 77 else "license": "Apache-2.0"
 }
 
-# bench/gpu_variants.py and tests/support/nvcc.py compile by the same flags
+# bench/gpu_variants.py and tests/support/nvcc.py import the flags from here.
 if __name__ == "__main__":
     setup(
         **LICENSE,

@@ -1,5 +1,8 @@
-"""One part of a method at a time, in an own loop: a tiny Qwen2 learns two-digit
-addition, every variant over several seeds, in minutes on a CPU.
+"""Ablations: each variant changes one part of a method, in a training loop without a
+trainer.
+
+A tiny Qwen2 learns two-digit addition. Every variant runs over several seeds, in
+minutes on a CPU.
 
 * AR against Lopti, and the two together, in both orders of Lopti's updates
   (arXiv:2505.12929);
@@ -7,10 +10,12 @@ addition, every variant over several seeds, in minutes on a CPU.
 * the least weight that STEER gives a token (arXiv:2510.10150);
 * HAPO's four parts (arXiv:2509.16591).
 
-All start from the same warm-started model and take as many optimizer steps on the
-problems of their seed. It prints a table and writes a picture and the numbers. The task
-is a toy: what differs by less than the seeds do says nothing. Run:
-``python examples/ablations.py`` (needs transformers, datasets, typer, rich,
+All variants start from the same warm-started model. They take the same number of
+optimizer steps on the problems of their seed. The script prints a table and writes a
+picture and the numbers. The task is a toy: a difference smaller than that between seeds
+says nothing.
+
+Run it with ``python examples/ablations.py`` (needs transformers, datasets, typer, rich,
 matplotlib).
 """
 
@@ -46,8 +51,9 @@ def run(index: int, rollouts: int, seed: int, weights: str) -> tuple[list[float]
 
 
 def processor_seconds() -> int:
-    """Of this process and of those that it has ended: what others do on the machine
-    does not lengthen it.
+    """Return the processor time of this process and of its finished children.
+
+    Other processes of the machine do not lengthen it.
     """
     used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return round(sum(u.ru_utime + u.ru_stime for u in used))

@@ -99,7 +99,7 @@ def sample(policy: Policy, per_digit: int) -> Rollout:
 
 
 def train(estimator: str, *, steps: int, lopti: bool, seed: int = 0) -> list[float]:
-    """The mean reward of every step's rollouts."""
+    """Train, and return the mean reward of each step."""
     torch.manual_seed(seed)
     policy = Policy()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)

@@ -16,5 +16,5 @@ from reweight_ops.integrations.nemo_rl import PolicyLoss
 
 
 def loss_fn(master_config: Any) -> PolicyLoss:
-    """Likely tokens first, with NeMo-RL's KL, from logits."""
+    """Return a loss that trains likely tokens first, with NeMo-RL's KL, from logits."""
     return PolicyLoss(master_config, rw.methods.advantage_reweighting(alpha=0.3), logits=True)

@@ -1,5 +1,6 @@
-"""A published loss as Tinker's custom loss: its inputs for one datum, and the graph for
-the upload.
+"""A published loss as Tinker's custom loss.
+
+The script prints the inputs of one datum and the graph that is uploaded.
 
     python examples/tinker_loss.py
 

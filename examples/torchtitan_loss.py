@@ -1,8 +1,7 @@
-"""torchtitan's RL trainer with a loss of ours: a configuration of torchtitan's own with
-another ``loss_fn``.
+"""One of torchtitan's RL configurations with a loss of this package.
 
-Put it beside ``torchtitan/experiments/rl/config_registry.py`` and name
-``with_our_loss(...)`` of one of its configurations.
+Put the file beside ``torchtitan/experiments/rl/config_registry.py``. Wrap one of that
+file's configurations in ``with_our_loss(...)``.
 """
 
 import dataclasses
@@ -14,7 +13,7 @@ LOSS = PolicyLoss.Config(method="advantage_reweighting", options={"alpha": 0.3})
 
 
 def with_our_loss(chunked: Any) -> Any:
-    """A ``ChunkedLossWrapper.Config`` that calls our loss on every chunk; its own
-    ``loss_fn`` was torchtitan's.
+    """Return a ``ChunkedLossWrapper.Config`` that calls this package's loss on every
+    chunk, in place of torchtitan's.
     """
     return dataclasses.replace(chunked, loss_fn=LOSS)

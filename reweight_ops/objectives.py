@@ -17,7 +17,8 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor
 
-from ._core.catalogue.registry import published, published_names
+from ._core.catalogue.registry import published
+from ._core.catalogue.search import published_names
 from ._core.ranges import Count, Interval, NonNegative, Positive, Unit
 from ._core.rows.grouped import floats
 from .errors import InvalidCall

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ._core.catalogue.registry import published
+from ._core.catalogue.search import published_names
 from ._core.ranges import NonNegative, Positive, Real, Unit
 from ._core.rows.grouped import GroupKeywords, floats, grouped, is_correct, require
 from .errors import InvalidCall
@@ -350,3 +351,7 @@ def soft_multi_choice(answers: Tensor, correct: Tensor) -> Tensor:
     return torch.where(((chosen != 0) & ~right).any(1), 0, taken) / torch.where(
         total == 0, torch.nan, total
     )
+
+
+if not TYPE_CHECKING:  # which would take any name for one
+    __getattr__ = published_names("reward")

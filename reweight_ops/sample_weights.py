@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ._core.calls.unused_options import forbid_unused
 from ._core.catalogue.registry import published
+from ._core.catalogue.search import published_names
 from ._core.ranges import Count, Interval, NonNegative, Positive, PositiveOrInf, Real
 from ._core.rows.grouped import Grouped, GroupKeywords, floats, grouped, indices, like, require
 from ._core.rows.groups import describe
@@ -491,3 +492,7 @@ def upweight(
     share = torch.softmax(n.log() / temperature, 0)
     ids = indices("upweight", "source_ids", source_ids, None, len(n), "len(source_counts)")
     return torch.cat([share * n.sum() / n, n.new_full((1,), torch.nan)])[ids]
+
+
+if not TYPE_CHECKING:  # which would take any name for one
+    __getattr__ = published_names("sample_weight")

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ._core.catalogue.registry import published, published_names
+from ._core.catalogue.registry import published
+from ._core.catalogue.search import published_names
 from ._core.ranges import (
     Count,
     CountOrZero,

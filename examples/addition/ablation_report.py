@@ -1,5 +1,5 @@
-"""What ``ablations.py`` leaves: numbers, a table, a picture, and the page of the
-documentation that is made from the numbers.
+"""The results of ``ablations.py``: numbers, a table, a picture, and a page of the
+documentation.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HEADINGS = (
 
 
 def machine() -> dict[str, str | int]:
-    """Where and of what the numbers are."""
+    """Return the machine, the versions and the commit of the numbers."""
 
     def git(*arguments: str) -> str:
         try:
@@ -68,8 +68,8 @@ def machine() -> dict[str, str | int]:
 def of_variant(
     variant: Variant, courses: Sequence[tuple[list[float], list[float]]]
 ) -> dict[str, Any]:
-    """One entry a seed: the means of the last rollouts; and the whole course of the
-    rewards.
+    """Return the means of the last rollouts, one for each seed, and the reward of every
+    rollout.
     """
     rewards, entropies = zip(*courses, strict=True)
     return {
@@ -82,7 +82,7 @@ def of_variant(
 
 
 def cells(variant: dict[str, Any]) -> tuple[str, ...]:
-    """A row of :data:`HEADINGS`."""
+    """Return a row under :data:`HEADINGS`."""
 
     def of(values: list[float]) -> tuple[str, str]:
         return f"{fmean(values):.3f}", f"{min(values):.3f} to {max(values):.3f}"
@@ -91,7 +91,7 @@ def cells(variant: dict[str, Any]) -> tuple[str, ...]:
 
 
 def groups(numbers: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The variants by group, the baseline's first."""
+    """Return the variants by group. The group of the baseline comes first."""
     found: dict[str, list[dict[str, Any]]] = {}
     for variant in numbers["variants"]:
         found.setdefault(variant["group"], []).append(variant)
@@ -114,8 +114,9 @@ def table(numbers: dict[str, Any]) -> Table:
 
 
 def picture(numbers: dict[str, Any], path: Path) -> None:
-    """A dot a seed and a bar at their mean, for reward and entropy; behind them the
-    range of the baseline's seeds.
+    """Draw reward and entropy: a dot for each seed, and a bar at their mean.
+
+    The band behind them is the range of the baseline's seeds.
     """
     variants = numbers["variants"]
     figure, axes = plt.subplots(
@@ -169,7 +170,7 @@ def picture(numbers: dict[str, Any], path: Path) -> None:
 
 
 def page(numbers: dict[str, Any]) -> str:
-    """docs/ablations.md."""
+    """Return the text of docs/ablations.md."""
     settings, where = numbers["settings"], numbers["machine"]
     base = numbers["variants"][0]
     low, high = min(base["reward"]), max(base["reward"])

@@ -1,8 +1,7 @@
-"""An own training loop on two-digit addition, without a trainer: sample, score, compare
-inside the group, two updates.
+"""A training loop on two-digit addition without a trainer: sample, score, compare
+inside the group, update twice.
 
-Every variant of ``ablations.py`` runs in it: from the same warm-started model, on the
-prompts of its seed, with as many optimizer steps.
+Every variant of ``ablations.py`` runs in it.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ import reweight_ops as rw
 
 from . import task
 
-PROMPTS, GROUP = 32, 8  # of a rollout
+PROMPTS, GROUP = 32, 8  # prompts of a rollout, completions of each
 LEARNING_RATE = 3e-4
 EOS = task.TOKENS.index("<eos>")
 
 
 class Rollout(NamedTuple):
-    """``B = PROMPTS · GROUP`` rows, the completions of a prompt one after the other."""
+    """``B = PROMPTS · GROUP`` completions; those of a prompt are consecutive."""
 
     input_ids: Tensor  # [B, P + T]
     completion_ids: Tensor  # [B, T]
@@ -37,27 +36,28 @@ class Rollout(NamedTuple):
 
 
 def grpo(rollout: Rollout) -> Tensor:
-    """The advantage of every variant that says no other."""
+    """Return the advantages of every variant that names no other estimator."""
     return rw.advantages.grpo(rollout.rewards, group_size=GROUP)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What one variant changes: the losses of the two updates on a rollout's data, the
-    advantage, the sampler's temperature.
+    """What one variant changes: the losses of the two updates on a rollout, the
+    advantages, and the sampler's temperature.
     """
 
     group: str
     name: str
     specs: Callable[[Rollout], Sequence[rw.PolicyLossSpec]]
     advantages: Callable[[Rollout], Tensor] = grpo
-    # of the next token, by its entropy [B] and the last rollout; default 1
+    # The temperature of the next token, from its entropy [B] and the last rollout. The
+    # default is 1.
     temperature: Callable[[Tensor, Rollout], Tensor] | None = None
 
 
 class Course(NamedTuple):
-    """One number a rollout: the share of exact answers and the mean entropy of the
-    sampled tokens, in nats.
+    """One number for each rollout: the share of exact answers, and the mean entropy of
+    the sampled tokens in nats.
     """
 
     rewards: list[float]
@@ -65,14 +65,15 @@ class Course(NamedTuple):
 
 
 def logits_of(model: Any, rollout_ids: Tensor) -> Tensor:
-    """``[B, T, V]``: those that predict the completion."""
+    """Return the logits that predict the completion, ``[B, T, V]``."""
     return model(input_ids=rollout_ids, logits_to_keep=task.ANSWER_TOKENS + 1).logits[:, :-1]
 
 
 @dataclass
 class Sampler:
-    """Completions of random problems, drawn by a seed's own generators, with what the
-    model thought of them at temperature 1.
+    """Samples completions of random problems with the generators of one seed.
+
+    It also returns their log-probs and entropies at temperature 1.
     """
 
     seed: int
@@ -87,7 +88,7 @@ class Sampler:
         self.last: Rollout | None = None
 
     def next_tokens(self, logits: Tensor) -> Tensor:
-        """``[B, V] -> [B, 1]``."""
+        """Sample ``[B, 1]`` ids from ``[B, V]`` logits."""
         if self.temperature and self.last:
             entropies = torch.distributions.Categorical(logits=logits).entropy()
             logits = logits / self.temperature(entropies, self.last)[:, None]
@@ -112,7 +113,7 @@ class Sampler:
             cache = out.past_key_values
         completions = torch.cat(tokens, 1)
         ended = (completions == EOS).cumsum(1)
-        # up to the first <eos>, that one included
+        # up to and including the first <eos>
         mask = (ended - (completions == EOS).long()) == 0
         ids = torch.cat([prompts, completions], 1)
         logps, entropies = rw.token_logps(
@@ -124,8 +125,8 @@ class Sampler:
 
 
 def train(variant: Variant, model: Any, rollouts: int, seed: int) -> Course:
-    """``rollouts`` rollouts with an update for each of the variant's two losses, on a
-    copy of the model.
+    """Train a copy of the model for some rollouts, with one update for each of the
+    variant's two losses.
     """
     model = copy.deepcopy(model).train()
     sampler = Sampler(seed, variant.temperature)

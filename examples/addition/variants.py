@@ -1,5 +1,7 @@
-"""The variants of ``ablations.py``: each changes one part of one method, over the same
-dual clip (0.2, 0.28, c = 10) and GRPO's advantages.
+"""The variants of ``ablations.py``. Each changes one part of one method.
+
+All have the same dual clip (0.2, 0.28, c = 10), and GRPO's advantages unless the
+variant is about them.
 """
 
 from __future__ import annotations
@@ -18,12 +20,12 @@ PLAIN = rw.methods.dual_clip_ppo(**CLIP)
 
 
 def twice(spec: rw.PolicyLossSpec) -> Callable[[Rollout], list[rw.PolicyLossSpec]]:
-    """The same loss in both updates."""
+    """Use the same loss in both updates."""
     return lambda _: [spec, spec]
 
 
 def lopti(order: str, alpha: float) -> Callable[[Rollout], tuple[rw.PolicyLossSpec, ...]]:
-    """One half of the tokens an update; ``alpha``: AR on top."""
+    """Train on one half of the tokens in each update. ``alpha`` adds AR."""
     specs = rw.schedules.lopti(order=order, eta=0.5, alpha=alpha, **CLIP)
     return lambda _: specs
 
@@ -33,15 +35,15 @@ def qae(quantile: float) -> Callable[[Rollout], Tensor]:
 
 
 def steer(floor: float) -> Callable[[Rollout], list[rw.PolicyLossSpec]]:
-    """By the entropies of the rollout, as the authors'."""
+    """Weight tokens by the entropies of the rollout, as the authors' code does."""
     return lambda rollout: (
         [PLAIN.with_weight(rw.weights.steer(w_min=floor, entropies=rollout.entropies))] * 2
     )
 
 
 def hapo(alpha: float, beta: float) -> Callable[[Rollout], list[rw.PolicyLossSpec]]:
-    """``alpha`` 1: clip bounds of every token's own; ``beta`` 1: advantages
-    redistributed; 0 leaves that part out.
+    """``alpha=1`` gives every token its own clip bounds, and ``beta=1`` redistributes
+    the advantages. 0 leaves that part out.
     """
     return lambda rollout: (
         [rw.methods.hapo(**CLIP, alpha=alpha, beta=beta, entropies=rollout.entropies)] * 2
@@ -49,12 +51,12 @@ def hapo(alpha: float, beta: float) -> Callable[[Rollout], list[rw.PolicyLossSpe
 
 
 def token_average(rollout: Rollout) -> Tensor:
-    """HAPO's group average over tokens."""
+    """Return HAPO's advantages, whose group average is over tokens."""
     return rw.advantages.hapo(rollout.rewards, rollout.completion_mask.sum(1), group_size=GROUP)
 
 
 def warmer(entropies: Tensor, last: Rollout) -> Tensor:
-    """HAPO's temperature of the next token."""
+    """Return HAPO's temperature of the next token."""
     return rw.schedules.hapo_temperature(entropies, last.entropies, last.completion_mask)
 
 

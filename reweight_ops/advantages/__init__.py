@@ -11,6 +11,9 @@ rewards, has advantage 0 unless the docstring says otherwise.
     advantages = rw.advantages.grpo(rewards, group_size=8)
 """
 
+from typing import TYPE_CHECKING
+
+from .._core.catalogue.search import published_names
 from .best_of_k import grpo_passk, maxrl, passk_training, psr_nsr
 from .difficulty import difficulty_prior, grpo_lead, lens, mapo_mixed, ngrpo
 from .optimal_baseline import otb, tir_otb
@@ -69,3 +72,6 @@ __all__ = [
     "tir_otb",
     "whiten",
 ]
+
+if not TYPE_CHECKING:  # which would take any name for one
+    __getattr__ = published_names("advantage")

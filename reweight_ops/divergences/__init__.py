@@ -3,6 +3,9 @@
 Every loss is per token, of shape R, with a gradient to the logits.
 """
 
+from typing import TYPE_CHECKING
+
+from .._core.catalogue.search import published_names
 from .._core.engine.distillation import DistillationLossOutput
 from .._core.losses.distillation import distillation_loss, token_divergence
 from .composites import (
@@ -31,3 +34,6 @@ __all__ = [
     "symmetric_cross_entropy",
     "token_divergence",
 ]
+
+if not TYPE_CHECKING:  # which would take any name for one
+    __getattr__ = published_names("divergence")

@@ -9,10 +9,10 @@ new method is one new file and no other edit.
 
 import importlib
 import pkgutil
-from typing import Any
 
 from .._core.calls.specs import METHODS, method
 from .._core.catalogue.registry import published
+from .._core.catalogue.search import published_names
 from .trl import trl
 from .verl import verl
 
@@ -24,10 +24,7 @@ globals().update({name: entry.function for name, entry in METHODS.items()})
 __all__ = ["METHODS", "method", "published", "trl", "verl"]
 
 
-def __getattr__(name: str) -> Any:
-    if name in METHODS:
-        return METHODS[name].function
-    raise AttributeError(f"no method {name!r}; the methods are: {', '.join(sorted(METHODS))}")
+__getattr__ = published_names("policy_loss")
 
 
 def __dir__() -> list[str]:

@@ -37,9 +37,7 @@ def ppo(
     policy's logits.
     """
     return PolicyLossSpec(
-        surrogate=Clip(epsilon_low=epsilon, epsilon_high=epsilon),
-        penalties=entropy(entropy_coef),
-        name="ppo",
+        surrogate=Clip(epsilon_low=epsilon, epsilon_high=epsilon), penalties=entropy(entropy_coef)
     )
 
 
@@ -57,8 +55,7 @@ def dual_clip_ppo(
     return PolicyLossSpec(
         surrogate=DualClip(
             epsilon_low=epsilon_low, epsilon_high=epsilon_high, clip_ratio_c=clip_ratio_c
-        ),
-        name="dual_clip_ppo",
+        )
     )
 
 
@@ -80,10 +77,7 @@ def grpo(
     """
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high, delta=delta)
     return PolicyLossSpec(
-        surrogate=clip,
-        penalties=(*kl(beta), *entropy(entropy_coef)),
-        reduction=SequenceMean(),
-        name="grpo",
+        surrogate=clip, penalties=(*kl(beta), *entropy(entropy_coef)), reduction=SequenceMean()
     )
 
 
@@ -101,10 +95,7 @@ def dr_grpo(
     """
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     return PolicyLossSpec(
-        surrogate=clip,
-        penalties=kl(beta),
-        reduction=SequenceMean(per="constant", horizon=horizon),
-        name="dr_grpo",
+        surrogate=clip, penalties=kl(beta), reduction=SequenceMean(per="constant", horizon=horizon)
     )
 
 
@@ -121,9 +112,7 @@ def dapo(
     ``loss_type="dapo"`` clips at 0.2 on both sides.
     """
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
-    return PolicyLossSpec(
-        surrogate=clip, penalties=entropy(entropy_coef), reduction=TokenMean(), name="dapo"
-    )
+    return PolicyLossSpec(surrogate=clip, penalties=entropy(entropy_coef), reduction=TokenMean())
 
 
 @published(
@@ -143,9 +132,7 @@ def cispo(
     ScaleRL recipe (arXiv:2510.13786) and of TRL's documentation.
     """
     return PolicyLossSpec(
-        surrogate=Cispo(ratio_min=ratio_min, ratio_max=ratio_max),
-        penalties=entropy(entropy_coef),
-        name="cispo",
+        surrogate=Cispo(ratio_min=ratio_min, ratio_max=ratio_max), penalties=entropy(entropy_coef)
     )
 
 
@@ -163,7 +150,7 @@ def sapo(
     6).
     """
     gate = Sapo(temperature_pos=temperature_pos, temperature_neg=temperature_neg)
-    return PolicyLossSpec(surrogate=gate, penalties=kl(beta), reduction=SequenceMean(), name="sapo")
+    return PolicyLossSpec(surrogate=gate, penalties=kl(beta), reduction=SequenceMean())
 
 
 @published(
@@ -185,7 +172,7 @@ def dppo_tv(
     rule = DppoTV(
         divergence_low=divergence_low, divergence_high=divergence_high, ratio_max=ratio_max
     )
-    return PolicyLossSpec(surrogate=rule, name="dppo_tv")
+    return PolicyLossSpec(surrogate=rule)
 
 
 @published(
@@ -198,7 +185,7 @@ def reinforce(entropy_coef: Real[Number] = 0.0) -> PolicyLossSpec:
     """``-A·logp``, token mean. With non-negative weights for A it is the
     advantage-weighted log-likelihood.
     """
-    return PolicyLossSpec(surrogate=Reinforce(), penalties=entropy(entropy_coef), name="reinforce")
+    return PolicyLossSpec(surrogate=Reinforce(), penalties=entropy(entropy_coef))
 
 
 @published("Group Policy Gradient", arxiv="2504.02546")
@@ -208,7 +195,7 @@ def gpg() -> PolicyLossSpec:
     The paper's α rescales the advantages, and its filter drops groups. Both happen
     before this loss.
     """
-    return PolicyLossSpec(surrogate=Reinforce(), name="gpg")
+    return PolicyLossSpec(surrogate=Reinforce())
 
 
 @published(
@@ -221,6 +208,4 @@ def ngrpo(
     """Clip with a tighter bound where ``A < 0`` (``1 - ε_neg``) than where ``A > 0``
     (``1 + ε_pos``), token mean, for ``advantages.ngrpo``.
     """
-    return PolicyLossSpec(
-        surrogate=Clip(epsilon_low=epsilon_neg, epsilon_high=epsilon_pos), name="ngrpo"
-    )
+    return PolicyLossSpec(surrogate=Clip(epsilon_low=epsilon_neg, epsilon_high=epsilon_pos))

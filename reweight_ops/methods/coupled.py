@@ -96,7 +96,7 @@ def disco(
     rule, default = scores[score]
     contrast = GroupContrast(temperature=default if tau is None else tau, group_size=group_size)
     penalties = _constraint(kl_strength, kl_bound, kl_estimator)
-    return PolicyLossSpec(surrogate=rule, penalties=penalties, reduction=contrast, name="disco")
+    return PolicyLossSpec(surrogate=rule, penalties=penalties, reduction=contrast)
 
 
 @published(
@@ -141,7 +141,6 @@ def drpo(
         surrogate=NLL(),
         penalties=_constraint(kl_strength, kl_bound, kl_estimator),
         reduction=contrast,
-        name="drpo",
     )
 
 
@@ -173,7 +172,6 @@ def real(
         penalties=penalties,
         ratio=TokenRatio(clamp=math.inf),
         reduction=reduction,
-        name="real",
     )
 
 
@@ -202,7 +200,7 @@ def grpo_guard(
     so ``epsilon`` has no default.
     """
     clip = Clip(epsilon_low=epsilon, epsilon_high=epsilon)
-    return PolicyLossSpec(surrogate=clip, ratio=CenteredRatio(scale=scale), name="grpo_guard")
+    return PolicyLossSpec(surrogate=clip, ratio=CenteredRatio(scale=scale))
 
 
 @published(
@@ -225,5 +223,5 @@ def awm(level: str = "token", epsilon: NonNegativeOrInf[Number] = math.inf) -> P
         raise InvalidCall(f"awm: level is {level!r}, expected 'token' or 'sequence'.")
     clip = Clip(epsilon_low=epsilon, epsilon_high=epsilon)
     return PolicyLossSpec(
-        surrogate=clip, ratio=TokenRatio() if level == "token" else SequenceRatio(), name="awm"
+        surrogate=clip, ratio=TokenRatio() if level == "token" else SequenceRatio()
     )

@@ -42,7 +42,7 @@ def clip_cov(
     """
     bounds: dict[str, Any] = {"epsilon_low": epsilon_low, "epsilon_high": epsilon_high}
     chosen = ClipCov(fraction=fraction, lower=lower, upper=upper, seed=seed, **bounds)
-    return PolicyLossSpec(surrogate=Clip(**bounds), weights=(chosen,), name="clip_cov")
+    return PolicyLossSpec(surrogate=Clip(**bounds), weights=(chosen,))
 
 
 @published("KL-Cov", arxiv="2505.22617", certainty="secondary", level="batch")
@@ -55,6 +55,4 @@ def kl_cov(fraction: Unit[Number] = 2e-4, kl_coef: NonNegative[Number] = 1.0) ->
     covariances the first are taken. If only rounding distinguishes two, as is always so
     with two tokens, rounding decides, and another backend may decide differently.
     """
-    return PolicyLossSpec(
-        surrogate=KlCov(kl_coef=TopCovariance(fraction=fraction, value=kl_coef)), name="kl_cov"
-    )
+    return PolicyLossSpec(surrogate=KlCov(kl_coef=TopCovariance(fraction=fraction, value=kl_coef)))

@@ -52,4 +52,4 @@ def dppo_kl(
     surrogate = DppoKL(
         divergence_low=divergence_low, divergence_high=divergence_high, ratio_max=ratio_max
     )
-    return PolicyLossSpec(surrogate=surrogate, name="dppo_kl")
+    return PolicyLossSpec(surrogate=surrogate)

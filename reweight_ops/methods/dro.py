@@ -40,4 +40,4 @@ def dro(beta: NonNegative[Number]) -> PolicyLossSpec:
     (``dro``) and Tinker. The paper has one square per response, against the reference,
     with a learned value for A's baseline. No trainer states a default for β.
     """
-    return PolicyLossSpec(surrogate=Dro(beta=beta), ratio=TokenRatio(clamp=math.inf), name="dro")
+    return PolicyLossSpec(surrogate=Dro(beta=beta), ratio=TokenRatio(clamp=math.inf))

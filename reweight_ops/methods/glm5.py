@@ -39,6 +39,4 @@ def glm5(
     """Tokens that moved too far either way are dropped; token mean. Derived: from
     SkyRL's ``rollout_is``; the bounds are ours.
     """
-    return PolicyLossSpec(
-        surrogate=RatioMask(epsilon_low=epsilon_low, epsilon_high=epsilon_high), name="glm5"
-    )
+    return PolicyLossSpec(surrogate=RatioMask(epsilon_low=epsilon_low, epsilon_high=epsilon_high))

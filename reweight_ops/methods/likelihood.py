@@ -26,7 +26,7 @@ _LABELS = SignWeight(positive=0.0, negative=1.0), SignWeight(positive=1.0, negat
 @published("Supervised fine-tuning", arxiv="2304.07288")
 def sft() -> PolicyLossSpec:
     """``-logp``, token mean: the cross-entropy, ``comp_sum(tau=1)``."""
-    return PolicyLossSpec(surrogate=NLL(), name="sft")
+    return PolicyLossSpec(surrogate=NLL())
 
 
 @published(
@@ -42,9 +42,7 @@ def dft() -> PolicyLossSpec:
     This is the cross-entropy without the weight ``1/p`` that its gradient has relative
     to a policy gradient.
     """
-    return PolicyLossSpec(
-        surrogate=NLL(), weights=(CurrentAdvantageReweighting(alpha=1.0),), name="dft"
-    )
+    return PolicyLossSpec(surrogate=NLL(), weights=(CurrentAdvantageReweighting(alpha=1.0),))
 
 
 @published(
@@ -59,7 +57,7 @@ def comp_sum(tau: NonNegative[Number]) -> PolicyLossSpec:
 
     Equal to the paper's ``Φ_τ(Σ_{v≠y} exp(z_v - z_y))``, since that sum is ``1/p - 1``.
     """
-    return PolicyLossSpec(surrogate=CompSum(tau=tau), name="comp_sum")
+    return PolicyLossSpec(surrogate=CompSum(tau=tau))
 
 
 @published(
@@ -71,7 +69,7 @@ def gce(q: Annotated[float, Interval("(0, 1]")] = 0.7) -> PolicyLossSpec:
     """``(1 - p^q)/q``, token mean: the gradient of the cross-entropy times ``p^q``, so
     that unlikely (noisy) targets count less.
     """
-    return PolicyLossSpec(surrogate=CompSum(tau=1 + q), name="gce")
+    return PolicyLossSpec(surrogate=CompSum(tau=1 + q))
 
 
 @published(
@@ -83,7 +81,7 @@ def mae() -> PolicyLossSpec:
     """``1 - p``, token mean: ``comp_sum(tau=2)``, half the absolute distance of the
     one-hot target to the distribution.
     """
-    return PolicyLossSpec(surrogate=CompSum(tau=2.0), name="mae")
+    return PolicyLossSpec(surrogate=CompSum(tau=2.0))
 
 
 @published(
@@ -100,7 +98,7 @@ def ldam(margin: NonNegative[Number]) -> PolicyLossSpec:
     30: use ``temperature=1/30`` and the margin times 30. Up to a constant ``-log V`` it
     is LDR (arXiv:2112.14869) at λ = 1 with margin Δ.
     """
-    return PolicyLossSpec(surrogate=MarginNLL(margin=margin), name="ldam")
+    return PolicyLossSpec(surrogate=MarginNLL(margin=margin))
 
 
 @published("Gradient ascent (unlearning)", arxiv="2410.17509")
@@ -108,7 +106,7 @@ def gradient_ascent() -> PolicyLossSpec:
     """``logp``, token mean over the tokens to forget: minus their cross-entropy. It is
     unbounded below.
     """
-    return PolicyLossSpec(surrogate=LikelihoodAscent(), name="gradient_ascent")
+    return PolicyLossSpec(surrogate=LikelihoodAscent())
 
 
 @published("Gradient difference (unlearning)", arxiv="2410.17509", example={"gamma": 1.0})
@@ -126,7 +124,6 @@ def grad_diff(gamma: NonNegative[Number]) -> PolicyLossSpec:
         surrogate=LikelihoodAscent(),
         penalties=(Penalty(NLL(), gamma, TokenMean(weight=retain)),),
         reduction=TokenMean(weight=forget),
-        name="grad_diff",
     )
 
 
@@ -163,5 +160,5 @@ def npo(
         reduction = TokenMean(per_call=True, weight=forget)
     penalties = () if retain is None else (Penalty(NLL(), gamma, TokenMean(weight=retain)),)
     return PolicyLossSpec(
-        surrogate=NPO(beta=beta), penalties=penalties, ratio=ratio, reduction=reduction, name="npo"
+        surrogate=NPO(beta=beta), penalties=penalties, ratio=ratio, reduction=reduction
     )

@@ -36,13 +36,13 @@ def topr(level: str = "sequence", ratio_max: Positive[Number] = 1.0) -> PolicyLo
     """
     rule = Topr(ratio_max=ratio_max)
     if level == "token":
-        return PolicyLossSpec(surrogate=rule, name="topr")
+        return PolicyLossSpec(surrogate=rule)
     if level != "sequence":
         raise InvalidCall(
             f"topr: level is {level!r}, expected 'sequence' (the paper) or 'token' (ROLL)."
         )
     ratio, reduction = SequenceRatio(normalize=False), SequenceMean(per="token_sum")
-    return PolicyLossSpec(surrogate=rule, ratio=ratio, reduction=reduction, name="topr")
+    return PolicyLossSpec(surrogate=rule, ratio=ratio, reduction=reduction)
 
 
 @published(
@@ -59,9 +59,7 @@ def kimi_opmd(tau: NonNegative[Number] = 0.1, level: str = "sequence") -> Policy
     ``dro(beta=tau)``. τ is ROLL's default; the paper states none.
     """
     if level == "token":
-        return PolicyLossSpec(
-            surrogate=Dro(beta=tau), ratio=TokenRatio(clamp=math.inf), name="kimi_opmd"
-        )
+        return PolicyLossSpec(surrogate=Dro(beta=tau), ratio=TokenRatio(clamp=math.inf))
     if level != "sequence":
         raise InvalidCall(
             f"kimi_opmd: level is {level!r}, expected 'sequence' (the paper) or 'token' (ROLL)."
@@ -72,7 +70,6 @@ def kimi_opmd(tau: NonNegative[Number] = 0.1, level: str = "sequence") -> Policy
         penalties=(Penalty(DriftK2(), tau, SequenceMean()),),
         ratio=SequenceRatio(clamp=math.inf, normalize=False),
         reduction=SequenceMean(per="token_sum"),
-        name="kimi_opmd",
     )
 
 
@@ -101,6 +98,4 @@ def decoupled_ppo(
     if mode not in modes:
         raise InvalidCall(f"decoupled_ppo: mode is {mode!r}, expected 'truncate' or 'mask'.")
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
-    return PolicyLossSpec(
-        surrogate=clip, weights=(modes[mode](ratio_max=ratio_max),), name="decoupled_ppo"
-    )
+    return PolicyLossSpec(surrogate=clip, weights=(modes[mode](ratio_max=ratio_max),))

@@ -34,9 +34,7 @@ def scale_rl(
     prompts without variance left out. The default 5.0 is that of TRL's documentation.
     """
     return PolicyLossSpec(
-        surrogate=Cispo(ratio_max=ratio_max),
-        reduction=PromptMean(group_size=group_size),
-        name="scale_rl",
+        surrogate=Cispo(ratio_max=ratio_max), reduction=PromptMean(group_size=group_size)
     )
 
 
@@ -64,7 +62,5 @@ def vapo(
     )
     imitation = Penalty(NLL(), mu, TokenMean(weight=weight))
     return PolicyLossSpec(
-        surrogate=Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high),
-        penalties=(imitation,),
-        name="vapo",
+        surrogate=Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high), penalties=(imitation,)
     )

@@ -63,7 +63,6 @@ def a_star_po(beta: Positive[Number] = 1e-3) -> PolicyLossSpec:
         surrogate=AdvantageRegression(beta=beta),
         ratio=_against_reference(),
         reduction=SequenceMean(),
-        name="a_star_po",
     )
 
 
@@ -94,6 +93,4 @@ def kto(
     rule = Kto(
         beta=beta, kl=kl, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight
     )
-    return PolicyLossSpec(
-        surrogate=rule, ratio=_against_reference(), reduction=SequenceMean(), name="kto"
-    )
+    return PolicyLossSpec(surrogate=rule, ratio=_against_reference(), reduction=SequenceMean())

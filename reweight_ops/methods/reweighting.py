@@ -132,10 +132,7 @@ def advantage_reweighting(
         weights = (*weights, SignWeight(negative=negative_weight))
     clip = _clip(epsilon_low, epsilon_high, clip_ratio_c)
     return PolicyLossSpec(
-        surrogate=clip,
-        penalties=(*kl(beta), *entropy(entropy_coef)),
-        weights=weights,
-        name="advantage_reweighting",
+        surrogate=clip, penalties=(*kl(beta), *entropy(entropy_coef)), weights=weights
     )
 
 
@@ -181,7 +178,7 @@ def lopti(
     )
     clip = _clip(epsilon_low, epsilon_high, clip_ratio_c)
     return PolicyLossSpec(
-        surrogate=clip, penalties=(*kl(beta), *entropy(entropy_coef)), weights=weights, name="lopti"
+        surrogate=clip, penalties=(*kl(beta), *entropy(entropy_coef)), weights=weights
     )
 
 
@@ -200,9 +197,7 @@ def top_entropy(
     The other tokens stay in the denominator, as in TRL.
     """
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
-    return PolicyLossSpec(
-        surrogate=clip, weights=(TopEntropy(fraction=fraction),), name="top_entropy"
-    )
+    return PolicyLossSpec(surrogate=clip, weights=(TopEntropy(fraction=fraction),))
 
 
 @published(
@@ -244,4 +239,4 @@ def hapo(
     redistribution = HapoRedistribution(
         beta=beta, epsilon_low=epsilon_low, epsilon_high=epsilon_high, **shared
     )
-    return PolicyLossSpec(surrogate=clip, weights=(redistribution,), name="hapo")
+    return PolicyLossSpec(surrogate=clip, weights=(redistribution,))

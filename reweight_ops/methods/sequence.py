@@ -24,11 +24,7 @@ def gspo(
     """
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     return PolicyLossSpec(
-        surrogate=clip,
-        penalties=kl(beta),
-        ratio=SequenceRatio(),
-        reduction=SequenceMean(),
-        name="gspo",
+        surrogate=clip, penalties=kl(beta), ratio=SequenceRatio(), reduction=SequenceMean()
     )
 
 
@@ -43,9 +39,7 @@ def gspo_token(
     """
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     ratio = SequenceRatio(gradient="token")
-    return PolicyLossSpec(
-        surrogate=clip, penalties=kl(beta), ratio=ratio, reduction=SequenceMean(), name="gspo_token"
-    )
+    return PolicyLossSpec(surrogate=clip, penalties=kl(beta), ratio=ratio, reduction=SequenceMean())
 
 
 @published(
@@ -69,7 +63,7 @@ def luspo(
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     reduction = SequenceMean(per="token_sum")
     return PolicyLossSpec(
-        surrogate=clip, penalties=kl(beta), ratio=SequenceRatio(), reduction=reduction, name="luspo"
+        surrogate=clip, penalties=kl(beta), ratio=SequenceRatio(), reduction=reduction
     )
 
 
@@ -93,11 +87,7 @@ def gmpo(
     """
     ratio = GeometricMeanRatio(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     return PolicyLossSpec(
-        surrogate=Unclipped(),
-        penalties=kl(beta),
-        ratio=ratio,
-        reduction=SequenceMean(),
-        name="gmpo",
+        surrogate=Unclipped(), penalties=kl(beta), ratio=ratio, reduction=SequenceMean()
     )
 
 
@@ -125,7 +115,7 @@ def vespo(
     of log W it has.
     """
     gamma = SequenceGamma(k_pos=k_pos, lambda_pos=lambda_pos, k_neg=k_neg, lambda_neg=lambda_neg)
-    return PolicyLossSpec(surrogate=Reinforce(), penalties=kl(beta), weights=(gamma,), name="vespo")
+    return PolicyLossSpec(surrogate=Reinforce(), penalties=kl(beta), weights=(gamma,))
 
 
 @published(
@@ -157,5 +147,5 @@ def opsm(
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     mask = masks[against](threshold=threshold)
     return PolicyLossSpec(
-        surrogate=clip, penalties=kl(beta), weights=(mask,), reduction=SequenceMean(), name="opsm"
+        surrogate=clip, penalties=kl(beta), weights=(mask,), reduction=SequenceMean()
     )

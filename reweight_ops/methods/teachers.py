@@ -61,7 +61,7 @@ def sdar(
     """
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
     gate = Penalty(GatedDistillation(gate_beta=gate_beta), coef, TokenMean(per_call=True))
-    return PolicyLossSpec(surrogate=clip, penalties=(gate,), reduction=SequenceMean(), name="sdar")
+    return PolicyLossSpec(surrogate=clip, penalties=(gate,), reduction=SequenceMean())
 
 
 @published(
@@ -78,7 +78,7 @@ def opd() -> PolicyLossSpec:
     Thinking Machines (a blog post, 2025). ``old_per_token_logps`` are the sampler's.
     The full distributions' KL is ``distillation_loss``.
     """
-    return PolicyLossSpec(surrogate=TeacherReinforce(), name="opd")
+    return PolicyLossSpec(surrogate=TeacherReinforce())
 
 
 @published(
@@ -95,6 +95,4 @@ def iw_opd(gamma: NonNegative[Number] = 1.0) -> PolicyLossSpec:
     It does not read advantages. Differs from the paper: transcribed from TRL's
     ``IWOPDTrainer``.
     """
-    return PolicyLossSpec(
-        surrogate=TeacherReinforce(), weights=(PrefixDiscrepancy(gamma=gamma),), name="iw_opd"
-    )
+    return PolicyLossSpec(surrogate=TeacherReinforce(), weights=(PrefixDiscrepancy(gamma=gamma),))

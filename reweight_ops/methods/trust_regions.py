@@ -43,10 +43,7 @@ def two_sided_clip(
     It is TRL's ``delta``. The paper's values were not found in print, so ``delta`` must
     be given.
     """
-    return PolicyLossSpec(
-        surrogate=Clip(epsilon_low=epsilon, epsilon_high=epsilon, delta=delta),
-        name="two_sided_clip",
-    )
+    return PolicyLossSpec(surrogate=Clip(epsilon_low=epsilon, epsilon_high=epsilon, delta=delta))
 
 
 @published(
@@ -74,7 +71,7 @@ def m2po(
         "epsilon_low": SecondMomentLower(budget=budget, least=least_low),
         "epsilon_high": SecondMomentUpper(budget=budget, least=least_high),
     }
-    return PolicyLossSpec(surrogate=Clip(**bounds), ratio=TokenRatio(clamp=math.inf), name="m2po")
+    return PolicyLossSpec(surrogate=Clip(**bounds), ratio=TokenRatio(clamp=math.inf))
 
 
 @published(
@@ -103,7 +100,7 @@ def ctpo(
         "clip_ratio_c": PositionBound(base=log_clip_c, power=power),
     }
     return PolicyLossSpec(
-        surrogate=DualClip(**bounds), ratio=CumulativeRatio(clamp=(-math.inf, 10.0)), name="ctpo"
+        surrogate=DualClip(**bounds), ratio=CumulativeRatio(clamp=(-math.inf, 10.0))
     )
 
 
@@ -145,7 +142,6 @@ def prime_rl(
         penalties=penalties,
         ratio=TokenRatio(clamp=math.inf),
         weights=(masks[mask](),),
-        name="prime_rl",
     )
 
 
@@ -168,6 +164,4 @@ def fipo(
     default.
     """
     clip = Clip(epsilon_low=epsilon_low, epsilon_high=epsilon_high)
-    return PolicyLossSpec(
-        surrogate=clip, weights=(FutureInfluence(half_life=half_life),), name="fipo"
-    )
+    return PolicyLossSpec(surrogate=clip, weights=(FutureInfluence(half_life=half_life),))

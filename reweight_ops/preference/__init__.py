@@ -8,6 +8,9 @@ and detached weights. Each is a record with one formula on ``[P]`` vectors, in
 ``scores.py``, ``losses.py`` and ``weights.py``.
 """
 
+from typing import TYPE_CHECKING
+
+from .._core.catalogue.search import published_names
 from .._core.engine.pairs import PreferenceLossOutput
 from .._core.losses.preference import (
     linear_preference_loss,
@@ -164,3 +167,6 @@ __all__ = [
     "unlikelihood",
     "wpo",
 ]
+
+if not TYPE_CHECKING:  # which would take any name for one
+    __getattr__ = published_names("pair_loss")

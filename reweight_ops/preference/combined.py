@@ -36,7 +36,7 @@ def f_dpo(
     ``"alpha_divergence"`` ``(t^(α-1) - 1)/(α-1)``, ``"reverse_kl"`` ``log t``, which is
     DPO. The default is ours.
     """
-    return dpo(beta, divergence=divergence, alpha=alpha).replace(name="f_dpo")
+    return dpo(beta, divergence=divergence, alpha=alpha)
 
 
 @published(
@@ -52,7 +52,7 @@ def ld_dpo(ld_alpha: Unit[float], beta: Positive[Number] = 0.1) -> PairSpec:
     """``dpo(ld_alpha=...)``: tokens beyond the shorter sequence's length have weight
     ``ld_alpha`` in both log-probs. 1 is DPO. This is TRL's ``ld_alpha``.
     """
-    return dpo(beta, ld_alpha=ld_alpha).replace(name="ld_dpo")
+    return dpo(beta, ld_alpha=ld_alpha)
 
 
 @published(
@@ -74,9 +74,7 @@ def aot(
     It is TRL's ``aot``, and with ``paired=False`` its ``aot_unpaired``.
     """
     return PairSpec(
-        terms=(PairTerm(loss=Aot(label_smoothing=label_smoothing, paired=paired)),),
-        beta=beta,
-        name="aot",
+        terms=(PairTerm(loss=Aot(label_smoothing=label_smoothing, paired=paired)),), beta=beta
     )
 
 
@@ -96,7 +94,7 @@ def irpo(beta: Positive[Number] = 0.1, alpha: NonNegative[Number] = 1.0) -> Pair
     instead: ``preference.trl``.
     """
     terms = (PairTerm(loss=Sigmoid()), PairTerm(loss=ChosenNll(per="sequence"), coef=alpha))
-    return PairSpec(terms=terms, beta=beta, name="irpo")
+    return PairSpec(terms=terms, beta=beta)
 
 
 @published(
@@ -125,9 +123,7 @@ def mpo(
         (BcoPair(), quality_weight),
         (ChosenNll(per="batch"), generation_weight),
     )
-    return PairSpec(
-        terms=tuple(PairTerm(loss=loss, coef=coef) for loss, coef in parts), beta=beta, name="mpo"
-    )
+    return PairSpec(terms=tuple(PairTerm(loss=loss, coef=coef) for loss, coef in parts), beta=beta)
 
 
 @published(
@@ -149,10 +145,7 @@ def alpha_po(
     are tuned per model in the paper; the defaults are SimPO's.
     """
     return PairSpec(
-        terms=(PairTerm(loss=Sigmoid(target=gamma)),),
-        beta=beta,
-        score=AlphaLikelihood(alpha=alpha),
-        name="alpha_po",
+        terms=(PairTerm(loss=Sigmoid(target=gamma)),), beta=beta, score=AlphaLikelihood(alpha=alpha)
     )
 
 
@@ -200,4 +193,4 @@ def tpo(
     )
     loss, score = kinds[loss_type]
     terms = (PairTerm(loss=loss), PairTerm(loss=ChosenNll(per="batch", side=2), coef=alpha))
-    return PairSpec(terms=terms, beta=beta, score=score, group_size=3, name="tpo")
+    return PairSpec(terms=terms, beta=beta, score=score, group_size=3)

@@ -61,7 +61,7 @@ def dpo(
     ``divergence`` and ``alpha`` are f-DPO's; see :class:`LogRatio`.
     """
     score = LogRatio(ld_alpha=ld_alpha, divergence=divergence, alpha=alpha)
-    return PairSpec(terms=_terms(Sigmoid()), beta=beta, score=score, name="dpo")
+    return PairSpec(terms=_terms(Sigmoid()), beta=beta, score=score)
 
 
 @published(
@@ -78,7 +78,7 @@ def cdpo(
     """``-(1-ε)·log σ(β·m) - ε·log σ(-β·m)``, for labels of which a share ε is wrong.
     The default of ε is ours.
     """
-    return PairSpec(terms=_terms(Sigmoid(label_smoothing=label_smoothing)), beta=beta, name="cdpo")
+    return PairSpec(terms=_terms(Sigmoid(label_smoothing=label_smoothing)), beta=beta)
 
 
 @published(
@@ -95,9 +95,7 @@ def robust_dpo(
     """``(-(1-ε)·log σ(β·m) + ε·log σ(-β·m)) / (1-2ε)``: unbiased if a share ε of the
     labels is flipped (TRL's ``robust``).
     """
-    return PairSpec(
-        terms=_terms(Robust(label_smoothing=label_smoothing)), beta=beta, name="robust_dpo"
-    )
+    return PairSpec(terms=_terms(Robust(label_smoothing=label_smoothing)), beta=beta)
 
 
 @published(
@@ -112,7 +110,7 @@ def hinge(beta: Positive[Number] = 0.1) -> PairSpec:
     """``max(0, 1 - β·m)`` (TRL's ``hinge``). Differs from the paper: the margin is
     between log-ratios to the reference, not log-probs.
     """
-    return PairSpec(terms=_terms(Hinge()), beta=beta, name="hinge")
+    return PairSpec(terms=_terms(Hinge()), beta=beta)
 
 
 @published(
@@ -130,7 +128,7 @@ def ipo(beta: Positive[Number] = 0.1, average: bool = True) -> PairSpec:
     Differs from the paper: the paper's formula has sums (``average=False``) instead of
     averages.
     """
-    return PairSpec(terms=_terms(Ipo(average=average)), beta=beta, name="ipo")
+    return PairSpec(terms=_terms(Ipo(average=average)), beta=beta)
 
 
 @published(
@@ -145,7 +143,7 @@ def exo(
     beta: Positive[Number] = 0.1, label_smoothing: Annotated[float, Interval("(0, 1)")] = 1e-3
 ) -> PairSpec:
     """``KL((σ(β·m), σ(-β·m)) ‖ (1-ε, ε))`` (eq. 16; TRL's ``exo_pair``)."""
-    return PairSpec(terms=_terms(ExoPair(label_smoothing=label_smoothing)), beta=beta, name="exo")
+    return PairSpec(terms=_terms(ExoPair(label_smoothing=label_smoothing)), beta=beta)
 
 
 @published(
@@ -160,7 +158,7 @@ def nca(beta: Positive[Number] = 0.1) -> PairSpec:
     """``-log σ(r_w) - ½·log σ(-r_w) - ½·log σ(-r_l)``, ``r = β·(log π - log π_ref)``
     (TRL's ``nca_pair``).
     """
-    return PairSpec(terms=_terms(NcaPair()), beta=beta, name="nca")
+    return PairSpec(terms=_terms(NcaPair()), beta=beta)
 
 
 @published(
@@ -175,7 +173,7 @@ def bco(beta: Positive[Number] = 0.1) -> PairSpec:
     """``-log σ(r_w) - log σ(-r_l)``, ``r = β·(log π - log π_ref)`` (TRL's
     ``bco_pair``). Differs from the paper: no reward shift δ.
     """
-    return PairSpec(terms=_terms(BcoPair()), beta=beta, name="bco")
+    return PairSpec(terms=_terms(BcoPair()), beta=beta)
 
 
 @published(
@@ -190,7 +188,7 @@ def sppo(beta: Positive[Number] = 0.1) -> PairSpec:
     """``(u_w - 1/(2β))² + (u_l + 1/(2β))²``, u the log-ratio (eq. 4.7 with P = 1 and 0;
     TRL's ``sppo_hard``).
     """
-    return PairSpec(terms=_terms(SppoHard()), beta=beta, name="sppo")
+    return PairSpec(terms=_terms(SppoHard()), beta=beta)
 
 
 @published(
@@ -209,7 +207,7 @@ def apo(beta: Positive[Number] = 0.1, anchor: str = "zero") -> PairSpec:
     kinds = {"zero": ApoZero, "down": ApoDown}
     if anchor not in kinds:
         raise InvalidCall(f"apo: anchor is {anchor!r}, expected 'zero' or 'down'.")
-    return PairSpec(terms=_terms(kinds[anchor]()), beta=beta, name="apo")
+    return PairSpec(terms=_terms(kinds[anchor]()), beta=beta)
 
 
 @published(
@@ -222,7 +220,7 @@ def apo(beta: Positive[Number] = 0.1, anchor: str = "zero") -> PairSpec:
 )
 def discopop(beta: Positive[Number] = 0.1, tau: Positive[Number] = 0.05) -> PairSpec:
     """``-(1-g)·log σ(x) + g·exp(-x)``, ``x = β·m``, ``g = σ(x/τ)`` (eq. 5)."""
-    return PairSpec(terms=_terms(Discopop(tau=tau)), beta=beta, name="discopop")
+    return PairSpec(terms=_terms(Discopop(tau=tau)), beta=beta)
 
 
 @published(
@@ -237,9 +235,7 @@ def simpo(beta: Positive[Number] = 2.0, gamma: NonNegative[Number] = 1.0) -> Pai
     """``-log σ(β·(mean log π(y_w) - mean log π(y_l)) - γ)``: means over tokens, no
     reference. β and γ are tuned per model in the paper.
     """
-    return PairSpec(
-        terms=_terms(Sigmoid(target=gamma)), beta=beta, score=Likelihood(average=True), name="simpo"
-    )
+    return PairSpec(terms=_terms(Sigmoid(target=gamma)), beta=beta, score=Likelihood(average=True))
 
 
 @published(
@@ -256,7 +252,7 @@ def cpo(beta: Positive[Number] = 0.1, cpo_alpha: NonNegative[Number] = 1.0) -> P
     the mean over all chosen tokens of the batch.
     """
     terms = _terms(Sigmoid(), (ChosenNll(per="batch"), cpo_alpha))
-    return PairSpec(terms=terms, beta=beta, score=Likelihood(), name="cpo")
+    return PairSpec(terms=terms, beta=beta, score=Likelihood())
 
 
 @published(
@@ -274,7 +270,7 @@ def orpo(beta: Positive[Number] = 0.1) -> PairSpec:
     The NLL is the mean over all chosen tokens of the batch.
     """
     terms = _terms(ChosenNll(per="batch"), (OddsRatio(), beta))
-    return PairSpec(terms=terms, beta=beta, score=Likelihood(average=True), name="orpo")
+    return PairSpec(terms=terms, beta=beta, score=Likelihood(average=True))
 
 
 @published(
@@ -288,9 +284,7 @@ def dpo_gamma(gamma: NonNegative[Number], beta: Positive[Number] = 0.1) -> PairS
     """``-log σ(β·(Δ log π - γ·Δ log π_ref))``, Δ chosen less rejected; γ = 1 is DPO, γ
     = 0 has no reference. The paper sweeps γ from 0 to 2.
     """
-    return PairSpec(
-        terms=_terms(Sigmoid()), beta=beta, score=LogRatio(gamma=gamma), name="dpo_gamma"
-    )
+    return PairSpec(terms=_terms(Sigmoid()), beta=beta, score=LogRatio(gamma=gamma))
 
 
 @published(
@@ -307,7 +301,7 @@ def unlikelihood(beta: Positive[Number] = 0.1) -> PairSpec:
     is :func:`no_sft_ratio_w_unlikelihood`.
     """
     score = LikelihoodAgainstUnlikelihood(reference=True)
-    return PairSpec(terms=_terms(Sigmoid()), beta=beta, score=score, name="unlikelihood")
+    return PairSpec(terms=_terms(Sigmoid()), beta=beta, score=score)
 
 
 @published(
@@ -320,12 +314,7 @@ def no_sft_ratio_w_unlikelihood(beta: Positive[Number] = 0.1) -> PairSpec:
     """``-log σ(β·(log π(y_w) + Σ_t log(1 - π(y_l,t))))``: :func:`unlikelihood` without
     a reference, by the authors' name.
     """
-    return PairSpec(
-        terms=_terms(Sigmoid()),
-        beta=beta,
-        score=LikelihoodAgainstUnlikelihood(),
-        name="no_sft_ratio_w_unlikelihood",
-    )
+    return PairSpec(terms=_terms(Sigmoid()), beta=beta, score=LikelihoodAgainstUnlikelihood())
 
 
 @published(
@@ -347,7 +336,7 @@ def wpo(
     ``clamp=False`` is TRL's form. It needs log Σπ², which the statistics pass computes.
     """
     terms = _terms(Sigmoid(label_smoothing=label_smoothing))
-    return PairSpec(terms=terms, beta=beta, weights=(SampledAlignment(clamp=clamp),), name="wpo")
+    return PairSpec(terms=terms, beta=beta, weights=(SampledAlignment(clamp=clamp),))
 
 
 @published(
@@ -376,7 +365,7 @@ def madpo(
     weight = MarginAdaptive(
         c_min=1 / c_max if c_min is None else c_min, c_max=c_max, lambda_=lambda_, tau=tau
     )
-    return PairSpec(terms=_terms(Sigmoid()), beta=beta, weights=(weight,), name="madpo")
+    return PairSpec(terms=_terms(Sigmoid()), beta=beta, weights=(weight,))
 
 
 @published(
@@ -399,9 +388,7 @@ def rpo(
     """
     if form == "cumulative":
         b = 0.01 if beta is None else beta
-        return PairSpec(
-            terms=_terms(Sigmoid(), (ChosenNll(per="sum"), eta * b)), beta=b, name="rpo"
-        )
+        return PairSpec(terms=_terms(Sigmoid(), (ChosenNll(per="sum"), eta * b)), beta=b)
     if form == "average":
         if not isinstance(eta, (int, float)) or eta != 0.005:
             raise InvalidCall(
@@ -411,7 +398,6 @@ def rpo(
         return PairSpec(
             terms=_terms(Sigmoid(), (ChosenNll(per="sequence"), 0.2)),
             beta=0.5 if beta is None else beta,
-            name="rpo",
         )
     raise InvalidCall(f"rpo: form is {form!r}, expected 'cumulative' or 'average'.")
 
@@ -433,7 +419,7 @@ def inpo(eta: Positive[float] = 7.5e-3, tau: Positive[float] = 2.5e-3) -> PairSp
     The defaults are those of a port of the method (τ = η/3). The implicit rewards of
     the metrics are ``η·(log π - log π_ref)``.
     """
-    return PairSpec(terms=_terms(SquaredNash(eta=eta, tau=tau)), beta=eta, name="inpo")
+    return PairSpec(terms=_terms(SquaredNash(eta=eta, tau=tau)), beta=eta)
 
 
 @published(
@@ -450,7 +436,7 @@ def cream(beta: Positive[Number] = 0.1) -> PairSpec:
     One c per prompt is the authors' ``dyn``. Their ``avg`` uses the data set's mean c
     for every pair.
     """
-    return PairSpec(terms=_terms(SoftLabel()), beta=beta, name="cream")
+    return PairSpec(terms=_terms(SoftLabel()), beta=beta)
 
 
 @published(
@@ -475,9 +461,7 @@ def mcts_dpo(beta: Positive[Number] = 0.1, loss: str = "conservative") -> PairSp
     }
     if loss not in kinds:
         raise InvalidCall(f"mcts_dpo: loss is {loss!r}, expected one of {', '.join(kinds)}.")
-    return PairSpec(
-        terms=_terms(kinds[loss]), beta=beta, tokens="from_first_difference", name="mcts_dpo"
-    )
+    return PairSpec(terms=_terms(kinds[loss]), beta=beta, tokens="from_first_difference")
 
 
 @published(
@@ -510,9 +494,7 @@ def sparse_po(
         )
         if not o
     ]
-    return PairSpec(
-        terms=_terms(Sigmoid(), *norms), beta=beta, score=MaskedLogRatio(), name="sparse_po"
-    )
+    return PairSpec(terms=_terms(Sigmoid(), *norms), beta=beta, score=MaskedLogRatio())
 
 
 @published(
@@ -534,7 +516,7 @@ def ens_loss(beta: Positive[Number] = 0.1, box_cox: Real[float] = 0.0) -> PairSp
     below, sorted, and assigned by increasing margin; the extra draw belongs to a margin
     of 0. It is divided by ``s`` where ``s > 1``, and 1e-6 is subtracted.
     """
-    return PairSpec(terms=_terms(Ensemble(box_cox=box_cox)), beta=beta, name="ens_loss")
+    return PairSpec(terms=_terms(Ensemble(box_cox=box_cox)), beta=beta)
 
 
 @published(
@@ -566,12 +548,7 @@ def rank_list(
             f"rank_list: skips is {skips!r}, expected distances from 1 to {group_size - 1}, or "
             "'all'."
         )
-    return PairSpec(
-        terms=_terms(ListLikelihood(skips=skips)),
-        beta=beta,
-        group_size=group_size,
-        name="rank_list",
-    )
+    return PairSpec(terms=_terms(ListLikelihood(skips=skips)), beta=beta, group_size=group_size)
 
 
 @published(
@@ -592,8 +569,5 @@ def scir(coef: NonNegative[Number], beta: Positive[Number] = 0.1) -> PairSpec:
     confidence term were not found.
     """
     return PairSpec(
-        terms=_terms(Sigmoid(), (Inconsistency(), coef)),
-        beta=beta,
-        weights=(Agreement(),),
-        name="scir",
+        terms=_terms(Sigmoid(), (Inconsistency(), coef)), beta=beta, weights=(Agreement(),)
     )

@@ -5,7 +5,7 @@ They multiply the *term*, not the advantage. The two differ for negative factors
 clip metrics must use the unweighted advantage.
 """
 
-from .._core.catalogue.registry import published_names
+from .._core.catalogue.search import published_names
 from .._core.rows.batch import BatchStatistics
 from .covariance import ClipCov, TopCovariance
 from .credit import (

@@ -128,7 +128,7 @@ class GeometricSequenceMask(TokenWeight):
     Unlike a product it does not depend on the length. A mask beside a correction: with
     :class:`TruncatedImportance` it is verl's ``rollout_rs="seq_mean_k1"`` with
     ``rollout_is="token"``, where verl's bounds are those of the inverse ratio, and a
-    rejected sequence is out of every term and denominator (``scope="all"`` and
+    rejected sequence is in no term and no denominator (``scope="all"`` and
     ``reduction=TokenMean(weight=...)``).
     """
 

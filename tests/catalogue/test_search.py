@@ -111,6 +111,33 @@ def test_a_wrong_name_of_a_spec_says_what_was_meant(name, hint):
         rw.method(name)
 
 
+@pytest.mark.parametrize(
+    ("namespace", "name", "hint"),
+    [
+        (rw.methods, "AR", "Did you mean 'advantage_reweighting'"),
+        (rw.methods, "steer", r"with_weight\(rw.weights.steer"),
+        (rw.weights, "Steer", "Did you mean 'steer'"),
+        (rw.advantages, "RLOO", "Did you mean 'rloo'"),
+        (rw.preference, "DPO", "Did you mean 'dpo'"),
+        (rw.divergences, "PLDD", "Did you mean 'pld'"),
+        (rw.schedules, "zzzzqqqq", "rw.find"),
+        (rw.rewards, "__wrapped__", "attribute '__wrapped__'$"),
+    ],
+)
+def test_a_wrong_attribute_of_a_namespace_says_what_was_meant(namespace, name, hint):
+    with pytest.raises(AttributeError, match=hint):
+        getattr(namespace, name)
+
+
+def test_the_name_of_a_recipe_leads_to_it():
+    """Also if no entry has that name; then the recipe is the first hit."""
+    assert rw.find("ar-lopti")[0].call == "rw.recipe('ar_lopti')"
+    assert rw.find("hapo")[0].call == "rw.methods.hapo"
+    assert all("recipe" not in hit.call for hit in rw.find("ar_lopti", kind="policy_loss"))
+    with pytest.raises(rw.InvalidCall, match="Did you mean 'ar_lopti'"):
+        rw.recipe("ar-lopt")
+
+
 def test_the_command_line(monkeypatch):
     monkeypatch.setattr(cli, "console", cli.Console(width=200))
     runner = CliRunner()

@@ -63,7 +63,7 @@ def normal(g, *shape, scale=1.0):
 
 def rows(g, vocab=37):
     """Logits of every kind of row: plain, sure, with shards of nothing but -inf, one of
-    nothing else, one with NaN, one that is out.
+    nothing else, one with NaN, one that is ignored.
     """
     z = normal(g, 12, vocab, scale=2.0).detach()
     ids = torch.randint(vocab, (12,), generator=g)

@@ -56,6 +56,7 @@ LAYERS = (
     ("testing", "integrations"),
     ("codegen",),
     ("cli",),
+    ("__main__",),
 )
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 

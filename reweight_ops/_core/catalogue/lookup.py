@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 from ...errors import InvalidCall
 from ..ranges import ranged
 from .keys import key
@@ -39,4 +41,6 @@ def recipe(name: str) -> Recipe:
         raise InvalidCall(
             f"{found[0].paper!r} has several recipes: {', '.join(each.name for each in found)}."
         )
-    raise InvalidCall(f"no recipe {name!r}. The names are: {', '.join(sorted(RECIPES))}.")
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), RECIPES, n=1)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    raise InvalidCall(f"no recipe {name!r}. {hint}The names are: {', '.join(sorted(RECIPES))}.")

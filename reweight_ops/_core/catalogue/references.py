@@ -20,4 +20,8 @@ def with_reference(doc: str | None, paper: str, arxiv: str) -> str:
     )
     if line in text.splitlines():
         return text
-    return f"{text}\n{line}" if _HEADING in text.splitlines() else f"{text}\n\n{_HEADING}\n{line}"
+    if _HEADING not in text.splitlines():
+        return f"{text}\n\n{_HEADING}\n{line}"
+    before, _, after = text.partition(f"{_HEADING}\n")
+    papers, *others = after.split("\n\n", 1)
+    return "\n\n".join([f"{before}{_HEADING}\n{papers}\n{line}", *others])

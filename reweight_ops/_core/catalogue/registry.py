@@ -4,6 +4,8 @@ entry.
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import re
 from collections.abc import Callable
@@ -31,6 +33,9 @@ KINDS = {
     "divergence": ("rw.divergences", "a second logits tensor, or another normaliser"),
     "schedule": ("rw.schedules", "values that change from step to step"),
 }
+
+#: The kinds whose functions return a spec.
+_OF_SPECS = ("policy_loss", "pair_loss")
 
 CERTAINTIES = {
     "verified": "the paper's text or the authors' code was read",
@@ -111,21 +116,6 @@ CATALOGUE: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
 TRAINERS_NAMES: dict[str, dict[str, str]] = {"policy_loss": {}, "pair_loss": {}}
 
 
-def published_names(kind: str) -> Callable[[str], Any]:
-    """Return a module's ``__getattr__``.
-
-    Everything that the catalogue lists under the module's namespace, classes too, is an
-    attribute by that name.
-    """
-
-    def attribute(name: str) -> Any:
-        if name in CATALOGUE[kind]:
-            return CATALOGUE[kind][name].function
-        raise AttributeError(f"module {KINDS[kind][0]!r} has no attribute {name!r}")
-
-    return attribute
-
-
 def _kind_of_module(module: str) -> str:
     package = __name__.split(".")[0]
     for kind, (where, _) in KINDS.items():
@@ -138,6 +128,22 @@ def _kind_of_module(module: str) -> str:
 
 def _snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+
+def _naming_its_spec(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Return the function of a method, whose spec then has the name of its entry.
+
+    The spec is copied, because another method, or the user's code, may hold it by its
+    own name.
+    """
+
+    @functools.wraps(function)
+    def named(*args: Any, **options: Any) -> Any:
+        spec = copy.copy(function(*args, **options))
+        object.__setattr__(spec, "name", name)
+        return spec
+
+    return named
 
 
 def published(
@@ -156,7 +162,7 @@ def published(
     annotations (:mod:`reweight_ops._core.ranges`).
 
     The entry's name is that of the function, or the class's in snake_case, unless
-    ``name`` gives another.
+    ``name`` gives another. The spec that a method returns has this name too.
 
     ``arxiv`` is the id, or ``unknown``, and never invented. ``paper`` is its title,
     unless :mod:`.titles` has it. ``level`` is token, segment, sequence, group, pair,
@@ -192,15 +198,17 @@ def published(
                 f"the {of.replace('_', ' ')} {entry_name!r} is taken by "
                 f"{known.function.__module__}."
             )
-        checked = ranged(function)
+        checked: Any = ranged(function)
+        if of in _OF_SPECS:
+            checked = _naming_its_spec(checked, entry_name)
         if inspect.isfunction(checked):
-            checked.__signature__ = written_out(checked)  # type: ignore[attr-defined]
+            checked.__signature__ = written_out(checked)
         checked.__doc__ = with_reference(
             with_sections(checked, with_arguments(checked), of, entry_name), title, arxiv
         )
         CATALOGUE[of][entry_name] = Entry(
             entry_name, full_name, of, title, arxiv, certainty, checked, level, plan, example or {}
         )
-        return checked
+        return checked  # type: ignore[no-any-return]
 
     return register

@@ -6,14 +6,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from ...errors import InvalidCall
 from ..ranges import ranged
 from .keys import key, names, words
 from .left_out import LEFT_OUT
-from .recipes import recipes_of
+from .recipes import RECIPES, recipes_of
 from .registry import CATALOGUE, KINDS, TRAINERS_NAMES, Entry
 
 #: A shorter word must match a whole word: "ar" is in every other title.
@@ -82,17 +83,17 @@ def find(text: str, kind: str | None = None) -> list[Hit]:
     Args:
         text: ``"AR"``, ``"GRPO-λ"``, ``"2505.12929"``, the title of a paper, or a few
             words of it, in any case.
-        kind: only entries of this kind, one of ``rw.find``'s ``"policy_loss"``,
-            ``"token_weight"``, ``"advantage"``, ``"reward"``, ``"objective"``,
-            ``"sample_weight"``, ``"pair_loss"``, ``"divergence"``, ``"schedule"``.
+        kind: only entries of this kind: ``"policy_loss"``, ``"token_weight"``,
+            ``"advantage"``, ``"reward"``, ``"objective"``, ``"sample_weight"``,
+            ``"pair_loss"``, ``"divergence"`` or ``"schedule"``.
 
     Returns:
         Hits. ``hit.call`` is the expression to write, and ``hit.why`` tells what has
             matched. After an entry that was found by its paper come the other entries
-            of that paper, and then its recipes. A method that the package leaves out is
-            a hit without a call, and its ``full_name`` says why; it is the first if no
-            entry has that name. If nothing matches, the hits are the nearest spellings,
-            or none.
+            of that paper, and then its recipes. A recipe that alone has the name is the
+            first hit. A method that the package leaves out is a hit without a call, and
+            its ``full_name`` says why; it is the first if no entry has that name. If
+            nothing matches, the hits are the nearest spellings, or none.
 
     Raises:
         InvalidCall: the text has no letters or digits, or there is no such kind.
@@ -112,13 +113,15 @@ def find(text: str, kind: str | None = None) -> list[Hit]:
             "arXiv id or words."
         )
     found = exact(text, kind)
-    papers = {entry.paper for entry, _ in found}
+    named = [r for r in RECIPES.values() if kind is None and key(r.name) == key(text)]
+    recipe_first = bool(named) and not found
+    papers = {entry.paper for entry, _ in found} | {r.paper for r in named}
     found += [(entry, "the same paper") for entry in entries(kind) if entry.paper in papers]
     of_papers = [entry for entry, _ in found]
     found += _by_words(text, kind)
     hits = _hits(found)
     if kind is None:
-        hits += [
+        of_recipes = [
             Hit(
                 f"rw.recipe({r.name!r})",
                 "everything that the paper trains with",
@@ -126,8 +129,9 @@ def find(text: str, kind: str | None = None) -> list[Hit]:
                 r.arxiv,
                 "a recipe",
             )
-            for r in recipes_of(of_papers)
+            for r in {r.name: r for r in [*named, *recipes_of(of_papers)]}.values()
         ]
+        hits = of_recipes + hits if recipe_first else hits + of_recipes
         left_out = _left_out(text)
         first = [] if of_papers else [hit for hit in left_out if hit.why == "name"]
         hits = first + hits + [hit for hit in left_out if hit not in first]
@@ -140,30 +144,51 @@ def entry_of(name: str, kind: str) -> Entry:
     """
     if name in CATALOGUE[kind]:
         return CATALOGUE[kind][name]
-    what, trainers_name = kind.replace("_", " "), TRAINERS_NAMES.get(kind, {}).get(name)
-    elsewhere = [entry for entry, _ in exact(name)]
+    raise InvalidCall(
+        f"no {kind.replace('_', ' ')} {name!r}. {_hint(name, kind, lambda entry: entry.name)} "
+        f"The names are: {', '.join(sorted(CATALOGUE[kind]))}."
+    )
+
+
+def published_names(kind: str) -> Callable[[str], Any]:
+    """Return a namespace's ``__getattr__``.
+
+    Everything that the catalogue lists under the namespace, classes too, is an
+    attribute by that name. The error for another name says what was probably meant.
+    """
+    where = KINDS[kind][0]
+
+    def attribute(name: str) -> Any:
+        if name in CATALOGUE[kind]:
+            return CATALOGUE[kind][name].function
+        private = name.startswith("_")  # Python asks for these, no user
+        hint = "" if private else f". {_hint(name, kind, lambda entry: entry.function.__name__)}"
+        raise AttributeError(f"{where} has no attribute {name!r}{hint}")
+
+    return attribute
+
+
+def _hint(name: str, kind: str, shown: Callable[[Entry], str]) -> str:
+    """What was probably meant by a name that no entry of that kind has."""
+    elsewhere = [entry for entry, _ in exact(name)] if key(name) else []
     near = [
         entry for entry, _ in exact(name, kind) or ([] if elsewhere else _by_spelling(name, kind))
     ]
-    if trainers_name is not None:
-        hint = f"That is a trainer's name: write {trainers_name}."
-    elif near:
-        hint = f"Did you mean {near[0].name!r}?"
-    elif elsewhere and elsewhere[0].kind == "token_weight":
-        hint = (
+    if name in TRAINERS_NAMES.get(kind, {}):
+        return f"That is a trainer's name: write {TRAINERS_NAMES[kind][name]}."
+    if near:
+        return f"Did you mean {shown(near[0])!r}?"
+    if elsewhere and elsewhere[0].kind == "token_weight":
+        return (
             f"{elsewhere[0].call} is a weight: add it to a loss, "
             f"spec=rw.methods.grpo().with_weight({elsewhere[0].call}(...))."
         )
-    elif elsewhere:
-        hint = (
+    if elsewhere:
+        return (
             f"{elsewhere[0].call} is {_a(elsewhere[0].kind.replace('_', ' '))}: "
             f"{KINDS[elsewhere[0].kind][1]}."
         )
-    else:
-        hint = f"rw.find({name!r}) searches papers and docstrings."
-    raise InvalidCall(
-        f"no {what} {name!r}. {hint} The names are: {', '.join(sorted(CATALOGUE[kind]))}."
-    )
+    return f"rw.find({name!r}) searches papers and docstrings."
 
 
 def _a(noun: str) -> str:

@@ -18,11 +18,12 @@ from ..rows.groups import IGNORE_INDEX
 
 
 class ShardRows:
-    """Packed rows of a softmax; of a whole vocabulary they are what they are.
+    """Packed rows of a softmax. Those of a whole vocabulary are not changed.
 
-    Of a shard, a row whose id is elsewhere has its first element in the place of the
-    id, and its derivative by the log-prob, which is that of a probability in every
-    column, becomes one by the log-sum-exp. A row without elements is out.
+    On a shard, the id of a row may be elsewhere. The first element then takes the
+    place of the id. The derivative by the log-prob reaches every column by its
+    probability, so it becomes one by the log-sum-exp. A row without elements is
+    ignored.
     """
 
     def __init__(self, given: PackedRows, softmax: SoftmaxParams) -> None:

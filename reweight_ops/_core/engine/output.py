@@ -38,7 +38,7 @@ class TokenStats:
     ``selected_logps`` ``R + (K,)`` log-probs of ``selected_ids`` · ``topk_logps`` and
     ``topk_ids`` ``R + (k,)`` the ``top_k`` likeliest ids, likeliest first (of equal
     ones the lowest where the ``cpu`` backend finds them, and else any), ids of ``-100``
-    where a row is out. The first three, ``selected_logps`` and ``topk_logps`` are
+    in ignored rows. The first three, ``selected_logps`` and ``topk_logps`` are
     differentiable.
     """
 

@@ -86,19 +86,21 @@ def token_divergence(
     ``0·log 0 = 0``. A column with p = 0 has gradient 0.
 
     Args:
-        logits: ``R + (V,)``; other_logits: the same rows, any of fp16, bf16 and fp32
-            beside any other (fp64 beside fp64); or ``TopKLogps(token_ids, logps,
-            tail=)``, a teacher's stored log-probs of K ids: the divergence of what
-            those leave of both distributions, from K logits and one log-sum-exp of p.
+        other_logits: the same rows, any of fp16, bf16 and fp32 beside any other (fp64
+            beside fp64); or ``TopKLogps(token_ids, logps, tail=)``, a teacher's stored
+            log-probs of K ids: the divergence of what those leave of both
+            distributions, from K logits and one log-sum-exp of p.
         completion_mask: R. Ignored rows are never read. Their result is 0, and their
             gradient is exactly 0.
+        kind: one of the kinds above.
         beta: of ``generalized_jsd`` only. The default is 0.5 (0 would be forward_kl,
             and 1 reverse_kl).
-        other_temperature, other_softcap: q's own; default: the temperature of p, and no
-            soft cap.
-        temperature, softcap, vocab_size, drop_last, consume_logits, backend: as in
-            :func:`token_logps`. ``vocab_size`` is needed where the two heads are padded
-            differently.
+        other_temperature: the temperature of q; default: that of p.
+        other_softcap: the soft cap of the logits of q; default: none.
+        vocab_size: the number of columns of the softmax, if the head is padded beyond
+            them. It is needed where the two heads are padded differently.
+        logits, temperature, softcap, drop_last, consume_logits, backend: as in
+            :func:`token_logps`.
 
     Returns:
         R in fp32 (fp64 for fp64 logits).
@@ -189,14 +191,17 @@ def distillation_loss(
     It reads each tensor once and writes the gradient once.
 
     ``kind``, ``beta`` and the tensors are those of :func:`token_divergence`
-    (``teacher_logits`` is its ``other_logits``); ``token_weights`` w are per row,
-    detached. ``num_items_in_batch`` is the final divisor (default: the number of valid
-    rows). The caller applies Hinton's factor T²: ``loss_scale=T**2``.
+    (``teacher_logits`` is its ``other_logits``). The caller applies Hinton's factor T²:
+    ``loss_scale=T**2``.
 
     ``one_pass`` (the default if a gradient is needed) computes the gradient in forward.
     A second backward raises; ``plan="two_pass"`` keeps the logits for it.
     ``consume_logits=True`` writes the gradient over the logits and needs no extra
     memory. ``generalized_jsd`` and a teacher of ``TopKLogps`` take two passes.
+
+    Args:
+        token_weights: the factor w of each row, detached.
+        num_items_in_batch: the final divisor; default: the number of valid rows.
 
     >>> import torch, reweight_ops as rw
     >>> logits = torch.zeros(1, 2, requires_grad=True)

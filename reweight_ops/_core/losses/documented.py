@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 
 #: The keywords of several ops. An op whose docstring names one says more about it
 #: there.
@@ -42,8 +43,8 @@ KEYWORDS = {
     "temperature": "A positive number, a 0-d tensor, or one number per row.",
     "softcap": "The cap of a tanh soft cap on the raw logits, a number; None disables it.",
     "vocab_size": "The number of columns of the softmax, if the head is padded beyond them.",
-    "drop_last": "Logits have one more position than ids. For ops that take logits.",
-    "consume_logits": "Write the gradient over the logits. For ops that take logits.",
+    "drop_last": "Logits have one more position than ids.",
+    "consume_logits": "Write the gradient over the logits.",
     "process_group": "The ranks that share the columns of one vocabulary (``docs/scaling.md``).",
     "sequence_group": "The ranks that share the rows of the same sequences (``docs/scaling.md``).",
     "sampling_mask": "The ids that a sampler kept of each row, a :class:`SamplingMask` or bool "
@@ -95,6 +96,25 @@ KEYWORDS = {
     "noise": "``[P + 1]`` standard normal draws.",
     "num_pairs_in_batch": "The final divisor of this call's sum of pairs.",
 }
+#: The same keywords where an op refuses them.
+_FROM_HIDDEN = dict.fromkeys(
+    ("drop_last", "consume_logits"), "Refused: only an op that takes logits has a use for it."
+)
+_OF_TWO = {
+    "sampling_mask": "Refused: a divergence compares two distributions over the whole vocabulary.",
+    "entropy_over": "Refused, as ``sampling_mask`` is.",
+}
+_RETURNS = {
+    "PolicyLossOutput": "A :class:`PolicyLossOutput`: ``loss``, log-probs, entropies and more per "
+    "token, ``metrics``, and the ``plan`` and ``backend`` that ran.",
+    "PreferenceLossOutput": "A :class:`PreferenceLossOutput`: ``loss``, scores per pair, "
+    "``metrics``, and the ``backend`` that ran.",
+    "DistillationLossOutput": "A :class:`DistillationLossOutput`: ``loss``, the divergence of "
+    "each token, and the ``plan`` and ``backend`` that ran.",
+    "TokenStats": "A :class:`TokenStats` with what ``stats`` names.",
+    "Tensor | tuple[Tensor, Tensor]": "``logps`` of shape R, or ``(logps, entropies)``.",
+    "Tensor": "R in fp32 (fp64 for fp64 inputs).",
+}
 _SHAPE = (
     "R is the shape of the rows: ``(B, T)``, or ``(N,)`` if packed. V is the size of the\n"
     "    vocabulary, D the width of the hidden states, S the number of sequences, P that of\n"
@@ -115,10 +135,12 @@ _REFERENCES = {
     "divergence": "Agarwal et al. 2023, On-Policy Distillation of Language Models, "
     "arXiv:2306.13649.",
 }
-_RAISES = """Raises:
-    InvalidCall: a shape, dtype, number or id that does not fit, or an argument without effect.
-    UnsupportedRequest, BackendUnavailable: no backend, or not the named one, can run this.
-    TypeError: an unknown keyword."""
+_RAISES = {
+    "InvalidCall": "a shape, dtype, number or id that does not fit, or an argument without effect.",
+    "UnsupportedRequest, BackendUnavailable": "no backend, or not the named one, can run this.",
+    "TypeError": "an unknown keyword.",
+}
+_WIDTH = 88
 
 
 def _default(parameter: inspect.Parameter) -> str:
@@ -139,26 +161,62 @@ def _references(signature: inspect.Signature) -> list[str]:
     return [_REFERENCES[name] for name, holds in marks.items() if holds]
 
 
-def documented(doc: str | None, signature: inspect.Signature) -> str:
-    """Return the docstring with a line for every keyword that it does not name, and
-    with the sections that every op has.
-    """
-    text = inspect.cleandoc(doc or "")
-    prose, examples, code = text.partition("\n>>> ")
-    lines = [
-        f"    {name} ({p.annotation}{_default(p)}): {KEYWORDS[name]}"
-        for name, p in signature.parameters.items()
-        if name in KEYWORDS
-        and not re.search(rf"(?m)^ +(?:[\w, ]+, )?{name}(?:, [\w, ]+)?: ", prose)
-    ]
-    sections = (
-        ["\n".join(["Keyword Args:" if "Args:" in prose else "Args:", *lines])] if lines else []
+def _section(text: str, heading: str) -> tuple[str, str]:
+    """Return a docstring without one of its sections, and the section's lines."""
+    found = re.search(rf"(?m)^{heading}\n((?:    .*\n?)+)\n*", text)
+    return (text, "") if found is None else (text[: found.start()] + text[found.end() :], found[1])
+
+
+def _wrapped(line: str, indent: int = 4) -> str:
+    return textwrap.fill(
+        line,
+        _WIDTH,
+        initial_indent=" " * indent,
+        subsequent_indent=" " * (2 * indent),
+        break_long_words=False,
+        break_on_hyphens=False,
     )
-    if "Returns:" not in prose:
-        sections.append(f"Returns:\n    {signature.return_annotation}.")
-    if "Raises:" not in prose:
-        sections.append(_RAISES)
-    if "Shape:" not in prose:
-        sections.append(f"Shape:\n    {_SHAPE}")
-    sections.append("\n    ".join(["References:", *_references(signature)]))
-    return "\n\n".join([prose.rstrip(), *sections, *([f">>> {code}"] if examples else [])])
+
+
+def entries_of(lines: str) -> dict[str, str]:
+    """Return what a section says of each of its names. A name that is only said to be
+    as in another op is left out.
+    """
+    entries = re.findall(r"(?m)^    (\S.*(?:\n     +.*)*)", lines)
+    parted = (" ".join(entry.split()).partition(": ") for entry in entries)
+    return {name: said for name, _, said in parted if not said.startswith("as in ")}
+
+
+def documented(doc: str | None, signature: inspect.Signature) -> str:
+    """Return the docstring with all sections that an op has.
+
+    ``Args`` has every parameter in the order of the signature: what the op says of it,
+    or else what all ops say.
+    """
+    text, _, ranges = inspect.cleandoc(doc or "").partition("\n\nRanges: ")
+    text, code, example = text.partition("\n>>> ")
+    prose, own = _section(f"{text.rstrip()}\n", "Args:")
+    prose, returns = _section(prose, "Returns:")
+    prose, raises = _section(prose, "Raises:")
+    given = signature.parameters
+    said = KEYWORDS | (_OF_TWO if "kind" in given else {})
+    said |= ({} if "logits" in given else _FROM_HIDDEN) | entries_of(own)
+    args = [
+        _wrapped(f"{name} ({p.annotation}{_default(p)}): {said[name][0].upper()}{said[name][1:]}")
+        for name, p in given.items()
+    ]
+    errors = [_wrapped(f"{name}: {when}") for name, when in (_RAISES | entries_of(raises)).items()]
+    result = returns.rstrip() or _wrapped(_RETURNS[signature.return_annotation]).replace(
+        "\n    ", "\n"
+    )
+    sections = [
+        prose.rstrip(),
+        "\n".join(["Args:", *args]),
+        textwrap.fill(f"Ranges: {ranges}", _WIDTH, subsequent_indent=" " * 4) if ranges else "",
+        f"Returns:\n{result}",
+        "\n".join(["Raises:", *errors]),
+        f"Shape:\n    {_SHAPE}",
+        textwrap.indent(f"Example:\n{code.lstrip()}{example}", " " * 4)[4:],
+        "\n".join(["References:", *map(_wrapped, _references(signature))]),
+    ]
+    return "\n\n".join(section for section in sections if section)

@@ -164,16 +164,29 @@ def explain(
 ) -> Explanation:
     """Explain what ``op(*args, **keywords)`` would do.
 
-    It takes every public op on logits, hidden states or log-probs.
+    Nothing runs, and no tensor is read.
 
-    ``device`` replaces the device of the tensors. For meta tensors the default is a GPU
-    if there is one, else the CPU.
+    Args:
+        op: a public op on logits, hidden states or log-probs.
+        args: its own arguments; meta tensors are enough.
+        device: the device to assume instead of the tensors'. For meta tensors the
+            default is a GPU if there is one, else the CPU.
+        keywords: its own keywords.
 
-    >>> import torch, reweight_ops as rw
-    >>> logits = torch.empty(2, 3, 8, device="meta", requires_grad=True)
-    >>> ids = torch.empty(2, 3, dtype=torch.long, device="meta")
-    >>> rw.explain(rw.policy_loss, logits, ids, 1.0, spec="gspo", device="cpu").plan
-    'two_pass'
+    Returns:
+        An :class:`Explanation`: the plan, the backend, the kernel, and why not the
+        others.
+
+    Raises:
+        InvalidCall: the first argument is not such an op; or whatever the call itself
+            would raise.
+
+    Example:
+        >>> import torch, reweight_ops as rw
+        >>> logits = torch.empty(2, 3, 8, device="meta", requires_grad=True)
+        >>> ids = torch.empty(2, 3, dtype=torch.long, device="meta")
+        >>> rw.explain(rw.policy_loss, logits, ids, 1.0, spec="gspo", device="cpu").plan
+        'two_pass'
     """
     prepare = PREPARED.get(op)
     if prepare is None:

@@ -94,13 +94,13 @@ def linear_token_logps(
     The logits are ``logit_scale · (hidden @ lm_head_weightᵀ + lm_head_bias)``.
 
     Args:
-        hidden: ``R + (D,)``.
+        hidden: ``R + (D,)``, the hidden states before the head.
         lm_head_weight: ``[V, D]`` in the same dtype (or under autocast, which casts as
             ``F.linear`` does).
         completion_ids, completion_mask, return_entropy, temperature, softcap,
             vocab_size, sampling_mask, entropy_over, backend: as in :func:`token_logps`.
         lm_head_bias: ``[V]``.
-        logit_scale: a number, before the soft cap.
+        logit_scale: a positive factor of the logits, before the soft cap.
         logits_dtype: dtype of a chunk's logits (default: hidden's). ``torch.float32``
             from 16-bit operands rounds once less.
         accumulate_dtype: dtype in which the weight's gradient is summed over chunks.
@@ -211,6 +211,9 @@ def linear_policy_loss(
     policy's logits are computed only once. The budget of a chunk is then for the logits
     of both models. Both gradients are computed in fp32 a few rows at a time, and their
     sum is rounded once. ``out.teacher`` has the divergences.
+
+    Args:
+        teacher: a :class:`Teacher`, whose term is added to the loss.
 
     >>> import torch, reweight_ops as rw
     >>> hidden = torch.zeros(1, 2, 3, requires_grad=True)

@@ -60,16 +60,16 @@ def linear_token_divergence(
     logits.
 
     Args:
-        hidden: ``R + (D,)``.
-        lm_head_weight: ``[V, D]``, and the other arguments of p's head: as in
-            :func:`linear_token_logps`.
+        hidden, lm_head_weight, lm_head_bias, logit_scale, lora: as in
+            :func:`linear_token_logps`, the head of p.
         other: ``HiddenLogits(hidden, lm_head_weight, lm_head_bias=, logit_scale=,
             lora=, logits_dtype=)``, of any width and dtype, all detached; or logits ``R
             + (V,)``, any batch and row stride; or ``TopKLogps(token_ids, logps,
             tail=)`` as in :func:`token_divergence`.
         kind, beta, completion_mask, other_temperature, other_softcap: as in
             :func:`token_divergence`.
-        vocab_size: needed where the two heads are padded differently.
+        vocab_size: the number of columns of the softmax, if the head is padded beyond
+            them. It is needed where the two heads are padded differently.
         chunk_rows: rows a chunk. By default the logits of *both* models take at most 96
             MiB on a CPU and 1.25 GiB on a GPU, or 256 rows.
         memory_budget: bytes of both models' logits, as in :func:`linear_token_logps`.
@@ -149,8 +149,8 @@ def linear_distillation_loss(
     either model.
 
     ``kind``, ``beta`` and the two models are those of :func:`linear_token_divergence`
-    (``teacher`` is its ``other``), ``generalized_jsd`` included; ``token_weights``,
-    ``num_items_in_batch`` and ``loss_scale`` those of :func:`distillation_loss`.
+    (``teacher`` is its ``other``). ``token_weights``, ``num_items_in_batch`` and
+    ``loss_scale`` are those of :func:`distillation_loss`.
 
     ``one_pass`` (the default if a gradient is needed) computes every gradient in
     forward, with three GEMMs per chunk for the student and one for the teacher.

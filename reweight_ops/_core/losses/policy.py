@@ -52,28 +52,31 @@ def policy_loss(
     Args:
         logits, completion_ids, completion_mask, temperature, softcap, vocab_size,
             drop_last, sampling_mask, entropy_over, backend: as in :func:`token_logps`.
-        advantages: per row; None only if the spec does not read it.
+        advantages: one per row or per sequence, or a number; None only if the spec does
+            not read it.
         spec: a :class:`PolicyLossSpec` or a method's name.
         plan: ``"auto"``, ``"one_pass"`` (gradient in forward, one read and one write
             per logit) or ``"two_pass"`` (everything else).
         differentiable_outputs: put ``per_token_logps`` and ``entropies`` into the
             graph; selects two_pass.
-        denominator_mask: the rows that count in denominators (default: the effective
-            mask).
+        denominator_mask: the rows that count in denominators; default: the rows that
+            are not ignored.
         cu_seqlens: ``[S + 1]``, packed rows; or ``sequence_ids`` with
             ``num_sequences``; else one sequence per last dimension.
         segment_ids: sub-sequence segments, for :class:`SegmentRatio`.
-        group_ids, num_groups: ``[S]``, which prompt each sequence answers, for a
-            reduction or weight that reads prompts.
+        group_ids: ``[S]``, which prompt each sequence answers, in ``[0, num_groups)``,
+            for a reduction or weight that reads prompts.
+        num_groups: the number of prompts, an int.
         old_per_token_logps: log-probs of the behaviour policy. None means on-policy
             (ratio 1, gradient kept).
         ref_per_token_logps: log-probs of the reference policy, if a penalty reads them.
         sampling_per_token_logps: log-probs of the sampler, if a weight reads them.
-        importance_sampling_ratio, token_weights: detached factors on the surrogate
-            only, already clipped by the caller.
+        importance_sampling_ratio: a detached factor of the surrogate only, already
+            clipped by the caller.
+        token_weights: one more detached factor of the surrogate, one per row.
         num_items_in_batch: the final divisor of this call's sum. DDP and FSDP average
             gradients, so pass total / world_size.
-        num_sequences_in_batch: the same for a mean over sequences.
+        num_sequences_in_batch: the final divisor of a mean over sequences.
         loss_scale: multiplies loss and gradient before any rounding (GradScaler's
             scale, 1/accumulation steps); metrics stay unscaled.
         validate: check ids, offsets and groups on a GPU too. The call then waits for

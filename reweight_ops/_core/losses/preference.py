@@ -63,19 +63,16 @@ def preference_loss(
             sequences are, and then it counts in no mean.
         pairs: ``"halves"`` (TRL: all chosen sequences, then all rejected) or
             ``"interleaved"`` (chosen, rejected, chosen, ...).
-        cu_seqlens, or sequence_ids with num_sequences: packed rows; else one sequence
-            per last dimension.
-        ref_per_token_logps: R, or ref_sequence_logps: ``[S]``, already summed as the
-            spec's score sums them; fp32 or fp64, detached.
-        old_per_token_logps, old_sequence_logps: the same for the policy that sampled
-            the pairs (INPO).
+        cu_seqlens: ``[S + 1]``, packed rows; or ``sequence_ids`` with
+            ``num_sequences``; else one sequence per last dimension.
+        ref_per_token_logps: R, log-probs of the reference model; fp32 or fp64,
+            detached.
+        ref_sequence_logps: ``[S]``, instead of these: already summed as the spec's
+            score sums them.
+        old_per_token_logps: R, log-probs of the policy that sampled the pairs (INPO);
+            or ``old_sequence_logps``.
         ref_logits: a second logits tensor of the shape of ``logits``, for a spec that
             reads KL(π_ref‖π) (SparsePO): one read of each.
-        reward_mask, kl_mask: R, token masks of any non-negative value; may require
-            grad.
-        reward_margins, judge_margins, consistency, chosen_values, rejected_values:
-            ``[P]``, detached; what a spec reads is in its docstring.
-        noise: ``[P + 1]`` standard normal draws.
         num_pairs_in_batch: the final divisor of this call's sum, instead of its number
             of pairs.
         loss_scale: multiplies loss and gradient before any rounding.
@@ -127,9 +124,11 @@ def preference_loss_from_logps(
     It is exact under autograd to ``per_token_logps`` (R, fp32 or fp64) and to
     ``per_token_kl``.
 
-    ``completion_ids``: R, only for specs that read where a pair first differs.
-    ``log_sum_p_sq``: R, for WPO. The other arguments are those of
-    :func:`preference_loss`.
+    The other arguments are those of :func:`preference_loss`.
+
+    Args:
+        completion_ids: R, only for specs that read where a pair first differs.
+        log_sum_p_sq: R, for WPO.
 
     >>> import torch, reweight_ops as rw
     >>> logps = torch.tensor([[-1.0, -2.0], [-2.0, -3.0]], requires_grad=True)

@@ -98,7 +98,7 @@ def token_logps(
     completion_mask: Tensor | None = None,
     return_entropy: bool = False,
     **keywords: Unpack[SoftmaxKeywords],
-) -> Call[Any]:
+) -> Call[Tensor | tuple[Tensor, Tensor]]:
     """Log-probs of the given ids, and optionally the entropies, all differentiable.
 
     They are ``log_softmax(x)[id]`` and ``-Σ p log p`` with ``x = cap·tanh(z/cap)/T``.

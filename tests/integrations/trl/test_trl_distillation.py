@@ -250,7 +250,7 @@ def trainer(tmp_path_factory):
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_the_trainers_loss(trainer, beta):
     """Loss, all gradients and the logged entropy of a micro-batch with masked tokens;
-    the rows out of the mask are not projected.
+    ignored rows are not projected.
     """
     trainer.beta = beta
     trainer.current_gradient_accumulation_steps = 1

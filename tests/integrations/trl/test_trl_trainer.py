@@ -16,8 +16,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl_common import OURS, TINY, assert_same, configure, current, make_inputs, run
 
 import reweight_ops as rw
-from reweight_ops.integrations import trl as integration
-from reweight_ops.integrations.trl import ReweightGRPOTrainer, patch_trl
+from reweight_ops.integrations.trl import ReweightGRPOTrainer, library, patch_trl
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
@@ -179,18 +178,18 @@ def test_signatures_are_checked():
         def _compute_loss(self, model, inputs, required):
             pass
 
-    integration.check_signatures(trl.GRPOTrainer)
+    library.check_signatures(trl.GRPOTrainer)
     with pytest.raises(
         rw.BackendUnavailable,
         match=r"Moved._get_per_token_logps_and_entropies has the signature \(self, model, batch\)",
     ):
-        integration.check_signatures(Moved)
+        library.check_signatures(Moved)
     with pytest.raises(rw.BackendUnavailable, match=r"Fewer\._compute_loss"):
-        integration.check_signatures(Fewer)
+        library.check_signatures(Fewer)
 
 
 def test_unknown_loss_source_is_reported(make_trainer, monkeypatch):
-    monkeypatch.setattr(integration, "_KNOWN_LOSSES", ())
+    monkeypatch.setattr(library, "KNOWN_LOSSES", ())
     with pytest.warns(UserWarning, match="was not checked against"):
         make_trainer(ReweightGRPOTrainer, ours={"fuse_loss": True})
 
@@ -206,7 +205,7 @@ def test_a_known_loss_is_known_under_a_patch_too(make_trainer):
 
 # --- patch_trl ------------------------------------------------------------------------
 def test_patch_and_undo(make_trainer, trainers):
-    originals = {name: getattr(trl.GRPOTrainer, name) for name in integration._SIGNATURES}
+    originals = {name: getattr(trl.GRPOTrainer, name) for name in library.SIGNATURES}
     inputs = make_inputs(trainers["stock"])
     stock = run(trainers["stock"], inputs)
     with patch_trl(fuse_loss=True) as patch:
