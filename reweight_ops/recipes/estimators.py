@@ -44,8 +44,8 @@ ALL = (
         advantages="rw.advantages.rloo(rewards, group_size=group_size)",
         spec=_WHOLE,
         rollout=(
-            "A whole completion is one action. The KL to the reference is part of the reward "
-            "there.",
+            "A whole completion is one action. In the paper the KL to the reference is part of "
+            "the reward.",
         ),
     ),
     Recipe(
@@ -53,7 +53,7 @@ ALL = (
         entry="rw.advantages.opo",
         advantages="rw.advantages.opo(rewards, lengths, group_size=group_size)",
         spec="rw.methods.reinforce()",
-        rollout=("Strictly on-policy: one update per rollout.",),
+        rollout=("It is strictly on-policy: one update per rollout.",),
     ),
     Recipe(
         name="aapo",
@@ -72,11 +72,10 @@ ALL = (
         advantages="rw.advantages.pvpo(rewards, reference_rewards, group_size=group_size)",
         spec="rw.methods.grpo()",
         rollout=(
-            "`reference_rewards` are `[num_groups, M]`: rewards of the reference policy's "
-            "completions, made beforehand.",
-            "Prompts of accuracy 1 are dropped; into those of accuracy 0 one true trajectory is "
-            "put.",
-            "The coefficient of its KL penalty was not found; 0 here.",
+            "`reference_rewards` are `[num_groups, M]`: rewards of completions that the "
+            "reference policy sampled before training.",
+            "Prompts with accuracy 1 are dropped. Groups with accuracy 0 get one true trajectory.",
+            "The coefficient of its KL penalty was not found. It is 0 here.",
         ),
     ),
     Recipe(
@@ -86,9 +85,7 @@ ALL = (
         spec="rw.methods.dapo()",
         settings=(
             *published(PAPER, quantile="0.4; 0.6 where entropy collapses"),
-            *published(
-                "DAPO's, which the rest of the method is", epsilon_low=0.2, epsilon_high=0.28
-            ),
+            *published("DAPO, which is the rest of the method", epsilon_low=0.2, epsilon_high=0.28),
         ),
     ),
     Recipe(
@@ -115,7 +112,7 @@ ALL = (
         entry="rw.advantages.mapo_mixed",
         advantages="rw.advantages.mapo_mixed(rewards, correct, group_size=group_size)",
         spec="rw.methods.grpo(beta=0.01)",
-        settings=published("EasyR1's default, which the authors' code is made from", beta=0.01),
+        settings=published("EasyR1's default; the authors' code derives from EasyR1", beta=0.01),
     ),
     Recipe(
         name="difficulty_prior",
@@ -166,8 +163,8 @@ ALL = (
             epsilon_high=0.28,
         ),
         rollout=(
-            "By length instead of entropy: `metric_kind='length'` with `lengths`. "
-            "First-Intra-Later-Inter: `inter_weight=rewards.mean()`.",
+            "`metric_kind='length'` with `lengths` compares lengths instead of entropies. "
+            "`inter_weight=rewards.mean()` is First-Intra-Later-Inter.",
         ),
     ),
     Recipe(
@@ -187,7 +184,8 @@ ALL = (
             epsilon_high=0.28,
         ),
         rollout=(
-            "Cosine, First-Intra-Later-Inter. `order='inter_first'` is First-Inter-Later-Intra.",
+            "The schedule is cosine, First-Intra-Later-Inter. `order='inter_first'` is "
+            "First-Inter-Later-Intra.",
         ),
     ),
     Recipe(
@@ -277,7 +275,7 @@ ALL = (
             *published(f"{PAPER}, algorithm 1", gamma=1),
             *published(SCRIPT, reward_clip=5, gamma=0.99, kl_coef=0.05),
         ),
-        rollout=("One greedy completion of every prompt besides.",),
+        rollout=("Every prompt also has one greedy completion.",),
     ),
     Recipe(
         name="lite_ppo",
@@ -295,7 +293,8 @@ ALL = (
         spec="rw.methods.gpg()",
         settings=published(VERL, f_norm=1),
         rollout=(
-            "The paper drops groups of equal rewards; strictly on-policy: one update a rollout.",
+            "The paper drops groups of equal rewards. It is strictly on-policy: one update per "
+            "rollout.",
         ),
     ),
     Recipe(
@@ -308,8 +307,8 @@ ALL = (
             *published("TRL's default (`beta2`, of the loss)", beta=0.001),
         ),
         rollout=(
-            "`reference_rewards` are `[num_groups, M]`: rewards of the reference policy's "
-            "completions, made beforehand.",
+            "`reference_rewards` are `[num_groups, M]`: rewards of completions that the "
+            "reference policy sampled before training.",
             "Prompts that the reference never solves are left out.",
         ),
     ),
@@ -327,7 +326,7 @@ ALL = (
         advantages="rw.advantages.passk_training(correct, k=2, group_size=group_size)",
         spec="rw.methods.ppo()",
         settings=published("an example", k=2),
-        rollout=("Groups have more than k completions: of one with k every advantage is 0.",),
+        rollout=("Groups have more than k completions: in a group of k every advantage is 0.",),
     ),
     Recipe(
         name="psr_nsr",
@@ -345,7 +344,7 @@ ALL = (
             learning_rate="1e-6",
             batch="1024 prompts, 256 an update",
         ),
-        rollout=("NSR is `positive_weight=0`; PSR `positive_weight=1, negative_weight=0`.",),
+        rollout=("NSR is `positive_weight=0`; PSR is `positive_weight=1, negative_weight=0`.",),
     ),
     Recipe(
         name="maxrl",

@@ -12,7 +12,7 @@ _PAIRS = (
     "completion_mask=completion_mask{}).loss"
 )
 _REFERENCE = ", ref_per_token_logps=ref_per_token_logps"
-_HALVES = ("All chosen completions, then all rejected ones.",)
+_HALVES = ("A batch has all chosen completions, then all rejected ones.",)
 _MEAN = (
     "rw.divergences.ldr(policy(batch), completion_ids, "
     "completion_mask=completion_mask{}).sum() / completion_mask.sum()"
@@ -74,7 +74,7 @@ ALL = (
         spec="rw.methods.sft()",
         settings=published(EXAMPLE, temperature=3.3),
         rollout=(
-            "Samples are drawn uniformly. Cooldown: a temperature that falls as training goes.",
+            "Samples are drawn uniformly. For the cooldown, lower the temperature during training.",
         ),
     ),
     Recipe(
@@ -97,7 +97,7 @@ ALL = (
             alpha='0.5 ("a relative weight", of the labels)',
             kd_temperature="1, 2, 5 and 10 tried; 2 here",
         ),
-        rollout=("`teacher_logits` are without gradient.",),
+        rollout=("`teacher_logits` need no gradient.",),
     ),
     Recipe(
         name="superhf",
@@ -116,7 +116,7 @@ ALL = (
             top_p=0.95,
         ),
         rollout=(
-            "`teacher_logits` are of the model before the training, without gradient.",
+            "`teacher_logits` come from the model before the training. They need no gradient.",
             "One gradient step per sampled batch: completions are then sampled again.",
         ),
     ),
@@ -124,7 +124,7 @@ ALL = (
         name="gradient_ascent",
         entry="rw.methods.gradient_ascent",
         spec="rw.methods.gradient_ascent()",
-        rollout=("A batch holds texts to forget. Unbounded below: stop early.",),
+        rollout=("A batch holds texts to forget. The loss is unbounded below: stop early.",),
     ),
     Recipe(
         name="grad_diff",
@@ -191,6 +191,6 @@ ALL = (
             "return_entropy=True)[1], vocab_size, lambda0=1.0, alpha=2.0)"
         },
         settings=(*published(SCRIPT, alpha=2), *published(EXAMPLE, lambda0=1)),
-        rollout=("λ is a state of the example, from epoch to epoch; it starts at λ₀.",),
+        rollout=("Each example keeps its λ from epoch to epoch. λ starts at λ₀.",),
     ),
 )

@@ -11,11 +11,11 @@ _CENTERED = "rw.advantages.dr_grpo(rewards, group_size=group_size)"
 _SAMPLER = {"old_per_token_logps": "sampling_per_token_logps"}
 _TEACHER = ("`ref_per_token_logps` are the teacher's, on the tokens that the policy sampled.",)
 _MISMATCH = (
-    "The sampler's log-probs are of what it really sampled from: after its own temperature and "
-    "truncation.",
+    "The sampler's log-probs are those of the distribution that it sampled from, after its "
+    "temperature and truncation.",
 )
 _PROXIMAL = (
-    "The sampler's log-probs stand for the old policy's: the ratio holds staleness and mismatch "
+    "Pass the sampler's log-probs as the old ones. The ratio then has staleness and mismatch "
     "together.",
 )
 
@@ -104,7 +104,7 @@ ALL = (
         advantages="2 * correct - 1",
         spec="rw.methods.real(group_size=group_size)",
         settings=published("ms-swift's default", tau=0.5, beta=0),
-        rollout=("Of the advantages only the sign counts: they are the labels.",),
+        rollout=("Only the sign of the advantages counts: they are the labels.",),
     ),
     Recipe(
         name="fipo_weight",

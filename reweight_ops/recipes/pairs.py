@@ -11,7 +11,7 @@ _LOSS = (
     "completion_mask=completion_mask{}).loss"
 )
 _REFERENCE = ", ref_per_token_logps=ref_per_token_logps"
-_HALVES = ("All chosen completions, then all rejected ones.",)
+_HALVES = ("A batch has all chosen completions, then all rejected ones.",)
 
 
 def _pairs(
@@ -41,7 +41,9 @@ ALL = (
         entry="rw.preference.tpo",
         spec="rw.preference.tpo()",
         loss=_LOSS.format("spec", ""),
-        rollout=("All chosen completions, then all rejected ones, then all gold ones.",),
+        rollout=(
+            "A batch has all chosen completions, then all rejected ones, then all gold ones.",
+        ),
     ),
     Recipe(
         name="beta_dpo",
@@ -63,7 +65,7 @@ ALL = (
         advantages="2 * correct - 1",
         spec="rw.methods.kto()",
         rollout=(
-            "`correct`: whether a response was liked.",
+            "`correct` says whether a response was liked.",
             "`kl=rw.preference.kto_baseline(...)` of each prompt with another prompt's response "
             "is the paper's baseline.",
         ),

@@ -60,8 +60,8 @@ ALL = (
         after={"state, factor": "weighting.update(state, metrics)"},
         settings=published(SCRIPT, base=0.5, scale=1.5),
         rollout=(
-            "`reference` are the validation metrics before training; `metrics` those after the "
-            "step.",
+            "`reference` has the validation metrics before training, and `metrics` those "
+            "after the step.",
             "A factor of all rewards cancels in advantages that are divided by a standard "
             "deviation.",
         ),
@@ -100,7 +100,8 @@ ALL = (
         spec="rw.methods.sft()",
         settings=published(SCRIPT, temperature=0.1),
         rollout=(
-            "Weights are over the data set: give the returns of all of it, and take the batch's.",
+            "Weights are over the data set: pass the returns of all trajectories, and use "
+            "the weights of the batch.",
         ),
     ),
     Recipe(
@@ -110,7 +111,8 @@ ALL = (
         spec="rw.methods.sft()",
         settings=published(SCRIPT, temperature=0.1),
         rollout=(
-            "Weights are over the data set: give the returns of all of it, and take the batch's.",
+            "Weights are over the data set: pass the returns of all trajectories, and use "
+            "the weights of the batch.",
         ),
     ),
 )

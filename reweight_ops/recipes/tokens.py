@@ -21,8 +21,8 @@ _TWO_UPDATES = (
     "old log-probs stay those of the rollout.",
 )
 _MISMATCH = (
-    "The sampler's log-probs are of what it really sampled from: after its own temperature and "
-    "truncation.",
+    "The sampler's log-probs are those of the distribution that it sampled from, after its "
+    "temperature and truncation.",
 )
 
 ALL = (
@@ -118,7 +118,9 @@ ALL = (
             "denominator_mask": "completion_mask",
         },
         settings=published(PAPER, switch_step="10 to 30 % of the training"),
-        rollout=("Any advantage estimator and any loss: the paper's combines with several.",),
+        rollout=(
+            "It combines with any advantage estimator and any loss. The paper tries several.",
+        ),
     ),
     Recipe(
         name="d3s",
@@ -132,7 +134,7 @@ ALL = (
         keywords={"completion_mask": "completion_mask * sample_weights[:, None]"},
         settings=published(EXAMPLE, num_samples="(4, 8)", token_fraction="(0.2, 1.0)"),
         rollout=(
-            "The budget of samples is of this call: scale it with the number of completions.",
+            "The budget of samples is for this call: scale it with the number of completions.",
         ),
     ),
     Recipe(
@@ -153,10 +155,10 @@ ALL = (
             overlong_buffer="4096 tokens of 20480, penalty 1",
         ),
         rollout=(
-            "Prompts are sampled anew until as many are kept as a batch has, at most 10 times; "
-            "here those left out only leave the loss.",
+            "Prompts are sampled again, at most 10 times, until the batch is full. Here the "
+            "prompts that are left out are only missing from the loss.",
             "Soft overlong punishment is part of the rewards: from 0 to -1 over the last 4096 "
-            "tokens of the budget. `correct` is without it.",
+            "tokens of the budget. `correct` does not include it.",
         ),
     ),
     Recipe(
@@ -182,10 +184,10 @@ ALL = (
             max_grad_norm=20,
         ),
         rollout=(
-            "`rewards` are those of the format, which are added. Questions of one right option "
-            "are inverted into questions of several beforehand.",
-            "The ratio is always 1 in the authors' code: one update a rollout.",
-            "The weights are of the same logits as the loss: keep `policy(batch)` rather than "
+            "`rewards` are the format rewards, which are added. Questions with one right option "
+            "are first inverted into questions with several.",
+            "The ratio is always 1 in the authors' code, which makes one update per rollout.",
+            "The weights come from the same logits as the loss: keep `policy(batch)` rather than "
             "compute it twice.",
         ),
     ),
