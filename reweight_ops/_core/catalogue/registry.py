@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from ...errors import InvalidCall
 from ..ranges import ranged
@@ -202,7 +202,7 @@ def published(
         if of in _OF_SPECS:
             checked = _naming_its_spec(checked, entry_name)
         if inspect.isfunction(checked):
-            checked.__signature__ = written_out(checked)
+            cast(Any, checked).__signature__ = written_out(checked)
         checked.__doc__ = with_reference(
             with_sections(checked, with_arguments(checked), of, entry_name), title, arxiv
         )
