@@ -125,7 +125,9 @@ class Range:
     def check(self, owner: str, name: str, value: Any) -> None:
         """Raise an error that says what is allowed."""
         if not self.has(value):
-            raise InvalidCall(f"{owner}: {name} is {value!r}, expected {self}.")
+            of_no_numbers = isinstance(value, Tensor) and not _has_numbers(value)
+            given = value.dtype if of_no_numbers else repr(value)
+            raise InvalidCall(f"{owner}: {name} is {given}, expected {self}.")
 
     def __str__(self) -> str:
         return f"{self.interval}{' or None' if self.optional else ''}"

@@ -8,6 +8,7 @@ import torch
 import reweight_ops as rw
 from reweight_ops._core.calls.keywords import (
     ALIASES,
+    LMHeadKeywords,
     PolicyKeywords,
     PolicyOptions,
     SoftmaxKeywords,
@@ -126,6 +127,7 @@ def test_keyword_tables_agree():
     known = {
         *SoftmaxKeywords.__annotations__,
         *PolicyKeywords.__annotations__,
+        *LMHeadKeywords.__annotations__,
         "completion_ids",
         "spec",
         "advantages",
