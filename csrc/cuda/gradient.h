@@ -105,18 +105,17 @@ RW_DEVICE void write_vectors(const T* x, T* out, int at, const RowGradient& g, c
 
 /// Divides a row's columns among threads: `head` columns, one per thread; whole vectors; and the
 /// remaining columns, one per thread. The order of a gradient does not matter, so that vectors
-/// start where the gradient is aligned in memory. Where the logits are not, theirs are shifted.
+/// start where they are aligned in memory, if logits and gradient agree. Otherwise every column is
+/// written by itself.
 struct GradientColumns {
     int head, vectors;
-    bool shifted;
 
     template <class T>
     RW_DEVICE GradientColumns(const T* x, const T* out, bool reads, int vocab) {
         const auto off = [](const T* p) { return int(reinterpret_cast<uintptr_t>(p) & 15); };
         head = (16 - off(out)) % 16 / int(sizeof(T));
         if (head > vocab) head = vocab;
-        vectors = (vocab - head) / kPerVector<T>;
-        shifted = reads && off(x) != off(out);
+        vectors = !reads || off(x) == off(out) ? (vocab - head) / kPerVector<T> : 0;
     }
     /// The thread that writes a column. It may write the column again without a barrier.
     template <class T>
@@ -134,18 +133,11 @@ RW_DEVICE void sweep_gradient(const T* x, T* out, int vocab, const GradientColum
     constexpr int kInFlight = kTerms == Terms::far ? 1 : kTerms == Terms::full ? kUnroll / 2 : kVectors;
     constexpr int n = kPerVector<T>, kStep = kThreads * kInFlight;
     const auto write = [&](int column) { narrow(gradient_of<kTerms>(kTerms == Terms::fill ? 0.0f : widen(x[column]), g, softcap), out[column]); };
-    const int whole = columns.shifted ? 0 : columns.vectors / kStep * kStep;
+    const int whole = columns.vectors / kStep * kStep;
     for (int column = columns.head + columns.vectors * n + thread_index(); column < vocab; column += kThreads) write(column);
     const T* const from = x + columns.head;
     T* const to = out + columns.head;
-    if (columns.shifted) {
-        const ShiftedRow<T> shifted(from, columns.vectors);
-        for (int at = thread_index(); at < columns.vectors; at += kThreads) {
-            store16(to + int64_t(at) * n, gradient_of<T, kTerms>(shifted.load(at), g, softcap));
-        }
-    } else {
-        for (int at = whole + thread_index(); at < columns.vectors; at += kThreads) write_vectors<T, kTerms, 1>(from, to, at, g, softcap);
-    }
+    for (int at = whole + thread_index(); at < columns.vectors; at += kThreads) write_vectors<T, kTerms, 1>(from, to, at, g, softcap);
     for (int at = whole - kStep + thread_index(); at >= 0; at -= kStep) write_vectors<T, kTerms, kInFlight>(from, to, at, g, softcap);
     if (thread_index() < columns.head) write(thread_index());
 }
