@@ -14,20 +14,9 @@ import triton.language as tl
 from . import math
 from .kernels import kernel
 from .sweep import (
-    LN2,
-    LOWEST,
-    SURE,
-    base2_scale,
-    capped,
-    high,
-    low,
-    pack,
-    rest_of_slot,
-    row_offset,
-    slot_dot,
-    slot_sum,
-    zero_sweep,
-)
+    LN2, LOWEST, SURE, base2_scale, capped, high, low, pack, rest_of_slot, row_offset, slot_dot,
+    slot_sum, zero_sweep,
+)  # fmt: skip
 from .words import load_elements, load_tile, numbers, round_to, store_run
 
 # 2⁵⁰: a thousand elements of that size fit in 63 bits
@@ -356,33 +345,22 @@ def _row_stats(
     is_nan = ((p_sum == p_sum) & (q_sum == q_sum)) == 0  # integers cannot hold a NaN
     p_sum, q_sum = tl.where(p_leads, 0.0, p_sum), tl.where(q_leads, 0.0, q_sum)
     sizes = _joined8(
-        _size(p_sum),
-        _size(p_dot),
-        _size(p_cross),
-        _size(q_sum),
-        _size(q_dot),
-        _size(q_cross),
-        p_zero,
-        q_zero,
-    )
+        _size(p_sum), _size(p_dot), _size(p_cross), _size(q_sum), _size(q_dot), _size(q_cross),
+        p_zero, q_zero,
+    )  # fmt: skip
     s1, s2, s3, s4, s5, s6, p_zero, q_zero = _split8(tl.max(sizes, 0))
     s1, s2, s3 = tl.maximum(s1, _SMALLEST), tl.maximum(s2, _SMALLEST), tl.maximum(s3, _SMALLEST)
     s4, s5, s6 = tl.maximum(s4, _SMALLEST), tl.maximum(s5, _SMALLEST), tl.maximum(s6, _SMALLEST)
     p_rest, p_dot, p_cross, q_rest, q_dot, q_cross, is_nan, leaders = _split8(
         tl.sum(
             _joined8(
-                _fixed(p_sum, s1),
-                _fixed(p_dot, s2),
-                _fixed(p_cross, s3),
-                _fixed(q_sum, s4),
-                _fixed(q_dot, s5),
-                _fixed(q_cross, s6),
-                is_nan.to(tl.int64),
-                leaders,
+                _fixed(p_sum, s1), _fixed(p_dot, s2), _fixed(p_cross, s3),
+                _fixed(q_sum, s4), _fixed(q_dot, s5), _fixed(q_cross, s6),
+                is_nan.to(tl.int64), leaders,
             ),
             0,
         )
-    )
+    )  # fmt: skip
     p_rest, p_dot, p_cross = _unfixed(p_rest, s1), _unfixed(p_dot, s2), _unfixed(p_cross, s3)
     q_rest, q_dot, q_cross = _unfixed(q_rest, s4), _unfixed(q_dot, s5), _unfixed(q_cross, s6)
     p_rest = _with_leader(p_rest, high(leaders), X, V, p_lead, p_top, kp, p_cap, SLOTS, E, P_CAP)
