@@ -14,8 +14,19 @@ import triton.language as tl
 from . import math
 from .kernels import kernel
 from .sweep import (
-    LN2, LOWEST, SURE, base2_scale, capped, high, low, pack, rest_of_slot, row_offset, slot_dot,
-    slot_sum, zero_sweep,
+    LN2,
+    LOWEST,
+    SURE,
+    base2_scale,
+    capped,
+    high,
+    low,
+    pack,
+    rest_of_slot,
+    row_offset,
+    slot_dot,
+    slot_sum,
+    zero_sweep,
 )  # fmt: skip
 from .words import load_elements, load_tile, numbers, round_to, store_run
 

@@ -227,8 +227,9 @@ def _range(annotation: Any, module: str, optional: bool, plain: bool) -> Range |
     formulas = [
         x for x in parts if inspect.isclass(x) and issubclass(x, Unread) and x is not Unread
     ]
-    if formulas and {*parts} <= {*formulas, Tensor, type(None)}:
-        allowed: tuple[type, ...] = (*formulas, *((Tensor,) if Tensor in parts else ()))
+    # A part that must be a formula is checked by its record, which says what was meant.
+    if formulas and Tensor in parts and {*parts} <= {*formulas, Tensor, type(None)}:
+        allowed: tuple[type, ...] = (*formulas, Tensor)
         names = " or ".join(f"a {x.__name__}" for x in reversed(allowed))
         return Kind(allowed, names, optional)
     return Range(PLAIN, optional, True) if plain and float in parts else None

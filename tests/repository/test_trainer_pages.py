@@ -33,12 +33,11 @@ def ours(module, name):
     trainers need not be there.
     """
     path = ROOT / module.replace(".", "/")
-    tree = ast.parse(
-        (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
-    )
+    files = path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]
     (found,) = (
         node
-        for node in tree.body
+        for file in files
+        for node in ast.parse(file.read_text()).body
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name
     )
     if isinstance(found, ast.ClassDef):

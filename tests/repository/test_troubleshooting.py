@@ -71,7 +71,7 @@ def refilled():
 
 CALLS = {
     "needs its command-line extra": without_typer,
-    "was asked for": lambda: loss(backend="triton"),
+    "was asked for": lambda: rw.token_logps(logits(dtype=torch.float64), IDS, backend="cpu"),
     "this installation has no CUDA kernels": without_cuda_kernels,
     "was built from other sources": of_other_sources,
     "plan='one_pass' is impossible": lambda: loss(spec="gspo", plan="one_pass"),

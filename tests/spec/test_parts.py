@@ -50,11 +50,11 @@ WRONG = {
     ),
     "a name that is not text": (
         lambda: spec(name=3),
-        "PolicyLossSpec: name is 3, expected a str or None.",
+        "PolicyLossSpec: name is 3, expected a string or None.",
     ),
     "a pair loss's name that is none": (
         lambda: PAIRS.dpo().replace(name=b"dpo"),
-        "PairSpec: name is b'dpo', expected a str or None.",
+        "PairSpec: name is b'dpo', expected a string or None.",
     ),
     "a surrogate by name": (lambda: spec(surrogate="clip"), "Write rw.rules.RULES['clip'](...)."),
     "a surrogate as class": (lambda: spec(surrogate=CLIP), "It is a class: write Clip(...)."),

@@ -29,7 +29,7 @@ def require_tuple(owner: str, field: str, value: Any) -> None:
 def require_name(owner: str, value: Any) -> None:
     """A spec's name is text, for tables and messages, or None."""
     if value is not None and not isinstance(value, str):
-        raise InvalidCall(f"{owner}: name is {value!r}, expected a str or None.")
+        raise InvalidCall(f"{owner}: name is {value!r}, expected a string or None.")
 
 
 def require_part(
