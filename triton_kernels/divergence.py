@@ -816,15 +816,8 @@ def divergence_kernel(
     t, u = tl.load(T + row * t_stride), tl.load(T_OTHER + row * other_t_stride)
     zero = tl.full((), 0.0, tl.float32)
     forward, reverse, entropy, other_entropy, p_lse, p_low, q_lse, q_low = (
-        zero,
-        zero,
-        zero,
-        zero,
-        zero,
-        zero,
-        zero,
-        zero,
-    )
+        zero, zero, zero, zero, zero, zero, zero, zero,
+    )  # fmt: skip
     if STATS:
         if keep:
             kp, kq = base2_scale(t), base2_scale(u)
