@@ -263,16 +263,21 @@ def ranges_of(what: Any, plain: bool = False) -> dict[str, Range]:
     return found
 
 
-def ranged(what: T, plain: bool = False) -> T:
+def ranged(what: T, plain: bool = False, words: bool = True) -> T:
     """Check the hyper-parameters of a function's calls, or of a dataclass's instances,
     by their annotations.
 
-    It is also a decorator.
+    It is also a decorator. An op checks its words itself and has ``words=False``, so
+    that a warm call with ``plan=...`` checks nothing here.
     """
     target: Any = what
     if "__ranges__" in vars(target):
         return what
-    ranges = ranges_of(target, plain)
+    ranges = {
+        name: allowed
+        for name, allowed in ranges_of(target, plain).items()
+        if words or not isinstance(allowed, Kind)
+    }
     said = {name: allowed for name, allowed in ranges.items() if allowed.interval is not PLAIN}
     target.__ranges__, target.__doc__ = ranges, described(target.__doc__, said)
     is_class = inspect.isclass(what)  # inspect.isclass(target) would narrow the type

@@ -81,7 +81,7 @@ def public_op(prepare: Callable[P, Call[T] | Again[T]]) -> Callable[P, T]:
     takes only the call.
     """
 
-    prepare = ranged(prepare)
+    prepare = ranged(prepare, words=False)
 
     @functools.wraps(prepare)
     def op(*args: P.args, **keywords: P.kwargs) -> T:
