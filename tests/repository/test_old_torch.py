@@ -58,3 +58,12 @@ def test_no_forward_is_decorated_by_a_context():
         for at, f in nodes(ast.FunctionDef)
         if f.name in ("forward", "backward") and any("grad()" in d for d in decorators(f))
     ]
+
+
+def test_nothing_is_copied_by_the_copy_module():
+    """A trainer's own settings are, outside of any graph."""
+    assert not [
+        at
+        for at, call in nodes(ast.Call)
+        if ast.unparse(call.func) == "copy.copy" and "integrations" not in at
+    ]

@@ -4,12 +4,11 @@ entry.
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 from ...errors import InvalidCall
@@ -133,13 +132,15 @@ def _snake_case(name: str) -> str:
 def _naming_its_spec(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """Return the function of a method, whose spec then has the name of its entry.
 
-    The spec is copied, because another method, or the user's code, may hold it by its
-    own name.
+    A spec without a name is the function's own, and gets it. Another method, or the
+    user's code, may hold a spec with a name, so that one is copied.
     """
 
     @functools.wraps(function)
     def named(*args: Any, **options: Any) -> Any:
-        spec = copy.copy(function(*args, **options))
+        spec = function(*args, **options)
+        if spec.name is not None:
+            return spec if spec.name == name else replace(spec, name=name)
         object.__setattr__(spec, "name", name)
         return spec
 
@@ -162,7 +163,7 @@ def published(
     annotations (:mod:`reweight_ops._core.ranges`).
 
     The entry's name is that of the function, or the class's in snake_case, unless
-    ``name`` gives another. The spec that a method returns has this name too.
+    ``name`` gives another. The spec that a method returns gets this name too.
 
     ``arxiv`` is the id, or ``unknown``, and never invented. ``paper`` is its title,
     unless :mod:`.titles` has it. ``level`` is token, segment, sequence, group, pair,
