@@ -67,7 +67,7 @@ wheel:                 ## a release's wheel for $(PYTHON), into dist/: built, au
 	cd build/wheel && try/bin/reweight-ops info && try/bin/reweight-ops check --method grpo
 
 # On a machine with a GPU and, often, without a network: with the Python that has torch, if there is one.
-gpu: GPU_ARGS =             ## builds, tests and measures on a GPU, in at most 10 minutes; results under $$OUT or gpu_output/
+gpu: GPU_ARGS =             ## builds, tests and measures on a GPU, in at most 4 minutes; results under $$OUT or gpu_output/
 gpu-test: GPU_ARGS = --only test
 gpu-bench: GPU_ARGS = --only bench
 gpu gpu-test gpu-bench:

@@ -1,4 +1,4 @@
-"""``make gpu``: everything that needs a GPU, in one command of at most 10 minutes,
+"""``make gpu``: everything that needs a GPU, in one command of at most four minutes,
 without a network.
 
 python -m bench.gpu                build, tests, compute-sanitizer, benchmark
@@ -15,15 +15,17 @@ stages. The stages need torch, pytest, pybind11, ninja and setuptools (with whee
 older than 70.1). Without pytest-xdist tests run one after the other, without rich
 tables are plain, without matplotlib there is no plot.
 
-The 580 seconds are divided as follows. Seconds that are kept for later stages are not
-available to earlier ones:
+The 240 seconds are divided as follows. Seconds that are kept for later stages are not
+available to earlier ones. ``--seconds`` multiplies all of them:
 
-    stage                                          at most   kept
-    build                                              240     60
-    tests                                              220     90
-    memcheck, racecheck, initcheck, synccheck cuda  50 each  12 each
-    memcheck, racecheck triton                      50 each  12 each
-    bench                                         the rest    240
+    stage                               at most     kept
+    build                                    90       30
+    tests                                   100       60
+    memcheck, racecheck cuda            30 each  15 each
+    bench                              the rest       60
+
+``--only test`` leaves out the benchmark and has time for every check: initcheck and
+synccheck of the CUDA kernels, memcheck and racecheck of Triton's.
 
 The checks and the benchmark receive their time limit, begin with the most important
 work, and name what they leave out.
@@ -51,8 +53,11 @@ ROOT = Path(__file__).resolve().parent.parent
 _MARGIN = 8.0
 #: Grace period after SIGINT, so that pytest can write its report.
 _GRACE = 4.0
+#: Seconds of a run that fits a rented GPU, and those that :func:`stages` divides.
+SECONDS = 240.0
 #: Tools of compute-sanitizer, and the backends whose kernels they check. Triton's
-#: compiler, not this package, places the barriers of its kernels.
+#: compiler, not this package, places the barriers of its kernels. A whole run has time
+#: for the first two.
 CHECKS = [(tool, "cuda") for tool in ("memcheck", "racecheck", "initcheck", "synccheck")] + [
     (tool, "triton") for tool in ("memcheck", "racecheck")
 ]
@@ -94,8 +99,10 @@ def without(tool: str) -> Callable[[], str | None]:
     return lambda: None if shutil.which(tool) else f"{tool} was not found"
 
 
-def stages(out: Path, dry: bool, seconds: float, commit: str = "") -> list[Stage]:
-    python = sys.executable
+def stages(
+    out: Path, dry: bool, seconds: float, commit: str = "", only: str | None = None
+) -> list[Stage]:
+    python, share = sys.executable, seconds / SECONDS
     # The checkout may belong to another user, and pip may refuse to change a system's
     # Python: the user requested both.
     install = [
@@ -113,8 +120,8 @@ def stages(out: Path, dry: bool, seconds: float, commit: str = "") -> list[Stage
         "build",
         "build",
         [*install, "-e", str(ROOT)],
-        240,
-        60,
+        90 * share,
+        30 * share,
         {
             "PIP_BREAK_SYSTEM_PACKAGES": "1",
             "PIP_ROOT_USER_ACTION": "ignore",
@@ -151,12 +158,13 @@ def stages(out: Path, dry: bool, seconds: float, commit: str = "") -> list[Stage
             "tests",
             "test",
             tests,
-            220,
-            90,
+            100 * share,
+            60 * share,
             {"REWEIGHT_OPS_GPU_TESTS": "cpu", **one_thread} if dry else {},
         ),
     ]
-    for tool, backend in (("memcheck", "cpu"),) if dry else CHECKS:
+    checks = CHECKS if only == "test" else CHECKS[:2]
+    for tool, backend in (("memcheck", "cpu"),) if dry else checks:
         watch = (
             []
             if dry
@@ -174,7 +182,13 @@ def stages(out: Path, dry: bool, seconds: float, commit: str = "") -> list[Stage
         missing = (lambda: None) if dry else without("compute-sanitizer")
         found.append(
             Stage(
-                f"{tool} {backend}", "test", command, 50, 12, unsupported_reason=missing, reserve=15
+                f"{tool} {backend}",
+                "test",
+                command,
+                30 * share,
+                15 * share,
+                unsupported_reason=missing,
+                reserve=15,
             )
         )
     bench = [python, "-m", "bench", "--out", str(out), "--rounds", "2" if dry else "15"]
@@ -200,9 +214,9 @@ def stages(out: Path, dry: bool, seconds: float, commit: str = "") -> list[Stage
             "bench",
             bench,
             seconds,
-            60 if dry else 240,
+            60 * share,
             one_thread if dry else {},
-            reserve=30,
+            reserve=20,
         ),
     ]
 
@@ -348,7 +362,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--only", choices=("test", "bench"), help="run the build and this part")
     parser.add_argument(
-        "--seconds", type=float, default=580, help="time limit for everything together"
+        "--seconds",
+        type=float,
+        help=f"time limit for everything together (default: {SECONDS:.0f}; three times as much "
+        "for a dry run, whose processor may be shared)",
     )
     parser.add_argument("--out", default=os.environ.get("OUT") or str(ROOT / "gpu_output"))
     parser.add_argument(
@@ -358,6 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--dry-run", action="store_true", help="run on the CPU, in tiny shapes, without a build"
     )
     options = parser.parse_args(arguments)
+    seconds = options.seconds or SECONDS * (3 if options.dry_run else 1)
     out = Path(options.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     log, bench = out / "gpu.log", out / "gpu-bench.json"
@@ -373,10 +391,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     chosen = [
         s
-        for s in stages(out, options.dry_run, options.seconds, options.commit)
+        for s in stages(out, options.dry_run, seconds, options.commit, options.only)
         if options.only in (None, s.kind) or s.kind == "build"
     ]
-    outcomes = run_all(chosen, options.seconds, log, lambda text: print(text, flush=True))
+    outcomes = run_all(chosen, seconds, log, lambda text: print(text, flush=True))
     tests = test_counts(out / "gpu-tests.xml")
     failed = [o for o in outcomes if o.outcome in ("failed", "out of time")]
     document = {

@@ -132,9 +132,26 @@ def test_time_is_kept_for_what_comes_later(tmp_path):
     assert outcomes[0].seconds < 4
 
 
-def test_the_whole_run_fits_in_ten_minutes(tmp_path):
-    every = stages(tmp_path, False, 580)
-    assert sum(s.least for s in every) <= 580
+@pytest.mark.parametrize("only", [None, "test", "bench"])
+def test_a_run_fits_in_four_minutes(tmp_path, only):
+    every = stages(tmp_path, False, gpu.SECONDS, only=only)
+    run = [s for s in every if only in (None, s.kind) or s.kind == "build"]
+    assert gpu.SECONDS == 240 and sum(s.least for s in run) + gpu._MARGIN <= 240
+    assert {s.name: s.limit for s in every}["tests"] <= 100
+    checks = [f"{tool} {backend}" for tool, backend in gpu.CHECKS]
+    assert checks[:2] == ["memcheck cuda", "racecheck cuda"]
+    names = [s.name for s in every if s.name in checks]
+    assert names == (checks if only == "test" else checks[:2])
+
+
+def test_more_time_is_divided_alike(tmp_path):
+    short, long = (stages(tmp_path, False, gpu.SECONDS * k) for k in (1, 2))
+    assert [2 * s.least for s in short] == [s.least for s in long]
+    assert [2 * s.limit for s in short] == [s.limit for s in long]
+
+
+def test_the_build_asks_for_kernels_and_no_network(tmp_path):
+    every = stages(tmp_path, False, gpu.SECONDS)
     assert {s.kind for s in every} == {"build", "test", "bench"}
     # There is no network, and nothing can be fetched.
     assert {"--no-index", "--no-deps", "--no-build-isolation"} <= set(every[0].command)
