@@ -10,6 +10,7 @@ import pytest
 import torch
 from contract import DTYPES, ONE
 from sure_rows import (
+    CAPS,
     MARGINS,
     TOLERANCE,
     assert_close_divergences_bounded,
@@ -19,6 +20,7 @@ from sure_rows import (
     exact,
     sure_pairs,
     sure_rows,
+    transformed_pairs,
     worst,
 )
 
@@ -158,6 +160,12 @@ def test_divergences(primitives, dtype, vocab):
     pairs = sure_pairs(vocab, DTYPES[dtype])
     assert_divergences_kept(primitives, pairs)
     assert_divergence_gradients_bounded(primitives, pairs.some(3))
+
+
+@pytest.mark.parametrize("caps", CAPS, ids=str)
+def test_divergences_at_temperatures_and_soft_caps(primitives, caps):
+    pairs = transformed_pairs(257, DTYPES["fp32"], caps)
+    assert_divergences_kept(primitives, pairs)
 
 
 @pytest.mark.parametrize("vocab", [3, 5003])

@@ -413,14 +413,19 @@ def packed_rows(
 def top_ids(target: str, dtypes=(torch.bfloat16, torch.float16, torch.float32)) -> list[Compiled]:
     """Compile the search of the likeliest ids, once for each room.
 
-    20 and 28 ids have one room. A softcap is compiled in bf16.
+    20 and 28 ids have one room, and 64 ids another. A softcap is compiled in bf16.
     """
     result = []
     for dtype, softcap in ((d, cap) for d in dtypes for cap in (float("inf"), 30.0)):
         if softcap < float("inf") and dtype != torch.bfloat16:
             continue
         with Recorder(target) as recorder:
-            for n, vocab, top in ((4, 151936, 20), (3, 100008, 28), (5, 151936, 128)):
+            for n, vocab, top in (
+                (4, 151936, 20),
+                (3, 100008, 28),
+                (2, 151936, 64),
+                (5, 151936, 128),
+            ):
                 backend.top_stats(
                     torch.empty(n, vocab, dtype=dtype),
                     torch.zeros(n, dtype=torch.int64),

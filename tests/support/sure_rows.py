@@ -8,6 +8,7 @@ keeps both. Its bound is :data:`TOLERANCE`, relative, for margins up to 80 nats.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -84,6 +85,8 @@ def exact(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 class SurePairs(NamedTuple):
     """Logits of p and of q ``[N, V]``, and in fp64 the values of a divergence table by
     name, both log-probs, and ``log p - log q``.
+
+    Temperatures and soft caps are those of p and of q.
     """
 
     logits: Tensor
@@ -92,10 +95,12 @@ class SurePairs(NamedTuple):
     log_p: Tensor
     log_q: Tensor
     log_ratio: Tensor
+    temperatures: tuple[float, float] = (1.0, 1.0)
+    caps: tuple[float, float] = (math.inf, math.inf)
 
     def some(self, step: int) -> SurePairs:
         """Every ``step``-th row."""
-        return pairs_of(self.logits[::step], self.other[::step])
+        return pairs_of(self.logits[::step], self.other[::step], *self[-2:])
 
 
 def sure_pairs(vocab: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> SurePairs:
@@ -123,13 +128,31 @@ def close_pairs(vocab: int) -> SurePairs:
     return pairs_of(logits, (logits + 2**-8).scatter(1, rows.ids[sure, None], 0.0))
 
 
-def pairs_of(logits: Tensor, other: Tensor) -> SurePairs:
-    def parts(t: Tensor) -> tuple[Tensor, Tensor]:
+#: Soft caps of p and of q for :func:`transformed_pairs`.
+CAPS = ((math.inf, math.inf), (100.0, 150.0))
+
+
+def transformed_pairs(vocab: int, dtype: torch.dtype, caps: tuple[float, float]) -> SurePairs:
+    """The rows of :func:`sure_pairs` with two temperatures and two soft caps. No
+    likeliest logit is 0, where a soft cap changes nothing.
+    """
+    pairs = sure_pairs(vocab, dtype)
+    return pairs_of(pairs.logits + 20, pairs.other + 30, (1.5, 1.25), caps)
+
+
+def pairs_of(
+    logits: Tensor,
+    other: Tensor,
+    temperatures: tuple[float, float] = (1.0, 1.0),
+    caps: tuple[float, float] = (math.inf, math.inf),
+) -> SurePairs:
+    def parts(t: Tensor, temperature: float, cap: float) -> tuple[Tensor, Tensor]:
         x = t.double()
+        x = (x if math.isinf(cap) else cap * torch.tanh(x / cap)) / temperature
         top, at = x.max(1, keepdim=True)
         return x - top, torch.log1p((x - top).exp().scatter(1, at, 0.0).sum(1, keepdim=True))
 
-    (below_p, total_p), (below_q, total_q) = parts(logits), parts(other)
+    (below_p, total_p), (below_q, total_q) = map(parts, (logits, other), temperatures, caps)
     log_p, log_q = below_p - total_p, below_q - total_q
     # The largest column's difference of logs would round to 0 as a difference of both.
     d = (below_p - below_q) - (total_p - total_q)
@@ -139,14 +162,15 @@ def pairs_of(logits: Tensor, other: Tensor) -> SurePairs:
         "entropy": -(log_p.exp() * log_p).sum(1),
         "other_entropy": -(log_q.exp() * log_q).sum(1),
     }
-    return SurePairs(logits, other, truth, log_p, log_q, d)
+    return SurePairs(logits, other, truth, log_p, log_q, d, temperatures, caps)
 
 
 def divergence_inputs(pairs: SurePairs) -> DivergenceInputs:
     n, vocab = pairs.logits.shape
-    one, softmax = torch.ones(1), SoftmaxParams(vocab)
     ids = torch.zeros(n, dtype=torch.int64)
-    return DivergenceInputs(pairs.logits, pairs.other, ids, one, one, softmax, softmax)
+    temperatures = (torch.tensor([t]) for t in pairs.temperatures)
+    softmaxes = (SoftmaxParams(vocab, cap) for cap in pairs.caps)
+    return DivergenceInputs(pairs.logits, pairs.other, ids, *temperatures, *softmaxes)
 
 
 def assert_divergences_kept(primitives: object, pairs: SurePairs) -> None:
@@ -173,7 +197,7 @@ def assert_divergence_gradients_bounded(primitives: object, pairs: SurePairs) ->
     """Assert each gradient: relative to a column's terms, and in the columns of the
     likeliest tokens absolutely, where terms cancel.
     """
-    two, (_, _, _, log_p, log_q, d) = divergence_inputs(pairs), pairs
+    two, (_, _, _, log_p, log_q, d, *_) = divergence_inputs(pairs), pairs
     p, q = log_p.exp(), log_q.exp()
     kl, entropy = pairs.truth["reverse_kl"][:, None], pairs.truth["entropy"][:, None]
     likeliest = torch.zeros_like(p).scatter(1, p.argmax(1, keepdim=True), 1.0)

@@ -22,11 +22,13 @@ from divergence_rows import (
     make,
 )
 from sure_rows import (
+    CAPS,
     assert_close_divergences_bounded,
     assert_divergence_gradients_bounded,
     assert_divergences_kept,
     close_pairs,
     sure_pairs,
+    transformed_pairs,
 )
 
 from reweight_ops._core.backends import reference_divergence as reference
@@ -262,6 +264,12 @@ def test_sure_tokens(cuda, vocab, dtype):
     pairs = sure_pairs(vocab, DTYPES[dtype])
     assert_divergences_kept(cuda, pairs)
     assert_divergence_gradients_bounded(cuda, pairs.some(3))
+
+
+@pytest.mark.parametrize("caps", CAPS, ids=str)
+def test_sure_tokens_at_temperatures_and_soft_caps(cuda, caps):
+    pairs = transformed_pairs(2563, torch.bfloat16, caps)
+    assert_divergences_kept(cuda, pairs.some(3))
 
 
 def test_close_sure_distributions(cuda):

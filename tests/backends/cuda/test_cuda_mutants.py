@@ -199,6 +199,9 @@ DIVERGENCE_MUTANTS = {
         ("nothing summed again", "if (!(merged.sum < kRoundedAway) || merged.top == -kInf) return;", "return;"),
         ("the second tensor not summed again", "    sum_again<U, kCapped>(s.q, merged.q, row.y, columns, slices, slice, row.scales.q, q_cap);\n", ""),
         ("the last column not summed again", "if (tail < columns && slice == slices.count - 1 && lane == 0) f(widen(x[tail]));", "(void)tail;"),
+        ("the first's scale in the second's sums again", "slice, row.scales.q, q_cap", "slice, row.scales.p, q_cap"),
+        ("the first's soft cap in the second's sums again", "slice, row.scales.q, q_cap", "slice, row.scales.q, p_cap"),
+        ("no soft cap in sums again", "kCapped ? Sums::full : Sums::entropy", "Sums::entropy"),
         ("every lane sums for the first", "lowest_bit(leaders(own, merged.top))", "0"),
         ("the logarithm of a rounded sum", "log1p_of(u.sum)", "log2_of(1.0f + u.sum) * kLn2"),
         # -inf

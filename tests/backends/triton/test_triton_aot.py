@@ -158,13 +158,15 @@ def test_packed_rows_compile_without_spills(aot, target):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120"])
 def test_the_search_of_ids_compiles_without_spills(aot, target):
-    """Once for each room of keys. Its sorts take half a minute to compile."""
+    """Once for each room of 256, 512 and 1024 keys. Its sorts take half a minute to
+    compile.
+    """
     compiled = aot("top", target)
     dtypes = [k["dtype"] for k in compiled]
     assert {name: dtypes.count(name) for name in dtypes} == {
-        "bfloat16": 4,
-        "float16": 2,
-        "float32": 2,
+        "bfloat16": 6,
+        "float16": 3,
+        "float32": 3,
     }
     assert_sound(compiled, {"top_stats_kernel": (1, 0)})
 

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from divergence_criterion import assert_accurate
-from sure_rows import assert_divergences_kept, sure_pairs
+from sure_rows import CAPS, assert_divergences_kept, sure_pairs, transformed_pairs
 from triton_oracle import DEVICE
 
 from reweight_ops._core.backends import triton_divergence as backend
@@ -66,6 +66,12 @@ def test_sure_tokens(dtype, split, vocab, step, monkeypatch):
     monkeypatch.setattr(tokens, "processors", lambda device: 10**6 if split else 0)
     pairs = sure_pairs(vocab, dtype)
     assert_divergences_kept(backend, pairs.some(step))
+
+
+@pytest.mark.parametrize("caps", CAPS, ids=str)
+def test_sure_tokens_at_temperatures_and_soft_caps(caps):
+    pairs = transformed_pairs(129, F32, caps)
+    assert_divergences_kept(backend, pairs.some(53))
 
 
 #: About 20 seconds each in the interpreter: the other pairs are slow tests.
