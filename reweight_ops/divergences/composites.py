@@ -329,8 +329,11 @@ def ldr(
 
 
 @published(
-    "Adaptive LDR-KL", level="sample", plan="two passes", arxiv="2112.14869",
-)  # fmt: skip
+    "Adaptive LDR-KL",
+    level="sample",
+    plan="two passes",
+    arxiv="2112.14869",
+)
 def aldr(
     entropies: Tensor,
     vocab_size: Annotated[int, Interval("[2, inf)", whole=True)],
@@ -353,9 +356,12 @@ def aldr(
 
 
 @published(
-    "StableMax cross-entropy", level="token", plan="composite", arxiv="2501.04697",
+    "StableMax cross-entropy",
+    level="token",
+    plan="composite",
+    arxiv="2501.04697",
     paper="Grokking at the Edge of Numerical Stability",
-)  # fmt: skip
+)
 @by_ranks
 def stablemax(
     logits: Tensor,

@@ -21,7 +21,7 @@ from .._core.rows.pairs import Pairs, Sequences, Side
 from .._core.spec.pair_parts import PairLoss, PairWeight, Score
 from .._core.spec.pairs import PairSpec, PairTerm
 from .combined import alpha_po, aot, f_dpo, irpo, ld_dpo, mpo, tpo
-from .losses import (  # fmt: skip
+from .losses import (
     Aot,
     ApoDown,
     ApoZero,
@@ -45,7 +45,7 @@ from .losses import (  # fmt: skip
     SquaredNash,
 )
 from .masks import from_first_difference, mapo_masks, rank_consistency
-from .methods import (  # fmt: skip
+from .methods import (
     apo,
     bco,
     cdpo,

@@ -11,7 +11,7 @@ from .._core.ranges import Interval, NonNegative, Number, OpenUnit, Positive, Re
 from .._core.spec.pair_parts import PairLoss
 from .._core.spec.pairs import PairSpec, PairTerm
 from ..errors import InvalidCall
-from .losses import (  # fmt: skip
+from .losses import (
     ApoDown,
     ApoZero,
     BcoPair,
@@ -45,9 +45,12 @@ def _terms(*losses: PairLoss | tuple[PairLoss, Number]) -> tuple[PairTerm, ...]:
 
 
 @published(
-    "Direct Preference Optimization", level="pair", plan="two passes", arxiv="2305.18290",
+    "Direct Preference Optimization",
+    level="pair",
+    plan="two passes",
+    arxiv="2305.18290",
     paper="Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
-)  # fmt: skip
+)
 def dpo(
     beta: Positive[Number] = 0.1,
     ld_alpha: Unit[Number] | None = None,

@@ -13,7 +13,7 @@ from .._core.ranges import Interval, Number, Positive, Real, Unit, ranged
 from .._core.spec.pair_parts import PairLoss
 from .._core.spec.pairs import PairSpec, PairTerm
 from ..errors import InvalidCall
-from .losses import (  # fmt: skip
+from .losses import (
     Aot,
     ApoDown,
     ApoZero,

@@ -38,8 +38,10 @@ def _otb(
     **more: Any,
 ) -> Golden:
     columns = len(mask[0])
-    given = {key: [[x[value]] * columns for x in (first, second)] for key, value in
-             (("old_per_token_logps", "logp"), ("log_sum_p_sq", "square"))}  # fmt: skip
+    given = {
+        key: [[x[value]] * columns for x in (first, second)]
+        for key, value in (("old_per_token_logps", "logp"), ("log_sum_p_sq", "square"))
+    }
     return _advantage(
         name,
         expected,

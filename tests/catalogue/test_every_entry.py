@@ -101,9 +101,14 @@ def test_an_entry_is_as_the_others(entry):
 #: What transcriptions of trainers call them: pair losses as TRL's ``DPOTrainer``, and
 #: options of TRL's and verl's policy losses.
 OTHER_NAMES = {
-    "nca": {"nca_pair"}, "bco": {"bco_pair"}, "sppo": {"sppo_hard"}, "exo": {"exo_pair"}, "robust_dpo": {"robust"},
-    "dual_clip_ppo": {"clip_ratio_c"}, "top_entropy": {"top_entropy_quantile"},
-}  # fmt: skip
+    "nca": {"nca_pair"},
+    "bco": {"bco_pair"},
+    "sppo": {"sppo_hard"},
+    "exo": {"exo_pair"},
+    "robust_dpo": {"robust"},
+    "dual_clip_ppo": {"clip_ratio_c"},
+    "top_entropy": {"top_entropy_quantile"},
+}
 
 
 # --- transcriptions of what no other test writes again --------------------------------

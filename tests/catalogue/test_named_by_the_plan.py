@@ -26,9 +26,20 @@ SURVEYS = (
 )  # fmt: skip
 #: What the abstracts of papers with an entry name beside the loss.
 LEFT_OUT_BESIDES = (
-    "BT", "LARICL", "DWS", "WorldPM", "DMoERM", "on-policy KL gradient", "2506.09477", "pre-sampling", "value pre-training",
-    "gradient-free search", "bilevel updates", "⊥Grad", "compression",
-)  # fmt: skip
+    "BT",
+    "LARICL",
+    "DWS",
+    "WorldPM",
+    "DMoERM",
+    "on-policy KL gradient",
+    "2506.09477",
+    "pre-sampling",
+    "value pre-training",
+    "gradient-free search",
+    "bilevel updates",
+    "⊥Grad",
+    "compression",
+)
 #: Words of both lists that name a method in another way, and the call that each leads
 #: to first; none of them is left out.
 OTHERWISE = {

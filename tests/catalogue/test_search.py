@@ -101,11 +101,16 @@ def test_kinds_and_empty_texts():
 @pytest.mark.parametrize(
     "name, hint",
     [
-        ("GRPO", "Did you mean 'grpo'"), ("AR", "Did you mean 'advantage_reweighting'"), ("dual-clip-ppo", "Did you mean 'dual_clip_ppo'"),
-        ("steer", r"with_weight\(rw.weights.steer"), ("STEER", r"with_weight\(rw.weights.steer"), ("dpo", "rw.preference.dpo is a pair loss"),
-        ("canon", "rw.advantages.canon is an advantage"), ("zzzzqqqq", "rw.find"),
+        ("GRPO", "Did you mean 'grpo'"),
+        ("AR", "Did you mean 'advantage_reweighting'"),
+        ("dual-clip-ppo", "Did you mean 'dual_clip_ppo'"),
+        ("steer", r"with_weight\(rw.weights.steer"),
+        ("STEER", r"with_weight\(rw.weights.steer"),
+        ("dpo", "rw.preference.dpo is a pair loss"),
+        ("canon", "rw.advantages.canon is an advantage"),
+        ("zzzzqqqq", "rw.find"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_name_of_a_spec_says_what_was_meant(name, hint):
     with pytest.raises(rw.InvalidCall, match=hint):
         rw.method(name)

@@ -106,21 +106,43 @@ def _grpo(
 
     def theirs():
         settings = dict(
-            beta=beta, eps_low=0.2, eps_high=high, loss_type=loss_type, max_completion_length=16, importance_sampling_level=level, temperature=0.9,
+            beta=beta,
+            eps_low=0.2,
+            eps_high=high,
+            loss_type=loss_type,
+            max_completion_length=16,
+            importance_sampling_level=level,
+            temperature=0.9,
             **extra,
-        )  # fmt: skip
+        )
         given = {"old": old, "ref": b.ref, "ratio": b.ratio if weighted else None}
         return result(run(b, settings, given, items), *b.leaves)
 
     def ours():
         spec = rw.methods.trl(
-            loss_type, importance_sampling_level=level, max_completion_length=16, epsilon_high=high, beta=beta, unused="ignore",
+            loss_type,
+            importance_sampling_level=level,
+            max_completion_length=16,
+            epsilon_high=high,
+            beta=beta,
+            unused="ignore",
             **{"use_bias_correction_kl": False, **extra},
-        )  # fmt: skip
+        )
         out = rw.linear_policy_loss(
-            b.hidden, b.weight, b.ids, b.advantages, spec=spec, lm_head_bias=b.bias, temperature=0.9, completion_mask=b.mask, old_per_token_logps=old,
-            ref_per_token_logps=b.ref, unused="ignore", **({"importance_sampling_ratio": b.ratio} if weighted else {}), **items,
-        )  # fmt: skip
+            b.hidden,
+            b.weight,
+            b.ids,
+            b.advantages,
+            spec=spec,
+            lm_head_bias=b.bias,
+            temperature=0.9,
+            completion_mask=b.mask,
+            old_per_token_logps=old,
+            ref_per_token_logps=b.ref,
+            unused="ignore",
+            **({"importance_sampling_ratio": b.ratio} if weighted else {}),
+            **items,
+        )
         return result(out.loss, *b.leaves)
 
     return Case(peer, " ".join(filter(None, (loss_type, level, name))), theirs, ours, because)
@@ -226,9 +248,15 @@ def distillation() -> Iterator[Case]:
             kind=kind,
         ):
             out = rw.linear_distillation_loss(
-                flat, b.weight, rw.HiddenLogits(*teacher), kind=kind, beta=beta if kind == "generalized_jsd" else None, temperature=temperature,
-                lm_head_bias=b.bias, completion_mask=labels != -100,
-            )  # fmt: skip
+                flat,
+                b.weight,
+                rw.HiddenLogits(*teacher),
+                kind=kind,
+                beta=beta if kind == "generalized_jsd" else None,
+                temperature=temperature,
+                lm_head_bias=b.bias,
+                completion_mask=labels != -100,
+            )
             return result(out.loss, *b.leaves)
 
         yield Case("Liger JSD", f"beta {beta} temperature {temperature}", theirs, ours)

@@ -34,18 +34,39 @@ def trainer(
     """What the loss reads of a ``GRPOTrainer``."""
     from trl import GRPOTrainer
 
-    options = dict(
-        beta=0.0, use_bias_correction_kl=True, delta=None, epsilon=0.2, epsilon_high=0.2, entropy_coef=0.0, top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-    ) | settings  # fmt: skip
+    options = (
+        dict(
+            beta=0.0,
+            use_bias_correction_kl=True,
+            delta=None,
+            epsilon=0.2,
+            epsilon_high=0.2,
+            entropy_coef=0.0,
+            top_entropy_quantile=1.0,
+            off_policy_mask_threshold=None,
+        )
+        | settings
+    )
     alone = SimpleNamespace(
-        num_processes=1, sync_gradients=True, gather=lambda x: x, gather_for_metrics=lambda x: x, reduce=lambda x, reduction=None: x,
-        pad_across_processes=lambda x, dim, pad_index: x, device=torch.device("cpu"),
-    )  # fmt: skip
+        num_processes=1,
+        sync_gradients=True,
+        gather=lambda x: x,
+        gather_for_metrics=lambda x: x,
+        reduce=lambda x, reduction=None: x,
+        pad_across_processes=lambda x, dim, pad_index: x,
+        device=torch.device("cpu"),
+    )
     args = SimpleNamespace(
-        use_bias_correction_kl=options["use_bias_correction_kl"], delta=options["delta"], sapo_temperature_pos=1.0, sapo_temperature_neg=1.05,
-        vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0, steps_per_generation=1,
-    )  # fmt: skip
+        use_bias_correction_kl=options["use_bias_correction_kl"],
+        delta=options["delta"],
+        sapo_temperature_pos=1.0,
+        sapo_temperature_neg=1.05,
+        vespo_k_pos=2.0,
+        vespo_lambda_pos=3.0,
+        vespo_k_neg=3.0,
+        vespo_lambda_neg=2.0,
+        steps_per_generation=1,
+    )
     self = SimpleNamespace(
         args=args, accelerator=alone, model=SimpleNamespace(training=True), loss_type=loss_type, importance_sampling_level=level, beta=options["beta"],
         epsilon_low=options["epsilon"], epsilon_high=options["epsilon_high"], top_entropy_quantile=options["top_entropy_quantile"],
@@ -101,9 +122,19 @@ def losses() -> Iterator[Case]:
                 {"num_items_in_batch": TOKENS} if loss_type in ("dapo", "cispo", "vespo") else {}
             )
             out = rw.linear_policy_loss(
-                b.hidden, b.weight, b.ids, b.advantages, spec=spec, lm_head_bias=b.bias, temperature=0.9, completion_mask=b.mask,
-                old_per_token_logps=b.old, ref_per_token_logps=b.ref, unused="ignore", **more,
-            )  # fmt: skip
+                b.hidden,
+                b.weight,
+                b.ids,
+                b.advantages,
+                spec=spec,
+                lm_head_bias=b.bias,
+                temperature=0.9,
+                completion_mask=b.mask,
+                old_per_token_logps=b.old,
+                ref_per_token_logps=b.ref,
+                unused="ignore",
+                **more,
+            )
             return result(out.loss, *b.leaves)
 
         yield Case("TRL loss", " ".join(filter(None, (loss_type, level, name))), theirs, ours)
@@ -155,9 +186,18 @@ def heads() -> Iterator[Case]:
 
         def ours(b=b, beta=beta, softcap=softcap, kind=kind, teacher=teacher):
             found = rw.linear_token_divergence(
-                b.hidden.flatten(0, 1), b.weight, rw.HiddenLogits(*teacher, 0.7), kind=kind, beta=beta if kind == "generalized_jsd" else None,
-                temperature=0.8, softcap=softcap, other_softcap=4.0, logit_scale=1.3, lm_head_bias=b.bias, chunk_rows=7,
-            )  # fmt: skip
+                b.hidden.flatten(0, 1),
+                b.weight,
+                rw.HiddenLogits(*teacher, 0.7),
+                kind=kind,
+                beta=beta if kind == "generalized_jsd" else None,
+                temperature=0.8,
+                softcap=softcap,
+                other_softcap=4.0,
+                logit_scale=1.3,
+                lm_head_bias=b.bias,
+                chunk_rows=7,
+            )
             return result(found * b.ratio.flatten(), *b.leaves)
 
         yield Case("TRL divergence", f"beta {beta} softcap {softcap}", theirs, ours)

@@ -34,9 +34,12 @@ MODES = (
 )
 #: So that something happens, and no choice is left to a random generator.
 OWN = {
-    "clip_cov": {"clip_cov_ratio": 0.4, "clip_cov_lb": 0.4}, "kl_cov": {"kl_cov_ratio": 0.2, "ppo_kl_coef": 0.3}, "dro": {"dro_beta": 0.5},
-    "dppo_tv": {}, "dppo_kl": {},
-}  # fmt: skip
+    "clip_cov": {"clip_cov_ratio": 0.4, "clip_cov_lb": 0.4},
+    "kl_cov": {"kl_cov_ratio": 0.2, "ppo_kl_coef": 0.3},
+    "dro": {"dro_beta": 0.5},
+    "dppo_tv": {},
+    "dppo_kl": {},
+}
 
 
 def losses() -> Iterator[Case]:

@@ -370,9 +370,13 @@ def test_statistics(batch, backend):
     logp = torch.log_softmax(z.double() / 0.8, -1)
     y = logp.gather(-1, ids[..., None])[..., 0]
     want = {
-        "logps": y, "entropies": -(logp.exp() * logp).sum(-1), "lse": (z.double() / 0.8).logsumexp(-1), "log_sum_p_sq": (2 * logp).logsumexp(-1),
-        "max_logp": logp.amax(-1), "mean_logits": (z.double() / 0.8).mean(-1),
-    }  # fmt: skip
+        "logps": y,
+        "entropies": -(logp.exp() * logp).sum(-1),
+        "lse": (z.double() / 0.8).logsumexp(-1),
+        "log_sum_p_sq": (2 * logp).logsumexp(-1),
+        "max_logp": logp.amax(-1),
+        "mean_logits": (z.double() / 0.8).mean(-1),
+    }
     for name, value in want.items():
         torch.testing.assert_close(
             getattr(got, name).double(), torch.where(mask, value, 0), rtol=2e-6, atol=2e-6

@@ -18,11 +18,14 @@ LATER = ("metrics", "ratio", "is_clipped", "coef")
 def buffers():
     g = torch.Generator().manual_seed(1)
     return {
-        "advantages": torch.randn(2, 3, generator=g), "old_per_token_logps": -torch.rand(2, 3, generator=g) - 1.5,
-        "ref_per_token_logps": -torch.rand(2, 3, generator=g) - 1.5, "token_weights": torch.rand(2, 3, generator=g),
+        "advantages": torch.randn(2, 3, generator=g),
+        "old_per_token_logps": -torch.rand(2, 3, generator=g) - 1.5,
+        "ref_per_token_logps": -torch.rand(2, 3, generator=g) - 1.5,
+        "token_weights": torch.rand(2, 3, generator=g),
         "completion_mask": torch.tensor([[True, True, False], [True, True, True]]),
-        "num_items_in_batch": torch.tensor(4.0), "loss_scale": torch.tensor(2.0),
-    }  # fmt: skip
+        "num_items_in_batch": torch.tensor(4.0),
+        "loss_scale": torch.tensor(2.0),
+    }
 
 
 def call_spec():

@@ -95,11 +95,17 @@ def test_they_are_the_loops(data, backend, plan):
         if not data["sampling"][i, t].isnan()
     ]
     for name, want in {
-        "sampling_logp_difference/mean": sum(map(abs, d)) / 13, "sampling_logp_difference/max": max(map(abs, d)), "kl": -sum(d) / 13,
-        "sampling_prob_difference/mean": sum(moved) / 13, "sampling_prob_difference/max": max(moved),
-        "k3_kl": sum(math.exp(x) - x - 1 for x in d) / 13, "importance_sampling_ratio/min": min(w), "importance_sampling_ratio/mean": sum(w) / 13,
-        "importance_sampling_ratio/max": max(w), "eff_sample_size": sum(w) ** 2 / sum(x * x for x in w) / 13,
-    }.items():  # fmt: skip
+        "sampling_logp_difference/mean": sum(map(abs, d)) / 13,
+        "sampling_logp_difference/max": max(map(abs, d)),
+        "kl": -sum(d) / 13,
+        "sampling_prob_difference/mean": sum(moved) / 13,
+        "sampling_prob_difference/max": max(moved),
+        "k3_kl": sum(math.exp(x) - x - 1 for x in d) / 13,
+        "importance_sampling_ratio/min": min(w),
+        "importance_sampling_ratio/mean": sum(w) / 13,
+        "importance_sampling_ratio/max": max(w),
+        "eff_sample_size": sum(w) ** 2 / sum(x * x for x in w) / 13,
+    }.items():
         assert got[f"sampling/{name}"] == pytest.approx(want, rel=1e-5), name
 
 

@@ -158,8 +158,18 @@ def test_from_hidden_states(backend):
 
     def ours(h, w, c, p, q):
         return rw.linear_policy_loss(
-            h, w, **batch, lm_head_bias=c, lora=Lora(p, q, 0.5), spec=SPEC, softcap=CAP, temperature=T, plan="two_pass", chunk_rows=3, backend=backend
-        ).loss  # fmt: skip
+            h,
+            w,
+            **batch,
+            lm_head_bias=c,
+            lora=Lora(p, q, 0.5),
+            spec=SPEC,
+            softcap=CAP,
+            temperature=T,
+            plan="two_pass",
+            chunk_rows=3,
+            backend=backend,
+        ).loss
 
     def plain(h, w, c, p, q):
         h = torch.where(keep, h, 0)

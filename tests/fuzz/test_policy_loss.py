@@ -24,9 +24,15 @@ def result(call: PolicyCall, batch, **options):
     )
     (grad,) = torch.autograd.grad(out.loss.sum(), z)
     return {
-        "loss": out.loss.detach(), "grad": grad, "logps": out.per_token_logps, "entropies": out.entropies.detach(),
-        "per_token_loss": out.per_token_loss, "ratio": out.ratio, "coef": out.coef, "metrics": out.metrics.sums,
-    }  # fmt: skip
+        "loss": out.loss.detach(),
+        "grad": grad,
+        "logps": out.per_token_logps,
+        "entropies": out.entropies.detach(),
+        "per_token_loss": out.per_token_loss,
+        "ratio": out.ratio,
+        "coef": out.coef,
+        "metrics": out.metrics.sums,
+    }
 
 
 def assert_same(found, expected, what):

@@ -93,11 +93,21 @@ class HeadCall:
 
 def head_calls() -> st.SearchStrategy:
     return st.builds(
-        HeadCall, st.integers(0, 2**16), st.sampled_from(["grpo", "gspo", "cispo", "top_entropy", "sft", "opsm"]), st.sampled_from(["auto", "two_pass"]),
-        st.sampled_from([(2, 3), (1, 1), (3, 5), (0, 2), (2, 0)]), st.sampled_from(["none", "random", "ragged", "numbers", "empty"]), st.booleans(),
-        st.booleans(), st.sampled_from([None, 4.0]), st.sampled_from([1.0, 0.3]), st.sampled_from([1.0, 0.6]), st.sampled_from([1, 2, 3, 4, 64]),
-        st.sampled_from([None, True, False]), st.sampled_from([None, 13]),
-    )  # fmt: skip
+        HeadCall,
+        st.integers(0, 2**16),
+        st.sampled_from(["grpo", "gspo", "cispo", "top_entropy", "sft", "opsm"]),
+        st.sampled_from(["auto", "two_pass"]),
+        st.sampled_from([(2, 3), (1, 1), (3, 5), (0, 2), (2, 0)]),
+        st.sampled_from(["none", "random", "ragged", "numbers", "empty"]),
+        st.booleans(),
+        st.booleans(),
+        st.sampled_from([None, 4.0]),
+        st.sampled_from([1.0, 0.3]),
+        st.sampled_from([1.0, 0.6]),
+        st.sampled_from([1, 2, 3, 4, 64]),
+        st.sampled_from([None, True, False]),
+        st.sampled_from([None, 13]),
+    )
 
 
 def is_the_loss_of_its_logits(call: HeadCall):

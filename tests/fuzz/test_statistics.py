@@ -88,9 +88,14 @@ def statistics_meet_the_criterion(call: RowsCall):
         "max_logp": "max_logp",
     }
     found = rw.token_stats(
-        z, ids, completion_mask=mask, stats=tuple(names.values()), temperature=call.temperature,
-        softcap=None if math.isinf(call.softcap) else call.softcap, backend=call.backend,
-    )  # fmt: skip
+        z,
+        ids,
+        completion_mask=mask,
+        stats=tuple(names.values()),
+        temperature=call.temperature,
+        softcap=None if math.isinf(call.softcap) else call.softcap,
+        backend=call.backend,
+    )
     up = {name: torch.randn(call.shape, generator=g) for name in ("logp", "entropy", "lse")}
     (grad,) = torch.autograd.grad(
         [getattr(found, names[name]) for name in up], z, list(up.values())
@@ -182,6 +187,11 @@ def pairs_meet_the_criterion(drawn: tuple[str, str, str, int, int, int]):
 @pytest.mark.parametrize("examples, repeatable", lengths(15, 1500))
 def test_pairs(examples, repeatable):
     drawn = st.tuples(
-        st.sampled_from(list(PAIRS)), st.sampled_from(COMPILED), st.sampled_from(list(DTYPES)), st.integers(2, 6), st.integers(4, 9), st.integers(9, 300)
-    )  # fmt: skip
+        st.sampled_from(list(PAIRS)),
+        st.sampled_from(COMPILED),
+        st.sampled_from(list(DTYPES)),
+        st.integers(2, 6),
+        st.integers(4, 9),
+        st.integers(9, 300),
+    )
     fuzz(pairs_meet_the_criterion, drawn, examples, repeatable)

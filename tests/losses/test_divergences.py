@@ -400,7 +400,10 @@ WRONG = {
     "kind": (dict(kind="kl"), "kind is 'kl', expected one of forward_kl"),
     "beta": (dict(beta=0.5), "beta belongs to kind='generalized_jsd'"),
     "beta range": (dict(kind="generalized_jsd", beta=1.0), r"expected a number in \(0, 1\)"),
-    "columns": (dict(other=torch.zeros(2, 3, 9)), "logits have 7 columns, other_logits 9: pass vocab_size"),
+    "columns": (
+        dict(other=torch.zeros(2, 3, 9)),
+        "logits have 7 columns, other_logits 9: pass vocab_size",
+    ),
     "vocab_size": (dict(other=torch.zeros(2, 3, 5), vocab_size=6), "other_logits have 5 columns"),
     "rows": (dict(other=torch.zeros(2, 4, 7)), r"other_logits has shape \(2, 4, 7\)"),
     "grad": (dict(other=torch.zeros(2, 3, 7, requires_grad=True)), "other_logits require grad"),
@@ -410,7 +413,7 @@ WRONG = {
     "softcap": (dict(other_softcap=-1.0), "other_softcap is -1.0"),
     "temperature": (dict(other_temperature=0.0), r"expected a number in \(0, inf\)"),
     "no tensor": (dict(other=None), "other_logits must be a tensor"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -99,9 +99,16 @@ def test_per_sequence_values_where_sequences_are_as_many_as_rows():
 
 @pytest.mark.parametrize(
     ("keyword", "hint"),
-    [("old_log_prob", "Here it is old_per_token_logps"), ("response_mask", "Here it is completion_mask"), ("epsilon", "methods.grpo"),
-     ("loss_type", "methods.trl"), ("tempreature", "Did you mean temperature"), ("inplace", "consume_logits"), ("zzz", r"argument 'zzz'\.$")],
-)  # fmt: skip
+    [
+        ("old_log_prob", "Here it is old_per_token_logps"),
+        ("response_mask", "Here it is completion_mask"),
+        ("epsilon", "methods.grpo"),
+        ("loss_type", "methods.trl"),
+        ("tempreature", "Did you mean temperature"),
+        ("inplace", "consume_logits"),
+        ("zzz", r"argument 'zzz'\.$"),
+    ],
+)
 def test_unknown_keywords_name_ours(keyword, hint):
     with pytest.raises(TypeError, match=hint):
         policy(**{keyword: 1})

@@ -68,8 +68,11 @@ def test_gmpo(batch):
     assert (drift < -0.2).any() and (drift > 0.3).any()
     expected = papers.gmpo(batch["logp"], batch["old"], batch["A"], batch["mask"], 0.2, 0.3)
     same(ours(batch, spec, batch["A"]).loss, expected, batch)
-    same(ours(batch, spec, batch["A"], old_per_token_logps=None).loss, papers.gmpo(
-        batch["logp"], batch["logp"].detach(), batch["A"], batch["mask"], 0.2, 0.3), batch)  # fmt: skip
+    same(
+        ours(batch, spec, batch["A"], old_per_token_logps=None).loss,
+        papers.gmpo(batch["logp"], batch["logp"].detach(), batch["A"], batch["mask"], 0.2, 0.3),
+        batch,
+    )
 
 
 def test_gmpo_has_one_advantage_a_sequence(batch):
@@ -239,8 +242,11 @@ def test_drpo_of_any_preference(batch):
     shorter = batch["rewards"] * torch.tensor(
         [2 - len(lp) / T for lp, _ in rows], dtype=torch.float64
     )
-    same(ours(batch, rw.methods.drpo(0.3, preference="advantages", **options), shorter).loss,
-         ours(batch, rw.methods.drpo(0.3, **options), batch["rewards"]).loss, batch)  # fmt: skip
+    same(
+        ours(batch, rw.methods.drpo(0.3, preference="advantages", **options), shorter).loss,
+        ours(batch, rw.methods.drpo(0.3, **options), batch["rewards"]).loss,
+        batch,
+    )
     for wrong in (dict(preference="size"), dict(preference="advantages", max_length=20)):
         with pytest.raises(rw.InvalidCall, match="GroupContrast"):
             rw.methods.drpo(group_size=4, **wrong)
@@ -456,8 +462,13 @@ def test_npo(batch):
         ref_per_token_logps=batch["logp"].detach(),
         old_per_token_logps=None,
     )
-    same(start.loss, torch.stack([lp.sum() for (lp,) in papers.sequences(batch["mask"], batch["logp"])]).mean()
-         - batch["logp"].detach()[batch["mask"]].sum() / B + 20 * math.log(2), batch)  # fmt: skip
+    same(
+        start.loss,
+        torch.stack([lp.sum() for (lp,) in papers.sequences(batch["mask"], batch["logp"])]).mean()
+        - batch["logp"].detach()[batch["mask"]].sum() / B
+        + 20 * math.log(2),
+        batch,
+    )
     # A sequence far from it does not overflow.
     far = ours(
         batch,

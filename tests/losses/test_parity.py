@@ -92,9 +92,17 @@ def test_trl(batch, loss_type, level, extras):
     ratios = (None,) if loss_type == "vespo" else (None, *batch["ratios"].values())
     for adv, ratio in itertools.product(batch["adv"].values(), ratios):
         theirs, logged = trl.grpo_loss(
-            logp, adv, batch["mask"], entropies=entropy, old_logps=batch["old"], ref_logps=batch["ref"], loss_type=loss_type,
-            num_items_in_batch=41.0, importance_sampling_ratio=ratio, **settings,
-        )  # fmt: skip
+            logp,
+            adv,
+            batch["mask"],
+            entropies=entropy,
+            old_logps=batch["old"],
+            ref_logps=batch["ref"],
+            loss_type=loss_type,
+            num_items_in_batch=41.0,
+            importance_sampling_ratio=ratio,
+            **settings,
+        )
         divisor = {"num_items_in_batch": 41.0} if loss_type in ("dapo", "cispo", "vespo") else {}
         out = ours(
             batch,
@@ -137,9 +145,16 @@ def test_trl_correction_for_vllm(batch, loss_type, mode, bounds):
     logp, _ = statistics(batch)
     ratio = trl.sampling_ratio(batch["old"], sampling, batch["mask"], mode, **bounds)
     theirs, _ = trl.grpo_loss(
-        logp, batch["adv"]["sequence"], batch["mask"], old_logps=batch["old"], ref_logps=batch["ref"], loss_type=loss_type,
-        num_items_in_batch=41.0, importance_sampling_ratio=ratio, beta=0.5,
-    )  # fmt: skip
+        logp,
+        batch["adv"]["sequence"],
+        batch["mask"],
+        old_logps=batch["old"],
+        ref_logps=batch["ref"],
+        loss_type=loss_type,
+        num_items_in_batch=41.0,
+        importance_sampling_ratio=ratio,
+        beta=0.5,
+    )
     spec = rw.methods.trl(loss_type, beta=0.5, **options)
     out = ours(
         batch,
@@ -153,9 +168,12 @@ def test_trl_correction_for_vllm(batch, loss_type, mode, bounds):
 
 #: Options of each mode that make it act on this batch.
 VERL_OWN = {
-    "clip_cov": dict(clip_cov_ratio=0.2, clip_cov_lb=1.8), "kl_cov": dict(kl_cov_ratio=0.2, ppo_kl_coef=0.3), "dro": dict(dro_beta=0.5),
-    "dppo_tv": dict(clip_ratio_low=0.04, clip_ratio_high=0.06), "dppo_kl": dict(clip_ratio_low=0.001, clip_ratio_high=0.002),
-}  # fmt: skip
+    "clip_cov": dict(clip_cov_ratio=0.2, clip_cov_lb=1.8),
+    "kl_cov": dict(kl_cov_ratio=0.2, ppo_kl_coef=0.3),
+    "dro": dict(dro_beta=0.5),
+    "dppo_tv": dict(clip_ratio_low=0.04, clip_ratio_high=0.06),
+    "dppo_kl": dict(clip_ratio_low=0.001, clip_ratio_high=0.002),
+}
 
 
 VERL_AROUND = {
@@ -187,9 +205,16 @@ def test_verl(batch, loss_mode, mode, around):
     if loss_mode == "geo_mean":  # per sequence: the same for every token
         adv = batch["adv"]["sequence"][:, None].expand_as(adv)
     theirs, _ = verl.policy_loss(
-        loss_mode, logp, adv, mask, old_logps=batch["old"], ref_logps=batch["ref"], entropies=entropy,
-        rollout_is_weights=weights, **own,
-    )  # fmt: skip
+        loss_mode,
+        logp,
+        adv,
+        mask,
+        old_logps=batch["old"],
+        ref_logps=batch["ref"],
+        entropies=entropy,
+        rollout_is_weights=weights,
+        **own,
+    )
     spec = rw.methods.verl(loss_mode, use_kl_loss="kl" in around, unused="ignore", **own)
     # verl takes the weights' geometric mean and adds 1e-10 to each
     if loss_mode == "geo_mean":
@@ -326,12 +351,14 @@ PAPERS = {
     "ppo": lambda p, b: papers.ppo_clip(p, b["old"], b["adv"]["token"], b["mask"]),
     "dapo": lambda p, b: papers.dapo(p, b["old"], b["adv"]["token"], b["mask"]),
     "gspo": lambda p, b: papers.gspo(p, b["old"], b["adv"]["sequence"], b["mask"], 0.1, 0.2),
-    "gspo_token": lambda p, b: papers.gspo_token(p, b["old"], b["adv"]["token"], b["mask"], 0.1, 0.2),
+    "gspo_token": lambda p, b: papers.gspo_token(
+        p, b["old"], b["adv"]["token"], b["mask"], 0.1, 0.2
+    ),
     "sapo": lambda p, b: papers.sapo(p, b["old"], b["adv"]["token"], b["mask"]),
     "gpg": lambda p, b: papers.gpg(p, b["adv"]["token"], b["mask"]),
     "cispo": lambda p, b: papers.cispo(p, b["old"], b["adv"]["token"], b["mask"], 1.0, 0.3),
     "dr_grpo": lambda p, b: papers.dr_grpo(p, b["old"], b["adv"]["token"], b["mask"], horizon=50),
-}  # fmt: skip
+}
 OPTIONS = {
     "gspo": dict(epsilon_low=0.1, epsilon_high=0.2),
     "gspo_token": dict(epsilon_low=0.1, epsilon_high=0.2),

@@ -69,9 +69,12 @@ def oracle(z, d, softcap, top_ids=None):
     listed = d["picked"] != -100
     top_ids = x.topk(TOP).indices if top_ids is None else top_ids.clamp(min=0)
     found = {
-        "logps": log_p.gather(-1, d["ids"][..., None])[..., 0], "entropies": -(log_p.exp() * finite).sum(-1), "lse": x.logsumexp(-1),
-        "selected_logps": torch.where(listed, log_p.gather(-1, d["picked"].clamp(min=0)), 0), "topk_logps": log_p.gather(-1, top_ids),
-    }  # fmt: skip
+        "logps": log_p.gather(-1, d["ids"][..., None])[..., 0],
+        "entropies": -(log_p.exp() * finite).sum(-1),
+        "lse": x.logsumexp(-1),
+        "selected_logps": torch.where(listed, log_p.gather(-1, d["picked"].clamp(min=0)), 0),
+        "topk_logps": log_p.gather(-1, top_ids),
+    }
     return {
         name: torch.where(d["mask"].view(B, T, *(1,) * (v.dim() - 2)), v, 0)
         for name, v in found.items()
@@ -90,9 +93,19 @@ def total(found, d):
 def run(d, softcap, backend, **options):
     z = d["z"].clone().requires_grad_()
     found = rw.token_stats(
-        z * 1 if options.get("consume_logits") else z, d["ids"], stats=STATS, selected_ids=d["picked"], top_k=TOP, completion_mask=d["mask"],
-        temperature=d["heat"], softcap=softcap, vocab_size=V - 2, drop_last=True, backend=backend, **options,
-    )  # fmt: skip
+        z * 1 if options.get("consume_logits") else z,
+        d["ids"],
+        stats=STATS,
+        selected_ids=d["picked"],
+        top_k=TOP,
+        completion_mask=d["mask"],
+        temperature=d["heat"],
+        softcap=softcap,
+        vocab_size=V - 2,
+        drop_last=True,
+        backend=backend,
+        **options,
+    )
     return found, torch.autograd.grad(total(found, d), z)[0]
 
 

@@ -556,8 +556,16 @@ def test_from_function_equals_the_reducer(data, backend):
         return ((loss * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
 
     options = dict(old_per_token_logps=data["old"], completion_mask=data["mask"], backend=backend)
-    same(loss_and_grad(data["z"], data["ids"], data["adv"], rw.methods.grpo().replace(reduction=rw.FromFunction(reducer)), **options),
-         loss_and_grad(data["z"], data["ids"], data["adv"], "grpo", **options))  # fmt: skip
+    same(
+        loss_and_grad(
+            data["z"],
+            data["ids"],
+            data["adv"],
+            rw.methods.grpo().replace(reduction=rw.FromFunction(reducer)),
+            **options,
+        ),
+        loss_and_grad(data["z"], data["ids"], data["adv"], "grpo", **options),
+    )
 
 
 def test_no_reduction_takes_a_per_row_upstream(data, backend):
@@ -579,8 +587,16 @@ def test_no_reduction_takes_a_per_row_upstream(data, backend):
     )
     upstream = torch.rand(B, T)
     (grad,) = torch.autograd.grad(out.loss, z, upstream)
-    _, want = loss_and_grad(data["z"], data["ids"], data["adv"], rw.methods.dapo().replace(reduction=rw.TokenSum()), token_weights=upstream,
-                                   completion_mask=data["mask"], old_per_token_logps=data["old"], backend=backend)  # fmt: skip
+    _, want = loss_and_grad(
+        data["z"],
+        data["ids"],
+        data["adv"],
+        rw.methods.dapo().replace(reduction=rw.TokenSum()),
+        token_weights=upstream,
+        completion_mask=data["mask"],
+        old_per_token_logps=data["old"],
+        backend=backend,
+    )
     torch.testing.assert_close(grad, want)
     # An expanded upstream gradient, as from .sum(), is not a special case.
     (ones,) = torch.autograd.grad(rw.token_logps(z, data["ids"], backend=backend).sum(), z)

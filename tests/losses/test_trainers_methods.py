@@ -121,9 +121,14 @@ def test_ctpo_of_packed_rows(batch):
     inside, lengths = batch["mask"], batch["mask"].sum(1)
     cu = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     packed = rw.policy_loss(
-        batch["logits"][inside], batch["ids"][inside], batch["A"][:, None], spec="ctpo", old_per_token_logps=batch["old"][inside],
-        cu_seqlens=cu, backend="reference",
-    )  # fmt: skip
+        batch["logits"][inside],
+        batch["ids"][inside],
+        batch["A"][:, None],
+        spec="ctpo",
+        old_per_token_logps=batch["old"][inside],
+        cu_seqlens=cu,
+        backend="reference",
+    )
     same(packed.loss, ours(batch, "ctpo", batch["A"]).loss, batch)
 
 

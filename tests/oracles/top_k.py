@@ -37,6 +37,7 @@ def row(
         "reverse_cross_entropy": reverse_cross,
         "symmetric_cross_entropy": (cross + reverse_cross) / 2,
         "generalized_jsd": sum(
-            beta * b * (b / m).log() + (1 - beta) * a * (a / m).log() for a, b, m in zip(p, q, mix, strict=True)
+            beta * b * (b / m).log() + (1 - beta) * a * (a / m).log()
+            for a, b, m in zip(p, q, mix, strict=True)
         ),
-    }  # fmt: skip
+    }

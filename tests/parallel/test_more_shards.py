@@ -59,9 +59,15 @@ def taught(t, **options):
     )
     teacher = rw.Teacher(logits, 0.3, kind=t["kind"])
     out = rw.linear_policy_loss(
-        t["hidden"], t["weight"], t["ids"], t["advantages"], spec=rw.methods.trl(entropy_coef=0.1), teacher=teacher,
-        chunk_rows=t["chunk_rows"], **options,
-    )  # fmt: skip
+        t["hidden"],
+        t["weight"],
+        t["ids"],
+        t["advantages"],
+        spec=rw.methods.trl(entropy_coef=0.1),
+        teacher=teacher,
+        chunk_rows=t["chunk_rows"],
+        **options,
+    )
     return [out.loss, out.per_token_logps, out.entropies, out.teacher.forward_kl, out.teacher.loss]
 
 

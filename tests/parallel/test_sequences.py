@@ -134,9 +134,12 @@ def ordered(ranks, layout):
     def found(x, mask, where, weights, **more):
         x = x.clone().requires_grad_()
         rows = resolve_rows(
-            "test", tuple(x.shape), x.device, x.dtype,
+            "test",
+            tuple(x.shape),
+            x.device,
+            x.dtype,
             dict(completion_mask=mask, group_ids=torch.tensor([0, 1, 0, 1]), num_groups=2, **more),
-        )  # fmt: skip
+        )
         if rows.across is not None:
             rows.across.agree(rows.count, B, True, x.detach())
         values = order_statistics(BatchStatistics(rows), x.view(-1), where.reshape(-1))

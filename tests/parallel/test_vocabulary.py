@@ -35,9 +35,13 @@ def test_every_backend_and_dtype(four):
         ("dapo", split, dict(backend=backend, dtype=dtype, divisors=("num_items_in_batch",)))
         for split in splits
         for backend, dtype in [
-            ("cpu", torch.float32), ("cpu", torch.bfloat16), ("reference", torch.float32), ("reference", torch.float64), ("triton", torch.float16)
+            ("cpu", torch.float32),
+            ("cpu", torch.bfloat16),
+            ("reference", torch.float32),
+            ("reference", torch.float64),
+            ("triton", torch.float16),
         ]
-    ]  # fmt: skip
+    ]
     check(four, cases)
 
 
@@ -233,9 +237,13 @@ def calls():
         {"logits": -1},
     )
     head = dict(
-        hidden=normal(g, n, d), weight=normal(g, v, d), bias=normal(g, v), a=normal(g, r, d), b=normal(g, v, r),
+        hidden=normal(g, n, d),
+        weight=normal(g, v, d),
+        bias=normal(g, v),
+        a=normal(g, r, d),
+        b=normal(g, v, r),
         ids=torch.where(torch.arange(n) % 5 == 4, -100, ids),
-    )  # fmt: skip
+    )
     of_head = {"weight": 0, "bias": 0, "b": 0}
     adv, spec = torch.randn(n, generator=g, dtype=torch.float64), rw.methods.trl(entropy_coef=0.1)
     adv[2:5] = 0
@@ -309,9 +317,12 @@ def calls():
         t,
         {"logits": -1, "other": -1},
     )
-    yield "divergences with holes", two(rw.token_divergence, kind="forward_kl"), dict(
-        logits=holes.requires_grad_(), other=other_holes, mask=mask
-    ), {"logits": -1, "other": -1}  # fmt: skip
+    yield (
+        "divergences with holes",
+        two(rw.token_divergence, kind="forward_kl"),
+        dict(logits=holes.requires_grad_(), other=other_holes, mask=mask),
+        {"logits": -1, "other": -1},
+    )
     heads = dict(
         hidden=head["hidden"],
         weight=head["weight"],

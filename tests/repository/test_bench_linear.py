@@ -90,9 +90,15 @@ def test_a_slow_baseline_is_run_once(capsys):
     assert {r.provider: len(r.ms) for r in results} == {"eager": 1, OURS[0]: 3}
     assert all(r.extra_bytes is not None for r in results)
     entry = {
-        "case": {"job": "linear"}, "results": [r.to_json() for r in results], "limits": limits, "logits_bytes": CASES[0].logits_bytes,
-        "gradient_bytes": CASES[0].gradient_bytes, "least_flops": CASES[0].least_flops(), "name": "x", "foreign_load": 0.0,
-    }  # fmt: skip
+        "case": {"job": "linear"},
+        "results": [r.to_json() for r in results],
+        "limits": limits,
+        "logits_bytes": CASES[0].logits_bytes,
+        "gradient_bytes": CASES[0].gradient_bytes,
+        "least_flops": CASES[0].least_flops(),
+        "name": "x",
+        "foreign_load": 0.0,
+    }
     once = {row["provider"]: row["once"] for row in report.rows_of(entry)}
     assert once == {"eager": True, OURS[0]: False}
     machine = {"processor": "p", "threads": 1, "huge_pages": False, "torch": "t", "commit": "c"}

@@ -234,14 +234,15 @@ def test_type_checkers_find_an_editable_installation(tree, tmp_path):
             )
             assert name == record or digest == f"sha256={sha}", name
     code, log = run(
-        sys.executable, "-c",
+        sys.executable,
+        "-c",
         "import sys, site; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
         "for name in [m for m in sys.modules if m.startswith('__editable__')]: del sys.modules[name]\n"
         f"sys.path.insert(0, {str(site)!r}); site.addsitedir({str(site)!r})\n"
         "import pathlib, reweight_ops as rw, reweight_ops.triton_kernels as t, reweight_ops.bench as b\n"
         "print(*(pathlib.Path(m.__file__).resolve().parent for m in (rw, t, b)))",
         cwd=tmp_path,
-    )  # fmt: skip
+    )
     assert code == 0 and log.split() == [
         str(tree / name) for name in ("reweight_ops", "triton_kernels", "bench")
     ], log

@@ -95,9 +95,11 @@ PROMPT = {
 }
 CALL = {"rank": smaller, "mean_below": lambda v, i: sum(ranked(v, i)) / len(ranked(v, i))}
 CASES = [
-    *((name, (), f, "sequence") for name, f in SEQUENCE.items()), *((name, (x,), f, "sequence") for name, (x, f) in SEQUENCE_WITH.items()),
-    *((name, (), f, "prompt") for name, f in PROMPT.items()), *((name, (), f, "call") for name, f in CALL.items()),
-]  # fmt: skip
+    *((name, (), f, "sequence") for name, f in SEQUENCE.items()),
+    *((name, (x,), f, "sequence") for name, (x, f) in SEQUENCE_WITH.items()),
+    *((name, (), f, "prompt") for name, f in PROMPT.items()),
+    *((name, (), f, "call") for name, f in CALL.items()),
+]
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)

@@ -68,8 +68,12 @@ def test_refused_where_a_graph_builds_it():
     torch._dynamo.reset()
 
     def step(z, x):
-        return rw.policy_loss(z, torch.ones(4, 3, dtype=torch.long), 1.0, spec=rw.methods.reinforce().with_weight(
-            rw.weights.AdvantageReweighting(alpha=x))).loss  # fmt: skip
+        return rw.policy_loss(
+            z,
+            torch.ones(4, 3, dtype=torch.long),
+            1.0,
+            spec=rw.methods.reinforce().with_weight(rw.weights.AdvantageReweighting(alpha=x)),
+        ).loss
 
     with pytest.raises(Exception, match="alpha requires grad, but no gradient reaches it"):
         torch.compile(step, fullgraph=True, backend="eager")(

@@ -351,8 +351,13 @@ def test_gtpo_conserves_reward(data):
 
 
 def test_groups_fail_loudly(data):
-    for wrong in (dict(), dict(group_size=4), dict(group_ids=torch.zeros(B)), dict(group_size=3, group_ids=torch.zeros(B), num_groups=1),
-                  dict(group_ids=torch.zeros(2), num_groups=1)):  # fmt: skip
+    for wrong in (
+        dict(),
+        dict(group_size=4),
+        dict(group_ids=torch.zeros(B)),
+        dict(group_size=3, group_ids=torch.zeros(B), num_groups=1),
+        dict(group_ids=torch.zeros(2), num_groups=1),
+    ):
         with pytest.raises(rw.InvalidCall, match="tw_grpo"):
             rw.weights.tw_grpo(data["logits"], data["mask"], **wrong)
         with pytest.raises(rw.InvalidCall, match="gtpo"):
@@ -414,8 +419,13 @@ def test_raft_is_the_mean_of_the_rewarded(data):
 
 
 def test_weight_builders_fail_loudly():
-    for build in (lambda: rw.weights.steer(omega="x"), lambda: rw.weights.steer(mapping="x"), lambda: rw.weights.steer(w_min=0.0),
-                  lambda: rw.weights.f_distill("hellinger"), lambda: rw.weights.confidence_mask(torch.zeros(2), 1.5)):  # fmt: skip
+    for build in (
+        lambda: rw.weights.steer(omega="x"),
+        lambda: rw.weights.steer(mapping="x"),
+        lambda: rw.weights.steer(w_min=0.0),
+        lambda: rw.weights.f_distill("hellinger"),
+        lambda: rw.weights.confidence_mask(torch.zeros(2), 1.5),
+    ):
         with pytest.raises(rw.InvalidCall):
             build()
     with pytest.raises(TypeError, match="fraction"):

@@ -42,10 +42,14 @@ from reweight_ops._core.rows.primitives import Weighing  # noqa: E402
 from reweight_ops.triton_kernels.config import VARIANTS, Config, Launch  # noqa: E402
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
-    "sm_120": GPUTarget("cuda", 120, 32), "gfx90a": GPUTarget("hip", "gfx90a", 64), "gfx942": GPUTarget("hip", "gfx942", 64),
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx90a": GPUTarget("hip", "gfx90a", 64),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx950": GPUTarget("hip", "gfx950", 64),
-}  # fmt: skip
+}
 
 
 class PretendedDriver:
@@ -289,10 +293,14 @@ def whole_tile_loops(target: str) -> list[dict]:
                 writes = any("STG" in x and ".128" in x for x in loop)
                 result.append(
                     {
-                        "kernel": name, "sweep": "gradient" if writes else "statistics", "logits": 8 * len(loads), "instructions": len(loop),
-                        "last_load": loads[-1], "first_exponential": exponentials[0],
+                        "kernel": name,
+                        "sweep": "gradient" if writes else "statistics",
+                        "logits": 8 * len(loads),
+                        "instructions": len(loop),
+                        "last_load": loads[-1],
+                        "first_exponential": exponentials[0],
                     }
-                )  # fmt: skip
+                )
     return result
 
 

@@ -52,9 +52,15 @@ def available(backend):
 def run(backend, z, other, kind, weights, plan, **options):
     x = z.detach().clone().requires_grad_()
     out = rw.distillation_loss(
-        x * 1 if options.get("consume_logits") else x, other, kind=kind, token_weights=weights, num_items_in_batch=1.0, backend=backend,
-        plan=plan, **options,
-    )  # fmt: skip
+        x * 1 if options.get("consume_logits") else x,
+        other,
+        kind=kind,
+        token_weights=weights,
+        num_items_in_batch=1.0,
+        backend=backend,
+        plan=plan,
+        **options,
+    )
     return out, torch.autograd.grad(out.loss, x)[0]
 
 

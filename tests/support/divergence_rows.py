@@ -52,8 +52,11 @@ def make(n, v, dtype=torch.float32, other=None, case="plain", seed=0, device="cp
 
 def as_dtype(two, dtype):
     return two._replace(
-        logits=two.logits.to(dtype), other=two.other.to(dtype), temperature=two.temperature.to(dtype), other_temperature=two.other_temperature.to(dtype)
-    )  # fmt: skip
+        logits=two.logits.to(dtype),
+        other=two.other.to(dtype),
+        temperature=two.temperature.to(dtype),
+        other_temperature=two.other_temperature.to(dtype),
+    )
 
 
 def pytorch_fp32(two, constants, weights):

@@ -117,9 +117,12 @@ def split_loss(spec, batch, split, **options):
     out = rw.policy_loss(local, **rest, spec=spec, **groups, **options)
     out.loss.backward()
     results = SimpleNamespace(
-        loss=split.total(out.loss.detach()), per_token_logps=split.whole(out.per_token_logps), entropies=split.whole(out.entropies),
-        plan=out.plan, backend=out.backend,
-    )  # fmt: skip
+        loss=split.total(out.loss.detach()),
+        per_token_logps=split.whole(out.per_token_logps),
+        entropies=split.whole(out.entropies),
+        plan=out.plan,
+        backend=out.backend,
+    )
     grad = split.whole(local.grad, columns=True)
     assert (grad[..., V:] == 0).all()
     return grad[..., :V], results

@@ -250,9 +250,16 @@ def resolve_hidden(
         linear.memory_budget,
     )
     settings = ChunkSettings(
-        _scaled_cap(softmax, linear.logit_scale), options.backend, size, logits_dtype, compute,
-        compute if autocast else lora_dtype, linear.accumulate_dtype, compact, keep,
-    )  # fmt: skip
+        _scaled_cap(softmax, linear.logit_scale),
+        options.backend,
+        size,
+        logits_dtype,
+        compute,
+        compute if autocast else lora_dtype,
+        linear.accumulate_dtype,
+        compact,
+        keep,
+    )
     a, b, scale = lora or (None, None, 1.0)
     _LORA_SCALE.check(op, "lora.scale", scale)
     head = LMHead(weight, linear.lm_head_bias, a, b, float(scale))

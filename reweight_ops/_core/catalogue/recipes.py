@@ -96,23 +96,6 @@ class Recipe:
 
     Every line is an expression over ``rw``, the package, and a batch of rollouts.
 
-    Attributes:
-        name: the name by which :func:`recipe` finds it.
-        entry: the entry of the catalogue that the recipe is about, as it is called. Its
-            paper is the recipe's.
-        schedule: the values that change from step to step.
-        rewards: the transform of the rewards.
-        advantages: the advantage estimator.
-        sample_weights: one weight or choice per sample.
-        spec: the spec of the loss with its weights. Several specs follow one another,
-            and each is a full update over the batch.
-        loss: the loss if it is not :func:`reweight_ops.policy_loss` of that spec.
-        keywords: the further keywords of the loss.
-        setup, after: assignments before the loop and at its end, for objects with a
-            state.
-        settings: hyper-parameters as published.
-        rollout: the steps at rollout, and other steps that are left to the caller.
-
     Example:
         >>> import reweight_ops as rw
         >>> rw.recipe("HAPO").advantages

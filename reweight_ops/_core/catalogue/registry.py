@@ -205,7 +205,9 @@ def published(
         if inspect.isfunction(checked):
             cast(Any, checked).__signature__ = written_out(checked)
         checked.__doc__ = with_reference(
-            with_sections(checked, with_arguments(checked), of, entry_name), title, arxiv
+            with_sections(checked, with_arguments(checked, f"{of}/{entry_name}"), of, entry_name),
+            title,
+            arxiv,
         )
         CATALOGUE[of][entry_name] = Entry(
             entry_name, full_name, of, title, arxiv, certainty, checked, level, plan, example or {}

@@ -60,5 +60,5 @@ def complete(module: ModuleType, ops: Container[Any]) -> None:
     if tiers:
         module.__doc__ = f"{(module.__doc__ or '').rstrip()}\n\n{tiers}\n"
     for name, value in parts(module, ops):
-        doc = with_arguments(value, fields=inspect.isclass(value))
+        doc = with_arguments(value, name)
         value.__doc__ = with_sections(value, doc, "part", name)

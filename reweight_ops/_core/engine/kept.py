@@ -73,7 +73,7 @@ _RANGES = {
     for record in (SoftmaxOptions, PolicyOptions)
     for name, allowed in record.__ranges__.items()
     if name not in _SETTINGS
-}  # fmt: skip
+}
 
 
 #: A finite number beyond this does not fit in fp32.

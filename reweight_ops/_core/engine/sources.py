@@ -121,9 +121,14 @@ class LogitsSource(PlainSource):
         z = self.logits
         statistics, one_pass = primitives(z.kept)
         return SourceInfo(
-            z.values.device, z.values.dtype, z.needs_grad, z.backend, statistics, one_pass,
+            z.values.device,
+            z.values.dtype,
+            z.needs_grad,
+            z.backend,
+            statistics,
+            one_pass,
             one_pass_unsupported_reason=one_pass_unsupported_reason(z.shard, z.temperature),
-        )  # fmt: skip
+        )
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         z = self.logits

@@ -118,9 +118,13 @@ NUMBERS = [
 REDUCTIONS = [
     (rw.TokenMean(), "num_items_in_batch"),
     (rw.TokenSum(), None),
-    *((rw.SequenceMean(per=per, count=count), "num_sequences_in_batch") for per in ("token_mean", "token_sum", "constant") for count in ("all", "nonempty")),
+    *(
+        (rw.SequenceMean(per=per, count=count), "num_sequences_in_batch")
+        for per in ("token_mean", "token_sum", "constant")
+        for count in ("all", "nonempty")
+    ),
     (rw.SequenceMean(per="constant", horizon=11), "num_sequences_in_batch"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("reduction, divisor", REDUCTIONS, ids=lambda x: str(x))

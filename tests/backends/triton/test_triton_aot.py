@@ -98,8 +98,11 @@ def test_loads_come_early_and_logits_cost_few_instructions(aot):
     """
     found = aot("loops", "sm_90")
     assert [(x["kernel"], x["sweep"]) for x in found] == [
-        ("stats_kernel", "statistics"), ("gradient_kernel", "gradient"), ("loss_grad_kernel", "statistics"), ("loss_grad_kernel", "gradient")
-    ]  # fmt: skip
+        ("stats_kernel", "statistics"),
+        ("gradient_kernel", "gradient"),
+        ("loss_grad_kernel", "statistics"),
+        ("loss_grad_kernel", "gradient"),
+    ]
     for loop in found:
         assert loop["logits"] == 32
         # The gradient primitive has all four derivatives here, and holds them with its
@@ -136,8 +139,14 @@ def test_kernels_on_rows_compile_without_spills(aot, target):
     compiled = aot("rows", target)
     names = [k["kernel"] for k in compiled]
     assert {name: names.count(name) for name in names} == {
-        "mask_kernel": 1, "weigh_kernel": 4, "ratio_kernel": 1, "adjoint_kernel": 1, "evaluate_kernel": 2, "sums_kernel": 2, "metrics_kernel": 1,
-    }  # fmt: skip
+        "mask_kernel": 1,
+        "weigh_kernel": 4,
+        "ratio_kernel": 1,
+        "adjoint_kernel": 1,
+        "evaluate_kernel": 2,
+        "sums_kernel": 2,
+        "metrics_kernel": 1,
+    }
     assert_sound(compiled, {})
 
 

@@ -30,9 +30,14 @@ def test_by_the_criterion(method, dtype):
 
 #: Ops whose kernels no other test of this folder runs.
 _FIRST = {
-    ("token_stats", "selected_logps"), ("token_stats", "topk_logps"), ("token_stats", "topk_ids"), ("linear_token_stats", "topk_logps"),
-    ("linear_token_divergence", "TopKLogps"), ("linear_policy_loss", "teacher, one_pass"), ("linear_policy_loss", "teacher, two_pass"),
-}  # fmt: skip
+    ("token_stats", "selected_logps"),
+    ("token_stats", "topk_logps"),
+    ("token_stats", "topk_ids"),
+    ("linear_token_stats", "topk_logps"),
+    ("linear_token_divergence", "TopKLogps"),
+    ("linear_policy_loss", "teacher, one_pass"),
+    ("linear_policy_loss", "teacher, two_pass"),
+}
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,20 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "softmax", "dtype", "v"),
     [
-        ("plain", "per_row", "fp32", 1), ("plain", "per_row", "bf16", 33), ("peaked", "cold", "fp16", 33),
-        *(pytest.param(*case, marks=slow) for case in (
-            ("peaked", "cold", "fp16", 700), ("shifted", "plain", "fp32", 1100), ("low", "plain", "fp32", 33), ("plain", "softcap", "bf16", 700),
-        )),
+        ("plain", "per_row", "fp32", 1),
+        ("plain", "per_row", "bf16", 33),
+        ("peaked", "cold", "fp16", 33),
+        *(
+            pytest.param(*case, marks=slow)
+            for case in (
+                ("peaked", "cold", "fp16", 700),
+                ("shifted", "plain", "fp32", 1100),
+                ("low", "plain", "fp32", 33),
+                ("plain", "softcap", "bf16", 700),
+            )
+        ),
     ],
-)  # fmt: skip
+)
 def test_accuracy(kind, softmax, dtype, v):
     packed_rows.check_accuracy(triton, DTYPES[dtype], 12, v, softmax, kind)
 

@@ -406,7 +406,10 @@ def test_no_tensor_of_all_logits_is_ever_made(monkeypatch):
 
 WRONG = {
     "hidden": (dict(hidden=torch.ones(B, T + 1, D)), "hidden has shape"),
-    "weight": (dict(weight=torch.ones(V, D + 1)), r"lm_head_weight has shape \(37, 9\), expected \(V, 8\)"),
+    "weight": (
+        dict(weight=torch.ones(V, D + 1)),
+        r"lm_head_weight has shape \(37, 9\), expected \(V, 8\)",
+    ),
     "dtype": (dict(weight=torch.ones(V, D)), "cast one, or use autocast"),
     "bias": (dict(bias=torch.ones(3)), "lm_head_bias has shape"),
     "lora": (dict(lora=rw.Lora(torch.ones(2, D), torch.ones(V, 3))), "lora: a"),
@@ -416,7 +419,7 @@ WRONG = {
     "consume": (dict(consume_logits=True), "consume_logits is for an op that takes logits"),
     "drop_last": (dict(drop_last=True), "drop_last is for an op that takes logits"),
     "row_index": (dict(row_index=[1, 2]), "row_index must be"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -134,9 +134,17 @@ def test_the_loss_is_the_weighted_sum(kind, plan, backend):
     )
     loss = 3 * (exact["upstream"] * value).sum() / 11
     out = rw.linear_distillation_loss(
-        d["hidden"], d["weight"], teacher(d), token_weights=d["upstream"], plan=plan, backend=backend, chunk_rows=4, **scale, **student(d),
+        d["hidden"],
+        d["weight"],
+        teacher(d),
+        token_weights=d["upstream"],
+        plan=plan,
+        backend=backend,
+        chunk_rows=4,
+        **scale,
+        **student(d),
         **options_of(d, kind, "teacher"),
-    )  # fmt: skip
+    )
     assert (out.plan, out.backend) == (plan, backend)
     near = {} if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(out.loss.double(), loss, **near)
@@ -164,9 +172,21 @@ def test_trls_function(beta, softcap, plan, backend):
     kind = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "generalized_jsd")
     theirs, entropies = trl.apply(h, w, b, th, tw, tb, beta, 0.8, 1.3, softcap, 0.7, 4.0)
     ours = rw.linear_distillation_loss(
-        h, w, rw.HiddenLogits(th, tw, tb, 0.7), kind=kind, beta=beta if kind == "generalized_jsd" else None, temperature=0.8, softcap=softcap,
-        teacher_softcap=4.0, logit_scale=1.3, lm_head_bias=b, plan=plan, backend=backend, chunk_rows=4, token_weights=d["upstream"].flatten(),
-    )  # fmt: skip
+        h,
+        w,
+        rw.HiddenLogits(th, tw, tb, 0.7),
+        kind=kind,
+        beta=beta if kind == "generalized_jsd" else None,
+        temperature=0.8,
+        softcap=softcap,
+        teacher_softcap=4.0,
+        logit_scale=1.3,
+        lm_head_bias=b,
+        plan=plan,
+        backend=backend,
+        chunk_rows=4,
+        token_weights=d["upstream"].flatten(),
+    )
     lse = (1.3 / 0.8 * (h @ w.T + b)).logsumexp(-1).abs().max().item()
     for a, e in ((ours.per_token_divergence, theirs), (ours.entropies, entropies)):
         torch.testing.assert_close(a, e, rtol=0, atol=1e-6 * lse)
@@ -197,9 +217,16 @@ def test_accuracy_of_low_precision(kind, dtype, plan, backend):
         )
 
     out = rw.linear_distillation_loss(
-        d["hidden"], d["weight"], rw.HiddenLogits(d["t_hidden"], d["t_weight"][:V], d["t_bias"][:V]), lm_head_bias=d["bias"], loss_scale=64.0,
-        plan=plan, backend=backend, chunk_rows=4, **plain,
-    )  # fmt: skip
+        d["hidden"],
+        d["weight"],
+        rw.HiddenLogits(d["t_hidden"], d["t_weight"][:V], d["t_bias"][:V]),
+        lm_head_bias=d["bias"],
+        loss_scale=64.0,
+        plan=plan,
+        backend=backend,
+        chunk_rows=4,
+        **plain,
+    )
     ours = torch.autograd.grad(out.loss, [d[name] for name in INPUTS[:3]])
     for name, t, e, o in zip(INPUTS, eager(exact), eager(d), ours, strict=False):
         assert o.dtype == dtype

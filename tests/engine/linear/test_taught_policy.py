@@ -98,9 +98,18 @@ def apart(d, spec, kind, divisor, scale=1.0, **options):
     t = teacher(d, kind)
     keep = d["mask"] & (d["ids"] != -100)
     other = rw.linear_distillation_loss(
-        d["hidden"], d["weight"], t.logits, kind=kind, beta=t.beta, completion_mask=keep, teacher_temperature=t.temperature,
-        teacher_softcap=t.softcap, num_items_in_batch=divisor, loss_scale=0.7 * scale, **rest,
-    )  # fmt: skip
+        d["hidden"],
+        d["weight"],
+        t.logits,
+        kind=kind,
+        beta=t.beta,
+        completion_mask=keep,
+        teacher_temperature=t.temperature,
+        teacher_softcap=t.softcap,
+        num_items_in_batch=divisor,
+        loss_scale=0.7 * scale,
+        **rest,
+    )
     return policy, other
 
 
@@ -129,9 +138,16 @@ def test_is_the_sum_of_the_two_losses(kind, plan, backend):
         out = call(d, spec, teacher=teacher(d, kind, as_logits), **options)
         assert (out.plan, out.backend) == (plan, backend)
         torch.testing.assert_close(out.loss, policy.loss + other.loss, **near)
-        for a, b, c in zip(grads(out.loss, d), *(torch.autograd.grad(x.loss, [d[n] for n in INPUTS], retain_graph=plan == "two_pass") for x in apart(
-            d, spec, kind, 11.0, 3.0, num_items_in_batch=11.0, plan=plan, backend=backend
-        )), strict=True):  # fmt: skip
+        for a, b, c in zip(
+            grads(out.loss, d),
+            *(
+                torch.autograd.grad(x.loss, [d[n] for n in INPUTS], retain_graph=plan == "two_pass")
+                for x in apart(
+                    d, spec, kind, 11.0, 3.0, num_items_in_batch=11.0, plan=plan, backend=backend
+                )
+            ),
+            strict=True,
+        ):
             torch.testing.assert_close(a, b + c, **near)
         for name in ("per_token_logps", "entropies", "per_token_loss", "coef", "ratio"):
             torch.testing.assert_close(getattr(out, name), getattr(policy, name), **near)

@@ -72,9 +72,18 @@ def apply_rejection_sampling(proximal_logprobs, old_logprobs, loss_mask, cu_seql
 
 
 def ppo_actor_loss_fn(
-    logprobs, proximal_logprobs, old_logprobs, advantages, eps_clip, loss_mask, eps_clip_higher=None, c_clip=None, rejection_sampling=None,
-    importance_sampling_level="token", cu_seqlens=None,
-):  # fmt: skip
+    logprobs,
+    proximal_logprobs,
+    old_logprobs,
+    advantages,
+    eps_clip,
+    loss_mask,
+    eps_clip_higher=None,
+    c_clip=None,
+    rejection_sampling=None,
+    importance_sampling_level="token",
+    cu_seqlens=None,
+):
     count, weight = loss_mask.count_nonzero() or 1, None
     if rejection_sampling is not None:
         result = apply_rejection_sampling(
@@ -164,14 +173,28 @@ def grpo_loss_fn(
     data, mask = input_data, input_data["loss_mask"].bool()
     if use_sapo_loss:
         return actor.sapo_loss_fn(
-            logprobs=logprobs, old_logprobs=data["logprobs"], advantages=data["advantages"], tau_pos=1.0, tau_neg=1.05, loss_mask=mask,
-            importance_sampling_level=level, cu_seqlens=data.get("cu_seqlens"),
-        )[0]  # fmt: skip
+            logprobs=logprobs,
+            old_logprobs=data["logprobs"],
+            advantages=data["advantages"],
+            tau_pos=1.0,
+            tau_neg=1.05,
+            loss_mask=mask,
+            importance_sampling_level=level,
+            cu_seqlens=data.get("cu_seqlens"),
+        )[0]
     loss, stat = actor.ppo_actor_loss_fn(
-        logprobs=logprobs, old_logprobs=data["logprobs"], advantages=data["advantages"], eps_clip=eps_clip, eps_clip_higher=eps_clip_higher,
-        loss_mask=mask, c_clip=c_clip, proximal_logprobs=data["prox_logp"], rejection_sampling=rejection_sampling,
-        importance_sampling_level=level, cu_seqlens=data.get("cu_seqlens"),
-    )  # fmt: skip
+        logprobs=logprobs,
+        old_logprobs=data["logprobs"],
+        advantages=data["advantages"],
+        eps_clip=eps_clip,
+        eps_clip_higher=eps_clip_higher,
+        loss_mask=mask,
+        c_clip=c_clip,
+        proximal_logprobs=data["prox_logp"],
+        rejection_sampling=rejection_sampling,
+        importance_sampling_level=level,
+        cu_seqlens=data.get("cu_seqlens"),
+    )
     for name in ("loss", "importance_weight", "approx_kl", "clip_mask", "dual_clip_mask"):
         assert stat[name].shape == logprobs.shape and not stat[name].requires_grad, name
     assert stat["clip_mask"].dtype is stat["dual_clip_mask"].dtype is torch.bool

@@ -78,9 +78,12 @@ SPECS = {
     ),
 }
 SAMPLING = {
-    "none": None, "mask": RejectionSamplingConfig(upper=1.3), "both sides": RejectionSamplingConfig(upper=1.3, lower=0.8),
-    "clamp": RejectionSamplingConfig(action="clamp", upper=1.1), "sequence": RejectionSamplingConfig(level="sequence", upper=1.2, lower=0.95),
-}  # fmt: skip
+    "none": None,
+    "mask": RejectionSamplingConfig(upper=1.3),
+    "both sides": RejectionSamplingConfig(upper=1.3, lower=0.8),
+    "clamp": RejectionSamplingConfig(action="clamp", upper=1.1),
+    "sequence": RejectionSamplingConfig(level="sequence", upper=1.2, lower=0.95),
+}
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
@@ -150,12 +153,22 @@ def test_numbers_of_masked_tokens_do_not_matter(areal):
         ("kl_cov", {}, rw.UnsupportedRequest, "level batch"),
         ("sft", {}, rw.UnsupportedRequest, "does not read advantages"),
         (rw.methods.dapo(entropy_coef=0.1), {}, rw.UnsupportedRequest, "it reads entropy"),
-        ("dapo", {"eps_clip": 0.1, "c_clip": 3.0}, rw.InvalidCall, "actor.eps_clip=0.1, actor.c_clip=3.0 would have no effect"),
+        (
+            "dapo",
+            {"eps_clip": 0.1, "c_clip": 3.0},
+            rw.InvalidCall,
+            "actor.eps_clip=0.1, actor.c_clip=3.0 would have no effect",
+        ),
         ("dapo", {"level": "sequence"}, rw.InvalidCall, "importance_sampling_level='sequence'"),
         ("dapo", {"use_sapo_loss": True}, rw.InvalidCall, "use_sapo_loss=True bypasses"),
-        ("decoupled_ppo", {"rejection_sampling": RejectionSamplingConfig()}, rw.InvalidCall, "would do it twice"),
+        (
+            "decoupled_ppo",
+            {"rejection_sampling": RejectionSamplingConfig()},
+            rw.InvalidCall,
+            "would do it twice",
+        ),
     ],
-)  # fmt: skip
+)
 def test_refusals(areal, spec, options, error, message):
     with pytest.raises(error, match=message), areal.patch_loss(spec, actor=oracle.actor):
         run(*streams(True), **options)

@@ -49,7 +49,11 @@ def master(cfg, policy=None, skip=False):
         "dtensor_cfg": {"enabled": True, "tensor_parallel_size": 1, "context_parallel_size": 1},
         "generation": {"top_k": None, "top_p": 1.0},
     } | (policy or {})
-    return types.SimpleNamespace(loss_fn=cfg, policy=policy, grpo=types.SimpleNamespace(skip_reference_policy_logprobs_calculation=skip))  # fmt: skip
+    return types.SimpleNamespace(
+        loss_fn=cfg,
+        policy=policy,
+        grpo=types.SimpleNamespace(skip_reference_policy_logprobs_calculation=skip),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +79,14 @@ def batch():
         (own + scale * torch.randn(own.shape, generator=g)).clamp(max=0), (1, 0)
     )
     data = {
-        "input_ids": ids, "token_mask": token_mask, "sample_mask": torch.tensor([1.0, 1.0, 1.0, 0.0]), "advantages": torch.randn(B, S, generator=g),
-        "prev_logprobs": near(0.3), "generation_logprobs": near(0.4), "reference_policy_logprobs": near(0.3),
-    }  # fmt: skip
+        "input_ids": ids,
+        "token_mask": token_mask,
+        "sample_mask": torch.tensor([1.0, 1.0, 1.0, 0.0]),
+        "advantages": torch.randn(B, S, generator=g),
+        "prev_logprobs": near(0.3),
+        "generation_logprobs": near(0.4),
+        "reference_policy_logprobs": near(0.3),
+    }
     return logits, data
 
 
@@ -198,7 +207,16 @@ def test_a_method_by_name(nemo, batch, name, logits):
         else after["advantages"]
     )
     count = {"num_items_in_batch": 41.0} if by_token else {"num_sequences_in_batch": 7.0}
-    out = rw.policy_loss(z[:, :-1], after["input_ids"], advantages, spec=name, old_per_token_logps=after["prev_logprobs"], completion_mask=mask, unused="ignore", **count)  # fmt: skip
+    out = rw.policy_loss(
+        z[:, :-1],
+        after["input_ids"],
+        advantages,
+        spec=name,
+        old_per_token_logps=after["prev_logprobs"],
+        completion_mask=mask,
+        unused="ignore",
+        **count,
+    )
     assert_same((out.loss.detach(), torch.autograd.grad(out.loss, z)[0]), (loss, grad))
     with_kl = nemo.PolicyLoss(master(oracle.ClippedPGLossConfig(token_level_loss=by_token)), name)
     assert [p.coef for p in with_kl.spec.penalties] == [0.01]

@@ -16,9 +16,20 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import reweight_ops as rw
 
 MISSING = (
-    "deepspeed", "flash_attn", "pylatexenc", "ring_flash_attn", "ray", "loralib", "optimum", "vllm", "flask", "uvicorn", "fastapi", "aiohttp",
+    "deepspeed",
+    "flash_attn",
+    "pylatexenc",
+    "ring_flash_attn",
+    "ray",
+    "loralib",
+    "optimum",
+    "vllm",
+    "flask",
+    "uvicorn",
+    "fastapi",
+    "aiohttp",
     "torchdata",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +63,12 @@ def batch():
     mask = (torch.arange(20) < torch.randint(1, 21, (6, 1), generator=g)).float()
     mask[2] = 0  # an empty sample
     return {
-        "log_probs": (old + 0.4 * torch.randn(6, 20, generator=g)).requires_grad_(), "old_log_probs": old,
-        "advantages": torch.randn(6, 20, generator=g), "action_mask": mask, "rollout_log_probs": old + 0.3 * torch.randn(6, 20, generator=g),
-    }  # fmt: skip
+        "log_probs": (old + 0.4 * torch.randn(6, 20, generator=g)).requires_grad_(),
+        "old_log_probs": old,
+        "advantages": torch.randn(6, 20, generator=g),
+        "action_mask": mask,
+        "rollout_log_probs": old + 0.3 * torch.randn(6, 20, generator=g),
+    }
 
 
 def run(loss, batch, **info):

@@ -15,9 +15,13 @@ import torch
 
 def config(**changes):
     correction = {
-        "tis_ratio_type": None, "token_tis_ratio_clip_high": 1.1, "sequence_tis_ratio_clip_high": 1.2, "sequence_mask_metric": None,
-        "geo_mask_high": 1.02, "geo_mask_low": 0.95,
-    }  # fmt: skip
+        "tis_ratio_type": None,
+        "token_tis_ratio_clip_high": 1.1,
+        "sequence_tis_ratio_clip_high": 1.2,
+        "sequence_mask_metric": None,
+        "geo_mask_high": 1.02,
+        "geo_mask_low": 0.95,
+    }
     fields = {
         "policy_loss_type": "regular",
         "loss_reduction": "token_mean",
@@ -36,7 +40,9 @@ def config(**changes):
         "delta_high": 0.1,
     }
     correction |= {k: changes.pop(k) for k in list(changes) if k in correction}
-    return types.SimpleNamespace(off_policy_correction=types.SimpleNamespace(**correction), **(fields | own | changes))  # fmt: skip
+    return types.SimpleNamespace(
+        off_policy_correction=types.SimpleNamespace(**correction), **(fields | own | changes)
+    )
 
 
 def masked_mean(x, mask, dim=None):

@@ -18,10 +18,15 @@ from reweight_ops.rules.surrogates import DppoTV
 #: instead of the ratio, the gradient is compared.
 REGULAR = rw.methods.ppo()
 LOSSES = {
-    "regular": REGULAR, "dual_clip": rw.methods.dual_clip_ppo(clip_ratio_c=1.1), "sapo": rw.methods.sapo(temperature_neg=1.05),
-    "gspo": rw.methods.gspo_token(epsilon_low=0.2, epsilon_high=0.2), "cispo": rw.methods.cispo(ratio_min=0.2, ratio_max=1.5),
-    "dppo": rw.PolicyLossSpec(surrogate=DppoTV(divergence_low=0.1, divergence_high=0.1, ratio_max=math.inf), name="dppo"),
-}  # fmt: skip
+    "regular": REGULAR,
+    "dual_clip": rw.methods.dual_clip_ppo(clip_ratio_c=1.1),
+    "sapo": rw.methods.sapo(temperature_neg=1.05),
+    "gspo": rw.methods.gspo_token(epsilon_low=0.2, epsilon_high=0.2),
+    "cispo": rw.methods.cispo(ratio_min=0.2, ratio_max=1.5),
+    "dppo": rw.PolicyLossSpec(
+        surrogate=DppoTV(divergence_low=0.1, divergence_high=0.1, ratio_max=math.inf), name="dppo"
+    ),
+}
 REDUCTIONS = {
     "token_mean": rw.TokenMean(),
     "sequence_mean": rw.SequenceMean(),
@@ -60,9 +65,12 @@ def batch():
     lengths = torch.tensor([10, 0, 4, 7, 2, 10])
     noise = lambda scale: scale * torch.randn(shape, generator=g)  # noqa: E731
     return {
-        "log_probs": (old + noise(0.5)).clamp(max=-1e-3).requires_grad_(), "old_log_probs": old, "advantages": noise(1.0),
-        "loss_mask": (torch.arange(10) < lengths[:, None]).float(), "rollout_logprobs": (old + noise(0.1)).clamp(max=-1e-3),
-    }  # fmt: skip
+        "log_probs": (old + noise(0.5)).clamp(max=-1e-3).requires_grad_(),
+        "old_log_probs": old,
+        "advantages": noise(1.0),
+        "loss_mask": (torch.arange(10) < lengths[:, None]).float(),
+        "rollout_logprobs": (old + noise(0.1)).clamp(max=-1e-3),
+    }
 
 
 def run(name, batch, cfg):

@@ -184,9 +184,14 @@ def test_a_method_by_name(slime, batch, name):
         for m, d in zip(data["loss_masks"], data["rollout_mask_sums"], strict=True)
     ]
     out = rw.policy_loss(
-        logits[0][pad(rows)], pad([t[-r:] for t, r in zip(data["unconcat_tokens"], RESPONSES, strict=True)]), pad(data["advantages"]),
-        spec=rw.method(name), old_per_token_logps=pad(data["log_probs"]), completion_mask=pad(data["loss_masks"]), temperature=0.8,
-    )  # fmt: skip
+        logits[0][pad(rows)],
+        pad([t[-r:] for t, r in zip(data["unconcat_tokens"], RESPONSES, strict=True)]),
+        pad(data["advantages"]),
+        spec=rw.method(name),
+        old_per_token_logps=pad(data["log_probs"]),
+        completion_mask=pad(data["loss_masks"]),
+        temperature=0.8,
+    )
     expected = (out.per_token_loss * pad(weights)).sum()
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=1e-6)
     assert grad.norm() > 1e-3

@@ -63,10 +63,13 @@ def dapo_loss(
     loss = (-torch.min(ratio * advantages, clipped * advantages) * mask).sum() / total
     drift = raw.detach()
     return loss, {
-        "loss/mean": loss.detach(), "loss/ratio_mean": (ratio.detach() * mask).sum() / total,
-        "bit_wise/logprob_diff/mean": drift.sum() / total, "bit_wise/ratio_tokens_different/mean": ((drift.abs() > 1e-6) * mask).sum() / total,
-        "bit_wise/logprob_diff/max": drift.abs().max(), "trainer/entropy/mean": (entropy * mask).sum() / total,
-    }  # fmt: skip
+        "loss/mean": loss.detach(),
+        "loss/ratio_mean": (ratio.detach() * mask).sum() / total,
+        "bit_wise/logprob_diff/mean": drift.sum() / total,
+        "bit_wise/ratio_tokens_different/mean": ((drift.abs() > 1e-6) * mask).sum() / total,
+        "bit_wise/logprob_diff/max": drift.abs().max(),
+        "trainer/entropy/mean": (entropy * mask).sum() / total,
+    }
 
 
 @pytest.fixture(scope="module")

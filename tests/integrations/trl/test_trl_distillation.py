@@ -259,9 +259,12 @@ def test_the_trainers_loss(trainer, beta):
     ids = torch.randint(3, TINY["vocab_size"], (4, 13), generator=g)
     mask = (torch.arange(8) < torch.tensor([8, 3, 0, 5])[:, None]).long()
     batch = {
-        "prompt_ids": ids[:, :5], "prompt_mask": torch.ones(4, 5, dtype=torch.long), "completion_ids": ids[:, 5:], "completion_mask": mask,
+        "prompt_ids": ids[:, :5],
+        "prompt_mask": torch.ones(4, 5, dtype=torch.long),
+        "completion_ids": ids[:, 5:],
+        "completion_mask": mask,
         "num_items_in_batch": torch.tensor(40),
-    }  # fmt: skip
+    }
 
     def call():
         trainer.model.zero_grad()

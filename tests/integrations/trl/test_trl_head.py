@@ -134,9 +134,13 @@ def expected_run(trainer, inputs):
     logp, _ = current(trainer, inputs)
     mask = inputs["completion_mask"] * inputs["tool_mask"]
     loss, _ = oracle.grpo_loss(
-        logp, inputs["advantages"], mask, old_logps=inputs["old_per_token_logps"], num_items_in_batch=123,
+        logp,
+        inputs["advantages"],
+        mask,
+        old_logps=inputs["old_per_token_logps"],
+        num_items_in_batch=123,
         steps_per_generation=trainer.args.steps_per_generation,
-    )  # fmt: skip
+    )
     loss.backward()
     grads = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
     return loss.item(), grads

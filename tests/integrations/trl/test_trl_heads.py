@@ -164,10 +164,19 @@ def async_loss(model):
         num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x
     )
     trainer = SimpleNamespace(
-        aux_loss_enabled=False, epsilon_low=0.2, epsilon_high=0.2, accelerator=accelerator, current_gradient_accumulation_steps=1, model=model,
-        _metrics={"train": collections.defaultdict(list)}, _step_forward_tokens=0, _step_trained_tokens=0, _step_seq_len_weighted=0, _step_samples=0,
+        aux_loss_enabled=False,
+        epsilon_low=0.2,
+        epsilon_high=0.2,
+        accelerator=accelerator,
+        current_gradient_accumulation_steps=1,
+        model=model,
+        _metrics={"train": collections.defaultdict(list)},
+        _step_forward_tokens=0,
+        _step_trained_tokens=0,
+        _step_seq_len_weighted=0,
+        _step_samples=0,
         _step_forward_s=0,
-    )  # fmt: skip
+    )
     trainer.compute_loss = lambda model, batch: module.AsyncGRPOTrainer.compute_loss(
         trainer, model, batch
     )

@@ -48,9 +48,13 @@ def test_kto_is_the_trainers_loss(data, loss_type, labels):
     mask = torch.nn.functional.pad(data["mask"], (1, 0)).long()
     ones = torch.ones_like(mask)
     inputs = {
-        "input_ids": ones, "attention_mask": ones, "completion_mask": mask, "label": label, "ref_logps": data["ref"].sum(1),
+        "input_ids": ones,
+        "attention_mask": ones,
+        "completion_mask": mask,
+        "label": label,
+        "ref_logps": data["ref"].sum(1),
         "ref_KL_logps": data["ref_kl"].sum(1),
-    }  # fmt: skip
+    }
 
     def model(**kwargs):
         return SimpleNamespace(
@@ -60,11 +64,22 @@ def test_kto_is_the_trainers_loss(data, loss_type, labels):
         )
 
     trainer = SimpleNamespace(
-        model=SimpleNamespace(training=True), accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x, gather=lambda x: x),
-        calculate_KL=loss_type == "kto", aux_loss_enabled=False, precompute_ref_logps=True, loss_type=loss_type, beta=0.7, desirable_weight=1.3,
-        undesirable_weight=0.6, _metrics=defaultdict(lambda: defaultdict(list)), _total_train_tokens=0, _tp_size=1,
+        model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(
+            device="cpu", gather_for_metrics=lambda x: x, gather=lambda x: x
+        ),
+        calculate_KL=loss_type == "kto",
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        loss_type=loss_type,
+        beta=0.7,
+        desirable_weight=1.3,
+        undesirable_weight=0.6,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+        _tp_size=1,
         _compute_kl_logps=lambda model, batch: data["kl"].sum(1),
-    )  # fmt: skip
+    )
     theirs = KTOTrainer._compute_loss(trainer, model, inputs, False)
     kl = (
         preference.kto_baseline(data["kl"], data["ref_kl"], data["mask"])
@@ -113,10 +128,19 @@ def test_tpo_is_the_trainers_loss(loss_type):
         torch.arange(T) < torch.tensor([5, 1, 3, 4, 2, 5])[:, None], (1, 0)
     ).long()
     trainer = SimpleNamespace(
-        model=SimpleNamespace(training=False), accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x, gather=lambda x: x),
-        tpo_alpha=0.7, tpo_l_gamma=0.4, loss_type=loss_type, beta=0.8, label_smoothing=0.1 if loss_type in ("sigmoid", "tpo-l") else 0.0,
-        _metrics=defaultdict(lambda: defaultdict(list)), _total_train_tokens=0, _tp_size=1,
-    )  # fmt: skip
+        model=SimpleNamespace(training=False),
+        accelerator=SimpleNamespace(
+            device="cpu", gather_for_metrics=lambda x: x, gather=lambda x: x
+        ),
+        tpo_alpha=0.7,
+        tpo_l_gamma=0.4,
+        loss_type=loss_type,
+        beta=0.8,
+        label_smoothing=0.1 if loss_type in ("sigmoid", "tpo-l") else 0.0,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
     inputs = {"input_ids": ids, "completion_mask": mask, "attention_mask": torch.ones_like(mask)}
     theirs = TPOTrainer._compute_loss(
         trainer, lambda **kwargs: SimpleNamespace(logits=logits), inputs, False

@@ -89,9 +89,14 @@ def soft_cap_on_large_logits_alone():
 
 
 DIFFERENT = (
-    subclass, with_forward_hook, with_pre_hook, with_replaced_forward, with_hook_on_the_model, with_accelerate_hook,
+    subclass,
+    with_forward_hook,
+    with_pre_hook,
+    with_replaced_forward,
+    with_hook_on_the_model,
+    with_accelerate_hook,
     soft_cap_on_large_logits_alone,
-)  # fmt: skip
+)
 
 
 def assert_right(trainer, inputs):

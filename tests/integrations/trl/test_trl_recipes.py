@@ -369,9 +369,15 @@ def test_two_processes_share_a_group():
         num_processes=2, process_index=1, gather=gather, pad_across_processes=lambda x, dim: x
     )
     trainer = SimpleNamespace(
-        accelerator=accelerator, num_generations=8, reward_weights=torch.ones(1), reward_func_names=["r"], model=torch.nn.Linear(1, 1),
-        state=SimpleNamespace(global_step=0, max_steps=1), _logs={"advantages": []}, args=SimpleNamespace(),
-    )  # fmt: skip
+        accelerator=accelerator,
+        num_generations=8,
+        reward_weights=torch.ones(1),
+        reward_func_names=["r"],
+        model=torch.nn.Linear(1, 1),
+        state=SimpleNamespace(global_step=0, max_steps=1),
+        _logs={"advantages": []},
+        args=SimpleNamespace(),
+    )
     recipe = choose_recipe(
         None, sample_weights="rw.advantages.hapo(rewards, lengths, group_size=group_size)"
     )

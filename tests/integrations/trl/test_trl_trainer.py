@@ -235,9 +235,18 @@ def train(make_trainer):
 
     def run(cls, ours):
         trainer = make_trainer(
-            cls, ours=ours, max_steps=6, num_iterations=2, gradient_accumulation_steps=2, per_device_train_batch_size=4, optim="sgd",
-            learning_rate=1.0, lr_scheduler_type="constant", entropy_coef=0.01, logging_steps=1,
-        )  # fmt: skip
+            cls,
+            ours=ours,
+            max_steps=6,
+            num_iterations=2,
+            gradient_accumulation_steps=2,
+            per_device_train_batch_size=4,
+            optim="sgd",
+            learning_rate=1.0,
+            lr_scheduler_type="constant",
+            entropy_coef=0.01,
+            logging_steps=1,
+        )
         start = torch.cat([p.detach().flatten() for p in trainer.model.parameters()]).clone()
         trainer.train()
         timings = ("time", "runtime", "per_second")

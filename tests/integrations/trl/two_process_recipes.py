@@ -44,9 +44,13 @@ class Ragged(ReweightGRPOTrainer):
 def main(out):
     for name, advantages in EXPECTED.items():
         trainer = make_trainer(
-            str(Path(out, os.environ["RANK"])), Ragged, ours={"recipe": name, "reward_funcs": correct}, per_device_train_batch_size=4,
-            num_generations=8, max_steps=2,
-        )  # fmt: skip
+            str(Path(out, os.environ["RANK"])),
+            Ragged,
+            ours={"recipe": name, "reward_funcs": correct},
+            per_device_train_batch_size=4,
+            num_generations=8,
+            max_steps=2,
+        )
         accelerator = trainer.accelerator
         inputs = trainer._generate_and_score_completions(
             [dict(trainer.train_dataset[0]) for _ in range(4)]

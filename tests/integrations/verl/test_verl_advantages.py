@@ -55,10 +55,14 @@ def run(name, batch, cfg=None):
 #: An estimator of verl's registry, and ours with the settings that say the same.
 REWARD = {"singleton": "reward"}
 SAME = {
-    "grpo": functools.partial(rw.advantages.grpo, epsilon=1e-6, **REWARD), "rloo": functools.partial(rw.advantages.rloo, **REWARD),
-    "opo": functools.partial(rw.advantages.opo, **REWARD), "reinforce_plus_plus": rw.advantages.reinforce_plus_plus,
-    "reinforce_plus_plus_baseline": functools.partial(rw.advantages.reinforce_plus_plus_baseline, **REWARD),
-}  # fmt: skip
+    "grpo": functools.partial(rw.advantages.grpo, epsilon=1e-6, **REWARD),
+    "rloo": functools.partial(rw.advantages.rloo, **REWARD),
+    "opo": functools.partial(rw.advantages.opo, **REWARD),
+    "reinforce_plus_plus": rw.advantages.reinforce_plus_plus,
+    "reinforce_plus_plus_baseline": functools.partial(
+        rw.advantages.reinforce_plus_plus_baseline, **REWARD
+    ),
+}
 
 
 @pytest.mark.parametrize("name", SAME)

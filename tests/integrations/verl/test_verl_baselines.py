@@ -21,10 +21,12 @@ def data(request):
     if request.param == "holes":
         mask[[0, 1, 3, 8], [3, 1, 0, 2]] = False
     return {
-        "rewards": torch.randint(0, 3, (B, T), generator=g).double(), "mask": mask,
-        "logps": -3 * torch.rand(B, T, generator=g, dtype=torch.float64), "square": -torch.rand(B, T, generator=g, dtype=torch.float64),
+        "rewards": torch.randint(0, 3, (B, T), generator=g).double(),
+        "mask": mask,
+        "logps": -3 * torch.rand(B, T, generator=g, dtype=torch.float64),
+        "square": -torch.rand(B, T, generator=g, dtype=torch.float64),
         "ratio": torch.rand(B, T, generator=g, dtype=torch.float64) + 0.5,
-    }  # fmt: skip
+    }
 
 
 def theirs(name, rewards, mask, **options):
@@ -41,9 +43,14 @@ def test_optimal_token_baselines(data, kind, weighted, tail):
     name = {"otb": "optimal_token_baseline", "tir_otb": "tir_optimal_token_baseline"}[kind]
     ratio = data["ratio"] if weighted else None
     expected = theirs(
-        name, data["rewards"], data["mask"], old_log_probs=data["logps"], sum_pi_squared=data["square"].exp(), rollout_is_weights=ratio,
+        name,
+        data["rewards"],
+        data["mask"],
+        old_log_probs=data["logps"],
+        sum_pi_squared=data["square"].exp(),
+        rollout_is_weights=ratio,
         handle_zero_tail=tail,
-    )  # fmt: skip
+    )
     poisoned = {
         k: torch.where(data["mask"], data[k], torch.nan) for k in ("rewards", "logps", "square")
     }

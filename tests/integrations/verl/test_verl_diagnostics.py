@@ -20,9 +20,13 @@ def out():
     old = -2 * torch.rand(3, 7, generator=g, dtype=torch.float64)
     sampling = old + 0.3 * torch.randn(3, 7, generator=g, dtype=torch.float64)
     made = rw.policy_loss_from_logps(
-        old.clone().requires_grad_(), torch.ones(3), spec=rw.methods.grpo().with_weight(rw.weights.TruncatedImportance()),
-        old_per_token_logps=old, sampling_per_token_logps=sampling, completion_mask=mask,
-    )  # fmt: skip
+        old.clone().requires_grad_(),
+        torch.ones(3),
+        spec=rw.methods.grpo().with_weight(rw.weights.TruncatedImportance()),
+        old_per_token_logps=old,
+        sampling_per_token_logps=sampling,
+        completion_mask=mask,
+    )
     return made, old, sampling, mask
 
 

@@ -44,8 +44,10 @@ def assert_same(theirs, ours, *leaves):
 #: Options that verl's configuration has for a mode, chosen so that nothing is left to
 #: chance and something happens.
 OWN = {
-    "clip_cov": {"clip_cov_ratio": 0.4, "clip_cov_lb": 0.4}, "kl_cov": {"kl_cov_ratio": 0.2, "ppo_kl_coef": 0.3}, "dro": {"dro_beta": 0.5},
-}  # fmt: skip
+    "clip_cov": {"clip_cov_ratio": 0.4, "clip_cov_lb": 0.4},
+    "kl_cov": {"kl_cov_ratio": 0.2, "ppo_kl_coef": 0.3},
+    "dro": {"dro_beta": 0.5},
+}
 
 
 @pytest.mark.parametrize("info", AGG, ids=["local", "global"])
@@ -112,9 +114,16 @@ def test_bypass_mode(batch, loss_type, level, threshold):
         config=cfg,
     )
     ours, _ = oracle.policy_loss(
-        "bypass_mode", batch["log_prob"], batch["adv"], batch["mask"], old_logps=batch["old"], clip_ratio_c=2.0, rollout_loss_type=loss_type,
-        rollout_is=level, rollout_is_threshold=threshold,
-    )  # fmt: skip
+        "bypass_mode",
+        batch["log_prob"],
+        batch["adv"],
+        batch["mask"],
+        old_logps=batch["old"],
+        clip_ratio_c=2.0,
+        rollout_loss_type=loss_type,
+        rollout_is=level,
+        rollout_is_threshold=threshold,
+    )
     assert_same(expected, ours, batch["log_prob"])
 
 

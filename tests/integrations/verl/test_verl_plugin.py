@@ -150,9 +150,13 @@ def test_every_method_of_a_token_or_sequence_has_a_name_or_a_reason(registry_res
         names
     ) == {"rw_opsm"}
     for name, reason in {
-        "opsm": "no default for threshold", "disco": "level group", "top_entropy": "reads entropy", "sft": "does not read advantages",
-        "npo": "reads ref_logp", "clip_cov": "level batch",
-    }.items():  # fmt: skip
+        "opsm": "no default for threshold",
+        "disco": "level group",
+        "top_entropy": "reads entropy",
+        "sft": "does not read advantages",
+        "npo": "reads ref_logp",
+        "clip_cov": "level batch",
+    }.items():
         assert reason in reasons[name], (name, reasons[name])
 
 
@@ -181,9 +185,17 @@ def test_every_registered_method_trains(name, registry_restored):
         )
     advantages = data["advantages"][:, 0] if name == "gmpo" else data["advantages"]
     out = rw.policy_loss_from_logps(
-        data["log_prob"], advantages, spec=spec, old_per_token_logps=data["old_log_prob"], completion_mask=data["response_mask"],
-        importance_sampling_ratio=weights, unused="ignore", **({"num_items_in_batch": 38.5} if agg == "token-mean" else {"num_sequences_in_batch": 5.5}),
-    )  # fmt: skip
+        data["log_prob"],
+        advantages,
+        spec=spec,
+        old_per_token_logps=data["old_log_prob"],
+        completion_mask=data["response_mask"],
+        importance_sampling_ratio=weights,
+        unused="ignore",
+        **(
+            {"num_items_in_batch": 38.5} if agg == "token-mean" else {"num_sequences_in_batch": 5.5}
+        ),
+    )
     torch.testing.assert_close(loss, out.loss, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(
         grad, torch.autograd.grad(out.loss, data["log_prob"])[0], rtol=1e-6, atol=1e-9
@@ -227,9 +239,12 @@ def test_ppo_loss_of_the_worker(registry_restored):
     # What no_padding_2_padding makes of the engine's jagged outputs is tested by verl;
     # here they are padded already.
     fields = {
-        "response_mask": data["response_mask"], "old_log_probs": data["old_log_prob"], "advantages": data["advantages"], "ref_log_prob": ref,
+        "response_mask": data["response_mask"],
+        "old_log_probs": data["old_log_prob"],
+        "advantages": data["advantages"],
+        "ref_log_prob": ref,
         "rollout_is_weights": data["rollout_is_weights"],
-    }  # fmt: skip
+    }
     results = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker_losses, "no_padding_2_padding", lambda x, data: x)

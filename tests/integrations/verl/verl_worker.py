@@ -74,9 +74,14 @@ PROMPTS, RESPONSES = (3, 5, 2, 4, 3, 3, 2, 4), (6, 2, 5, 4, 1, 6, 3, 5)
 
 def engine(fused):
     model = HFModelConfig(
-        path=MODEL, load_tokenizer=False, use_remove_padding=False, enable_gradient_checkpointing=False, use_fused_kernels=fused,
-        fused_kernel_options={"impl_backend": "torch"}, override_config={"attn_implementation": "eager"},
-    )  # fmt: skip
+        path=MODEL,
+        load_tokenizer=False,
+        use_remove_padding=False,
+        enable_gradient_checkpointing=False,
+        use_fused_kernels=fused,
+        fused_kernel_options={"impl_backend": "torch"},
+        override_config={"attn_implementation": "eager"},
+    )
     precision = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
     config = FSDPEngineConfig(strategy="fsdp2", mixed_precision=precision, use_torch_compile=False)
     made = FSDPEngineWithLMHead(
@@ -149,9 +154,12 @@ def step(loss_mode, fused=False, patch=None):
         out = made.train_batch(batch(fused), functools.partial(ppo_loss, actor))
     moved = {n: p.full_tensor().detach() for n, p in made.module.named_parameters()}
     return {
-        "gradients": gradients, "parameters": moved, "loss": sum(out["loss"]), "metrics": sorted(out["metrics"]),
+        "gradients": gradients,
+        "parameters": moved,
+        "loss": sum(out["loss"]),
+        "metrics": sorted(out["metrics"]),
         "counts": dict(patch.fused_calls) if patch else {},
-    }  # fmt: skip
+    }
 
 
 core_algos.register_policy_loss("rw_clip")(

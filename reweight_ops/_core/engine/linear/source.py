@@ -56,9 +56,14 @@ class HiddenSource(PlainSource):
         h, s = self.hidden, self.hidden.settings
         statistics, one_pass = primitives(h.kept)
         return SourceInfo(
-            h.states.device, s.logits_dtype, h.needs_grad, s.backend, statistics, one_pass,
+            h.states.device,
+            s.logits_dtype,
+            h.needs_grad,
+            s.backend,
+            statistics,
+            one_pass,
             one_pass_unsupported_reason=one_pass_unsupported_reason(h.shard, h.temperature),
-        )  # fmt: skip
+        )
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         wanted = statistics_of(self.hidden.kept, names, self.hidden.rows)
@@ -117,9 +122,13 @@ class HiddenSource(PlainSource):
         inputs = RowInputs(*(None if t is None else h.gather(t) for t in work.inputs))  # type: ignore[arg-type]
         over = h.kept is not None and h.kept.over_vocabulary
         loss, table = LinearOnePass.apply(  # type: ignore[no-untyped-call]
-            h.states, *h.head, PerRow.of(h.ids, h.temperature, None, h.kept), None, h.settings,
+            h.states,
+            *h.head,
+            PerRow.of(h.ids, h.temperature, None, h.kept),
+            None,
+            h.settings,
             TokenWork(work._replace(inputs=inputs), h.settings.softmax, backend, over),
-        )  # fmt: skip
+        )
         return loss, torch.stack(
             [h.scatter(row) for row in table.unbind()]
         ) if h.index is not None else table
