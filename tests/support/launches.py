@@ -102,15 +102,23 @@ class NoHostCopies(TorchFunctionMode):
         torch.asarray,
         torch.from_numpy,
         torch.scalar_tensor,
+        torch.Tensor.new_tensor,
     )
+    #: They copy a number of the host too, which arithmetic takes as a launch argument.
+    _COPIES = (torch.Tensor.to, torch.Tensor.copy_, torch.Tensor.type_as)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in self._CONSTRUCTORS and not isinstance(args[0], torch.Tensor):
+        values = args[1] if func is torch.Tensor.new_tensor else args[0] if args else None
+        if func in self._CONSTRUCTORS and not isinstance(values, torch.Tensor):
             raise HostCopy(f"{func.__name__}{args}")
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor):
             for t in args:
-                if isinstance(t, torch.Tensor) and t.device.type != result.device.type and t.dim():
+                if (
+                    isinstance(t, torch.Tensor)
+                    and t.device.type != result.device.type
+                    and (t.dim() or func in self._COPIES)
+                ):
                     raise HostCopy(
                         f"{getattr(func, '__name__', func)} from {t.device} to {result.device}"
                     )

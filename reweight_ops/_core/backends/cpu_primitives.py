@@ -85,6 +85,7 @@ class CpuPrimitives:
         scale: Any,
         factor: Tensor | None,
         terms: int,
+        into: Tensor | None = None,
     ) -> Tensor:
         n = masked.keep.numel()
         if factor is not None and (
@@ -95,7 +96,12 @@ class CpuPrimitives:
                 "float32, contiguous."
             )
         divide, number, horizon = weighing_numbers(weighing)
-        w = result((terms, n), torch.float32)
+        w = result((terms, n), torch.float32) if into is None else into
+        if w.dtype != torch.float32 or w.shape != (terms, n) or not w.is_contiguous():
+            raise InvalidCall(
+                f"weigh: into is {tuple(w.shape)} {w.dtype}, expected {(terms, n)} float32, "
+                "contiguous."
+            )
         self.module.weigh_rows(
             masked.keep.data_ptr(),
             masked.lengths.data_ptr(),

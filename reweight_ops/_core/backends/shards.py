@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..rows.constants import parameter_vector
 from ..rows.groups import IGNORE_INDEX
 from ..rows.ranks import gathered, size_and_rank, summed_
 from ..rows.traced import gathered_over, summed_over
@@ -123,7 +124,8 @@ class VocabShards:
             part = (by - _log_sum_exp(by)).exp()
             return torch.where(part == 0, 0, part * (s[name] + share.log)).sum(0)
         assert name == MEAN_LOGIT
-        weights = own.new_tensor(self.columns)[:, None] / self.total
+        columns = parameter_vector(tuple(map(float, self.columns)), own.dtype, own.device)
+        weights = columns[:, None] / self.total
         return torch.where(weights == 0, 0, weights * own).sum(0) + 0 * share.lse
 
     def merged_divergences(self, states: Tensor, ids: Tensor) -> Tensor:

@@ -86,10 +86,20 @@ def _number(value: Any) -> tuple[float, bool]:
 
 
 def weigh(
-    masked: Masked, run: int, weighing: Weighing, scale: Any, factor: Tensor | None, terms: int
+    masked: Masked,
+    run: int,
+    weighing: Weighing,
+    scale: Any,
+    factor: Tensor | None,
+    terms: int,
+    into: Tensor | None = None,
 ) -> Tensor:
     n, sequences = masked.keep.numel(), masked.lengths.size(1)
-    w = torch.empty((terms, n), dtype=torch.float32, device=masked.keep.device)
+    w = (
+        torch.empty((terms, n), dtype=torch.float32, device=masked.keep.device)
+        if into is None
+        else into
+    )
     divisor, horizon = weighing.divisor, weighing.horizon
     counts = {None: kernels.UNDIVIDED, "rows": kernels.BY_ROWS, "sequences": kernels.BY_SEQUENCES}
     if divisor is None or isinstance(divisor, str):

@@ -6,6 +6,7 @@ Both plans and the metrics start from it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -154,8 +155,9 @@ class LossCall:
         return found * self._scale if self._is_scaled else found
 
     def _fused_row_weights(self) -> Tensor | None:
-        """Return the row weights with one launch per reduction, or None if a kernel
-        cannot form one of them.
+        """Return the row weights, or None if a kernel cannot form one of them.
+
+        Terms one after the other with the same reduction take one launch.
         """
         rows, terms = self.rows, self.spec.reductions
         assert rows.primitives is not None and rows.masked is not None
@@ -173,17 +175,21 @@ class LossCall:
             isinstance(x, Tensor) and x.requires_grad for x in numbers
         ):
             return None
-        share = len(plans) == 1
-        found = []
-        for k in range(1 if share else len(terms)):
-            plan = plans[own[k]]
+        weigh, count = rows.primitives.weigh, len(terms)
+        if len(plans) == 1:
+            (plan,) = plans.values()
             assert plan is not None
-            factor = self.factor if k == 0 else None
-            count = len(terms) if share and factor is not None else 1
-            found.append(
-                rows.primitives.weigh(rows.masked, rows.run, plan, self._scale, factor, count)
-            )
-        return found[0].expand(len(terms), -1) if share else torch.cat(found)
+            alike = 1 if self.factor is None else count
+            found = weigh(rows.masked, rows.run, plan, self._scale, self.factor, alike)
+            return found.expand(count, -1)
+        found = torch.empty((count, rows.count), dtype=rows.dtype, device=rows.device)
+        for k, run in itertools.groupby(range(count), own.__getitem__):
+            plan, at = plans[k], list(run)
+            assert plan is not None
+            factor = self.factor if at[0] == 0 else None
+            into = found[at[0] : at[-1] + 1]
+            weigh(rows.masked, rows.run, plan, self._scale, factor, len(at), into)
+        return found
 
     @property
     def _is_scaled(self) -> bool:

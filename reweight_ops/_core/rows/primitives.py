@@ -89,9 +89,9 @@ class RowPrimitives:
 
     * ``mask(ids, mask, denominator, run)`` takes ids and masks of shape ``[N]`` or
       ``[S, run]`` with any strides.
-    * ``weigh(masked, run, weighing, scale, factor, terms) -> [terms,
-      N]`` multiplies by ``scale`` (a number or a 0-d tensor), and in term 0 also by
-      ``factor``.
+    * ``weigh(masked, run, weighing, scale, factor, terms, into=None) -> [terms, N]``
+      multiplies by ``scale`` (a number or a 0-d tensor), and in term 0 also by
+      ``factor``. ``into`` is the memory of the result, new by default.
     * ``ratio(masked, run, logp, old_logp, params, normalize) -> (log_ratio [N], means
       [S])`` gives all rows of a sequence its mean of ``logp -
       old_logp``, between ``params[0]`` and ``params[1]``. An ``old_logp`` of None is 0.
@@ -110,7 +110,7 @@ class RowPrimitives:
     """
 
     mask: Callable[[Tensor, Tensor | None, Tensor | None, int], Masked]
-    weigh: Callable[[Masked, int, Weighing, Any, Tensor | None, int], Tensor]
+    weigh: Callable[..., Tensor]
     ratio: (
         Callable[[Masked, int, Tensor, Tensor | None, Tensor, bool], tuple[Tensor, Tensor]] | None
     ) = None

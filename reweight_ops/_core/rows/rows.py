@@ -199,14 +199,17 @@ class Rows:
             raise self.error(f"{name} is {got}, expected a tensor or a number.")
         value = plain(value)
         self._check(name, value, logps, differentiable)
-        flat = self._flat(name, value)
+        found = self._spread(name, value)
+        if found.dtype != self.dtype:  # the rows and their dtype in one copy
+            found = found.to(self.dtype, memory_format=torch.contiguous_format)
+        flat = found.reshape(-1)
         if (
             not torch.compiler.is_compiling()
             and flat.is_inference()
             and not torch.is_inference_mode_enabled()
         ):
             flat = flat.clone()  # autograd refuses to save an inference tensor
-        return flat.to(self.dtype).contiguous()
+        return flat.contiguous()
 
     def is_per_token(self, value: Tensor) -> bool:
         """Return whether a per-row argument has one value per token, which may differ
@@ -237,13 +240,17 @@ class Rows:
                 "detached."
             )
 
-    def _flat(self, name: str, value: Tensor) -> Tensor:
+    def _spread(self, name: str, value: Tensor) -> Tensor:
+        """Return a per-row argument with one value for each row.
+
+        It is ``[N]`` or has the shape of the rows.
+        """
         shape, rows = tuple(value.shape), self.shape
         if value.dim() == 0:
             return value.expand(self.count)
         packed = self.sequences is not None and self.sequences.index is not None
         if shape == rows or (packed and shape == (self.count,)):
-            return value.reshape(-1)
+            return value
         if packed:
             assert self.sequences is not None
             if shape in ((self.sequences.count, 1), (self.sequences.count,)) and shape != (
@@ -255,7 +262,7 @@ class Rows:
         else:
             head = rows[:-1]
             if shape in (head, (*head, 1)):
-                return value.reshape(*head, 1).expand(rows).reshape(-1)
+                return value.reshape(*head, 1).expand(rows)
             expected = f"{rows} per token" + (
                 f", or {head} or {(*head, 1)} per sequence" if head else ", or a number"
             )
