@@ -70,8 +70,11 @@ def test_sure_tokens(dtype, split, vocab, step, monkeypatch):
 
 @pytest.mark.parametrize("caps", CAPS, ids=str)
 def test_sure_tokens_at_temperatures_and_soft_caps(caps):
+    """Two rows of p and three of q have their mass next to the largest column, where
+    it is summed again.
+    """
     pairs = transformed_pairs(129, F32, caps)
-    assert_divergences_kept(backend, pairs.some(53))
+    assert_divergences_kept(backend, pairs.some(42))
 
 
 #: About 20 seconds each in the interpreter: the other pairs are slow tests.
