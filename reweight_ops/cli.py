@@ -495,3 +495,7 @@ def _absent(name: str) -> str:
     return (
         unsupported_reason(name, Request("token_stats", device, torch.float32)) or "not asked for"
     )
+
+
+if __name__ == "__main__":  # ``python -m reweight_ops.cli`` is the command too
+    main()

@@ -59,3 +59,5 @@ from .trust_regions import m2po as m2po
 from .trust_regions import prime_rl as prime_rl
 from .trust_regions import two_sided_clip as two_sided_clip
 from .verl import verl as verl
+
+__all__ = ["METHODS", "method", "published", "trl", "verl"]
