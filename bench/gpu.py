@@ -375,7 +375,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--dry-run", action="store_true", help="run on the CPU, in tiny shapes, without a build"
     )
     options = parser.parse_args(arguments)
-    seconds = options.seconds or SECONDS * (3 if options.dry_run else 1)
+    usual = SECONDS * (3 if options.dry_run else 1)
+    seconds = usual if options.seconds is None else options.seconds
     out = Path(options.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     log, bench = out / "gpu.log", out / "gpu-bench.json"

@@ -105,7 +105,7 @@ NUMBERS = {
     "beta of pairs": lambda z, x: pairs(z, rw.preference.dpo(beta=x), **REFERENCE),
     "target margin of pairs": lambda z, x: pairs(z, rw.preference.simpo(gamma=x)),
 }
-#: A case takes up to ten seconds. The others are slow tests.
+#: A case takes seconds to trace. The others are slow tests.
 USUAL = (
     "temperature",
     "bound of a clip, two_pass",

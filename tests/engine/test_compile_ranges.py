@@ -165,7 +165,7 @@ LATER = {
 }
 
 
-#: A case takes seven seconds. The others are slow tests.
+#: A case takes seconds to trace. The others are slow tests.
 USUAL = ("a method's", "an upper bound", "NaN", "a count")
 
 

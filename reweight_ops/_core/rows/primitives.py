@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -83,6 +83,22 @@ METRICS = (
 )
 
 
+class Weigh(Protocol):
+    """The primitive that forms row weights: ``weigh`` of :class:`RowPrimitives`."""
+
+    def __call__(
+        self,
+        masked: Masked,
+        run: int,
+        weighing: Weighing,
+        scale: Any,
+        factor: Tensor | None,
+        terms: int,
+        into: Tensor | None = None,
+        /,
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class RowPrimitives:
     """The row primitives of a backend.
@@ -110,7 +126,7 @@ class RowPrimitives:
     """
 
     mask: Callable[[Tensor, Tensor | None, Tensor | None, int], Masked]
-    weigh: Callable[..., Tensor]
+    weigh: Weigh
     ratio: (
         Callable[[Masked, int, Tensor, Tensor | None, Tensor, bool], tuple[Tensor, Tensor]] | None
     ) = None

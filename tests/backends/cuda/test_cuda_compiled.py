@@ -28,7 +28,7 @@ def compiled(tmp_path_factory):
     return get
 
 
-#: A file takes half a minute a target. The others are slow tests.
+#: A file takes 4 to 12 seconds a target. The others are slow tests.
 USUAL = [("bf16", "90"), ("bf16", "100")]  # sm_100 has spilled where no other target did
 
 
