@@ -53,16 +53,19 @@ RowNumbers row_numbers(const Five& from) {
     return {at<const void>(Address(from.at(0))), from.at(1), from.at(2), int(from.at(3)), from.at(4) != 0};
 }
 
+/// Unpacks rows, sequences, rows of a sequence, and the address of an index.
+Runs runs_of(const std::array<int64_t, 4>& from) { return {from[0], from[1], from[2], at<const int64_t>(Address(from[3]))}; }
+
 std::pair<int64_t, int64_t> mask_rows_of(const std::array<int64_t, 5>& ids, const std::array<int64_t, 5>& mask,
-                                         const std::array<int64_t, 5>& denominator, int64_t run, int64_t rows, Address out_ids, Address keep,
+                                         const std::array<int64_t, 5>& denominator, const std::array<int64_t, 4>& runs, Address out_ids, Address keep,
                                          Address counted, Address lengths) {
-    return mask_rows({row_numbers(ids), row_numbers(mask), row_numbers(denominator), run, rows, at<int64_t>(out_ids), at<bool>(keep),
+    return mask_rows({row_numbers(ids), row_numbers(mask), row_numbers(denominator), runs_of(runs), at<int64_t>(out_ids), at<bool>(keep),
                       at<bool>(counted), at<int32_t>(lengths)});
 }
 
-void weigh_rows_of(Address keep, Address lengths, int64_t run, int64_t rows, int divide, float divisor, bool per_length, float horizon, float scale,
-                   Address factor, int terms, Address out) {
-    weigh_rows({at<const bool>(keep), at<const int32_t>(lengths), run, rows, static_cast<Divide>(divide), divisor, per_length, horizon, scale,
+void weigh_rows_of(Address keep, Address lengths, const std::array<int64_t, 4>& runs, int divide, float divisor, bool per_length, float horizon,
+                   float scale, Address factor, int terms, Address out) {
+    weigh_rows({at<const bool>(keep), at<const int32_t>(lengths), runs_of(runs), static_cast<Divide>(divide), divisor, per_length, horizon, scale,
                 at<const float>(factor), terms, at(out)});
 }
 
@@ -76,8 +79,9 @@ OnePass make_one_pass(const Call& common, const ProgramTable& table, std::vector
     call.loss.reads_p_sq = reads_p_sq;
     call.loss.entropy_gradient = entropy_gradient;
     call.loss.row_weights_step = shared ? 0 : common.rows;
-    call.mask = {row_numbers(masks.at(0)), row_numbers(masks.at(1)), row_numbers(masks.at(2)), run, common.rows, nullptr, nullptr, nullptr, nullptr};
-    call.weigh = {nullptr, nullptr, run, common.rows, static_cast<Divide>(divide), 1, per_length, horizon, 1, nullptr, terms, nullptr};
+    const Runs runs{common.rows, (common.rows + run - 1) / run, run, nullptr};
+    call.mask = {row_numbers(masks.at(0)), row_numbers(masks.at(1)), row_numbers(masks.at(2)), runs, nullptr, nullptr, nullptr, nullptr};
+    call.weigh = {nullptr, nullptr, runs, static_cast<Divide>(divide), 1, per_length, horizon, 1, nullptr, terms, nullptr};
     for (int k = 0; k < OnePass::kInputs; ++k) {
         const std::vector<int64_t>& from = inputs.at(k);
         call.inputs[k] = {from.at(0), from.at(1), from.at(2) != 0, from.at(3) != 0};
@@ -174,9 +178,9 @@ PYBIND11_MODULE(_C, m) {
         },
         NoGil(), py::arg("fp64"), py::arg("table"), py::arg("params"), py::arg("leaves"), py::arg("row_weights"), py::arg("row_weights_step"),
         py::arg("keep"), py::arg("outputs"), py::arg("out"), py::arg("rows"), py::arg("threads"));
-    m.def("mask_rows", &mask_rows_of, py::arg("ids"), py::arg("mask"), py::arg("denominator"), py::arg("run"), py::arg("rows"), py::arg("out_ids"),
-          py::arg("keep"), py::arg("counted"), py::arg("lengths"));
-    m.def("weigh_rows", &weigh_rows_of, py::arg("keep"), py::arg("lengths"), py::arg("run"), py::arg("rows"), py::arg("divide"), py::arg("divisor"),
+    m.def("mask_rows", &mask_rows_of, py::arg("ids"), py::arg("mask"), py::arg("denominator"), py::arg("runs"), py::arg("out_ids"), py::arg("keep"),
+          py::arg("counted"), py::arg("lengths"));
+    m.def("weigh_rows", &weigh_rows_of, py::arg("keep"), py::arg("lengths"), py::arg("runs"), py::arg("divide"), py::arg("divisor"),
           py::arg("per_length"), py::arg("horizon"), py::arg("scale"), py::arg("factor"), py::arg("terms"), py::arg("out"));
     py::class_<OnePass>(m, "OnePass", py::module_local())
         .def(py::init(&make_one_pass), py::arg("call"), py::arg("table"), py::arg("params"), py::arg("reads_p_sq"), py::arg("entropy_gradient"),

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from . import math
 from .kernels import kernel
+from .rows import own, span
 
 #: Numbers that :func:`sums_kernel` stores of a sequence, and that
 #: :func:`metrics_kernel` reads.
@@ -26,10 +27,13 @@ def sums_kernel(
     D_H,
     FACTOR,
     KEEP,
+    OFFSETS,
+    INDEX,
     PARAMS,
     OUT,
     length: tl.int64,
     total: tl.int64,
+    RUNS: tl.constexpr,
     PROGRAM: tl.constexpr,
     GIVEN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -55,11 +59,11 @@ def sums_kernel(
         zero,
     )
     largest = zero - float("inf")
-    for start in range(0, length, BLOCK):
-        t = start + tl.arange(0, BLOCK)
-        row = s * length + t
+    begin, end = span(OFFSETS, s, length, total, RUNS)
+    for start in range(begin, end, BLOCK):
+        row = start + tl.arange(0, BLOCK)
         at = tl.minimum(row, total - 1)
-        keep = (t < length) & (row < total) & (tl.load(KEEP + at) != 0)
+        keep = tl.load(KEEP + at, mask=own(INDEX, row, end, s, RUNS), other=0) != 0
         logp, old, ref, sampling = (
             tl.load(LOGP + at),
             tl.load(OLD + at),
@@ -106,10 +110,12 @@ def sums_kernel(
 def metrics_kernel(
     PARTS,
     LENGTHS,
+    TRUST,
     SUMS_OUT,
     VALUES,
     sequences: tl.int64,
     metrics: tl.int64,
+    HAS_TRUST: tl.constexpr,
     AT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -184,9 +190,11 @@ def metrics_kernel(
         tl.sum(shares_high, 0),
         tl.sum(shares, 0),
     )
+    trust = tl.load(TRUST) if HAS_TRUST else 0.0
     for k in tl.static_range(17):
         if AT[k] >= 0:
             divisor = rows if k < 8 else (all_sequences if k > 13 else one)
-            tl.store(SUMS_OUT + 2 * AT[k], found[k])
+            value = found[k] + trust
+            tl.store(SUMS_OUT + 2 * AT[k], value)
             tl.store(SUMS_OUT + 2 * AT[k] + 1, divisor)
-            tl.store(VALUES + AT[k], tl.div_rn(found[k], tl.maximum(divisor, 1e-30)))
+            tl.store(VALUES + AT[k], tl.div_rn(value, tl.maximum(divisor, 1e-30)))

@@ -1,8 +1,11 @@
 """Work on rows instead of logits: masks, row weights, sequence ratios, and a loss on
 stored rows.
 
-A program takes one sequence of ``length`` consecutive rows. Rows without sequences are
-cut into runs, of which the last may be short (``total`` is the number of all rows).
+Rows are cut into sequences in one of three ways, which RUNS says. Runs of ``length``
+consecutive rows; rows without sequences are cut so too, and the last run may be short.
+Packed sequences, which begin at OFFSETS. Sequences whose rows may lie anywhere: INDEX
+has the sequence of each row, and a program looks for its rows among all. In a packed
+row of no sequence INDEX is the number of sequences.
 """
 
 import triton
@@ -10,12 +13,41 @@ import triton.language as tl
 
 from .kernels import OUT_OF_LOSS, kernel
 
+# How rows are cut into sequences.
+EQUAL = tl.constexpr(0)
+BY_OFFSETS = tl.constexpr(1)
+BY_INDEX = tl.constexpr(2)
+
 # The divisor with which a row weight begins.
 UNDIVIDED = tl.constexpr(0)
 BY_VALUE = tl.constexpr(1)
 BY_TENSOR = tl.constexpr(2)
 BY_ROWS = tl.constexpr(3)  # rows that count in the denominator
 BY_SEQUENCES = tl.constexpr(4)  # sequences that have such a row
+
+
+@triton.jit
+def span(OFFSETS, s, length, total, RUNS: tl.constexpr):
+    """Return the first row of a sequence and the row after its last, or of all rows
+    among which its own lie.
+
+    They are in bounds whatever OFFSETS say.
+    """
+    if RUNS == EQUAL:
+        return s * length, tl.minimum((s + 1) * length, total)
+    if RUNS == BY_OFFSETS:
+        begin = tl.maximum(tl.load(OFFSETS + s).to(tl.int64), 0)
+        return begin, tl.minimum(tl.load(OFFSETS + s + 1).to(tl.int64), total)
+    return s * 0, s * 0 + total
+
+
+@triton.jit
+def own(INDEX, row, end, s, RUNS: tl.constexpr):
+    """Return which rows before ``end`` are those of sequence ``s``."""
+    inside = row < end
+    if RUNS == BY_INDEX:
+        inside &= tl.load(INDEX + row, mask=inside, other=-1) == s
+    return inside
 
 
 @kernel
@@ -35,11 +67,12 @@ def mask_kernel(
     mask_step: tl.int64,
     den_stride: tl.int64,
     den_step: tl.int64,
+    HAS_IDS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_DENOMINATOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write ``OUT_IDS``, ``KEEP`` and ``LENGTHS [2, S]``.
+    """Write ``OUT_IDS``, ``KEEP`` and ``LENGTHS [2, S]`` of runs of ``length`` rows.
 
     OUT_IDS are the ids, -100 where the mask is 0. KEEP marks the rows of the loss.
     LENGTHS counts each sequence's rows in the loss and in the denominator.
@@ -49,14 +82,15 @@ def mask_kernel(
     for start in range(0, length, BLOCK):
         t = start + tl.arange(0, BLOCK)
         inside = (t < length) & (s * length + t < total)
-        y = tl.load(IDS + s * ids_stride + t * ids_step, mask=inside, other=OUT_OF_LOSS).to(
-            tl.int64
-        )
+        keep = inside
         if HAS_MASK:
-            m = tl.load(MASK + s * mask_stride + t * mask_step, mask=inside, other=0)
-            y = tl.where(m != 0, y, OUT_OF_LOSS)
-        keep = y != OUT_OF_LOSS
-        tl.store(OUT_IDS + s * length + t, y, mask=inside)
+            keep &= tl.load(MASK + s * mask_stride + t * mask_step, mask=inside, other=0) != 0
+        if HAS_IDS:
+            y = tl.load(IDS + s * ids_stride + t * ids_step, mask=keep, other=OUT_OF_LOSS).to(
+                tl.int64
+            )
+            keep &= y != OUT_OF_LOSS
+            tl.store(OUT_IDS + s * length + t, y, mask=inside)
         tl.store(KEEP + s * length + t, keep, mask=inside)
         kept += keep.to(tl.int32)
         if HAS_DENOMINATOR:
@@ -66,6 +100,112 @@ def mask_kernel(
     rows = tl.sum(kept, 0)
     tl.store(LENGTHS + s, rows)
     tl.store(LENGTHS + tl.num_programs(0) + s, tl.sum(counted, 0) if HAS_DENOMINATOR else rows)
+
+
+@triton.jit
+def _in_loss(
+    IDS, MASK, row, inside, ids_step, mask_step, HAS_IDS: tl.constexpr, HAS_MASK: tl.constexpr
+):
+    """Return which rows the caller's ids and mask keep."""
+    keep = inside
+    if HAS_MASK:
+        keep &= tl.load(MASK + row * mask_step, mask=inside, other=0) != 0
+    if HAS_IDS:
+        keep &= tl.load(IDS + row * ids_step, mask=keep, other=OUT_OF_LOSS) != OUT_OF_LOSS
+    return keep
+
+
+@kernel
+def pack_kernel(
+    IDS,
+    MASK,
+    DENOMINATOR,
+    WHERE,
+    OUT_IDS,
+    KEEP,
+    COUNTED,
+    INDEX,
+    LENGTHS,
+    TRUST,
+    total: tl.int64,
+    sequences: tl.int64,
+    ids_step: tl.int64,
+    mask_step: tl.int64,
+    den_step: tl.int64,
+    searches: tl.int32,
+    RUNS: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_DENOMINATOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Do what :func:`mask_kernel` does for packed rows, and write ``INDEX`` and
+    ``TRUST``.
+
+    WHERE has the offsets or the caller's index. TRUST is 0, or NaN if they are
+    malformed. A row of no sequence is ignored. The first programs count the rows of one
+    sequence each. The next ones take BLOCK rows each, and find their sequences among
+    the offsets by ``searches`` halvings. The last one checks WHERE.
+    """
+    p = tl.program_id(0).to(tl.int64)
+    zero = tl.zeros((BLOCK,), tl.int32)
+    blocks = tl.cdiv(total, BLOCK)
+    if p < sequences:
+        begin, end = span(WHERE, p, 0, total, RUNS)
+        kept, counted = zero, zero
+        for start in range(begin, end, BLOCK):
+            row = start + tl.arange(0, BLOCK)
+            inside = row < end
+            if RUNS == BY_INDEX:
+                inside &= tl.load(WHERE + row, mask=inside, other=-1) == p
+            keep = _in_loss(IDS, MASK, row, inside, ids_step, mask_step, HAS_IDS, HAS_MASK)
+            kept += keep.to(tl.int32)
+            if HAS_DENOMINATOR:
+                d = tl.load(DENOMINATOR + row * den_step, mask=inside, other=0) != 0
+                counted += d.to(tl.int32)
+        rows = tl.sum(kept, 0)
+        tl.store(LENGTHS + p, rows)
+        tl.store(LENGTHS + sequences + p, tl.sum(counted, 0) if HAS_DENOMINATOR else rows)
+    elif p < sequences + blocks:
+        row = (p - sequences) * BLOCK + tl.arange(0, BLOCK)
+        inside = row < total
+        if RUNS == BY_INDEX:
+            s = tl.load(WHERE + row, mask=inside, other=-1).to(tl.int64)
+            s = tl.where((s >= 0) & (s < sequences), s, sequences)
+        else:
+            # the number of sequences that end at or before the row
+            s, after = zero.to(tl.int64), zero.to(tl.int64) + sequences
+            for _ in range(searches):
+                middle, searching = (s + after) // 2, s < after
+                end = tl.load(WHERE + middle + 1, mask=inside & searching, other=0)
+                is_before = searching & (end.to(tl.int64) <= row)
+                s, after = tl.where(is_before, middle + 1, s), tl.where(is_before, after, middle)
+        there = inside & (s < sequences)
+        keep = _in_loss(IDS, MASK, row, there, ids_step, mask_step, HAS_IDS, HAS_MASK)
+        if HAS_IDS:
+            y = tl.load(IDS + row * ids_step, mask=keep, other=OUT_OF_LOSS).to(tl.int64)
+            tl.store(OUT_IDS + row, y, mask=inside)
+        tl.store(KEEP + row, keep, mask=inside)
+        tl.store(INDEX + row, s, mask=inside)
+        if HAS_DENOMINATOR:
+            d = tl.load(DENOMINATOR + row * den_step, mask=there, other=0) != 0
+            tl.store(COUNTED + row, d, mask=inside)
+    else:
+        bad = zero
+        if RUNS == BY_INDEX:
+            for start in range(0, total, BLOCK):
+                row = start + tl.arange(0, BLOCK)
+                keep = _in_loss(IDS, MASK, row, row < total, ids_step, mask_step, HAS_IDS, HAS_MASK)
+                s = tl.load(WHERE + row, mask=keep, other=0).to(tl.int64)
+                bad |= ((s < 0) | (s >= sequences)).to(tl.int32)
+        else:
+            for start in range(0, sequences, BLOCK):
+                i = start + tl.arange(0, BLOCK)
+                inside = i < sequences
+                begin = tl.load(WHERE + i, mask=inside, other=0).to(tl.int64)
+                end = tl.load(WHERE + i + 1, mask=inside, other=0).to(tl.int64)
+                bad |= ((end < begin) | (end > total) | ((i == 0) & (begin != 0))).to(tl.int32)
+        tl.store(TRUST, tl.where(tl.max(bad, 0) > 0, float("nan"), 0.0))
 
 
 @triton.jit
@@ -83,6 +223,8 @@ def _divisor(LENGTHS, sequences, SEQUENCES: tl.constexpr, BLOCK: tl.constexpr):
 def weigh_kernel(
     KEEP,
     LENGTHS,
+    INDEX,
+    TRUST,
     DIVISOR,
     SCALE,
     FACTOR,
@@ -97,6 +239,8 @@ def weigh_kernel(
     PER_LENGTH: tl.constexpr,
     HORIZON: tl.constexpr,
     SCALE_BY: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_TRUST: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     TERMS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -104,9 +248,9 @@ def weigh_kernel(
     """Write ``W [TERMS, N]``: ``1 / divisor / (the sequence's length | horizon) *
     scale``.
 
-    Term 0 is also multiplied by FACTOR. W is 0 where a row is ignored.
+    Term 0 is also multiplied by FACTOR. W is 0 where a row is ignored. A program takes
+    BLOCK rows, whatever their sequences.
     """
-    s = tl.program_id(0).to(tl.int64)
     zero = tl.full((), 0.0, tl.float32)
     w = zero + 1.0
     if DIVIDE == BY_VALUE:
@@ -115,24 +259,49 @@ def weigh_kernel(
         w = tl.div_rn(w, tl.load(DIVISOR).to(tl.float32))
     elif DIVIDE != UNDIVIDED:
         w = tl.div_rn(w, _divisor(LENGTHS, sequences, DIVIDE == BY_SEQUENCES, BLOCK))
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < total
+    keep = tl.load(KEEP + row, mask=inside, other=0) != 0
+    rows = tl.zeros((BLOCK,), tl.float32) + w
     if PER_LENGTH:
-        w = tl.div_rn(w, tl.maximum(tl.load(LENGTHS + sequences + s), 1).to(tl.float32))
+        s = tl.load(INDEX + row, mask=keep, other=0) if PACKED else row // length
+        counted = tl.load(LENGTHS + sequences + s, mask=keep, other=1)
+        rows = tl.div_rn(rows, tl.maximum(counted, 1).to(tl.float32))
     if HORIZON:
-        w = tl.div_rn(w, zero + horizon)
+        rows = tl.div_rn(rows, zero + horizon)
     if SCALE_BY == BY_VALUE:
-        w *= scale
+        rows *= scale
     elif SCALE_BY == BY_TENSOR:
-        w *= tl.load(SCALE).to(tl.float32)
-    for start in range(0, length, BLOCK):
-        t = start + tl.arange(0, BLOCK)
-        row = s * length + t
-        inside = (t < length) & (row < total)
-        keep = tl.load(KEEP + row, mask=inside, other=0) != 0
-        for k in tl.static_range(TERMS):
-            own = w + tl.zeros((BLOCK,), tl.float32)
-            if HAS_FACTOR and k == 0:
-                own *= tl.load(FACTOR + row, mask=inside, other=0.0)
-            tl.store(W + k * total + row, tl.where(keep, own, 0.0), mask=inside)
+        rows *= tl.load(SCALE).to(tl.float32)
+    if HAS_TRUST:
+        rows += tl.load(TRUST)
+    for k in tl.static_range(TERMS):
+        found = rows
+        if HAS_FACTOR and k == 0:
+            found *= tl.load(FACTOR + row, mask=inside, other=0.0)
+        tl.store(W + k * total + row, tl.where(keep, found, 0.0), mask=inside)
+
+
+@kernel
+def spread_kernel(
+    VALUES,
+    INDEX,
+    TRUST,
+    OUT,
+    total: tl.int64,
+    sequences: tl.int64,
+    step: tl.int64,
+    HAS_TRUST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write ``OUT [N]``: the value of each row's sequence, 0 in a row of none."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < total
+    s = tl.load(INDEX + row, mask=inside, other=0)
+    found = tl.load(VALUES + s * step, mask=inside & (s < sequences), other=0).to(tl.float32)
+    if HAS_TRUST:
+        found += tl.load(TRUST)
+    tl.store(OUT + row, found, mask=inside)
 
 
 @kernel
@@ -141,10 +310,14 @@ def ratio_kernel(
     OLD,
     KEEP,
     LENGTHS,
+    OFFSETS,
+    INDEX,
     PARAMS,
     RATIO,
     MEANS,
     length: tl.int64,
+    total: tl.int64,
+    RUNS: tl.constexpr,
     HAS_OLD: tl.constexpr,
     NORMALIZE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -152,14 +325,17 @@ def ratio_kernel(
     """Write each sequence's mean (or sum) of ``logp - old`` to ``MEANS`` and ``RATIO``.
 
     RATIO has it in every row of the sequence, clamped to the bounds that begin PARAMS.
+    It is not written in a row of no sequence.
     """
     s = tl.program_id(0).to(tl.int64)
+    begin, end = span(OFFSETS, s, length, total, RUNS)
     drift = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, length, BLOCK):
-        t = start + tl.arange(0, BLOCK)
-        keep = tl.load(KEEP + s * length + t, mask=t < length, other=0) != 0
-        logp = tl.load(LOGP + s * length + t, mask=keep, other=0.0)
-        old = tl.load(OLD + s * length + t, mask=keep, other=0.0) if HAS_OLD else logp
+    for start in range(begin, end, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        mine = own(INDEX, row, end, s, RUNS)
+        keep = tl.load(KEEP + row, mask=mine, other=0) != 0
+        logp = tl.load(LOGP + row, mask=keep, other=0.0)
+        old = tl.load(OLD + row, mask=keep, other=0.0) if HAS_OLD else logp
         drift += tl.where(keep, logp - old, 0.0)
     mean = tl.sum(drift, 0)
     if NORMALIZE:
@@ -167,9 +343,10 @@ def ratio_kernel(
     tl.store(MEANS + s, mean)
     low, high = tl.load(PARAMS), tl.load(PARAMS + 1)
     clamped = tl.where(mean < low, low, tl.where(mean > high, high, mean))  # keeps NaN
-    for start in range(0, length, BLOCK):
-        t = start + tl.arange(0, BLOCK)
-        tl.store(RATIO + s * length + t, clamped + tl.zeros((BLOCK,), tl.float32), mask=t < length)
+    for start in range(begin, end, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        mine = own(INDEX, row, end, s, RUNS)
+        tl.store(RATIO + row, clamped + tl.zeros((BLOCK,), tl.float32), mask=mine)
 
 
 @kernel
@@ -178,9 +355,13 @@ def adjoint_kernel(
     D_LOGP,
     KEEP,
     LENGTHS,
+    OFFSETS,
+    INDEX,
     PARAMS,
     MEANS,
     length: tl.int64,
+    total: tl.int64,
+    RUNS: tl.constexpr,
     NORMALIZE: tl.constexpr,
     SHARED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -191,21 +372,24 @@ def adjoint_kernel(
     """
     s = tl.program_id(0).to(tl.int64)
     mean = tl.load(MEANS + s)
+    begin, end = span(OFFSETS, s, length, total, RUNS)
     if (mean >= tl.load(PARAMS)) & (mean <= tl.load(PARAMS + 1)):
         found = tl.zeros((BLOCK,), tl.float32)
         if SHARED:
-            for start in range(0, length, BLOCK):
-                t = start + tl.arange(0, BLOCK)
-                found += tl.load(D_RATIO + s * length + t, mask=t < length, other=0.0)
+            for start in range(begin, end, BLOCK):
+                row = start + tl.arange(0, BLOCK)
+                mine = own(INDEX, row, end, s, RUNS)
+                found += tl.load(D_RATIO + row, mask=mine, other=0.0)
         share = tl.sum(found, 0)
         if NORMALIZE and SHARED:
             share = tl.div_rn(share, tl.maximum(tl.load(LENGTHS + s), 1).to(tl.float32))
-        for start in range(0, length, BLOCK):
-            t = start + tl.arange(0, BLOCK)
-            keep = tl.load(KEEP + s * length + t, mask=t < length, other=0) != 0
-            by = tl.load(D_LOGP + s * length + t, mask=keep, other=0.0)
-            own = share if SHARED else tl.load(D_RATIO + s * length + t, mask=keep, other=0.0)
-            tl.store(D_LOGP + s * length + t, by + own, mask=keep)
+        for start in range(begin, end, BLOCK):
+            row = start + tl.arange(0, BLOCK)
+            mine = own(INDEX, row, end, s, RUNS)
+            keep = tl.load(KEEP + row, mask=mine, other=0) != 0
+            by = tl.load(D_LOGP + row, mask=keep, other=0.0)
+            part = share if SHARED else tl.load(D_RATIO + row, mask=keep, other=0.0)
+            tl.store(D_LOGP + row, by + part, mask=keep)
 
 
 @kernel

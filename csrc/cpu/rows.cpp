@@ -6,8 +6,6 @@
 namespace reweight_ops {
 namespace {
 
-int64_t sequences_of(int64_t rows, int64_t run) { return (rows + run - 1) / run; }
-
 /// Calls `f(i, element)` for the first `count` elements of sequence `s`.
 template <class T, class F>
 void each(const RowNumbers& from, int64_t s, int64_t count, const F& f) {
@@ -34,38 +32,47 @@ void each_truth(const RowNumbers& from, int64_t s, int64_t count, const F& f) {
 }  // namespace
 
 std::pair<int64_t, int64_t> mask_rows(const MaskCall& call) {
-    const int64_t sequences = sequences_of(call.rows, call.run);
+    const int64_t n = call.runs.rows, sequences = call.runs.count;
+    const int64_t* const index = call.runs.index;
+    const int64_t run = index ? n : call.runs.length;
     int64_t low = std::numeric_limits<int64_t>::max(), high = std::numeric_limits<int64_t>::min();
-    for (int64_t s = 0; s < sequences; ++s) {
-        const int64_t begin = s * call.run, count = std::min(call.run, call.rows - begin);
+    std::fill(call.lengths, call.lengths + 2 * sequences, 0);
+    for (int64_t begin = 0, s = 0; begin < n; begin += run, ++s) {
+        const int64_t count = std::min(run, n - begin);
         int64_t* const ids = call.out_ids + begin;
         bool* const keep = call.keep + begin;
         const auto put = [&](int64_t i, int64_t id) { ids[i] = id; };
-        call.ids.bytes == 4 ? each<int32_t>(call.ids, s, count, put) : each<int64_t>(call.ids, s, count, put);
+        if (!call.ids.data) {
+            std::fill(ids, ids + count, 0);
+        } else {
+            call.ids.bytes == 4 ? each<int32_t>(call.ids, s, count, put) : each<int64_t>(call.ids, s, count, put);
+        }
+        for (int64_t i = 0; index && i < count; ++i) ids[i] = index[i] < sequences ? ids[i] : kIgnoreIndex;
         if (call.mask.data) {
             each_truth(call.mask, s, count, [&](int64_t i, bool in) { ids[i] = in ? ids[i] : kIgnoreIndex; });
         }
-        int32_t kept = 0, counted = 0;
         for (int64_t i = 0; i < count; ++i) {
             keep[i] = ids[i] != kIgnoreIndex;
-            kept += keep[i];
             low = std::min(low, keep[i] ? ids[i] : low);
             high = std::max(high, keep[i] ? ids[i] : high);
         }
         if (call.counted) {
-            each_truth(call.denominator, s, count, [&](int64_t i, bool in) {
-                call.counted[begin + i] = in;
-                counted += in;
-            });
+            each_truth(call.denominator, s, count, [&](int64_t i, bool in) { call.counted[begin + i] = in && (!index || index[i] < sequences); });
         }
-        call.lengths[s] = kept;
-        call.lengths[sequences + s] = call.counted ? counted : kept;
+        const bool* const counted = call.counted ? call.counted + begin : keep;
+        const auto add = [&](int64_t at, int64_t i) {
+            call.lengths[at] += keep[i];
+            call.lengths[sequences + at] += counted[i];
+        };
+        for (int64_t i = 0; i < count; ++i) {
+            if (const int64_t at = index ? index[i] : s; at < sequences) add(at, i);
+        }
     }
     return low > high ? std::pair<int64_t, int64_t>{0, -1} : std::pair<int64_t, int64_t>{low, high};
 }
 
 void weigh_rows(const WeighCall& call) {
-    const int64_t sequences = sequences_of(call.rows, call.run);
+    const int64_t n = call.runs.rows, sequences = call.runs.count;
     const int32_t* const lengths = call.lengths + sequences;
     float whole = 1.0f;
     if (call.divide == Divide::by_value) {
@@ -75,19 +82,23 @@ void weigh_rows(const WeighCall& call) {
         for (int64_t s = 0; s < sequences; ++s) count += call.divide == Divide::by_rows ? lengths[s] : lengths[s] > 0;
         whole /= float(std::max<int64_t>(count, 1));
     }
-    for (int64_t s = 0; s < sequences; ++s) {
-        float w = call.per_length ? whole / float(std::max(lengths[s], 1)) : whole;
-        w = w / call.horizon * call.scale;
-        const int64_t begin = s * call.run, end = std::min(begin + call.run, call.rows);
-        for (int64_t i = begin; i < end; ++i) {
+    // a row of no sequence is not kept, and the length of any sequence serves for it
+    const auto weight_of = [&](int64_t s) {
+        const float w = call.per_length ? whole / float(std::max(lengths[std::min(s, sequences - 1)], 1)) : whole;
+        return w / call.horizon * call.scale;
+    };
+    const int64_t run = call.runs.index ? 1 : call.runs.length;
+    for (int64_t begin = 0; begin < n; begin += run) {
+        const float w = weight_of(call.runs.of(begin));
+        for (int64_t i = begin; i < std::min(begin + run, n); ++i) {
             call.out[i] = !call.keep[i] ? 0.0f : call.factor ? w * call.factor[i] : w;
-            for (int k = 1; k < call.terms; ++k) call.out[k * call.rows + i] = call.keep[i] ? w : 0.0f;
+            for (int k = 1; k < call.terms; ++k) call.out[k * n + i] = call.keep[i] ? w : 0.0f;
         }
     }
 }
 
 OnePass::Layout OnePass::layout() const {
-    const int64_t n = mask.rows, sequences = sequences_of(n, mask.run);
+    const int64_t n = mask.runs.rows, sequences = mask.runs.count;
     Layout at{};
     at.weights = 8 * n;
     at.inputs = at.weights + 4 * n * weigh.terms;
@@ -100,7 +111,7 @@ OnePass::Layout OnePass::layout() const {
 
 bool fill_rows(OnePass& call, const OnePassValues& values) {
     const OnePass::Layout at = call.layout();
-    const int64_t n = call.mask.rows, run = call.mask.run, sequences = sequences_of(n, run);
+    const int64_t n = call.mask.runs.rows, sequences = call.mask.runs.count, run = call.mask.runs.length;
     MaskCall& mask = call.mask;
     mask.ids.data = values.ids;
     mask.mask.data = values.mask;

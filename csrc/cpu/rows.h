@@ -18,11 +18,21 @@ struct RowNumbers {
     bool is_signed;  // floating point: the highest bit is a sign, and 0 has two signs
 };
 
-/// Selects the rows of the loss. `ids` are int32 or int64. A row is ignored if its id is
-/// kIgnoreIndex or its mask is 0.
+/// How rows form sequences: runs of `length` rows, of which the last may be shorter, or packed
+/// ones, whose row i is in sequence `index[i]`. `count` there marks a row of no sequence.
+struct Runs {
+    int64_t rows, count, length;
+    const int64_t* index;  // null if the sequences are runs
+
+    int64_t of(int64_t row) const { return index ? index[row] : row / length; }
+};
+
+/// Selects the rows of the loss. `ids` are int32 or int64, or 0 everywhere if not given. A row is
+/// ignored if its id is kIgnoreIndex, its mask is 0, or it is in no sequence. Strides of packed
+/// rows are those of one run.
 struct MaskCall {
     RowNumbers ids, mask, denominator;
-    int64_t run, rows;
+    Runs runs;
     int64_t* out_ids;
     bool *keep, *counted;  // counted is null without a denominator; keep then serves for it
     int32_t* lengths;      // [2, sequences]: the kept and the counted rows of each
@@ -38,7 +48,7 @@ enum class Divide : int { by_nothing = 0, by_value = 1, by_rows = 2, by_sequence
 struct WeighCall {
     const bool* keep;
     const int32_t* lengths;
-    int64_t run, rows;
+    Runs runs;
     Divide divide;
     float divisor;
     bool per_length;

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .._core.calls.specs import named_spec
 from .._core.formula.leaves import Leaves, safe_where
-from .._core.rows.rows import resolve_rows
+from .._core.rows.resolve import resolve_rows
 from .._core.spec.policy import PolicyLossSpec
 from .._core.spec.reduction import Divisors
 from ..errors import UnsupportedRequest

@@ -62,6 +62,33 @@ def test_kept_calls_give_what_first_ones_give(kept_calls, name, plan):
         kept_calls._calls.clear()
 
 
+PLACES = {
+    "cu_seqlens": [torch.tensor(x) for x in ([0, 4, 15], [0, 9, 12], [0, 0, 15])],
+    "sequence_ids": [torch.randint(2, (1, 15), generator=torch.Generator().manual_seed(i)) for i in range(3)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", ["dapo", "grpo", "gspo"])
+def test_kept_calls_of_packed_sequences(kept_calls, name, place):
+    """Their places are data: other ones are the same call, and malformed ones the same
+    error.
+    """
+    spec, options = SPECS[name], {"num_sequences": 2} if place == "sequence_ids" else {}
+    batches = [batch_of(spec, seed, (1, 15)) for seed in (1, 2, 3)]
+    for i, batch in enumerate(batches):
+        data = batch | {"advantages": torch.tensor([[0.5], [-0.3]]), place: PLACES[place][i]}
+        found = result(data, spec=spec, **options)
+        assert len(kept_calls) == 1, "the same signature"
+        want = fresh(kept_calls, lambda d=data: result(d, spec=spec, **options))
+        assert_equal(found, want)
+    bad = PLACES[place][0].clone()
+    bad[..., 0 if place == "sequence_ids" else -1] = 16  # the last row may be ignored
+    with pytest.raises(rw.InvalidCall, match=rf"{place}\[\d+\].* is 16"):
+        result(data | {place: bad}, spec=spec, **options)
+    assert_equal(result(data, spec=spec, **options), want)
+
+
 def host_work(call):
     """``(Python calls, calls of PyTorch)`` that a call makes."""
     found = {"call": 0, "torch": 0}

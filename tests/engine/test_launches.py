@@ -228,17 +228,79 @@ def test_row_weights_of_several_reductions():
         torch.testing.assert_close(got, want)
 
 
-def test_packed_rows_take_more(meta):
-    """The row kernels know sequences of one length. These bounds say what PyTorch's
-    operations are in their place.
-    """
+PACKED = {
+    "offsets": lambda: {"cu_seqlens": rows_of(5, dtype=torch.int32)},
+    "ids": lambda: {"sequence_ids": rows_of(1, 128, dtype=torch.long), "num_sequences": 4},
+}
+
+
+@pytest.mark.parametrize("tensors", [False, True], ids=["numbers", "tensors"])
+@pytest.mark.parametrize("place", PACKED)
+@pytest.mark.parametrize(
+    "name, plan, most",
+    [
+        ("dapo", "one_pass", 6),
+        ("grpo", "one_pass", 6),
+        ("dapo", "two_pass", 8),
+        ("gspo", "auto", 9),
+    ],
+)
+def test_packed_rows_take_few_launches(meta, name, plan, most, place, tensors):
+    """Advantages are one for each sequence, and one launch spreads them."""
+    spec = METHODS[name].build(**({"beta": 0.04} if name == "grpo" else {}))
     rows, ids = rows_of(1, 128), rows_of(1, 128, dtype=torch.long)
+    one = torch.empty((), device="meta") if tensors else 0.5
     call = {
-        "logits": leaf(1, 128, 64), "completion_ids": ids, "completion_mask": ids, "advantages": rows,
-        "old_per_token_logps": rows, "cu_seqlens": rows_of(5, dtype=torch.int32), "spec": DAPO, "plan": "one_pass",
+        "logits": leaf(1, 128, 64), "completion_ids": ids, "completion_mask": ids, "advantages": rows_of(4, 1, dtype=torch.bfloat16),
+        "old_per_token_logps": rows, "spec": spec, "plan": plan, "temperature": one, "loss_scale": one, **PACKED[place](),
     }  # fmt: skip
+    if "ref_logp" in spec.requires:
+        call["ref_per_token_logps"] = rows
     found, more = launches(call, metrics=True)
-    assert 6 < found.beside - more <= 27 and 6 < more <= 156, found
+    # a tensor of the temperature becomes one for each row
+    assert 0 < found.beside - more <= most + tensors and 0 < more <= 6, found
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("name, most", [("dapo", 10), ("grpo", 10), ("gspo", 12)])
+def test_losses_of_log_probs_take_few_launches(meta, name, most, packed):
+    spec, rows = METHODS[name].build(), rows_of(1, 128) if packed else rows_of(4, 32)
+    logps = torch.empty_like(rows).requires_grad_()
+    data = {"advantages": rows_of(4, 1), "old_per_token_logps": rows, "completion_mask": rows}
+    data |= PACKED["offsets"]() if packed else {}
+
+    def once():
+        with Counted() as found:
+            out = rw.policy_loss_from_logps(logps, spec=spec, **data)
+            torch.autograd.grad(out.loss, logps, torch.empty((), device="meta"))
+            before = found.beside
+            dict(out.metrics)
+        return found, before
+
+    once()
+    found, before = once()
+    assert 0 < before <= most + packed and found.beside - before <= 3, found
+
+
+@pytest.mark.parametrize("name, most", [("dapo", 15), ("grpo", 15), ("gspo", 15)])
+def test_losses_from_hidden_states_take_few_launches(meta, name, most):
+    """Three GEMMs among them, and without the products of more chunks."""
+    hidden, weight, rows = leaf(4, 32, 16), leaf(64, 16), rows_of(4, 32)
+    ids = rows_of(4, 32, dtype=torch.long)
+
+    def once():
+        with Counted() as found:
+            out = rw.linear_policy_loss(
+                hidden, weight, ids, rows_of(4), spec=name, old_per_token_logps=rows
+            )
+            torch.autograd.grad(out.loss, (hidden, weight), torch.empty((), device="meta"))
+            before = found.beside
+            dict(out.metrics)
+        return found, before
+
+    once()
+    found, before = once()
+    assert found.operations["mm"] == 3 and before <= most and found.beside - before <= 10, found
 
 
 def test_a_mean_over_shards_copies_nothing(meta):

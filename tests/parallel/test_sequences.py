@@ -12,7 +12,7 @@ from split_calls import B, Split, T, errors_of, positions_of
 import reweight_ops as rw
 from reweight_ops._core.formula.base import WEIGHTS
 from reweight_ops._core.rows.batch import BatchStatistics
-from reweight_ops._core.rows.rows import resolve_rows
+from reweight_ops._core.rows.resolve import resolve_rows
 
 SURROGATE = rw.methods.grpo().surrogate
 

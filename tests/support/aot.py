@@ -38,7 +38,7 @@ from reweight_ops._core.backends.base import (  # noqa: E402
 from reweight_ops._core.formula.base import RULES  # noqa: E402
 from reweight_ops._core.formula.loss_program import Program  # noqa: E402
 from reweight_ops._core.formula.monitor import Monitor  # noqa: E402
-from reweight_ops._core.rows.primitives import Weighing  # noqa: E402
+from reweight_ops._core.rows.primitives import Runs, Weighing  # noqa: E402
 from reweight_ops.triton_kernels.config import VARIANTS, Config, Launch  # noqa: E402
 
 TARGETS = {
@@ -458,15 +458,26 @@ def row_kernels(target: str) -> list[Compiled]:
         for sequences, length in ((4, 1000), (3, 1023)):
             n = sequences * length
             ids, rows = torch.zeros(sequences, length, dtype=torch.int64), torch.zeros(6, n)
-            masked = triton_rows.mask(ids, ids, ids.bool(), length)
+            device, where = torch.device("cpu"), torch.zeros(n, dtype=torch.int32)
+            runs = [
+                Runs(n, sequences, length),
+                Runs(n, sequences, offsets=where[: sequences + 1]),
+                Runs(n, sequences, owner=where),
+            ]
+            flat = ids.view(-1)
+            packed = [triton_rows.mask(flat, flat, flat.bool(), r, device) for r in runs[1:]]
+            triton_rows.spread(packed[0], rows[0, :sequences])
+            masked = triton_rows.mask(ids, ids, ids.bool(), runs[0], device)
             for weighing in (
                 Weighing("rows"),
                 Weighing("sequences", True),
                 Weighing(3.0, False, 5.0),
                 Weighing(torch.ones(()), True),
             ):
-                weights = triton_rows.weigh(masked, length, weighing, torch.ones(()), rows[0], 2)
-            ratio, means = triton_rows.ratio(masked, length, rows[0], rows[1], PARAMS, True)
+                weights = triton_rows.weigh(masked, weighing, torch.ones(()), rows[0], 2)
+                triton_rows.weigh(packed[0], weighing, torch.ones(()), rows[0], 2)
+            for found in (*packed, masked):
+                ratio, means = triton_rows.ratio(found, rows[0], rows[1], PARAMS, True)
             leaves = dict(
                 zip(
                     ("logp", "old_logp", "adv", "entropy", "ref_logp", "sampling_logp"),
@@ -484,11 +495,14 @@ def row_kernels(target: str) -> list[Compiled]:
                 torch.cat([weights, weights[:1]]),
                 ("loss", "d_log_ratio"),
             )
-            triton_rows.adjoint(masked, length, table[0], table[1], PARAMS, means, True, True)
-            for known in (leaves, leaves | {"log_ratio": ratio}):
+            for found in (*packed, masked):
+                triton_rows.adjoint(found, table[0], table[1], PARAMS, means, True, True)
+            for found, known in (
+                (masked, leaves),
+                *((found, leaves | {"log_ratio": ratio}) for found in (*packed, masked)),
+            ):
                 triton_rows.metrics(
-                    masked,
-                    length,
+                    found,
                     MONITOR,
                     PARAMS,
                     known,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rows.primitives import Masked
+from ..rows.primitives import Masked, Runs
 from .base import LOSS_ROWS, rows_of
 from .cpu_primitives import number_layout, result, weighing_numbers
 from .cpu_threads import threads
@@ -38,6 +38,7 @@ class _Found:
             kept,
             rows,
             self._part(lengths, 2 * sequences, torch.int32).view(2, sequences),
+            Runs(n, sequences, loss.run),
         )
 
     def given(self, name: str) -> Tensor | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
-from ..rows.primitives import Masked, RowPrimitives, Weighing
+from ..rows.primitives import Masked, RowPrimitives, Runs, Weighing
 
 #: Dtypes whose bits tell whether a number is 0. The sign bit of floating point does not
 #: count.
@@ -41,35 +41,43 @@ class CpuPrimitives:
         self.module = module
 
     def primitives(self) -> RowPrimitives:
-        return RowPrimitives(mask=self.mask, weigh=self.weigh)
+        return RowPrimitives(name="cpu", mask=self.mask, weigh=self.weigh)
 
     def mask(
-        self, ids: Tensor, mask: Tensor | None, denominator: Tensor | None, run: int
+        self,
+        ids: Tensor | None,
+        mask: Tensor | None,
+        denominator: Tensor | None,
+        runs: Runs,
+        device: torch.device,
     ) -> Masked:
-        n = ids.numel()
-        if ids.dtype not in (torch.int32, torch.int64) or run <= 0:
+        if ids is not None and ids.dtype not in (torch.int32, torch.int64):
+            raise InvalidCall(f"mask: ids are {ids.dtype}, expected int32 or int64.")
+        n, run = runs.rows, runs.length or runs.rows
+        if not runs.length:
+            runs = runs._replace(owner=_owner(runs))
+        elif run < 0 or runs.sequences != -(-n // run):
             raise InvalidCall(
-                f"mask: ids are {ids.dtype} in runs of {run}, expected int32 or int64 in runs "
+                f"mask: {runs.rows} rows in {runs.sequences} runs of {runs.length}, expected runs "
                 "of at least 1."
             )
         given = [
-            _readable("ids", ids, ids, run),
-            _readable("mask", mask, ids, run),
-            _readable("denominator", denominator, ids, run),
+            _readable("ids", ids, runs),
+            _readable("mask", mask, runs),
+            _readable("denominator", denominator, runs),
         ]
         out, keep = result((n,), torch.int64), result((n,), torch.bool)
         counted = keep if denominator is None else result((n,), torch.bool)
-        lengths = result((2, -(-n // run)), torch.int32)
+        lengths = result((2, runs.sequences), torch.int32)
         bounds = self.module.mask_rows(
             *(self._where(t, run) for t in given),
-            run,
-            n,
+            (n, runs.sequences, runs.length, 0 if runs.owner is None else runs.owner.data_ptr()),
             out.data_ptr(),
             keep.data_ptr(),
             0 if denominator is None else counted.data_ptr(),
             lengths.data_ptr(),
         )
-        return Masked(out, keep, counted, lengths, bounds)
+        return Masked(None if ids is None else out, keep, counted, lengths, runs, bounds)
 
     @staticmethod
     def _where(t: Tensor | None, run: int) -> tuple[int, ...]:
@@ -80,14 +88,13 @@ class CpuPrimitives:
     def weigh(
         self,
         masked: Masked,
-        run: int,
         weighing: Weighing,
         scale: Any,
         factor: Tensor | None,
         terms: int,
         into: Tensor | None = None,
     ) -> Tensor:
-        n = masked.keep.numel()
+        runs, n = masked.runs, masked.runs.rows
         if factor is not None and (
             factor.dtype != torch.float32 or factor.shape != (n,) or not factor.is_contiguous()
         ):
@@ -105,8 +112,7 @@ class CpuPrimitives:
         self.module.weigh_rows(
             masked.keep.data_ptr(),
             masked.lengths.data_ptr(),
-            run,
-            n,
+            (n, runs.sequences, runs.length, 0 if runs.owner is None else runs.owner.data_ptr()),
             divide,
             number,
             weighing.per_length,
@@ -116,7 +122,21 @@ class CpuPrimitives:
             terms,
             w.data_ptr(),
         )
+        if masked.trust is not None:  # only where nothing may be read, so never in a call
+            w += torch.where(masked.keep, masked.trust, 0)
         return w
+
+
+def _owner(runs: Runs) -> Tensor:
+    """Return ``[N]`` int64: the sequence of each packed row, ``S`` for none."""
+    if runs.offsets is not None:
+        rows = torch.arange(runs.rows, dtype=runs.offsets.dtype, device="cpu")
+        return torch.searchsorted(runs.offsets[1:].contiguous(), rows, right=True)
+    assert runs.owner is not None
+    owner = runs.owner.long()
+    if owner.shape != (runs.rows,):
+        raise InvalidCall(f"mask: the owner is {tuple(owner.shape)}, expected ({runs.rows},).")
+    return torch.where((owner >= 0) & (owner < runs.sequences), owner, runs.sequences).contiguous()
 
 
 def result(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -153,21 +173,16 @@ def number_layout(t: Tensor | None, run: int) -> tuple[int, int, int, int, int] 
     return 0, between, step, t.dtype.itemsize, t.dtype.is_floating_point
 
 
-def _readable(name: str, t: Tensor | None, ids: Tensor, run: int) -> Tensor | None:
+def _readable(name: str, t: Tensor | None, runs: Runs) -> Tensor | None:
     """Return the tensor, or a bool tensor that is True where it is not 0.
 
     The check ensures that the module reads no other memory.
     """
     if t is None:
         return None
-    if (
-        t.device.type != "cpu"
-        or t.shape != ids.shape
-        or t.dim() not in (1, 2)
-        or (t.dim() == 2 and t.size(1) != run)
-    ):
+    if t.device.type != "cpu" or t.shape not in ((runs.rows,), (runs.sequences, runs.length)):
         raise InvalidCall(
-            f"mask: {name} is {tuple(t.shape)} {t.device}, expected [N] or [S, {run}] on the "
-            "CPU, all of one shape."
+            f"mask: {name} is {tuple(t.shape)} {t.device}, expected ({runs.rows},) or "
+            f"{(runs.sequences, runs.length)} on the CPU."
         )
     return t if t.dtype in _KNOWN else t != 0

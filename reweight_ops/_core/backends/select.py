@@ -132,14 +132,17 @@ def choose(request: Request, name: str = "auto") -> str:
     )
 
 
-def row_primitives(logits: Tensor, name: str) -> RowPrimitives | None:
+def row_primitives(
+    like: Tensor, name: str, dtype: torch.dtype | None = None
+) -> RowPrimitives | None:
     """Return the kernels for a call's rows, from the backend that serves its logits.
 
-    It is None where PyTorch computes them: in a graph, whose compiler fuses them, and
-    in the transforms of ``torch.func``.
+    ``like`` is a tensor of the call, and ``dtype`` that of the logits, by default the
+    same. It is None where PyTorch computes the rows: in a graph, whose compiler fuses
+    them, and in the transforms of ``torch.func``.
     """
-    device, dtype = logits.device, logits.dtype
-    if dtype == torch.float64 or is_traced(logits) or in_transform():
+    device, dtype = like.device, dtype or like.dtype
+    if dtype == torch.float64 or is_traced(like) or in_transform():
         return None
     for candidate in candidates(device, name):
         if unsupported_reason(candidate, Request("token_stats", device, dtype)) is None:

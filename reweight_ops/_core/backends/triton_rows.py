@@ -14,12 +14,16 @@ from ...triton_kernels import rows as kernels
 from ...triton_kernels.config import Launch
 from ..formula.loss_program import ONE_PASS, Program
 from ..formula.monitor import Monitor
-from ..rows.primitives import METRICS, Masked, RowPrimitives, Weighing
+from ..rows.primitives import METRICS, Masked, RowPrimitives, Runs, Weighing
 from . import triton_launch
 from .triton_cache import monitor_function, program_function
 
 _LARGEST = 4096
 _EVALUATED = 256
+_WEIGHED = 1024
+#: Rows of packed sequences that are taken at a time. It does not depend on their
+#: lengths, which differ from batch to batch.
+_PACKED = 1024
 
 #: There are few rows, and a thread holds many numbers of each. It needs more registers
 #: than a sweep may have, or they spill.
@@ -49,35 +53,88 @@ def _strides(t: Tensor | None, run: int) -> tuple[int, int]:
     return (t.stride(0) * run, t.stride(0)) if t.dim() == 1 else (t.stride(0), t.stride(1))
 
 
-def mask(ids: Tensor, mask: Tensor | None, denominator: Tensor | None, run: int) -> Masked:
-    n, device = ids.numel(), ids.device
-    sequences = -(-n // run)
-    out, keep = (
-        torch.empty(n, dtype=torch.int64, device=device),
-        torch.empty(n, dtype=torch.bool, device=device),
-    )
+def mask(
+    ids: Tensor | None,
+    mask: Tensor | None,
+    denominator: Tensor | None,
+    runs: Runs,
+    device: torch.device,
+) -> Masked:
+    n = runs.rows
+    keep = torch.empty(n, dtype=torch.bool, device=device)
+    out = None if ids is None else torch.empty(n, dtype=torch.int64, device=device)
     counted = keep if denominator is None else torch.empty(n, dtype=torch.bool, device=device)
-    lengths = torch.empty((2, sequences), dtype=torch.int32, device=device)
-    given = [ids if t is None else t for t in (ids, mask, denominator)]
+    lengths = torch.empty((2, runs.sequences), dtype=torch.int32, device=device)
+    given = [keep if t is None else t for t in (ids, mask, denominator)]
+    results = [keep if out is None else out, keep, counted]
+    kinds = {
+        "HAS_IDS": ids is not None,
+        "HAS_MASK": mask is not None,
+        "HAS_DENOMINATOR": denominator is not None,
+    }
+    if runs.length:
+        strides = [x for t in (ids, mask, denominator) for x in _strides(t, runs.length)]
+        block = _block(runs.length)
+        _launch(
+            kernels.mask_kernel,
+            runs.sequences,
+            device,
+            *given,
+            *results,
+            lengths,
+            runs.length,
+            n,
+            *strides,
+            **kinds,
+            BLOCK=block,
+        )
+        return Masked(out, keep, counted, lengths, runs)
+    offsets = None if runs.offsets is None else runs.offsets.contiguous()
+    where = runs.owner if offsets is None else offsets
+    assert where is not None
+    owner = torch.empty(n, dtype=torch.int64, device=device)
+    trust = torch.empty((), dtype=torch.float32, device=device)
     _launch(
-        kernels.mask_kernel,
-        sequences,
+        kernels.pack_kernel,
+        runs.sequences + -(-n // _PACKED) + 1,
         device,
         *given,
-        out,
-        keep,
-        counted,
+        where.contiguous(),
+        *results,
+        owner,
         lengths,
-        run,
+        trust,
         n,
-        *_strides(ids, run),
-        *_strides(mask, run),
-        *_strides(denominator, run),
-        HAS_MASK=mask is not None,
-        HAS_DENOMINATOR=denominator is not None,
-        BLOCK=_block(run),
+        runs.sequences,
+        *[_strides(t, n)[1] for t in (ids, mask, denominator)],
+        runs.sequences.bit_length(),
+        RUNS=_way(runs).value,
+        **kinds,
+        BLOCK=_PACKED,
     )
-    return Masked(out, keep, counted, lengths)
+    found = runs._replace(offsets=offsets, owner=owner)
+    return Masked(out, keep, counted, lengths, found, trust=trust)
+
+
+def _way(runs: Runs) -> Any:
+    """Return how the rows are cut into sequences, as the kernels receive it."""
+    if runs.length:
+        return kernels.EQUAL
+    return kernels.BY_INDEX if runs.offsets is None else kernels.BY_OFFSETS
+
+
+def _block_of(runs: Runs) -> int:
+    return _block(runs.length) if runs.length else _PACKED
+
+
+def _places(runs: Runs, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the offsets and the owners, or any other tensor for one that is not
+    read.
+    """
+    return (
+        other if runs.offsets is None else runs.offsets,
+        other if runs.owner is None else runs.owner,
+    )
 
 
 def _number(value: Any) -> tuple[float, bool]:
@@ -87,14 +144,14 @@ def _number(value: Any) -> tuple[float, bool]:
 
 def weigh(
     masked: Masked,
-    run: int,
     weighing: Weighing,
     scale: Any,
     factor: Tensor | None,
     terms: int,
     into: Tensor | None = None,
 ) -> Tensor:
-    n, sequences = masked.keep.numel(), masked.lengths.size(1)
+    runs, trust = masked.runs, masked.trust
+    n, sequences = runs.rows, runs.sequences
     w = (
         torch.empty((terms, n), dtype=torch.float32, device=masked.keep.device)
         if into is None
@@ -112,13 +169,15 @@ def weigh(
     pointers = [t if isinstance(t, Tensor) else w for t in (divisor, scale, factor)]
     _launch(
         kernels.weigh_kernel,
-        sequences,
+        -(-n // _WEIGHED),
         w.device,
         masked.keep,
         masked.lengths,
+        _places(runs, masked.keep)[1],
+        w if trust is None else trust,
         *pointers,
         w,
-        run,
+        runs.length,
         n,
         sequences,
         by,
@@ -128,17 +187,41 @@ def weigh(
         PER_LENGTH=weighing.per_length,
         HORIZON=horizon is not None,
         SCALE_BY=scaled.value,
+        PACKED=not runs.length,
+        HAS_TRUST=trust is not None,
         HAS_FACTOR=factor is not None,
         TERMS=terms,
-        BLOCK=_block(run),
+        BLOCK=_WEIGHED,
     )
     return w
 
 
+def spread(masked: Masked, values: Tensor) -> Tensor:
+    runs, trust = masked.runs, masked.trust
+    assert runs.owner is not None
+    out = torch.empty(runs.rows, dtype=torch.float32, device=values.device)
+    _launch(
+        kernels.spread_kernel,
+        -(-runs.rows // _PACKED),
+        values.device,
+        values,
+        runs.owner,
+        out if trust is None else trust,
+        out,
+        runs.rows,
+        runs.sequences,
+        values.stride(0),
+        HAS_TRUST=trust is not None,
+        BLOCK=_PACKED,
+    )
+    return out
+
+
 def ratio(
-    masked: Masked, run: int, logp: Tensor, old: Tensor | None, params: Tensor, normalize: bool
+    masked: Masked, logp: Tensor, old: Tensor | None, params: Tensor, normalize: bool
 ) -> tuple[Tensor, Tensor]:
-    sequences = masked.lengths.size(1)
+    runs = masked.runs
+    sequences = runs.sequences
     found, means = (
         torch.empty_like(logp),
         torch.empty(sequences, dtype=torch.float32, device=logp.device),
@@ -151,20 +234,22 @@ def ratio(
         logp if old is None else old,
         masked.keep,
         masked.lengths,
+        *_places(runs, masked.keep),
         params,
         found,
         means,
-        run,
+        runs.length,
+        runs.rows,
+        RUNS=_way(runs).value,
         HAS_OLD=old is not None,
         NORMALIZE=normalize,
-        BLOCK=_block(run),
+        BLOCK=_block_of(runs),
     )
     return found, means
 
 
 def adjoint(
     masked: Masked,
-    run: int,
     d_ratio: Tensor,
     d_logp: Tensor,
     params: Tensor,
@@ -172,20 +257,24 @@ def adjoint(
     normalize: bool,
     shared: bool,
 ) -> None:
+    runs = masked.runs
     _launch(
         kernels.adjoint_kernel,
-        masked.lengths.size(1),
+        runs.sequences,
         d_logp.device,
         d_ratio,
         d_logp,
         masked.keep,
         masked.lengths,
+        *_places(runs, masked.keep),
         params,
         means,
-        run,
+        runs.length,
+        runs.rows,
+        RUNS=_way(runs).value,
         NORMALIZE=normalize,
         SHARED=shared,
-        BLOCK=_block(run),
+        BLOCK=_block_of(runs),
     )
 
 
@@ -239,13 +328,13 @@ def evaluate_rows(
 
 def metrics(
     masked: Masked,
-    run: int,
     monitor: Monitor,
     params: Tensor,
     leaves: dict[str, Tensor],
     names: tuple[str, ...],
 ) -> tuple[Tensor, Tensor]:
-    n, sequences, like = masked.keep.numel(), masked.lengths.size(1), leaves["logp"]
+    runs, trust, like = masked.runs, masked.trust, leaves["logp"]
+    n, sequences = runs.rows, runs.sequences
     parts = torch.empty(
         (metric_kernels.SUMS.value, sequences), dtype=torch.float32, device=like.device
     )
@@ -256,13 +345,15 @@ def metrics(
         like.device,
         *stored,
         masked.keep,
+        *_places(runs, masked.keep),
         params,
         parts,
-        run,
+        runs.length,
         n,
+        RUNS=_way(runs).value,
         PROGRAM=monitor_function(monitor),
         GIVEN="log_ratio" in leaves,
-        BLOCK=min(_EVALUATED, _block(run)),
+        BLOCK=min(_EVALUATED, _block_of(runs)),
     )
     sums = torch.empty((len(names), 2), dtype=torch.float32, device=like.device)
     values = torch.empty(len(names), dtype=torch.float32, device=like.device)
@@ -272,14 +363,24 @@ def metrics(
         like.device,
         parts,
         masked.lengths,
+        parts if trust is None else trust,
         sums,
         values,
         sequences,
         len(names),
+        HAS_TRUST=trust is not None,
         AT=tuple(names.index(name) if name in names else -1 for name in METRICS),
         BLOCK=_EVALUATED,
     )
     return sums, values
 
 
-PRIMITIVES = RowPrimitives(mask=mask, weigh=weigh, ratio=ratio, adjoint=adjoint, metrics=metrics)
+PRIMITIVES = RowPrimitives(
+    name="triton",
+    mask=mask,
+    weigh=weigh,
+    spread=spread,
+    ratio=ratio,
+    adjoint=adjoint,
+    metrics=metrics,
+)

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from ...errors import InvalidCall
 from ..backends.base import SoftmaxParams
+from ..backends.select import row_primitives
 from ..backends.shards import VocabShards
 from ..ranges import Interval, Range
 from ..rows.groups import describe
-from ..rows.rows import Rows, resolve_rows
+from ..rows.resolve import resolve_rows
+from ..rows.rows import Rows
 from ..rows.structure import Structure, is_readable
 from ..transforms import in_transform
 from .chunking import chunking
@@ -108,7 +110,7 @@ class Hidden:
         if self.rows.trust is None or not row.is_floating_point():
             return found
         return torch.where(
-            self.rows.keep.view(-1, *(1,) * (row.dim() - 1)), found * self.rows.trust, 0
+            self.rows.keep.view(-1, *(1,) * (row.dim() - 1)), found + self.rows.trust, 0
         )
 
 
@@ -226,7 +228,10 @@ def resolve_hidden(
 
     softmax = resolve_softmax(op, options, columns, fail)
     row_dtype = torch.float64 if logits_dtype == torch.float64 else torch.float32
-    rows = resolve_rows(op, shape, hidden.device, row_dtype, tensors, softmax.total(), validate)
+    primitives = row_primitives(hidden, options.backend, logits_dtype)
+    rows = resolve_rows(
+        op, shape, hidden.device, row_dtype, tensors, softmax.total(), validate, primitives
+    )
     sampled = resolve_sampling_mask(rows, options, softmax.total(), validate, fail)
     all_ids = rows.ids if sampled is None else sampled.position
     assert all_ids is not None
@@ -237,7 +242,7 @@ def resolve_hidden(
     )
     index, compact, trust = _row_index(rows, linear, validate, fail)
     if trust is not None:
-        rows = dataclasses.replace(rows, trust=trust if rows.trust is None else rows.trust * trust)
+        rows = rows.also_trusted(trust)
     flat = hidden.reshape(-1, width)
     flat = flat if index is None else flat.index_select(0, index)
     if index is not None and temperature.size(-1) != 1:

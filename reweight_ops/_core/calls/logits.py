@@ -14,7 +14,8 @@ from ...errors import InvalidCall
 from ..backends.base import SoftmaxParams
 from ..backends.select import row_primitives
 from ..rows.groups import describe
-from ..rows.rows import Rows, resolve_rows
+from ..rows.resolve import resolve_rows
+from ..rows.rows import Rows
 from . import consumed
 from .keywords import SoftmaxOptions
 from .sampling_mask import KeptSets, mask_tensors, resolve_sampling_mask

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
-from ..rows.rows import Rows, resolve_rows
+from ..backends.select import row_primitives
+from ..rows.resolve import resolve_rows
+from ..rows.rows import Rows
 
 
 def resolve_logps(
@@ -38,4 +40,5 @@ def resolve_logps(
         per_token_logps.dtype,
         named,
         validate=validate,
+        primitives=row_primitives(per_token_logps, "auto"),
     )

@@ -180,7 +180,7 @@ class LossCall:
             (plan,) = plans.values()
             assert plan is not None
             alike = 1 if self.factor is None else count
-            found = weigh(rows.masked, rows.run, plan, self._scale, self.factor, alike)
+            found = weigh(rows.masked, plan, self.loss_scale, self.factor, alike)
             return found.expand(count, -1)
         found = torch.empty((count, rows.count), dtype=rows.dtype, device=rows.device)
         for k, run in itertools.groupby(range(count), own.__getitem__):
@@ -188,7 +188,7 @@ class LossCall:
             assert plan is not None
             factor = self.factor if at[0] == 0 else None
             into = found[at[0] : at[-1] + 1]
-            weigh(rows.masked, rows.run, plan, self._scale, factor, len(at), into)
+            weigh(rows.masked, plan, self.loss_scale, factor, len(at), into)
         return found
 
     @property
@@ -199,7 +199,7 @@ class LossCall:
 
     @property
     def _scale(self) -> Any:
-        return self.loss_scale if self.rows.trust is None else self.loss_scale * self.rows.trust
+        return self.loss_scale if self.rows.trust is None else self.loss_scale + self.rows.trust
 
     def inputs(self) -> RowInputs:
         """Return the per-row inputs of a one-pass kernel."""
@@ -255,7 +255,7 @@ class LossCall:
         return (
             found
             if self.rows.trust is None or self.spec.ratio.level == "token"
-            else found * self.rows.trust
+            else found + self.rows.trust
         )
 
     def leaves(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:

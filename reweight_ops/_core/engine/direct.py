@@ -20,7 +20,7 @@ from ..backends.select import load
 from ..calls import consumed
 from ..calls.logits import Logits
 from ..calls.policy import LossCall
-from ..rows.rows import RowLayout
+from ..rows.resolve import RowLayout
 from ..spec.policy import PolicyLossSpec
 from ..spec.reduction import Divisors
 from .autograd import FinishedLoss
@@ -133,6 +133,7 @@ def direct_loss(
     if (
         choice.plan != "one_pass"
         or prepare is None
+        or layout.packed is not None
         or spec.program is None
         or logits.values is not logits.original
         or call.inputs_require_grad
@@ -162,7 +163,7 @@ def direct_loss(
         tuple(map(float, spec.parameter_values)),
         weighing,
         len(spec.reductions),
-        layout.run,
+        layout.runs.length,
     )
     run = prepare(plan, reader.arguments(logits.values, data))
     return (

@@ -32,7 +32,7 @@ from ..calls.policy import bind_loss
 from ..calls.softmax import resolve_temperature
 from ..calls.specs import lasting_spec
 from ..rows.constants import ConstantRows
-from ..rows.rows import RowLayout, bind_rows
+from ..rows.resolve import RowLayout, bind_rows, packed_by
 from ..spec.policy import PolicyLossSpec
 from ..transforms import in_transform, is_wrapped
 from .direct import DirectLoss, direct_loss
@@ -277,7 +277,6 @@ class KeptCalls:
         if (
             rows.primitives is None
             or rows.masked is None
-            or rows.trust is not None
             or rows.segments is not None
             or rows.prompts is not None
         ):
@@ -285,7 +284,13 @@ class KeptCalls:
         if any(r.coupled or r.weighing(rows, call.divisors) is None for r in call.spec.reductions):
             return
         layout = RowLayout(
-            rows.op, rows.shape, rows.device, rows.dtype, rows.sequences, rows.primitives
+            rows.op,
+            rows.shape,
+            rows.device,
+            rows.dtype,
+            rows.primitives,
+            rows.masked.runs._replace(offsets=None, owner=None),
+            packed_by(rows.tensors),
         )
         direct = (
             None if objective.differentiable_outputs else direct_loss(logits, call, layout, choice)

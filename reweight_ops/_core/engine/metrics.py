@@ -203,8 +203,8 @@ def policy_metrics(
     to add.
     """
     rows, spec = call.rows, call.spec
-    if (fused := _fused(call, leaves, by)) is not None and not more:
-        return fused
+    if (fused := _fused(call, leaves, by)) is not None:
+        return _with_sums(fused, more) if more else fused
     xp, t, known = TorchNamespace(rows.dtype), call.safe_leaves(leaves), call.leaves(leaves)
     keep = rows.keep.to(rows.dtype)
     count = keep.sum()
@@ -265,6 +265,17 @@ _FUSED = {
 }
 
 
+def _with_sums(metrics: Metrics, more: dict[str, Any]) -> Metrics:
+    """Return the metrics and further sums."""
+    values = torch.stack([number_like(x, metrics.sums) for x in more.values()])
+    sums = torch.stack([values, torch.ones_like(values)], -1)
+    return Metrics(
+        (*metrics.names, *more),
+        torch.cat([metrics.sums, sums]),
+        torch.cat([metrics.all_values, values]),
+    )
+
+
 def _fused(
     call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, Tensor] | None
 ) -> Metrics | None:
@@ -300,15 +311,13 @@ def _fused(
     if type(spec.ratio) is SequenceRatio and rows.primitives.ratio is not None:
         old = call.ref_logp if spec.ratio.against == "ref" else call.old_logp
         known["log_ratio"], _ = rows.primitives.ratio(
-            rows.masked, rows.run, leaves["logp"], old, call.params, spec.ratio.normalize
+            rows.masked, leaves["logp"], old, call.params, spec.ratio.normalize
         )
     elif spec.ratio.one_pass_unsupported_reason is not None:
         known["log_ratio"] = call.log_ratio(leaves["logp"])
     return Metrics(
         tuple(found),
-        *rows.primitives.metrics(
-            rows.masked, rows.run, monitor, call.params, known, tuple(found.values())
-        ),
+        *rows.primitives.metrics(rows.masked, monitor, call.params, known, tuple(found.values())),
     )
 
 

@@ -159,7 +159,7 @@ def pair_loss(call: PairCall, statistics: dict[str, Tensor], backend: str) -> Pr
         for name, value in {**call.tokens, **statistics}.items()
     }
     if rows.trust is not None:
-        tokens["logp"] = torch.where(rows.keep, tokens["logp"] * rows.trust, 0)
+        tokens["logp"] = torch.where(rows.keep, tokens["logp"] + rows.trust, 0)
     s = Sequences(
         tokens,
         call.given,

@@ -135,7 +135,7 @@ def choose_plan(
     if info.backend is None or transformed:
         if plan == "one_pass" and info.backend is not None:
             raise UnsupportedRequest(f"{op}: plan='one_pass' is impossible {reason}.")
-        return Choice("two_pass", TORCH, reason)
+        return Choice("two_pass", (not transformed and info.evaluator) or TORCH, reason)
     one_pass = info.one_pass if reason is None else None
     choice: Choice = pick(
         info.device,

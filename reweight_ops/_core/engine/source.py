@@ -22,7 +22,8 @@ class SourceInfo(NamedTuple):
     ``statistics`` has the primitives that its statistics take. ``one_pass`` is the
     primitive that a fused loss takes, None if there is none.
     ``one_pass_unsupported_reason`` tells which gradient of this call the fused loss
-    lacks.
+    lacks. ``evaluator`` is the backend whose row kernels evaluate a loss on statistics
+    that need no backend, None for PyTorch.
     """
 
     device: torch.device
@@ -33,6 +34,7 @@ class SourceInfo(NamedTuple):
     one_pass: Primitive | None = None
     other_dtype: torch.dtype | None = None
     one_pass_unsupported_reason: str | None = None
+    evaluator: str | None = None
 
 
 class PolicyWork(NamedTuple):

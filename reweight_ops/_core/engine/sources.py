@@ -339,15 +339,21 @@ class JoinedSource(PlainSource):
 
 @dataclass(frozen=True)
 class LogpsSource(PlainSource):
-    """Statistics that the caller has computed, ``[N]`` each, by name in ``given``."""
+    """Statistics that the caller has computed, ``[N]`` each, by name in ``given``.
+
+    ``evaluator`` is the backend whose row kernels evaluate the loss, None for PyTorch.
+    """
 
     rows: Rows
     given: dict[str, Tensor]
+    evaluator: str | None = None
 
     @property
     def info(self) -> SourceInfo:
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in self.given.values())
-        return SourceInfo(self.rows.device, self.rows.dtype, needs_grad, None)
+        return SourceInfo(
+            self.rows.device, self.rows.dtype, needs_grad, None, evaluator=self.evaluator
+        )
 
     def statistics(self, names: tuple[str, ...], backend: str) -> dict[str, Tensor]:
         return self.given

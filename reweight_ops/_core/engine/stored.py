@@ -79,6 +79,28 @@ def _formula(call: LossCall) -> Callable[..., tuple[Tensor]]:
     return total
 
 
+def evaluator_of(call: LossCall, logp: Tensor) -> str | None:
+    """Return the backend whose row kernels evaluate a loss of log-probs that the caller
+    has, or None if PyTorch does.
+    """
+    primitives = call.rows.primitives
+    known = primitives is not None and _is_evaluated(call, logp, primitives.name)
+    return primitives.name if primitives is not None and known else None
+
+
+def _is_evaluated(call: LossCall, logp: Tensor, backend: str) -> bool:
+    found, rows = load(backend), call.rows
+    return not (
+        call.spec.stored_program is None
+        or found.evaluate_rows is None
+        or found.is_fallback
+        or not rows.count
+        or rows.dtype != torch.float32
+        or call.inputs_require_grad
+        or is_traced(logp)
+    )
+
+
 def evaluate_stored(
     call: LossCall, statistics: dict[str, Tensor], backend: str
 ) -> tuple[Tensor, Tensor, bool] | None:
@@ -89,10 +111,8 @@ def evaluate_stored(
     entropy and log_sum_p_sq. ``total`` tells whether these include the path through the
     ratio.
     """
-    program, rows, found = call.spec.stored_program, call.rows, load(backend)
-    if program is None or found.evaluate_rows is None or found.is_fallback or not rows.count:
-        return None
-    if rows.dtype != torch.float32 or call.inputs_require_grad or is_traced(statistics["logp"]):
+    program, rows, evaluate = call.spec.stored_program, call.rows, load(backend).evaluate_rows
+    if program is None or evaluate is None or not _is_evaluated(call, statistics["logp"], backend):
         return None
     logp, detached = statistics["logp"], {name: t.detach() for name, t in statistics.items()}
     leaves = {**call.stored(), **detached}
@@ -115,14 +135,14 @@ def evaluate_stored(
         )
         old = call.ref_logp if ratio.against == "ref" else call.old_logp
         leaves["log_ratio"], means = rows.primitives.ratio(
-            rows.masked, rows.run, detached["logp"], old, params, ratio.normalize
+            rows.masked, detached["logp"], old, params, ratio.normalize
         )
     elif not pointwise:
         inputs["log_ratio"] = call.log_ratio(logp)
         # one sequence may be an expanded number
         leaves["log_ratio"] = inputs["log_ratio"].detach().contiguous()
     outputs = ("weighted_loss", "loss", *[f"d_{name}" for name in (_BY[:3] if pointwise else _BY)])
-    table = found.evaluate_rows(program, params, leaves, weights, outputs, rows.keep)
+    table = evaluate(program, params, leaves, weights, outputs, rows.keep)
     if means is not None:
         assert (
             rows.primitives is not None
@@ -132,7 +152,6 @@ def evaluate_stored(
         )
         rows.primitives.adjoint(
             rows.masked,
-            rows.run,
             table[5],
             table[2],
             params,

@@ -52,7 +52,8 @@ KEYWORDS = {
     "entropy_over": "With a mask, entropies are over the ``kept`` ids or the whole ``vocabulary``.",
     "backend": "``auto``, or ``cuda``, ``triton``, ``cpu``, ``reference``, which then never "
     "falls back.",
-    "denominator_mask": "R; the rows that count in denominators. Default: the valid rows.",
+    "denominator_mask": "R; the rows that count in denominators. Default: the valid rows. A "
+    "packed row of no sequence never counts.",
     "cu_seqlens": "``[S + 1]`` offsets of packed sequences.",
     "sequence_ids": "The sequence of each row, in ``[0, num_sequences)``; instead of offsets.",
     "num_sequences": "The number of sequences, an int.",

@@ -26,6 +26,7 @@ from ..engine.output import PolicyLossOutput
 from ..engine.policy import PolicyObjective
 from ..engine.run import Again, Call
 from ..engine.sources import LogitsSource, LogpsSource
+from ..engine.stored import evaluator_of
 from ..spec.policy import PolicyLossSpec
 from .explain import public_op
 
@@ -182,4 +183,5 @@ def policy_loss_from_logps(
             "log_sum_p_sq would have no effect: no part of the spec reads it. Leave it out, or "
             'pass unused="ignore".'
         )
-    return Call(LogpsSource(rows, given), PolicyObjective(call))
+    source = LogpsSource(rows, given, evaluator_of(call, given["logp"]))
+    return Call(source, PolicyObjective(call))

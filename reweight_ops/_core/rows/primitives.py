@@ -30,21 +30,40 @@ def is_traced(t: Tensor) -> bool:
     return any(torch._C._get_dispatch_mode(mode) is not None for mode in _MODES)
 
 
+class Runs(NamedTuple):
+    """How ``rows`` rows are cut into sequences, or into runs if they have none.
+
+    Each has ``length`` rows, but the last may be shorter. Packed sequences have a
+    ``length`` of 0. They begin at ``offsets`` ``[S + 1]``, or ``owner`` ``[N]`` tells
+    the sequence of each row, and the rows of a sequence may lie anywhere.
+    """
+
+    rows: int
+    sequences: int
+    length: int = 0
+    offsets: Tensor | None = None
+    owner: Tensor | None = None
+
+
 class Masked(NamedTuple):
     """The masked rows of a call.
 
-    ``ids`` ``[N]`` int64 is IGNORE_INDEX in an ignored row. ``keep`` and ``counted``
-    (in denominators) are bool ``[N]``. ``lengths`` int32 ``[2, S]`` tells how many rows
-    of each sequence are kept and counted. Rows without sequences count in runs.
-    ``bounds`` is the least and the largest id of the kept rows, from a backend that
-    knows them on the host.
+    ``ids`` ``[N]`` int64 is IGNORE_INDEX in an ignored row. It is None for a call
+    without ids. ``keep`` and ``counted`` (in denominators) are bool ``[N]``.
+    ``lengths`` int32 ``[2, S]`` tells how many rows of each run are kept and counted.
+    The ``owner`` of packed ``runs`` is int64 ``[N]``, and ``S`` in a row of no
+    sequence. ``bounds`` is the least and the largest id of the kept rows, from a
+    backend that knows them on the host. ``trust`` ``[]`` is 0, or NaN if the device
+    finds offsets or indices malformed; it is None if the host has checked them.
     """
 
-    ids: Tensor
+    ids: Tensor | None
     keep: Tensor
     counted: Tensor
     lengths: Tensor
+    runs: Runs
     bounds: tuple[int, int] | None = None
+    trust: Tensor | None = None
 
 
 class Weighing(NamedTuple):
@@ -89,7 +108,6 @@ class Weigh(Protocol):
     def __call__(
         self,
         masked: Masked,
-        run: int,
         weighing: Weighing,
         scale: Any,
         factor: Tensor | None,
@@ -101,39 +119,43 @@ class Weigh(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class RowPrimitives:
-    """The row primitives of a backend.
+    """The row primitives of the backend ``name``.
 
-    * ``mask(ids, mask, denominator, run)`` takes ids and masks of shape ``[N]`` or
-      ``[S, run]`` with any strides.
-    * ``weigh(masked, run, weighing, scale, factor, terms, into=None) -> [terms, N]``
+    * ``mask(ids, mask, denominator, runs, device)`` takes ids and masks of shape
+      ``[N]`` or ``[S, length]`` with any strides, each of which may be None.
+    * ``weigh(masked, weighing, scale, factor, terms, into=None) -> [terms, N]``
       multiplies by ``scale`` (a number or a 0-d tensor), and in term 0 also by
-      ``factor``. ``into`` is the memory of the result, new by default.
-    * ``ratio(masked, run, logp, old_logp, params, normalize) -> (log_ratio [N], means
-      [S])`` gives all rows of a sequence its mean of ``logp -
-      old_logp``, between ``params[0]`` and ``params[1]``. An ``old_logp`` of None is 0.
-      Without ``normalize`` it is the sum.
-    * ``adjoint(masked, run, d_ratio, d_logp, params, means, normalize,
-      shared)`` adds to ``d_logp`` the part of ``d_ratio`` that flows through it.
-      Without ``shared`` a row gets only its own part.
-    * ``metrics(masked, run, monitor, params, leaves, names) -> (sums [M, 2], values
-      [M])`` computes the named :data:`METRICS`. ``monitor`` is a
+      ``factor``. ``into`` is the memory of the result, new by default. It is NaN in the
+      kept rows if ``masked.trust`` is NaN.
+    * ``spread(masked, values) -> [N]`` gives each row of packed sequences the value of
+      its sequence in fp32, 0 in a row of no sequence, and adds ``masked.trust``.
+      ``values`` ``[S]`` have any stride and dtype.
+    * ``ratio(masked, logp, old_logp, params, normalize) -> (log_ratio [N], means [S])``
+      gives all rows of a sequence its mean of ``logp - old_logp``, between
+      ``params[0]`` and ``params[1]``. An ``old_logp`` of None is 0. Without
+      ``normalize`` it is the sum.
+    * ``adjoint(masked, d_ratio, d_logp, params, means, normalize, shared)`` adds to
+      ``d_logp`` the part of ``d_ratio`` that flows through it. Without ``shared`` a row
+      gets only its own part.
+    * ``metrics(masked, monitor, params, leaves, names) -> (sums [M, 2], values [M])``
+      computes the named :data:`METRICS`. ``monitor`` is a
       :class:`~reweight_ops._core.formula.monitor.Monitor`. ``leaves`` are those of a
       formula, and ``d_logp``, ``d_entropy`` and ``factor``. A missing ``log_ratio`` is
       formed in the row, as a loss program forms it.
 
-    PyTorch computes each of the last three that is None. ``ratio`` and ``adjoint`` are
+    PyTorch computes each of the last four that is None. ``ratio`` and ``adjoint`` are
     both given or both None.
     """
 
-    mask: Callable[[Tensor, Tensor | None, Tensor | None, int], Masked]
+    name: str
+    mask: Callable[[Tensor | None, Tensor | None, Tensor | None, Runs, torch.device], Masked]
     weigh: Weigh
-    ratio: (
-        Callable[[Masked, int, Tensor, Tensor | None, Tensor, bool], tuple[Tensor, Tensor]] | None
-    ) = None
-    adjoint: Callable[[Masked, int, Tensor, Tensor, Tensor, Tensor, bool, bool], None] | None = None
+    spread: Callable[[Masked, Tensor], Tensor] | None = None
+    ratio: Callable[[Masked, Tensor, Tensor | None, Tensor, bool], tuple[Tensor, Tensor]] | None = (
+        None
+    )
+    adjoint: Callable[[Masked, Tensor, Tensor, Tensor, Tensor, bool, bool], None] | None = None
     metrics: (
-        Callable[
-            [Masked, int, Any, Tensor, dict[str, Tensor], tuple[str, ...]], tuple[Tensor, Tensor]
-        ]
+        Callable[[Masked, Any, Tensor, dict[str, Tensor], tuple[str, ...]], tuple[Tensor, Tensor]]
         | None
     ) = None

@@ -64,7 +64,7 @@ class Structure:
 
     def offsets(self, name: str, cu: Tensor, rows: int) -> None:
         """Check that offsets begin at 0, never fall, and do not pass the last row."""
-        if not self._reads(cu):
+        if not self.reads(cu):
             self._and((cu[0] == 0) & (cu[-1] <= rows) & (cu[1:] >= cu[:-1]).all())
             return
         values = cu.tolist()
@@ -90,14 +90,14 @@ class Structure:
         """
         if not index.numel():
             return
-        if self._reads(index):
+        if self.reads(index):
             low, high = (int(bound) for bound in torch.aminmax(index))
             if low >= 0 and high < count:
                 return  # the usual case takes one sweep
         bad = (index < 0) | (index >= count)
         if where is not None:
             bad = bad & where
-        if not self._reads(index):
+        if not self.reads(index):
             self._and(~bad.any())
         elif bool(bad.any()):
             row = int(bad.nonzero()[0, 0])
@@ -113,16 +113,17 @@ class Structure:
     def trust(self, dtype: torch.dtype) -> Tensor | None:
         """Return None if everything was read.
 
-        Otherwise return a factor ``[]`` on the device: 1 if all values are valid, else
+        Otherwise return a term ``[]`` on the device: 0 if all values are valid, else
         NaN.
         """
         if self._flag is None:
             return None
         return torch.full((), torch.nan, dtype=dtype, device=self._flag.device).masked_fill(
-            self._flag, 1.0
+            self._flag, 0.0
         )
 
-    def _reads(self, t: Tensor) -> bool:
+    def reads(self, t: Tensor) -> bool:
+        """Return whether the values of an index are checked on the host."""
         return t.device.type != "meta" and (self._validate or is_readable(t))
 
     def _and(self, ok: Tensor) -> None:

@@ -11,7 +11,8 @@ import reweight_ops as rw
 from reweight_ops._core.backends.select import load
 from reweight_ops._core.calls.keywords import PolicyOptions
 from reweight_ops._core.calls.policy import resolve_loss
-from reweight_ops._core.rows.rows import IGNORE_INDEX, RUN, resolve_rows
+from reweight_ops._core.rows.groups import IGNORE_INDEX
+from reweight_ops._core.rows.resolve import RUN, resolve_rows
 from reweight_ops.errors import InvalidCall
 
 pytest.importorskip("reweight_ops._C", exc_type=ImportError)
@@ -90,6 +91,40 @@ def test_no_row_is_in():
     assert not found.keep.any() and found.masked.bounds == (0, -1)
 
 
+#: Rows of 5 sequences, two of them empty, and rows of none.
+OFFSETS = torch.tensor([0, 0, 7, 8, 8, 20])
+OWNER = torch.randint(-1, 7, (23,), generator=torch.Generator().manual_seed(5))
+PLACES = {
+    "offsets": {"cu_seqlens": OFFSETS},
+    "int32 offsets, strided": {"cu_seqlens": torch.stack([OFFSETS, OFFSETS], -1).int()[:, 1]},
+    "ids": {"sequence_ids": OWNER, "num_sequences": 5},
+    "int32 ids, strided": {"sequence_ids": torch.stack([OWNER] * 2, -1).int()[:, 1], "num_sequences": 5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", ["ids and mask", "ids", "mask", "neither"])
+@pytest.mark.parametrize("place", PLACES)
+def test_packed_rows(place, given):
+    ids, mask, denominator = tensors((1, 23), torch.int64)
+    owner = PLACES[place].get("sequence_ids")
+    if owner is not None:  # the id of a sequence is checked in valid rows
+        mask = mask * ((owner >= 0) & (owner < 5))
+        ids = torch.where((owner >= 0) & (owner < 5), ids, IGNORE_INDEX)
+        if given == "neither":
+            given = "mask"
+    data = {**PLACES[place], "denominator_mask": denominator}
+    data |= {"completion_ids": ids} if "ids" in given else {}
+    data |= {"completion_mask": mask} if "mask" in given else {}
+    found, want = both((1, 23), **data)
+    assert found.primitives is not None is not found.masked.lengths
+    for name in ("keep", "denominator", *(["ids"] if "ids" in given else [])):
+        assert torch.equal(getattr(found, name), getattr(want, name)), name
+    assert torch.equal(found.sequences.index, want.sequences.index)
+    for row, x in enumerate((want.keep, want.denominator)):
+        counts = want.sequences.count_rows(x, torch.float32)
+        assert found.masked.lengths[row].tolist() == counts.tolist()
+
+
 @pytest.mark.parametrize("bad", [-1, 50, -(2**40)])
 def test_ids_out_of_range_are_errors(bad):
     ids = torch.zeros(2, 3, dtype=torch.long)
@@ -128,11 +163,20 @@ REDUCTIONS = [
 
 
 @pytest.mark.parametrize("reduction, divisor", REDUCTIONS, ids=lambda x: str(x))
-@pytest.mark.parametrize("shape", [(4, 5), (RUN + 9,)], ids=str)
-def test_weights(shape, reduction, divisor):
-    if len(shape) == 1 and isinstance(reduction, rw.SequenceMean):
-        pytest.skip("no sequences")
+@pytest.mark.parametrize("place", [None, "offsets", "ids"])
+@pytest.mark.parametrize("shape", [(4, 5), (RUN + 9,), (1, 23)], ids=str)
+def test_weights(shape, place, reduction, divisor):
+    if (place is None) != (shape != (1, 23)):
+        pytest.skip("the places are those of 23 rows")
+    if isinstance(reduction, rw.SequenceMean):
+        if len(shape) == 1:
+            pytest.skip("no sequences")
+        if place is not None and reduction.per == "constant" and reduction.horizon is None:
+            pytest.skip("packed sequences have no padded length")
     ids, mask, denominator = tensors(shape, torch.bool)
+    packed = {} if place is None else PLACES[place]
+    if place == "ids":
+        mask = mask & (OWNER >= 0) & (OWNER < 5)
     factor = torch.rand(shape, generator=torch.Generator().manual_seed(1))
     other = rw.TokenMean(per_call=True)
     spec = rw.methods.grpo(beta=0.1).replace(reduction=reduction)
@@ -152,7 +196,7 @@ def test_weights(shape, reduction, divisor):
         )
         options = {"loss_scale": scale, "token_weights": u, **({divisor: given} if divisor else {})}
         results = []
-        for rows in both(shape, completion_ids=ids, completion_mask=mask, denominator_mask=counted):
+        for rows in both(shape, completion_ids=ids, completion_mask=mask, denominator_mask=counted, **packed):  # fmt: skip
             data = PolicyOptions(ref_per_token_logps=torch.zeros(shape), **options)
             call = resolve_loss(rows, 1.0, kind, data)
             fused = call._fused_row_weights() if rows.primitives is not None else None

@@ -134,18 +134,21 @@ def test_scaling_compiles_twice_a_dtype_and_streams_16_bytes_at_a_time(aot, targ
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_kernels_on_rows_compile_without_spills(aot, target):
     """Once for each option, for all lengths of sequences: four row weights, two
-    evaluations and two sums.
+    evaluations, and two sums. Those that know sequences do so once for each of the
+    three ways in which these are given.
     """
     compiled = aot("rows", target)
     names = [k["kernel"] for k in compiled]
     assert {name: names.count(name) for name in names} == {
         "mask_kernel": 1,
-        "weigh_kernel": 4,
-        "ratio_kernel": 1,
-        "adjoint_kernel": 1,
+        "pack_kernel": 2,
+        "spread_kernel": 1,
+        "weigh_kernel": 8,
+        "ratio_kernel": 3,
+        "adjoint_kernel": 3,
         "evaluate_kernel": 2,
-        "sums_kernel": 2,
-        "metrics_kernel": 1,
+        "sums_kernel": 4,
+        "metrics_kernel": 2,
     }
     assert_sound(compiled, {})
 

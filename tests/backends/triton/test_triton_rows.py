@@ -12,7 +12,7 @@ import reweight_ops as rw
 from reweight_ops._core.backends import select
 from reweight_ops._core.formula.base import RULES
 from reweight_ops._core.formula.loss_program import loss_graph
-from reweight_ops._core.rows.rows import RUN
+from reweight_ops._core.rows.resolve import RUN
 from reweight_ops.testing import make_batch
 
 pytest.importorskip("triton")
