@@ -89,6 +89,58 @@ def test_kept_calls_of_packed_sequences(kept_calls, name, place):
     assert_equal(result(data, spec=spec, **options), want)
 
 
+def from_logps(batch, **options):
+    """The results of a loss of log-probs, with its gradients and metrics."""
+    names = ("old_per_token_logps", "ref_per_token_logps", "advantages", "completion_mask")
+    data = {name: batch[name] for name in names if name in batch}
+    x = (-1 - batch["logits"][..., 0].abs()).float().requires_grad_()
+    out = rw.policy_loss_from_logps(x, **{**data, **options})
+    rows = (out.per_token_logps, out.per_token_loss, out.ratio, out.coef, out.metrics.sums)
+    return [out.plan, out.backend, out.loss.detach(), *rows, *torch.autograd.grad(out.loss, x)]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_kept_losses_of_log_probs(kept_calls, name):
+    spec = SPECS[name]
+    for options in ({}, {"loss_scale": 3.0, "token_weights": torch.rand(SHAPE)}):
+        kept_calls._calls.clear()
+        for seed in (1, 2, 3):
+            batch = batch_of(spec, seed)
+            found = from_logps(batch, spec=spec, **options)
+            assert len(kept_calls) == 1, "the same signature"
+            want = fresh(kept_calls, lambda b=batch, o=options: from_logps(b, spec=spec, **o))
+            assert_equal(found, want)
+    assert found[1] == "cpu"
+    other = from_logps(batch, spec=spec, entropies=torch.rand(SHAPE))
+    assert len(kept_calls) == 2 and not torch.equal(other[-2], found[-2])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"old_per_token_logps": torch.zeros(2, 2)},
+        {"loss_scale": float("nan")},
+        {"num_items_in_batch": 0},
+        {"entropies": torch.zeros(2, 2)},
+        {"log_sum_p_sq": torch.zeros(SHAPE)},
+        {"temperature": 0.5},
+    ],
+    ids=lambda x: next(iter(x)),
+)
+def test_messages_of_losses_of_log_probs_stay(kept_calls, wrong):
+    spec = SPECS["dapo"]
+    batch, fine = batch_of(spec, 0), {"loss_scale": 2.0, "num_items_in_batch": 3}
+    messages = []
+    for known in (False, True):
+        if known:
+            from_logps(batch, spec=spec, **fine)
+        assert len(kept_calls) == known
+        with pytest.raises((ReweightOpsError, TypeError)) as error:
+            from_logps(batch, spec=spec, **{**fine, **wrong})
+        messages.append(str(error.value))
+    assert messages[0] == messages[1] and len(kept_calls) == 1
+
+
 def host_work(call):
     """``(Python calls, calls of PyTorch)`` that a call makes."""
     found = {"call": 0, "torch": 0}
@@ -302,10 +354,10 @@ def test_a_spec_that_is_gone(kept_calls):
     spec = rw.methods.dapo(epsilon_low=0.1)
     result(batch, spec=spec)
     (call,) = kept_calls._calls.values()
-    assert call.spec() is spec
+    assert call.loss.spec() is spec
     del spec
     gc.collect()
-    assert call.spec() is None
+    assert call.loss.spec() is None
     assert call.bind(batch["logits"], {k: v for k, v in batch.items() if k != "logits"}) is None
 
 
@@ -386,7 +438,7 @@ def test_the_number_of_kept_calls_is_bounded(kept_calls, monkeypatch):
         rw.policy_loss(**batch, spec=specs[0])
         assert len(kept_calls) <= 8
     assert len(kept_calls) == 8
-    assert any(call.spec() is specs[0] for call in kept_calls._calls.values()), (
+    assert any(call.loss.spec() is specs[0] for call in kept_calls._calls.values()), (
         "the one in use is dropped last"
     )
 
@@ -421,9 +473,12 @@ def test_no_tensor_is_kept(kept_calls):
             loss_scale=torch.tensor(2.0),
             num_items_in_batch=None,
         )
-    assert len(kept_calls) == len(SPECS)
+    packed = batch_of(SPECS["gspo"], 0, (1, 15)) | {"cu_seqlens": torch.tensor([0, 4, 15])}
+    result(packed | {"advantages": torch.ones(2, 1)}, spec=SPECS["gspo"])
+    from_logps(batch_of(SPECS["dapo"], 0), spec=SPECS["dapo"])
+    assert len(kept_calls) == len(SPECS) + 2
     for key, call in kept_calls._calls.items():
-        seen = {id(call.rows.primitives), *(id(x) for x in select._loaded.values())}
+        seen = {id(call.loss.rows.primitives), *(id(x) for x in select._loaded.values())}
         assert not holds_a_tensor(key, seen) and not holds_a_tensor(call, seen)
     assert holds_a_tensor({"x": [torch.ones(1)]}, set())
 

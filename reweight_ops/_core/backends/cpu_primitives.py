@@ -70,7 +70,7 @@ class CpuPrimitives:
         counted = keep if denominator is None else result((n,), torch.bool)
         lengths = result((2, runs.sequences), torch.int32)
         bounds = self.module.mask_rows(
-            *(self._where(t, run) for t in given),
+            *[self._where(t, run) for t in given],
             (n, runs.sequences, runs.length, 0 if runs.owner is None else runs.owner.data_ptr()),
             out.data_ptr(),
             keep.data_ptr(),

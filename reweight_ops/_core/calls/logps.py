@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,13 @@ from ...errors import InvalidCall
 from ..backends.select import row_primitives
 from ..rows.resolve import resolve_rows
 from ..rows.rows import Rows
+
+#: Maps the public names of statistics to the leaves of a formula.
+STATISTICS = {
+    "per_token_logps": "logp",
+    "entropies": "entropy",
+    "log_sum_p_sq": "log_sum_p_sq",
+}
 
 
 def resolve_logps(
@@ -42,3 +50,26 @@ def resolve_logps(
         validate=validate,
         primitives=row_primitives(per_token_logps, "auto"),
     )
+
+
+def check_statistics(rows: Rows, stored: Mapping[str, Any]) -> None:
+    """Check statistics that the caller has computed, by their public names."""
+    for name, value in stored.items():
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            got = value.dtype if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise rows.error(f"{name} is {got}, expected a tensor of fp32 or fp64.")
+        if value.device != rows.device:
+            raise rows.error(f"{name} is on {value.device}, the rows are on {rows.device}.")
+        if tuple(value.shape) != rows.shape:
+            raise rows.error(f"{name} has shape {tuple(value.shape)}, expected {rows.shape}.")
+
+
+def flat_statistics(rows: Rows, stored: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Return the statistics by leaf, ``[N]`` in the row dtype and 0 in ignored rows."""
+    return {
+        STATISTICS[name]: torch.where(rows.keep, value.reshape(-1).to(rows.dtype), 0)
+        for name, value in stored.items()
+        if value is not None
+    }

@@ -28,7 +28,8 @@ from ..backends.select import state
 from ..calls import consumed
 from ..calls.keywords import PolicyOptions, SoftmaxOptions
 from ..calls.logits import Logits, collapsed
-from ..calls.policy import bind_loss
+from ..calls.logps import flat_statistics
+from ..calls.policy import LossCall, bind_loss
 from ..calls.softmax import resolve_temperature
 from ..calls.specs import lasting_spec
 from ..rows.constants import ConstantRows
@@ -40,7 +41,7 @@ from .output import PolicyLossOutput
 from .plan import Choice
 from .policy import PolicyObjective
 from .run import Call
-from .sources import LogitsSource
+from .sources import LogitsSource, LogpsSource
 
 #: The number of kept calls. Batches of many shapes may alternate, and each shape is one
 #: call.
@@ -174,18 +175,86 @@ def _is_one(scale: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class KeptCall:
-    """A call without its values."""
+class KeptLoss:
+    """A loss without its values."""
 
     spec: weakref.ref[PolicyLossSpec]
     rows: RowLayout
+    without: dict[str, None]  # arguments without effect
+    choice: Choice
+
+    @classmethod
+    def of(cls, call: LossCall, choice: Choice) -> KeptLoss | None:
+        """Return the loss of a call that has succeeded, or None if no backend's kernels
+        found its rows and can weigh them.
+
+        Such calls are rare, and slow anyway.
+        """
+        rows = call.rows
+        if (
+            rows.primitives is None
+            or rows.masked is None
+            or rows.segments is not None
+            or rows.prompts is not None
+            or any(
+                r.coupled or r.weighing(rows, call.divisors) is None for r in call.spec.reductions
+            )
+        ):
+            return None
+        layout = RowLayout(
+            rows.op,
+            rows.shape,
+            rows.device,
+            rows.dtype,
+            rows.primitives,
+            rows.masked.runs._replace(offsets=None, owner=None),
+            packed_by(rows.tensors),
+        )
+        without = {name: None for name, value in call.by_argument().items() if value is None}
+        return cls(weakref.ref(call.spec), layout, without, choice)
+
+    def bind(self, data: Mapping[str, Any], vocab_size: int = 0) -> LossCall | None:
+        """Return the loss with these values.
+
+        It is None if a value is invalid, or if the spec is another object at the memory
+        address of the first.
+        """
+        spec = self.spec()
+        if spec is None or not _in_range(data):
+            return None
+        try:
+            rows = bind_rows(self.rows, data, vocab_size)
+            return bind_loss(rows, {**data, **self.without} if self.without else data, spec)
+        except InvalidCall:
+            return None
+
+
+@dataclass(frozen=True)
+class KeptLogps:
+    """A call on stored statistics without its values."""
+
+    loss: KeptLoss
+
+    def bind(
+        self, stored: Mapping[str, Tensor | None], data: Mapping[str, Any]
+    ) -> Call[PolicyLossOutput] | None:
+        call = self.loss.bind(data)
+        if call is None:
+            return None
+        source = LogpsSource(call.rows, flat_statistics(call.rows, stored))
+        return Call(source, PolicyObjective(call), choice=self.loss.choice)
+
+
+@dataclass(frozen=True)
+class KeptCall:
+    """A call on logits without its values."""
+
+    loss: KeptLoss
     softmax: SoftmaxParams
     drop_last: bool
     consume: bool
     backend: str
     differentiable_outputs: bool
-    without: dict[str, None]  # arguments without effect
-    choice: Choice
     direct: DirectLoss | None
 
     def run(self, logits: Tensor, data: Mapping[str, Any]) -> PolicyLossOutput | None:
@@ -193,7 +262,7 @@ class KeptCall:
 
         It is None if the backend has not, or if a value is invalid.
         """
-        spec = self.spec()
+        spec = self.loss.spec()
         if (
             self.direct is None
             or spec is None
@@ -205,18 +274,15 @@ class KeptCall:
         return self.direct(spec, logits, data)
 
     def bind(self, logits: Tensor, data: Mapping[str, Any]) -> Call[Any] | None:
-        """Return the call with these values.
-
-        It is None if a value is invalid, or if the spec is another object at the memory
-        address of the first.
-        """
-        spec = self.spec()
-        if spec is None or not _in_range(data) or consumed.is_consumed(logits):
+        """Return the call with these values, or None if a value is invalid."""
+        if consumed.is_consumed(logits):
             return None
+        call = self.loss.bind(data, self.softmax.vocab_size)
+        if call is None:
+            return None
+        rows = call.rows
         try:
-            rows = bind_rows(self.rows, data, self.softmax.vocab_size)
             temperature = resolve_temperature(rows, data.get("temperature", 1.0), InvalidCall)
-            call = bind_loss(rows, {**data, **self.without} if self.without else data, spec)
         except InvalidCall:
             return None
         assert rows.ids is not None
@@ -235,7 +301,7 @@ class KeptCall:
         return Call(
             LogitsSource(found),
             PolicyObjective(call, self.differentiable_outputs),
-            choice=self.choice,
+            choice=self.loss.choice,
         )
 
 
@@ -246,12 +312,12 @@ class KeptCalls:
     """
 
     def __init__(self) -> None:
-        self._calls: OrderedDict[Hashable, KeptCall] = OrderedDict()
+        self._calls: OrderedDict[Hashable, Any] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._calls)
 
-    def get(self, key: Hashable) -> KeptCall | None:
+    def get(self, key: Hashable) -> Any:
         try:
             found = self._calls[key]
             self._calls.move_to_end(key)
@@ -259,7 +325,7 @@ class KeptCalls:
             return None
         return found
 
-    def put(self, key: Hashable, call: KeptCall) -> None:
+    def put(self, key: Hashable, call: KeptCall | KeptLogps) -> None:
         self._calls[key] = call
         while len(self._calls) > MOST:
             with suppress(KeyError):
@@ -268,48 +334,34 @@ class KeptCalls:
     def keep(
         self, key: Hashable, logits: Logits, objective: PolicyObjective, choice: Choice
     ) -> None:
-        """Keep a call that has succeeded, if a backend's kernels found its rows and can
-        weigh them.
-
-        Other calls are rare, and slow anyway.
-        """
-        call, rows = objective.call, objective.call.rows
-        if (
-            rows.primitives is None
-            or rows.masked is None
-            or rows.segments is not None
-            or rows.prompts is not None
-        ):
+        """Keep a call on logits that has succeeded, if it can be kept."""
+        call = objective.call
+        loss = KeptLoss.of(call, choice)
+        if loss is None:
             return
-        if any(r.coupled or r.weighing(rows, call.divisors) is None for r in call.spec.reductions):
-            return
-        layout = RowLayout(
-            rows.op,
-            rows.shape,
-            rows.device,
-            rows.dtype,
-            rows.primitives,
-            rows.masked.runs._replace(offsets=None, owner=None),
-            packed_by(rows.tensors),
-        )
         direct = (
-            None if objective.differentiable_outputs else direct_loss(logits, call, layout, choice)
+            None
+            if objective.differentiable_outputs
+            else direct_loss(logits, call, loss.rows, choice)
         )
         self.put(
             key,
             KeptCall(
-                weakref.ref(call.spec),
-                layout,
+                loss,
                 logits.softmax,
                 logits.drop_last,
                 logits.consume,
                 logits.backend,
                 objective.differentiable_outputs,
-                {name: None for name, value in call.by_argument().items() if value is None},
-                choice,
                 direct,
             ),
         )
+
+    def keep_logps(self, key: Hashable, call: LossCall, choice: Choice) -> None:
+        """Keep a call on stored statistics that has succeeded, if it can be kept."""
+        loss = KeptLoss.of(call, choice)
+        if loss is not None:
+            self.put(key, KeptLogps(loss))
 
 
 KEPT = KeptCalls()

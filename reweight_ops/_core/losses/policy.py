@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -18,10 +17,10 @@ from ..calls.keywords import (
     parse,
 )
 from ..calls.logits import resolve_logits
-from ..calls.logps import resolve_logps
+from ..calls.logps import STATISTICS, check_statistics, flat_statistics, resolve_logps
 from ..calls.policy import resolve_loss
 from ..calls.specs import named_spec
-from ..engine.kept import KEPT, signature
+from ..engine.kept import KEPT, KeptCall, KeptLogps, signature
 from ..engine.output import PolicyLossOutput
 from ..engine.policy import PolicyObjective
 from ..engine.run import Again, Call
@@ -100,7 +99,7 @@ def policy_loss(
     """
     given: dict[str, Any] = {"completion_ids": completion_ids, "advantages": advantages, **keywords}
     key = signature(spec, (plan, differentiable_outputs), {"logits": logits, **given})
-    kept = None if key is None else KEPT.get(key)
+    kept: KeptCall | None = None if key is None else KEPT.get(key)
 
     def resolve() -> Call[PolicyLossOutput]:
         if kept is not None and (call := kept.bind(logits, given)) is not None:
@@ -150,38 +149,37 @@ def policy_loss_from_logps(
     >>> rw.policy_loss_from_logps(logps, torch.tensor([0.5]), spec="reinforce").loss
     tensor(0.5000, grad_fn=<...>)
     """
+    stored = {
+        "per_token_logps": per_token_logps,
+        "entropies": entropies,
+        "log_sum_p_sq": log_sum_p_sq,
+    }
+    given: dict[str, Any] = {"advantages": advantages, **keywords}
+    key = signature(spec, (), {**stored, **given})
+    kept: KeptLogps | None = None if key is None else KEPT.get(key)
+    if kept is not None and (call := kept.bind(stored, given)) is not None:
+        return call
     op = "policy_loss_from_logps"
-    (data,) = parse(op, dict(keywords), PolicyOptions, own=("spec", "entropies", "log_sum_p_sq"))
-    more = {"advantages": advantages, "entropies": entropies, "log_sum_p_sq": log_sum_p_sq}
-    rows = resolve_logps(op, per_token_logps, {**more, **data.named()}, data.validate)
-    call = resolve_loss(rows, advantages, named_spec(op, spec), data)
-    given = {}
-    for name, argument, value in (
-        ("logp", "per_token_logps", per_token_logps),
-        ("entropy", "entropies", entropies),
-        ("log_sum_p_sq", "log_sum_p_sq", log_sum_p_sq),
-    ):
-        if value is not None:
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                got = value.dtype if isinstance(value, Tensor) else f"a {type(value).__name__}"
-                raise rows.error(f"{argument} is {got}, expected a tensor of fp32 or fp64.")
-            if value.device != rows.device:
-                raise rows.error(f"{argument} is on {value.device}, the rows are on {rows.device}.")
-            if tuple(value.shape) != rows.shape:
-                raise rows.error(
-                    f"{argument} has shape {tuple(value.shape)}, expected {rows.shape}."
-                )
-            given[name] = torch.where(rows.keep, value.reshape(-1).to(rows.dtype), 0)
-        elif name in call.spec.requires:
-            raise rows.error(f"the spec reads {name}: pass {argument}.")
+    (data,) = parse(op, dict(keywords), PolicyOptions, own=("spec", *list(stored)[1:]))
+    tensors = {**stored, "advantages": advantages, **data.named()}
+    rows = resolve_logps(op, per_token_logps, tensors, data.validate)
+    loss = resolve_loss(rows, advantages, named_spec(op, spec), data)
+    check_statistics(rows, stored)
+    for name, leaf in STATISTICS.items():
+        if stored[name] is None and leaf in loss.spec.requires:
+            raise rows.error(f"the spec reads {leaf}: pass {name}.")
     if (
         log_sum_p_sq is not None
-        and "log_sum_p_sq" not in call.spec.requires
+        and "log_sum_p_sq" not in loss.spec.requires
         and data.unused == "error"
     ):
         raise rows.error(
             "log_sum_p_sq would have no effect: no part of the spec reads it. Leave it out, or "
             'pass unused="ignore".'
         )
-    source = LogpsSource(rows, given, evaluator_of(call, given["logp"]))
-    return Call(source, PolicyObjective(call))
+    source = LogpsSource(rows, flat_statistics(rows, stored), evaluator_of(loss, per_token_logps))
+    return Call(
+        source,
+        PolicyObjective(loss),
+        keep=None if key is None else partial(KEPT.keep_logps, key, loss),
+    )

@@ -198,6 +198,21 @@ def test_malformed_places_that_nobody_reads_are_nan(monkeypatch, case, spec, kin
         call(kind, spec, data, backend="triton", validate=True)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", PLACES)
+def test_what_nobody_reads_is_the_same(monkeypatch, place, kind):
+    """Sequence ids of ignored rows may be malformed."""
+    monkeypatch.setenv("REWEIGHT_OPS_BACKEND", "triton")
+    spec = SPECS["sequence ratio"]
+    data = batch(spec) | PLACES[place]
+    want, expected = call(kind, spec, data, backend="triton")
+    monkeypatch.setattr(structure, "is_readable", lambda t: False)
+    got, grads = call(kind, spec, data, backend="triton")
+    assert got._call.rows.trust is not None is want._call.rows.trust
+    assert torch.equal(got.loss, want.loss) and got.metrics.as_floats() == want.metrics.as_floats()
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+
+
 @pytest.mark.parametrize("runs", [Runs(6, 2, offsets=torch.tensor([0, 2, 5])), Runs(6, 2, owner=torch.tensor([0, 1, 5, -1, 0, 1]))], ids=["offsets", "index"])  # fmt: skip
 def test_the_index_of_packed_rows(runs):
     want = [0, 0, 1, 1, 1, 2] if runs.owner is None else [0, 1, 2, 2, 0, 1]
