@@ -144,6 +144,10 @@ def policy_loss_from_logps(
     ``entropies`` and ``log_sum_p_sq`` if the spec reads them. The other arguments are
     those of :func:`policy_loss`.
 
+    The row kernels of a backend evaluate a loss in fp32 whose terms are pointwise, and
+    ``out.backend`` names it. PyTorch evaluates any other, and ``out.backend`` is
+    ``"torch"``. ``REWEIGHT_OPS_BACKEND=reference`` selects PyTorch for all.
+
     >>> import torch, reweight_ops as rw
     >>> logps = torch.full((1, 2), -1.0, requires_grad=True)
     >>> rw.policy_loss_from_logps(logps, torch.tensor([0.5]), spec="reinforce").loss

@@ -191,6 +191,8 @@ def test_malformed_places_that_nobody_reads_are_nan(monkeypatch, case, spec, kin
     del data["completion_mask"]
     out, grads = call(kind, spec, data, backend="triton")
     assert out.loss.isnan()
+    # their advantages are those of the sequences
+    assert out.per_token_loss.view(-1)[out._call.rows.keep].isnan().all()
     assert all(grad[grad != 0].isnan().all() for grad in grads)
     metrics = out.metrics.as_floats()
     assert all(x != x for name, x in metrics.items() if not name.startswith("rows_dropped"))
