@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar, Union, get
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_scalar, has_static_value
 
 from ..errors import InvalidCall
+from .compiler import constant_result, guard_scalar, has_static_value
 from .names import unexpected
 
 T = TypeVar("T")
@@ -337,7 +337,7 @@ def _check(target: Any, keywords: Iterable[str], given: Iterable[tuple[str, Any]
             ranges[name].check(target.__name__, name, value)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _check_constants(
     target: Any, keywords: tuple[str, ...], given: tuple[tuple[str, Any], ...]
 ) -> None:
@@ -364,7 +364,7 @@ def check_inputs(owner: str, target: Any, given: Iterable[tuple[str, Any]]) -> N
                     _refuse(owner, target, name, guard_scalar(each))
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _bounds(target: Any, name: str, of_tuple: bool) -> tuple[float | None, float | None, bool]:
     """Return the finite bounds of an argument, or None for them, and
     whether only whole numbers lie between them."""
@@ -379,7 +379,7 @@ def _bounds(target: Any, name: str, of_tuple: bool) -> tuple[float | None, float
     return low, high, interval.whole
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _refuse(owner: str, target: Any, name: str, value: float) -> None:
     raise InvalidCall(f"{owner}: {name} is {value!r}, expected {target.__ranges__[name]}.")
 
