@@ -1,5 +1,5 @@
-"""What ``_core.compiler`` tells torch.compile is what PyTorch's own functions, which import
-all of it, tell.
+"""What ``_core.compiler`` tells torch.compile is what PyTorch's own functions tell,
+which import all of it.
 """
 
 import math
