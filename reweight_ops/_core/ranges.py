@@ -18,15 +18,15 @@ import inspect
 import math
 import sys
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Real as AnyReal
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar, Union, get_args, get_origin
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_scalar, has_static_value
 
 from ..errors import InvalidCall
+from .compiler import constant_result, guard_scalar, has_static_value
 from .names import unexpected
 
 T = TypeVar("T")
@@ -195,12 +195,17 @@ Count = Annotated[T, Interval("[1, inf)", whole=True)]
 CountOrZero = Annotated[T, Interval("[0, inf)", whole=True)]
 
 
+@functools.lru_cache(maxsize=512)
+def _compiled(annotation: str) -> types.CodeType:
+    return compile(annotation, "<annotation>", "eval")
+
+
 def _range(annotation: Any, module: str, optional: bool, plain: bool) -> Range | None:
     """Return the range in an annotation. With ``plain`` a bare ``float``
     has one too."""
     if isinstance(annotation, str):
         try:
-            annotation = eval(annotation, vars(sys.modules[module]))
+            annotation = eval(_compiled(annotation), vars(sys.modules[module]))
         except (
             NameError,
             AttributeError,
@@ -235,12 +240,17 @@ def _range(annotation: Any, module: str, optional: bool, plain: bool) -> Range |
     return Range(PLAIN, optional, True) if plain and float in parts else None
 
 
-def ranges_of(what: Any, plain: bool = False) -> dict[str, Range]:
+def ranges_of(what: Any) -> dict[str, Range]:
     """Return the ranges by name of the parameters of a function or the fields of a
     dataclass.
-
-    With ``plain`` a bare ``float`` is any number.
     """
+    return _ranges_of(what, inspect.signature(what).parameters)
+
+
+def _ranges_of(
+    what: Any, parameters: Mapping[str, inspect.Parameter], plain: bool = False
+) -> dict[str, Range]:
+    # With ``plain`` a bare ``float`` is any number.
     annotations: dict[str, tuple[Any, str]] = {}
     if inspect.isclass(what):
         for base in reversed(what.__mro__):
@@ -253,7 +263,7 @@ def ranges_of(what: Any, plain: bool = False) -> dict[str, Range]:
             name: (kind, what.__module__) for name, kind in inspect.get_annotations(what).items()
         }
     found = {}
-    for name, parameter in inspect.signature(what).parameters.items():
+    for name, parameter in parameters.items():
         if name in annotations and parameter.kind is not parameter.VAR_KEYWORD:
             allowed = _range(*annotations[name], parameter.default is None, plain)
             if allowed is not None:
@@ -273,16 +283,16 @@ def ranged(what: T, plain: bool = False, words: bool = True) -> T:
     target: Any = what
     if "__ranges__" in vars(target):
         return what
+    parameters = inspect.signature(target).parameters
     ranges = {
         name: allowed
-        for name, allowed in ranges_of(target, plain).items()
+        for name, allowed in _ranges_of(target, parameters, plain).items()
         if words or not isinstance(allowed, Kind)
     }
     said = {name: allowed for name, allowed in ranges.items() if allowed.interval is not PLAIN}
     target.__ranges__, target.__doc__ = ranges, described(target.__doc__, said)
     is_class = inspect.isclass(what)  # inspect.isclass(target) would narrow the type
     call = target.__init__ if is_class else target
-    parameters = inspect.signature(target).parameters
     # A function that takes any keyword refuses unknown ones itself.
     target.__known__ = (
         None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else frozenset(parameters)
@@ -291,7 +301,7 @@ def ranged(what: T, plain: bool = False, words: bool = True) -> T:
         return what
     positional = tuple(
         name
-        for name, p in inspect.signature(call).parameters.items()
+        for name, p in (inspect.signature(call).parameters if is_class else parameters).items()
         if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY)
     )
 
@@ -337,7 +347,7 @@ def _check(target: Any, keywords: Iterable[str], given: Iterable[tuple[str, Any]
             ranges[name].check(target.__name__, name, value)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _check_constants(
     target: Any, keywords: tuple[str, ...], given: tuple[tuple[str, Any], ...]
 ) -> None:
@@ -364,7 +374,7 @@ def check_inputs(owner: str, target: Any, given: Iterable[tuple[str, Any]]) -> N
                     _refuse(owner, target, name, guard_scalar(each))
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _bounds(target: Any, name: str, of_tuple: bool) -> tuple[float | None, float | None, bool]:
     """Return the finite bounds of an argument, or None for them, and
     whether only whole numbers lie between them."""
@@ -379,7 +389,7 @@ def _bounds(target: Any, name: str, of_tuple: bool) -> tuple[float | None, float
     return low, high, interval.whole
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _refuse(owner: str, target: Any, name: str, value: float) -> None:
     raise InvalidCall(f"{owner}: {name} is {value!r}, expected {target.__ranges__[name]}.")
 

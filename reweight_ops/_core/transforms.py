@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .compiler import constant_result
 
-@torch.compiler.assume_constant_result
+
+@constant_result
 def in_transform() -> bool:
     """Return whether a transform is active.
 

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._core.calls.dtensors import has_dtensors
 from .._core.losses.statistics import token_logps, token_stats
 from ..errors import BackendUnavailable, InvalidCall
 from .patching import Counts, Patch, Replacement
@@ -149,7 +150,7 @@ def _unsupported_reason(logits: Tensor, index: Tensor | None, new: dict[str, Any
     """Return why TRL has to compute this, or None."""
     if new:
         return f"the arguments {', '.join(new)}"
-    if isinstance(logits, torch.distributed.tensor.DTensor):
+    if has_dtensors([logits]):
         return "logits that are a DTensor"
     if index is not None and index.dim() == logits.dim():
         return "several tokens per position (top-k)"

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._core.calls.dtensors import has_dtensors
 from .._core.calls.specs import METHODS, named_spec
 from .._core.engine.output import PolicyLossOutput
 from .._core.formula.base import Rule, TokenWeight
@@ -375,7 +376,7 @@ class PolicyLoss:
             **divisors(self.spec.reduction, 1, global_valid_toks, global_valid_seqs),
         }
         if logits is not None:
-            if isinstance(logits, torch.distributed.tensor.DTensor):
+            if has_dtensors([logits]):
                 raise UnsupportedRequest(
                     "the logits are a DTensor: a call's rows are whole; PolicyLoss(..., "
                     "logits=False)."

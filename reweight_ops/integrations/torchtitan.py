@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._core.calls.dtensors import has_dtensors
 from .._core.calls.specs import method
 from .._core.engine.output import PolicyLossOutput
 from .._core.losses.policy import policy_loss
@@ -106,7 +107,7 @@ class PolicyLoss(BaseLoss):  # type: ignore[misc]  # torchtitan has no types her
 
         A token is ignored if its generator's log-prob is not finite, as in torchtitan.
         """
-        if isinstance(logits, torch.distributed.tensor.DTensor):
+        if has_dtensors([logits]):
             raise UnsupportedRequest(
                 "the logits are a DTensor: a call's rows are whole; use torchtitan's own loss "
                 "with tensor parallelism."

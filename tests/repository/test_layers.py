@@ -21,6 +21,7 @@ PACKAGE = ROOT / "reweight_ops"
 #: The layers, lowest first. Units in one line must not import each other; a folder is
 #: one unit, and so is a file at the top.
 LAYERS = (
+    ("_core.compiler",),
     (
         "errors",
         "_core.detached",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendUnavailable, InvalidCall, UnsupportedRequest
+from ..compiler import constant_result
 from ..rows.primitives import RowPrimitives, is_traced
 from ..transforms import in_transform
 from .base import Backend, Request
@@ -150,7 +151,7 @@ def row_primitives(
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def choose_divergence(
     device: torch.device, dtype: torch.dtype, other_dtype: torch.dtype, name: str
 ) -> str:

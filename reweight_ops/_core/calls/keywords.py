@@ -18,6 +18,7 @@ from torch import Tensor, dtype
 
 from ...errors import InvalidCall
 from ..catalogue.signatures import DEFAULTS
+from ..compiler import constant_result
 from ..ranges import (
     Count,
     FixedPositiveOrInf,
@@ -446,7 +447,7 @@ def _check(
                 record.__ranges__[name].check(op, name, value)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _check_constants(
     op: str,
     names: tuple[str, ...],

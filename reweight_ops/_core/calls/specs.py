@@ -5,11 +5,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
-
 from ...errors import InvalidCall
 from ..catalogue.registry import CATALOGUE, Entry
 from ..catalogue.search import entry_of
+from ..compiler import constant_result
 from ..formula.base import Rule, TokenWeight
 from ..ranges import ranged
 from ..spec.pairs import PairSpec
@@ -57,7 +56,7 @@ def _need_defaults(op: str, entry: Entry, namespace: str) -> None:
         )
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _build(op: str, name: str) -> None:
     # The side effect is on purpose. torch.compile runs this while tracing, and then
     # reads the finished spec from the global above.

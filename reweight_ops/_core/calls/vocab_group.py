@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends.shards import VocabShards, columns_of
+from ..compiler import constant_result
 from ..rows.ranks import agreed, digest
 from ..rows.rows import Rows
 from ..rows.structure import is_readable
@@ -98,7 +99,7 @@ class VocabGroup:
         return shards, ids
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _number(text: str) -> int:
     return zlib.crc32(text.encode())
 

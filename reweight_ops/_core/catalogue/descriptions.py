@@ -563,5 +563,8 @@ def description(owner: str, name: str) -> str:
     ``owner`` is ``kind/entry``, or the name of a part after ``rw.``.
     """
     nearest = (owner, owner.partition("/")[0], owner.rpartition(".")[2], "")
-    tables = (DESCRIPTIONS.get(of, {}) for of in nearest)
-    return next((table[name] for table in tables if name in table), "")
+    for table in nearest:
+        said = DESCRIPTIONS.get(table, {}).get(name)
+        if said is not None:
+            return said
+    return ""

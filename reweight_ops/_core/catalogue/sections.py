@@ -5,6 +5,7 @@ what it returns and raises, its shapes, an example.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -111,6 +112,8 @@ PART_SHAPES = {
     "weights.stare_state": "0-d",
     "weights.stare_update": "0-d",
 }
+#: A line of an example, under a heading or not.
+_PROMPT = re.compile(r"(?m)^[ \t]*>>> +\S")
 _RAISES = "A hyper-parameter outside its range, or tensors whose shapes do not fit each other."
 
 
@@ -132,13 +135,9 @@ def with_sections(function: Callable[..., Any], doc: str, kind: str, name: str) 
         "Raises:": f"InvalidCall: {_RAISES}\nTypeError: A keyword that does not exist.",
         "Example:": example,
     }
+    lines, has_example = doc.splitlines(), _PROMPT.search(doc) is not None
     for heading, text in sections.items():
-        lines = doc.splitlines()
-        there = (
-            any(line.strip().startswith(">>> ") for line in lines)
-            if heading == "Example:"
-            else heading in lines
-        )
+        there = has_example if heading == "Example:" else heading in lines
         if text and not there and not (heading == "Raises:" and _is_record(function)):
             doc = "\n".join([doc, "", heading, *(f"    {line}" for line in text.splitlines())])
     return doc

@@ -34,6 +34,7 @@ from ..backends.mean_logit import MEAN_LOGIT, mean_logit
 from ..backends.scale import scale_in_torch
 from ..backends.select import load
 from ..backends.shards import empty_shard
+from ..compiler import never_compiled
 from ..formula.loss_program import Program
 from ..rows.groups import IGNORE_INDEX
 from ..transforms import is_wrapped
@@ -55,7 +56,7 @@ def _define(name: str, schema: str, function: Callable[..., Any], fake: Callable
     """
     _library.define(name + schema)  # type: ignore[no-untyped-call]
     # A compiled graph that calls the op must not be traced any further.
-    _library.impl(name, torch.compiler.disable(function), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _library.impl(name, never_compiled(function), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"reweight_ops::{name}", fake, lib=_library)
     defined = getattr(torch.ops.reweight_ops, name).default
     BODIES[defined] = function

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...errors import InvalidCall, UnsupportedRequest
 from ..backends.base import Primitive, Request
 from ..backends.select import NAMES, candidates, choose, load, unsupported_reason
+from ..compiler import constant_result
 from ..formula.loss_program import Program
 from ..transforms import in_transform
 from .again import TORCH
@@ -69,7 +70,7 @@ class Objective(Protocol[Output]):
     ) -> Output: ...
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def pick(
     device: torch.device,
     dtype: torch.dtype,

@@ -6,6 +6,7 @@ other ops. Each of these is described once.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import textwrap
@@ -168,6 +169,7 @@ def _section(text: str, heading: str) -> tuple[str, str]:
     return (text, "") if found is None else (text[: found.start()] + text[found.end() :], found[1])
 
 
+@functools.cache  # ops share most of their lines
 def _wrapped(line: str, indent: int = 4) -> str:
     return textwrap.fill(
         line,

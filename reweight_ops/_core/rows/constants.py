@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..compiler import constant_result, has_static_value
 from ..ranges import Interval, Range
 
 
@@ -38,7 +38,7 @@ _names: dict[tuple[tuple[float, ...], torch.dtype, torch.device], str] = {}
 _serial = itertools.count()
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _compiled_in(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> str:
     # This returns a name instead of a tensor, so that torch.compile finds the finished
     # tensor in the global above.

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._guards import CompileContext
 from torch.library import Library, infer_schema
 
+from ..compiler import constant_result, never_compiled
 from . import ranks
 
 _library = Library("reweight_ops", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -38,7 +39,7 @@ def _op(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     def define(function: Callable[..., Any]) -> Any:
         name = function.__name__
         _library.define(name + infer_schema(function, mutates_args=()))  # type: ignore[no-untyped-call]
-        _library.impl(name, torch.compiler.disable(function), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        _library.impl(name, never_compiled(function), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"reweight_ops::{name}", fake, lib=_library)
         return getattr(torch.ops.reweight_ops, name).default
 
@@ -124,7 +125,7 @@ torch.library.register_autograd(
 )
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def numbers_of_ranks(
     op: str, group: str, device: str, names: str, name: str, own: int
 ) -> tuple[int, ...]:

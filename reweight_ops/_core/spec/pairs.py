@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import torch
 
 from ...errors import InvalidCall
+from ..compiler import constant_result
 from ..ranges import Interval, Number, Positive, Real, ranged
 from .compiled import describe, rebuild, set_default
 from .learnt import refuse, tensors_of
@@ -105,6 +106,6 @@ def _refuse_learnt(weights: tuple[PairWeight, ...]) -> None:
     refuse("PairSpec", tensors_of(weights, "weights"), "weights are detached")
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _refuse_learnt_in(described: Any) -> None:
     _refuse_learnt(rebuild(described))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
+from ..compiler import constant_result
 from ..formula.base import DIFFERENTIABLE_FIELDS, RULES, Rule, TokenWeight
 from ..formula.loss_program import Program, loss_graph
 from ..formula.monitor import Monitor
@@ -464,7 +465,7 @@ _attributes: dict[Any, str] = {}  # by description
 _serial = itertools.count()
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _facts_of(description: Any) -> str:
     # This returns a name, so that torch.compile finds the finished facts in the global
     # above.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from trl.trainer import distillation_trainer
 
+from ..._core.calls.dtensors import has_dtensors
 from ..._core.calls.keywords import HiddenLogits
 from ..._core.losses.linear import linear_token_stats
 from ..._core.losses.linear_distillation import linear_token_divergence
@@ -147,7 +148,7 @@ def _unsupported_reason(*heads: _Head) -> str | None:
     """Why TRL has to compute this, or None."""
     if any(hasattr(weight, "ds_id") for _, weight, _ in heads):
         return "DeepSpeed ZeRO-3, which frees a head's weight before backward"
-    if any(isinstance(x, torch.distributed.tensor.DTensor) for head in heads for x in head):
+    if has_dtensors(heads):
         return "hidden states or a head that are DTensors"
     if len({len(weight) for _, weight, _ in heads}) > 1:
         return "heads of different vocabularies, of which TRL reads the student's columns"

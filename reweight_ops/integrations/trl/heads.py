@@ -14,6 +14,7 @@ import torch
 import trl.trainer.utils
 from torch import Tensor
 
+from ..._core.calls.dtensors import has_dtensors
 from ..._core.losses.linear import linear_token_stats
 from ..patching import Counts, Replacement
 
@@ -109,7 +110,7 @@ def _unsupported_reason(hidden: Tensor, weight: Tensor, outputs: Sequence[str]) 
         return f"outputs {', '.join(others)}"
     if hasattr(weight, "ds_id"):
         return "DeepSpeed ZeRO-3, which frees the head's weight before backward"
-    if any(isinstance(x, torch.distributed.tensor.DTensor) for x in (hidden, weight)):
+    if has_dtensors((hidden, weight)):
         return "hidden states or a head that are DTensors"
     return None
 
