@@ -197,6 +197,28 @@ def test_what_is_no_index(op, name):
         result(op, **keywords)
 
 
+@pytest.mark.parametrize("count, times", [("nonempty", 1), ("all", 50)])
+def test_empty_sequences_only_count(count, times):
+    """More sequences than rows are usual: on a rank of ``sequence_group``, or where a
+    micro-batch has the ids of a whole batch.
+    """
+    spec = rw.methods.gspo().replace(reduction=rw.SequenceMean(count=count))
+    ids = OUTSIDE.clamp(max=1)
+    out, grad = result("policy_loss", spec=spec, sequence_ids=ids, num_sequences=2)
+    more, more_grad = result("policy_loss", spec=spec, sequence_ids=90 * ids, num_sequences=100)
+    torch.testing.assert_close(times * more.loss, out.loss)
+    torch.testing.assert_close(times * more_grad, grad)
+
+
+def test_empty_groups_change_nothing():
+    """The ids of a data set's prompts, of which a micro-batch has two."""
+    ids = torch.tensor([0, 0, 1, 1])
+    assert torch.equal(contrast(LOGITS, 90 * ids, 100).loss, contrast(LOGITS, ids).loss)
+    rewards = REWARDS[:, 0]
+    few, many = (adv.grpo(rewards, group_ids=k * ids, num_groups=n) for k, n in ((1, 2), (90, 100)))
+    assert torch.equal(few, many) and few.any()
+
+
 def test_segments():
     spec = rw.methods.gspo().replace(ratio=rw.SegmentRatio())
     for wrong, message in (
