@@ -11,6 +11,7 @@ import reweight_ops as rw
 from reweight_ops import advantages as adv
 from reweight_ops._core.calls import hidden
 from reweight_ops._core.rows import grouped, rows, structure
+from reweight_ops.advantages import segments
 
 N, V, D = 10, 7, 5
 G = torch.Generator().manual_seed(0)
@@ -342,6 +343,9 @@ INDICES = {
     "anchor above": (lambda: gigpo(states=with_one(STATES, 1, 2)), r"gigpo: anchor_ids\[1\] is 2, outside \[0, num_anchors=2\)", [1]),
     "parent above": (lambda: adv.spo_tree(R, with_one(PARENTS, 5, 6)), r"spo_tree: parents\[5\] is 6, outside \[-1, the number of rows=6\)", [5]),
     "parent below": (lambda: adv.spo_tree(R, with_one(PARENTS, 5, -2)), r"spo_tree: parents\[5\] is -2", [5]),
+    "parent of itself": (lambda: adv.spo_tree(R, with_one(PARENTS, 4, 4)), r"spo_tree: parents\[4\] is 4, and node 4 is among the ancestors", [4]),
+    "cycle of parents": (lambda: adv.spo_tree(R, with_one(PARENTS, 1, 4)), r"spo_tree: parents\[[14]\] is [14], and node", [1, 3, 4]),
+    "cycle of parents, std": (lambda: adv.spo_tree(R, with_one(PARENTS, 2, 5), scale="std"), r"spo_tree: parents\[[25]\] is [25], and node", [2, 5]),
     "cuts": (lambda: chain(SEGMENTS, torch.tensor([2, 3])), r"spo_chain: segments.cuts\[1\] is 3", [1]),
     "segment": (lambda: chain(with_one(SEGMENTS, (1, 2), -4), CUTS), r"spo_chain: segments.segment_ids\[1, 2\] is -4", [1]),
     "segment behind the last cut": (lambda: chain(with_one(SEGMENTS, (1, 2), 2), CUTS), "spo_chain: a token is in a segment after its row's last cut", [1]),
@@ -356,7 +360,7 @@ def test_indices_of_rewards(name, monkeypatch):
     call, message, wrong = INDICES[name]
     with pytest.raises(rw.InvalidCall, match=message):
         call()
-    for module in (structure, grouped):
+    for module in (structure, grouped, segments):
         monkeypatch.setattr(module, "is_readable", lambda t: False)
     found = call()
     nan = found.isnan() if found.dim() == 1 else found.isnan().any(1)
