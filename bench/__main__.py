@@ -42,6 +42,7 @@ from .distill import distill_cases, distill_providers
 from .divergence import divergence_cases, divergence_providers
 from .linear import linear_cases, linear_providers
 from .measure import Effort, Memory, foreign_load, run_case
+from .peers import PEERS
 from .progress import Steps
 from .providers import Provider, providers
 from .report import plot, print_tables
@@ -102,17 +103,7 @@ def machine(device: str, commit: str | None) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        **{
-            name: version(name)
-            for name in (
-                "triton",
-                "trl",
-                "liger_kernel",
-                "flash_attn",
-                "quack",
-                "cut_cross_entropy",
-            )
-        },
+        **{name: version(name) for name in ("triton", *PEERS)},
         "reweight_ops": reweight_ops.__version__,
         "commit": commit
         or (git("rev-parse", "--short", "HEAD") or "unknown") + (" (modified)" if modified else ""),

@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from .peers import PEERS
 from .report import rows_of
 
 HERE = Path(__file__).resolve().parent
@@ -137,11 +138,7 @@ def short(name: str) -> str:
 
 def machine(document: dict[str, Any], name: str) -> str:
     m = document["machine"]
-    versions = ", ".join(
-        f"{k} {m[k]}"
-        for k in ("torch", "triton", "trl", "liger_kernel", "quack", "cut_cross_entropy")
-        if m.get(k)
-    )
+    versions = ", ".join(f"{k} {m[k]}" for k in ("torch", "triton", *PEERS) if m.get(k))
     place = (
         m["processor"] if "multiprocessors" in m else f"{m['processor']}, {m['threads']} threads"
     )

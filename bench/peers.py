@@ -12,6 +12,16 @@ from torch import Tensor
 from .cases import Data
 from .providers import Absent, Job, Provider, Statistics, from_statistics, through_autograd
 
+#: What each is imported as, and the name of its distribution. The extra ``peers`` names
+#: all but flash-attn, which has no wheel: it is compiled with the installed PyTorch.
+PEERS = {
+    "trl": "trl",
+    "liger_kernel": "liger-kernel",
+    "flash_attn": "flash-attn",
+    "quack": "quack-kernels",
+    "cut_cross_entropy": "cut-cross-entropy",
+}
+
 
 def import_or_absent(module: str, name: str) -> Any:
     import importlib

@@ -4,6 +4,9 @@ of them would silently do nothing.
 Only these detached results are marked. Log-probs go into the next call, often in a
 compiled function, and the first run of torch.compile does not take a tensor of another
 class. Pass ``entropies.detach()`` to a compiled function.
+
+Metrics are not marked. Coefficients are made of them (``schedules.AdaptiveEntropy``),
+and these meet autograd as they should.
 """
 
 from __future__ import annotations

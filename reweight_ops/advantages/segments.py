@@ -23,6 +23,7 @@ from .._core.rows.grouped import (
     where_valid,
 )
 from .._core.rows.groups import describe
+from .._core.rows.structure import is_readable
 from ..errors import InvalidCall
 
 if TYPE_CHECKING:
@@ -108,6 +109,29 @@ def spo_chain(
     return torch.where(valid, advantages, 0)
 
 
+def _has_root(parents: Tensor) -> Tensor:
+    """Return which nodes have a root above them. On and below a cycle, none has.
+
+    Raises:
+        InvalidCall: a node has none, where that may be read.
+    """
+    n = len(parents)
+    # above a root, and above a node with a wrong parent, is n, whose parent is n
+    inside = (parents >= 0) & (parents < n)
+    above = torch.cat([torch.where(inside, parents, n), parents.new_full((1,), n)])
+    steps = 1
+    while steps < n:  # no path is longer
+        above, steps = above[above], 2 * steps
+    found = above[:n] == n
+    if is_readable(found) and not bool(found.all()):
+        at = int(above[:n][~found][0])  # after that many steps, on the cycle
+        raise InvalidCall(
+            f"spo_tree: parents[{at}] is {int(parents[at])}, and node {at} is among the ancestors "
+            "of its parent. A root's parent is -1."
+        )
+    return found
+
+
 @published(
     "Segment Policy Optimization, tree",
     arxiv="2505.23564",
@@ -120,10 +144,11 @@ def spo_tree(
     ``A = V_child - V_parent``. ``[N], [N] -> [N]``.
 
     The nodes of any number of trees are in one list. ``parents[i]`` is the row of i's
-    parent, -1 for a root (advantage 0). ``values`` are given; in the paper a leaf's is
-    its reward and an inner node's is the mean of its children's. ``scale="std"``
-    divides by the (population) standard deviation of the siblings plus ``epsilon``.
-    Segments of zero advantage may be dropped from the batch.
+    parent, -1 for a root (advantage 0). A cycle of parents is an error on the CPU; on a
+    GPU its nodes, and all below them, are NaN. ``values`` are given; in the paper a
+    leaf's is its reward and an inner node's is the mean of its children's.
+    ``scale="std"`` divides by the (population) standard deviation of the siblings plus
+    ``epsilon``. Segments of zero advantage may be dropped from the batch.
     """
     if scale not in ("none", "std"):
         raise InvalidCall(f"spo_tree: scale is {scale!r}, expected 'none' or 'std'.")
@@ -149,7 +174,7 @@ def spo_tree(
         },
         name="values",
     )
-    gain = v - v[parents.clamp(0, len(v) - 1)]
+    gain = torch.where(_has_root(parents), v - v[parents.clamp(0, len(v) - 1)], torch.nan)
     return torch.where(
         root, 0, gain / (siblings.std(v, correction=0) + epsilon) if scale == "std" else gain
     )

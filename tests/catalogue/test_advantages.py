@@ -427,6 +427,23 @@ def test_spo_tree_refuses_a_parent_that_is_no_row():
         adv.spo_tree(values, torch.tensor([-1, 0, 3]))
 
 
+def test_spo_tree_knows_a_long_path_from_a_cycle():
+    """Read, and in one graph for any number of nodes, where it is NaN."""
+    torch._dynamo.reset()
+    graph = torch.compile(adv.spo_tree, fullgraph=True, dynamic=True, backend="eager")
+    for n in (1, 2, 3, 4, 5, 64, 65, 100, 127, 128, 129):
+        values, path = torch.rand(n), torch.arange(n) - 1
+        gains = adv.spo_tree(values, path)
+        torch.testing.assert_close(gains[1:], values.diff())
+        torch.testing.assert_close(graph(values, path), gains)
+        path[n // 2] = n - 1
+        below = torch.arange(n) >= n // 2
+        with pytest.raises(rw.InvalidCall, match="among the ancestors"):
+            adv.spo_tree(values, path)
+        assert torch.equal(graph(values, path).isnan(), below)
+    assert adv.spo_tree(torch.rand(0), torch.arange(0)).shape == (0,)
+
+
 @pytest.mark.parametrize("norm", ["mean", "std"])
 def test_gigpo(norm):
     g = torch.Generator().manual_seed(4)

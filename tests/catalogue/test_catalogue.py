@@ -1,10 +1,12 @@
 """The registry is complete, its entries are usable by name, and its page is fresh."""
 
+import dataclasses
 import inspect
 from pathlib import Path
 
 import catalogue_rows
 import pytest
+import torch
 
 import reweight_ops as rw
 from reweight_ops._core.calls.specs import named_spec
@@ -100,6 +102,37 @@ def test_a_spec_has_the_name_of_its_entry(kind):
     assert {name: entry.build().name for name, entry in CATALOGUE[kind].items()} == {
         name: name for name in CATALOGUE[kind]
     }
+
+
+SHARED = {
+    "policy_loss": rw.PolicyLossSpec(surrogate=rw.methods.grpo().surrogate),
+    "pair_loss": rw.preference.PairSpec(terms=rw.preference.dpo().terms),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", SHARED)
+def test_a_spec_that_two_methods_return_keeps_its_own_name(kind, compiled, monkeypatch):
+    monkeypatch.setitem(CATALOGUE, kind, dict(CATALOGUE[kind]))
+    shared = SHARED[kind]
+
+    @published("One", kind=kind, paper="p", arxiv="unknown")
+    def one():
+        return shared
+
+    @published("Two", kind=kind, paper="p", arxiv="unknown")
+    def two():
+        return one()
+
+    def both(x):
+        return x + 1, one(), two()
+
+    torch._dynamo.reset()
+    call = torch.compile(both, fullgraph=True, backend="eager") if compiled else both
+    _, first, second = call(torch.zeros(()))
+    assert (shared.name, first.name, second.name) == (None, "one", "two")
+    assert first == dataclasses.replace(shared, name="one")
+    assert vars(first).keys() == vars(shared).keys()
 
 
 def test_the_name_of_an_entry_is_that_of_its_function_or_class(monkeypatch):

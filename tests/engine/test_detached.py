@@ -91,6 +91,9 @@ SILENT = {
             leaf(), **{**BATCH, "old_per_token_logps": policy().per_token_logps}, spec=SPEC
         ).loss
     ),
+    "a coefficient from a metric": lambda: (lambda out: out.loss * out.metrics["entropy"])(
+        policy()
+    ),
     "a leaf of its own": lambda: (policy().entropies.requires_grad_() * leaf().sum()).sum(),
 }
 

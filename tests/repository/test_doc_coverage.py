@@ -230,15 +230,12 @@ def test_the_docstrings_of_ops_know_every_keyword_that_they_share():
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_an_entry_explains_every_parameter(name):
+def test_an_entry_explains_every_parameter_once_in_order(name):
     function = ENTRIES[name].function
-    own = [
-        p
-        for p, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind not in VARIADIC
-    ]
-    args = inspect.getdoc(function).partition("Args:\n")[2]
-    assert not [p for p in own if not re.search(rf"(?m)\b{p}\b", args)]
+    args = inspect.getdoc(function).partition("Args:\n")[2].partition("\n\n")[0]
+    assert re.findall(r"(?m)^    (\w+)(?: \(|:)", args) == list(
+        inspect.signature(function).parameters
+    )
 
 
 #: ``name, name (type, default): text``, or several arguments with a word between.

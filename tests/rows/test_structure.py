@@ -11,6 +11,7 @@ import reweight_ops as rw
 from reweight_ops import advantages as adv
 from reweight_ops._core.calls import hidden
 from reweight_ops._core.rows import grouped, rows, structure
+from reweight_ops.advantages import segments
 
 N, V, D = 10, 7, 5
 G = torch.Generator().manual_seed(0)
@@ -197,6 +198,28 @@ def test_what_is_no_index(op, name):
         result(op, **keywords)
 
 
+@pytest.mark.parametrize("count, times", [("nonempty", 1), ("all", 50)])
+def test_empty_sequences_only_count(count, times):
+    """More sequences than rows are usual: on a rank of ``sequence_group``, or where a
+    micro-batch has the ids of a whole batch.
+    """
+    spec = rw.methods.gspo().replace(reduction=rw.SequenceMean(count=count))
+    ids = OUTSIDE.clamp(max=1)
+    out, grad = result("policy_loss", spec=spec, sequence_ids=ids, num_sequences=2)
+    more, more_grad = result("policy_loss", spec=spec, sequence_ids=90 * ids, num_sequences=100)
+    torch.testing.assert_close(times * more.loss, out.loss)
+    torch.testing.assert_close(times * more_grad, grad)
+
+
+def test_empty_groups_change_nothing():
+    """The ids of a data set's prompts, of which a micro-batch has two."""
+    ids = torch.tensor([0, 0, 1, 1])
+    assert torch.equal(contrast(LOGITS, 90 * ids, 100).loss, contrast(LOGITS, ids).loss)
+    rewards = REWARDS[:, 0]
+    few, many = (adv.grpo(rewards, group_ids=k * ids, num_groups=n) for k, n in ((1, 2), (90, 100)))
+    assert torch.equal(few, many) and few.any()
+
+
 def test_segments():
     spec = rw.methods.gspo().replace(ratio=rw.SegmentRatio())
     for wrong, message in (
@@ -320,6 +343,9 @@ INDICES = {
     "anchor above": (lambda: gigpo(states=with_one(STATES, 1, 2)), r"gigpo: anchor_ids\[1\] is 2, outside \[0, num_anchors=2\)", [1]),
     "parent above": (lambda: adv.spo_tree(R, with_one(PARENTS, 5, 6)), r"spo_tree: parents\[5\] is 6, outside \[-1, the number of rows=6\)", [5]),
     "parent below": (lambda: adv.spo_tree(R, with_one(PARENTS, 5, -2)), r"spo_tree: parents\[5\] is -2", [5]),
+    "parent of itself": (lambda: adv.spo_tree(R, with_one(PARENTS, 4, 4)), r"spo_tree: parents\[4\] is 4, and node 4 is among the ancestors", [4]),
+    "cycle of parents": (lambda: adv.spo_tree(R, with_one(PARENTS, 1, 4)), r"spo_tree: parents\[[14]\] is [14], and node", [1, 3, 4]),
+    "cycle of parents, std": (lambda: adv.spo_tree(R, with_one(PARENTS, 2, 5), scale="std"), r"spo_tree: parents\[[25]\] is [25], and node", [2, 5]),
     "cuts": (lambda: chain(SEGMENTS, torch.tensor([2, 3])), r"spo_chain: segments.cuts\[1\] is 3", [1]),
     "segment": (lambda: chain(with_one(SEGMENTS, (1, 2), -4), CUTS), r"spo_chain: segments.segment_ids\[1, 2\] is -4", [1]),
     "segment behind the last cut": (lambda: chain(with_one(SEGMENTS, (1, 2), 2), CUTS), "spo_chain: a token is in a segment after its row's last cut", [1]),
@@ -334,7 +360,7 @@ def test_indices_of_rewards(name, monkeypatch):
     call, message, wrong = INDICES[name]
     with pytest.raises(rw.InvalidCall, match=message):
         call()
-    for module in (structure, grouped):
+    for module in (structure, grouped, segments):
         monkeypatch.setattr(module, "is_readable", lambda t: False)
     found = call()
     nan = found.isnan() if found.dim() == 1 else found.isnan().any(1)

@@ -64,7 +64,7 @@ DESCRIPTIONS: dict[str, dict[str, str]] = {
         "mask": "``[B, T]``; 0 marks an ignored token.",
         "max_logps": "``[B, T]``, the log-prob of each position's likeliest token.",
         "name": "The name that messages, metrics and the catalogue have.",
-        "num_groups": "The number of groups, an int.",
+        "num_groups": "The number of groups, an int; memory grows with it, also of empty ones.",
         "old_logps": "``[B, T]``, log-probs of the policy that sampled.",
         "old_per_token_logps": "``[B, T]``, log-probs of the policy that sampled.",
         "one_pass_unsupported_reason": "Why one pass is not possible; None if it is.",

@@ -8,7 +8,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 from ...errors import InvalidCall
@@ -132,18 +132,27 @@ def _snake_case(name: str) -> str:
 def _naming_its_spec(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """Return the function of a method, whose spec then has the name of its entry.
 
-    A spec without a name is the function's own, and gets it. Another method, or the
-    user's code, may hold a spec with a name, so that one is copied.
+    The spec is copied, because another method, or the user's code, may hold it.
     """
 
     @functools.wraps(function)
     def named(*args: Any, **options: Any) -> Any:
         spec = function(*args, **options)
-        if spec.name is not None:
-            return spec if spec.name == name else replace(spec, name=name)
-        object.__setattr__(spec, "name", name)
-        return spec
+        return spec if spec.name == name else _with_name(spec, name)
 
+    return named
+
+
+def _with_name(spec: Any, name: str) -> Any:
+    """Return a copy with this name. What a spec has found of its parts holds for the
+    copy too.
+    """
+    # Older versions of torch.compile trace neither dataclasses.replace nor the copy
+    # module.
+    named = object.__new__(type(spec))
+    for attribute, value in vars(spec).items():
+        object.__setattr__(named, attribute, value)
+    object.__setattr__(named, "name", name)
     return named
 
 

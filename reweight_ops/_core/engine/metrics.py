@@ -74,7 +74,11 @@ NAMINGS: dict[str, tuple[str, dict[str, str]]] = {
 
 
 class Metrics(Mapping[str, Tensor]):
-    """A mapping from names to 0-d tensors.
+    """A mapping from names to 0-d tensors without a gradient.
+
+    They are shown, or set a coefficient (``schedules.AdaptiveEntropy``). As a term of a
+    loss a metric is a constant, without a warning: an entropy bonus is a penalty of the
+    spec, and ``differentiable_outputs=True`` keeps ``entropies`` in the graph.
 
     ``sums`` is one ``[M, 2]`` tensor of numerators and denominators (value and 1 for an
     extremum).

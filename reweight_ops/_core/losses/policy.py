@@ -66,7 +66,8 @@ def policy_loss(
         segment_ids: sub-sequence segments, for :class:`SegmentRatio`.
         group_ids: ``[S]``, which prompt each sequence answers, in ``[0, num_groups)``,
             for a reduction or weight that reads prompts.
-        num_groups: the number of prompts, an int.
+        num_groups: the number of prompts, an int. Memory grows with it and with
+            ``num_sequences``, also of empty ones.
         old_per_token_logps: log-probs of the behaviour policy. None means on-policy
             (ratio 1, gradient kept).
         ref_per_token_logps: log-probs of the reference policy, if a penalty reads them.

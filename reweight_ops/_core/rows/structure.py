@@ -57,8 +57,11 @@ class Structure:
             raise self.error(f"{name} is on {value.device}, the rows are on {device}.")
 
     def count(self, name: str, value: Any) -> None:
-        """Check that a number of groups is an int, so that nothing waits
-        for a device."""
+        """Check that a number of groups is an int, so that nothing waits for a device.
+
+        It has no upper bound. Groups may be empty: a rank of ``sequence_group`` has few
+        rows of many sequences, and a micro-batch may keep the prompt ids of a data set.
+        """
         if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool) or value < 0:
             raise self.error(f"{name} is {value!r}, expected an int of at least 0.")
 
