@@ -74,6 +74,13 @@ def test_words_of_a_title_and_what_is_left_out():
     assert "completion_mask" in hit.full_name and repr(hit).startswith("left out")
 
 
+def test_entries_come_before_what_is_left_out_and_only_has_the_words():
+    for words in ("reward model", "policy gradient", "distillation"):
+        has_call = [bool(hit.call) for hit in rw.find(words)]
+        assert True in has_call and False in has_call, words
+        assert has_call == sorted(has_call, reverse=True), words
+
+
 def test_a_name_that_is_left_out_comes_before_entries_with_its_words():
     for name in ("stable_reinforce", "GOLD", "WARM"):
         first, *others = rw.find(name)

@@ -52,7 +52,7 @@ def batch(spec, seed=0):
         "completion_ids": ids,
         "completion_mask": mask,
         "old_per_token_logps": -2 - torch.rand(1, N, generator=g),
-        "advantages": torch.randn(S, 2, generator=g)[:, :1].bfloat16(),
+        "advantages": torch.randn(S, 2, generator=g).bfloat16()[:, :1],
     }
     if "ref_logp" in spec.requires:
         found["ref_per_token_logps"] = -2 - torch.rand(1, N, generator=g)
@@ -223,6 +223,10 @@ def test_the_index_of_packed_rows(runs):
     assert found.keep.tolist() == found.counted.tolist() == [s < 2 for s in want]
     assert found.lengths.tolist() == [[want.count(0), want.count(1)]] * 2
     assert bool(found.trust.isnan()) == (runs.owner is not None)
+    values = torch.tensor([[0.5, 9.0], [-2.0, 9.0]]).bfloat16()[:, 0]
+    rows = select.load("triton").rows.spread(found._replace(trust=None), values)
+    assert rows.dtype == torch.float32 and rows.tolist() == [[0.5, -2.0, 0.0][s] for s in want]
+    assert select.load("triton").rows.spread(found, values).isnan().all() == found.trust.isnan()
 
 
 def test_trust_of_groups_reaches_the_weights(monkeypatch):
