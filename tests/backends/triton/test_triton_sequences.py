@@ -218,10 +218,13 @@ def test_what_nobody_reads_is_the_same(monkeypatch, place, kind):
 @pytest.mark.parametrize("runs", [Runs(6, 2, offsets=torch.tensor([0, 2, 5])), Runs(6, 2, owner=torch.tensor([0, 1, 5, -1, 0, 1]))], ids=["offsets", "index"])  # fmt: skip
 def test_the_index_of_packed_rows(runs):
     want = [0, 0, 1, 1, 1, 2] if runs.owner is None else [0, 1, 2, 2, 0, 1]
-    found = select.load("triton").rows.mask(None, None, torch.ones(6), runs, torch.device("cpu"))
+    counts = [True, False, True, True, False, True]
+    found = select.load("triton").rows.mask(None, None, torch.tensor(counts), runs, torch.device("cpu"))  # fmt: skip
     assert found.ids is None and found.runs.owner.tolist() == want
-    assert found.keep.tolist() == found.counted.tolist() == [s < 2 for s in want]
-    assert found.lengths.tolist() == [[want.count(0), want.count(1)]] * 2
+    counted = [s for s, is_in in zip(want, counts, strict=True) if is_in]
+    assert found.keep.tolist() == [s < 2 for s in want]
+    assert found.counted.tolist() == [s < 2 and c for s, c in zip(want, counts, strict=True)]
+    assert found.lengths.tolist() == [[x.count(0), x.count(1)] for x in (want, counted)]
     assert bool(found.trust.isnan()) == (runs.owner is not None)
     values = torch.tensor([[0.5, 9.0], [-2.0, 9.0]]).bfloat16()[:, 0]
     rows = select.load("triton").rows.spread(found._replace(trust=None), values)
