@@ -1,9 +1,11 @@
 """``make gpu-kernels``: time compile-time variants of the CUDA kernels and launch
 shapes of the Triton kernels.
 
-They run in turns, in about two minutes.
+They run in turns. The first variants take a minute: a build of 25 s and about 10 s for
+each. Triton compiles each table of launch shapes for most of a minute.
 
-python -m bench.gpu_kernels                 the variants of bench/gpu_variants.py and
+python -m bench.gpu_kernels                 the first variants of bench/gpu_variants.py
+python -m bench.gpu_kernels --all           all of them, and those of
                                             bench/triton_shapes.py
 python -m bench.gpu_kernels "direct=RING_DIRECT=1" "few=STATS_BLOCKS=2"
                                             the released defaults, and these
@@ -17,7 +19,8 @@ Before it is timed, a variant of the CUDA kernels must give the bits of the rele
 defaults, and a variant of the Triton kernels must pass the criterion of accuracy. Only
 kernels are timed, in bf16, as fractions of the memory's own speed in the same rounds: a
 read of the logits for statistics, an update in place for the rest. Then come
-divergences of few rows, whole and split (bench/gpu_divergence.py). The JSON goes to
+divergences of few rows, whole and split, and where Triton is timed, its own
+(bench/gpu_divergence.py). The JSON goes to
 $OUT/gpu-kernels.json (default: gpu_output/).
 """
 
@@ -25,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import sys
@@ -56,6 +60,7 @@ CLAMP, CLIP = (-20.0, 20.0), (1.0, 0.2, 0.2, float("inf"))
 PLAIN = Program.of(("clip",)), (*CLAMP, *CLIP)
 ENTROPY = Program.of(("clip", "entropy_bonus")), (*CLAMP, *CLIP, 0.01)
 TOP = 20  # likeliest ids
+SECONDS = 60  # of the first variants, with their build
 GATE_ROWS = 600  # more rows than concurrent blocks
 
 #: The kernels of a variant: a module of CUDA kernels and its primitives, or no module
@@ -217,7 +222,7 @@ class Truth:
             floor = ERROR_FLOOR * torch.stack(derivatives).abs().sum(0)
             parts, _ = gradient_errors(got[1], single[1], exact[1], floor[:, None], self.is_target)
             errors += [error for part in parts.values() for error in part]
-        return max(errors)
+        return float(torch.tensor(errors).max())  # a NaN stays
 
 
 def same_bits(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
@@ -365,8 +370,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "variants",
         nargs="*",
         metavar="NAME=SETTINGS",
-        help="run these instead of those of bench/gpu_variants.py",
+        help="run these instead of the first of bench/gpu_variants.py",
     )
+    parser.add_argument("--all", action="store_true", help="run every variant, without a limit")
     parser.add_argument(
         "--out", default=os.environ.get("OUT") or str(gpu_variants.ROOT / "gpu_output")
     )
@@ -374,8 +380,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seconds",
         type=float,
-        default=120,
-        help="leave out shapes that would start after this time, and name them",
+        help="leave out shapes that would start after this time, and name them (default: "
+        f"{SECONDS} with the first variants, else no limit)",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="run on the CPU, emulated, in tiny shapes"
@@ -391,11 +397,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     out = Path(options.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
+    every = gpu_variants.VARIANTS | triton_shapes.VARIANTS
     settings = (
         gpu_variants.parse(options.variants)
         if options.variants
-        else gpu_variants.VARIANTS | triton_shapes.VARIANTS
+        else every
+        if options.all
+        else {name: every[name] for name in gpu_variants.FIRST}
     )
+    seconds = options.seconds
+    if seconds is None:
+        seconds = math.inf if options.all or options.variants or options.dry_run else SECONDS
     tables = {name: triton_shapes.table_of(text) for name, text in settings.items()}
     of_cuda = {name: text for name, text in settings.items() if tables[name] is None}
     made = (
@@ -409,26 +421,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if table is not None
     }
     built = time.monotonic() - began
+    files = {name: gpu_variants.files(text) for name, text in of_cuda.items()}
+    of_one = {name: made[name] for name in made if files.get(name) != ("divergence",)}
+    # The tables of launch shapes do not change Triton's kernel on two tensors.
+    of_triton = [name for name, table in tables.items() if table is not None]
+    of_two = {
+        name: made[name]
+        for name in ("shipped", *(n for n in files if "divergence" in files[n]), *of_triton[:1])
+    }
     device = "cpu" if options.dry_run else "cuda"
     rounds = 1 if options.dry_run else options.rounds
     shapes, pairs, left_out = [], [], []
 
     def in_time(what: str) -> bool:
-        if options.dry_run or time.monotonic() - began <= options.seconds:
+        if time.monotonic() - began <= seconds:
             return True
         left_out.append(what)
         return False
 
     for rows, vocab in TINY_SHAPES if options.dry_run else SHAPES:
         if in_time(f"{rows}x{vocab}"):
-            shapes.append(time_shape(rows, vocab, made, device, rounds))
+            shapes.append(time_shape(rows, vocab, of_one, device, rounds))
             torch.cuda.empty_cache()
-    module, native = made["shipped"]
-    assert module is not None
     few = gpu_divergence.TINY_SHAPES if options.dry_run else gpu_divergence.SHAPES
     for rows, vocab in few:
         if in_time(f"two tensors, {rows}x{vocab}"):
-            pairs.append(gpu_divergence.time_pairs(rows, vocab, module, native, device, rounds))
+            pairs.append(gpu_divergence.time_pairs(rows, vocab, of_two, device, rounds))
     document = {
         "dry_run": options.dry_run,
         "device": "emulated" if options.dry_run else torch.cuda.get_device_name(),

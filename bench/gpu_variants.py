@@ -20,7 +20,7 @@ from . import triton_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 
-#: The variants that run by default. bench/NOTES.md has a prediction for each.
+#: The variants that `--all` times. bench/NOTES.md has a prediction for each.
 VARIANTS = {
     "shipped": "",
     "no kept tiles": "RING_KEEP=0",
@@ -35,10 +35,19 @@ VARIANTS = {
     "2 rows ahead": "RING_ROWS_AHEAD=2",
     "3 blocks": "STATS_BLOCKS=3 RULE_BLOCKS=2 TOP_BLOCKS=2",
     "2 blocks": "STATS_BLOCKS=2 RULE_BLOCKS=2 GRAD_BLOCKS=1",
+    "no second sum": "DIVERGENCE_SURE=0",
 }
-#: Each variant compiles these files itself, for this dtype only. The other files are
-#: compiled once.
-_OWN, _DTYPE = ("ring", "streaming"), "bf16"
+#: Those that a minute has time for: the best predictions, and two tensors.
+FIRST = ("shipped", "direct, normal", "2 rows ahead", "no second sum")
+#: Variants are compiled for this dtype only.
+_DTYPE = "bf16"
+
+
+def files(settings: str) -> tuple[str, ...]:
+    """The files of kernels that the settings change. The others are compiled once."""
+    of_two = {setting.startswith("DIVERGENCE_") for setting in settings.split()}
+    one, two = ("ring", "streaming") * (False in of_two), ("divergence",) * (True in of_two)
+    return (*one, *two)
 
 
 def defines(settings: str) -> list[str]:
@@ -100,24 +109,26 @@ def build(variants: dict[str, str], arch: str, folder: Path) -> dict[str, Path]:
             "bindings.o", "cxx", "cuda/bindings.cpp", [*flags, made.sources("cuda")]
         )
     }
-    for kernel in made.CUDA_KERNELS:
-        for dtype in made.CUDA_DTYPES:
-            if kernel not in _OWN or dtype != _DTYPE:
-                obj = f"{kernel}_{dtype}.o"
-                edges[obj] = made.cuda_edge(obj, kernel, dtype, targets, nvcc)
-    shared, links, paths = list(edges), [], {}
+    shared = {
+        (kernel, dtype): f"{kernel}_{dtype}.o"
+        for kernel in made.CUDA_KERNELS
+        for dtype in made.CUDA_DTYPES
+    }
+    for (kernel, dtype), obj in shared.items():
+        edges[obj] = made.cuda_edge(obj, kernel, dtype, targets, nvcc)
+    links, paths = [], {}
     for number, (name, settings) in enumerate(variants.items()):
         own = defines(settings)
-        objects = {f"{kernel}_{number}.o": kernel for kernel in _OWN}
-        for obj, kernel in objects.items():
-            edges[obj] = made.cuda_edge(obj, kernel, _DTYPE, [*targets, *own], nvcc)
+        objects = shared | {(kernel, _DTYPE): f"{kernel}_{number}.o" for kernel in files(settings)}
+        for (kernel, dtype), obj in objects.items() - shared.items():
+            edges[obj] = made.cuda_edge(obj, kernel, dtype, [*targets, *own], nvcc)
         dispatch = f"dispatch_{number}.o"
         edges[dispatch] = made.edge(dispatch, "cxx", "cuda/dispatch.cpp", [*flags, *own])
         paths[name] = folder / str(number) / "_cuda.so"
         paths[name].parent.mkdir(parents=True, exist_ok=True)
         links.append(
             f"build {made.ninja_path(paths[name])}: link "
-            f"{' '.join([*shared, *objects, dispatch])}\n"
+            f"{' '.join(['bindings.o', *objects.values(), dispatch])}\n"
         )
     words = made.ninja_quote(made.cuda_libraries(toolkit))
     link = (
@@ -126,7 +137,8 @@ def build(variants: dict[str, str], arch: str, folder: Path) -> dict[str, Path]:
     )
     # Put the slowest files first: the file that starts last determines when the build
     # ends.
-    ordered = sorted(edges, key=lambda obj: not obj.startswith(_OWN))
+    slowest = ("streaming", "divergence")
+    ordered = sorted(edges, key=lambda obj: not obj.startswith(slowest))
     (folder / "build.ninja").write_text(
         "".join([made.RULES, link, *(edges[obj] for obj in ordered), *links])
     )
@@ -137,7 +149,7 @@ def build(variants: dict[str, str], arch: str, folder: Path) -> dict[str, Path]:
 
 
 def load(path: Path) -> ModuleType:
-    """Load a variant. Several can be loaded in one process, each as a module of its own
-    file.
+    """Load a variant. Several can be loaded in one process, each under a name of its
+    own: from a second file of a known name, pybind11 returns the first one's module.
     """
-    return _load("_cuda", path)
+    return _load(f"{path.parent}._cuda", path)

@@ -55,6 +55,16 @@ class TritonPrimitives:
     def token_loss_grad(self, *args: Any) -> Any:
         return self._run("token_loss_grad", args)
 
+    # These have one table.
+    def divergence_stats(self, *args: Any) -> Any:
+        return self._run("divergence_stats", args)
+
+    def divergence_grad(self, *args: Any) -> Any:
+        return self._run("divergence_grad", args)
+
+    def divergence_loss_grad(self, *args: Any) -> Any:
+        return self._run("divergence_loss_grad", args)
+
     def _run(self, primitive: str, args: tuple[Any, ...]) -> Any:
         before = os.environ.get(_VARIABLE)
         os.environ[_VARIABLE] = self.table

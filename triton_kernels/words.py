@@ -49,18 +49,35 @@ def load_elements(P, first, stop, SLOTS: tl.constexpr, E: tl.constexpr, policy: 
             P + i, mask=(i >= first) & (i < stop), other=float("-inf"), eviction_policy=policy
         ).to(tl.int32, bitcast=True)
     else:
-        even = tl.arange(0, SLOTS)[:, None] * E + tl.arange(0, 4)[None, :] * 2
-        odd = even + 1
-        low = tl.load(
-            P + even,
-            mask=(even >= first) & (even < stop),
-            other=float("-inf"),
-            eviction_policy=policy,
+        return _four_words(
+            _load_word(P, 0, first, stop, SLOTS, E, policy),
+            _load_word(P, 2, first, stop, SLOTS, E, policy),
+            _load_word(P, 4, first, stop, SLOTS, E, policy),
+            _load_word(P, 6, first, stop, SLOTS, E, policy),
         )
-        high = tl.load(
-            P + odd, mask=(odd >= first) & (odd < stop), other=float("-inf"), eviction_policy=policy
-        )
-        return _low_half(low) | (_low_half(high) << 16)
+
+
+@triton.jit
+def _load_word(P, column, first, stop, SLOTS: tl.constexpr, E: tl.constexpr, policy: tl.constexpr):
+    """Two columns of each vector, the first of them in the low half."""
+    even = tl.arange(0, SLOTS) * E + column
+    odd = even + 1
+    low = tl.load(
+        P + even,
+        mask=(even >= first) & (even < stop),
+        other=float("-inf"),
+        eviction_policy=policy,
+    )
+    high = tl.load(
+        P + odd, mask=(odd >= first) & (odd < stop), other=float("-inf"), eviction_policy=policy
+    )
+    return _low_half(low) | (_low_half(high) << 16)
+
+
+@triton.jit
+def _four_words(w0, w1, w2, w3):
+    """``[SLOTS, 4]`` of four ``[SLOTS]``."""
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [w0.shape[0], 4])
 
 
 @triton.jit
@@ -85,7 +102,7 @@ def _shifted(a, b, skip, dtype: tl.constexpr):
         w1 = tl.where(half, _low_half_of_next(w1, w2), w1)
         w2 = tl.where(half, _low_half_of_next(w2, w3), w2)
         w3 = tl.where(half, _low_half_of_next(w3, w4), w3)
-    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [a.shape[0], 4])
+    return _four_words(w0, w1, w2, w3)
 
 
 @triton.jit

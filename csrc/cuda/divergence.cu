@@ -10,6 +10,7 @@
 #include "asynchronous.h"
 #include "common/concat.h"
 #include "divergence_sums.h"
+#include "variants.h"
 
 namespace reweight_ops {
 namespace {
@@ -126,7 +127,7 @@ RW_DEVICE State sum_slice(const Rows<T, U>& row, int columns, const DivergenceSl
                                                      : sweep_slice<T, U, kCapped, false>(row, columns, slices, slice, p_cap, q_cap);
     s = without_top(s);
     const State merged = merge_lanes(s, row.scales);
-    if (!(merged.p.sum < kRoundedAway) && !(merged.q.sum < kRoundedAway)) return merged;
+    if (!kDivergenceSure || (!(merged.p.sum < kRoundedAway) && !(merged.q.sum < kRoundedAway))) return merged;
     sum_again<T, kCapped>(s.p, merged.p, row.x, columns, slices, slice, row.scales.p, p_cap);
     sum_again<U, kCapped>(s.q, merged.q, row.y, columns, slices, slice, row.scales.q, q_cap);
     return merge_lanes(s, row.scales);

@@ -1,6 +1,6 @@
-// Build options. They change speed only, never a bit of a result. Releases use the defaults. `make gpu-kernels` builds
-// other variants side by side and times them: bench/gpu_kernels.py names them, and bench/NOTES.md has the prediction and
-// the measurement of each. Give the same flags to both compilers.
+// Build options. All but RW_DIVERGENCE_SURE change speed only, never a bit of a result. Releases use the defaults.
+// `make gpu-kernels` builds other variants side by side and times them: bench/gpu_variants.py names them, and
+// bench/NOTES.md has the prediction and the measurement of each. Give the same flags to both compilers.
 #pragma once
 
 /// 1: the last tiles of a gradient wait until the next row's sums are sent. They are written and
@@ -50,10 +50,16 @@
 #ifndef RW_RULE_BLOCKS
 #define RW_RULE_BLOCKS 3
 #endif
+/// 0: the kernel on two tensors sums nothing again next to a sure token, whose digits are lost. Only
+/// to time what the second sum costs.
+#ifndef RW_DIVERGENCE_SURE
+#define RW_DIVERGENCE_SURE 1
+#endif
 
 namespace reweight_ops {
 
-constexpr bool kKeep = RW_RING_KEEP != 0, kDirect = RW_RING_DIRECT != 0, kNeighbours = RW_RING_NEIGHBOURS != 0;
+constexpr bool kKeep = RW_RING_KEEP != 0, kDirect = RW_RING_DIRECT != 0, kNeighbours = RW_RING_NEIGHBOURS != 0,
+               kDivergenceSure = RW_DIVERGENCE_SURE != 0;
 constexpr int kRowsAhead = RW_RING_ROWS_AHEAD, kStatsBlocks = RW_STATS_BLOCKS, kGradBlocks = RW_GRAD_BLOCKS, kTopBlocks = RW_TOP_BLOCKS;
 /// Slots of the ring that are still being stored while the block waits for the next tile.
 constexpr int kStoresInFlight = kDirect ? 0 : RW_RING_STORES;

@@ -12,25 +12,25 @@ import torch
 from cuda_emulation.build import compiler
 from paths import ROOT
 
-from bench import gpu_kernels, gpu_variants, triton_shapes
+from bench import gpu_divergence, gpu_kernels, gpu_variants, triton_shapes
 
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels")
 def test_the_dry_run(tmp_path, capsys):
-    """Two variants by name: each gives the bits of the released defaults, in shapes for
-    the ring and the streaming kernel.
+    """Two variants by name, of the kernels on one tensor and on two. Each gives the
+    bits of the released defaults, in shapes for the ring and the streaming kernel.
     """
     pytest.importorskip("pybind11")
     arguments = [
         "--dry-run",
         "--out",
         str(tmp_path),
-        "direct=RING_DIRECT=1",
-        "more=RING_ROWS_AHEAD=2 RING_STORES=2",
+        "more=RING_DIRECT=1 RING_ROWS_AHEAD=2",
+        "unsure=DIVERGENCE_SURE=0",
     ]
     assert gpu_kernels.main(arguments) == 0
     found = json.loads((tmp_path / "gpu-kernels.json").read_text())
-    assert list(found["variants"]) == ["shipped", "direct", "more"] and found["left_out"] == []
+    assert list(found["variants"]) == ["shipped", "more", "unsure"] and found["left_out"] == []
     jobs = {
         "one pass",
         "one pass +entropy",
@@ -43,17 +43,50 @@ def test_the_dry_run(tmp_path, capsys):
     for shape in found["shapes"]:
         assert shape["wrong"] == {} and set(shape["fractions"]) == {
             "shipped: statistics, then ids",
-            *(f"{name}: {job}" for name in found["variants"] for job in jobs),
+            *(f"{name}: {job}" for name in ("shipped", "more") for job in jobs),
         }
         assert all(len(ms) == 1 for ms in shape["ms"].values())
     for shape in found["two_tensors"]:
         assert shape["wrong"] == {} and set(shape["fractions"]) == {
-            f"{kernel} rows: divergence{job}"
+            f"{name}, {kernel} rows: divergence{job}"
             for kernel in ("whole", "split")
-            for job in ("", ", gradient", ", both")
+            for name, job in (
+                ("shipped", ", sure rows"),
+                *itertools.product(("shipped", "unsure"), ("", ", gradient", ", both")),
+            )
         }
     said = capsys.readouterr().out
-    assert "direct: one pass +entropy" in said and "split rows: divergence, both" in said
+    assert "more: one pass +entropy" in said and "unsure, split rows: divergence, both" in said
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels")
+def test_without_the_second_sum_only_sure_rows_have_other_bits():
+    pytest.importorskip("pybind11")
+    made = gpu_kernels.emulated({"shipped": "", "unsure": "DIVERGENCE_SURE=0"})
+    pairs = gpu_divergence.Pairs.make(1, 1027, "cpu")
+    jobs = [pairs.jobs(gpu_divergence.NativeDivergence(native)) for _, native in made.values()]
+    for what in jobs[0]:
+        got, want = (pairs.outcome(of[what][1]) for of in jobs)
+        assert gpu_divergence.same_bits(got, want) == (what != gpu_divergence.SURE), what
+
+
+@pytest.mark.parametrize("planted", ["table", "gradient", "NaN"])
+def test_two_tensors_with_other_numbers_are_wrong(planted):
+    """Triton's kernel is held to the criterion, here by fp32 PyTorch in its place."""
+    reference = gpu_kernels.select.load("reference")
+    pairs = gpu_divergence.Pairs.make(3, 1027, "cpu")
+    few = pairs.some(torch.float32)
+    for what in ("divergence", "divergence, sure rows", "divergence, gradient", "divergence, both"):
+        got = few.outcome(few.jobs(reference)[what][1])
+        got[0] = got[0].to(torch.bfloat16)
+        assert gpu_divergence.error(pairs, what, got) <= 1, what
+        if planted == "gradient" and what in ("divergence, gradient", "divergence, both"):
+            got[0][1] *= 1.02
+        elif planted != "gradient" and len(got) == 2:
+            got[1][0, 2] = float("nan") if planted == "NaN" else got[1][0, 2] + 1e-3
+        else:
+            continue
+        assert not gpu_divergence.error(pairs, what, got) <= 1, what
 
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels")
@@ -69,13 +102,14 @@ def test_triton_beside_cuda(monkeypatch, tmp_path):
         lambda *args: seen.append(ask(*args)) or seen[-1],
     )
     monkeypatch.setattr(gpu_kernels, "TINY_SHAPES", ((5, 1027),))
-    monkeypatch.setattr(gpu_kernels.gpu_divergence, "TINY_SHAPES", ())
+    monkeypatch.setattr(gpu_divergence, "TINY_SHAPES", ((1, 33003),))
     monkeypatch.delenv("REWEIGHT_OPS_TRITON_SHAPES", raising=False)
     launch = triton_shapes.config.Launch(64, 64)
     shape = triton_shapes.config.Shape(64, 1, launch, launch)
     monkeypatch.setitem(triton_shapes.config.VARIANTS, "tiny", ((1 << 62, shape),))
     assert gpu_kernels.main(["--dry-run", "--out", str(tmp_path), "small=TRITON_SHAPES=tiny"]) == 0
-    (shape,) = json.loads((tmp_path / "gpu-kernels.json").read_text())["shapes"]
+    found = json.loads((tmp_path / "gpu-kernels.json").read_text())
+    (shape,), (pair,) = found["shapes"], found["two_tensors"]
     jobs = {key.removeprefix("small: ") for key in shape["fractions"] if key.startswith("small: ")}
     assert jobs == {
         "one pass",
@@ -84,6 +118,10 @@ def test_triton_beside_cuda(monkeypatch, tmp_path):
         "statistics +entropy",
         "statistics +ids",
         "gradient",
+    }
+    of_two = {key for key in pair["fractions"] if key.startswith("small: ")}
+    assert of_two == {
+        f"small: divergence{job}" for job in ("", ", sure rows", ", gradient", ", both")
     }
     assert seen and all(config.slots == 64 for config in seen)
     assert "REWEIGHT_OPS_TRITON_SHAPES" not in os.environ
@@ -104,7 +142,7 @@ def test_a_table_with_other_numbers_is_wrong(planted):
         elif planted == "values" and len(values):
             values[0, 2] += 1e-3
         elif planted == "NaN" and len(values):
-            values[0, 2] = float("nan")
+            values[-1, 2] = float("nan")
         else:
             continue
         assert "of the error that is allowed" in gpu_kernels.fault(
@@ -163,6 +201,38 @@ def test_settings():
             gpu_variants.parse([text])
     for settings in gpu_variants.VARIANTS.values():
         gpu_variants.defines(settings)
+
+
+@pytest.mark.parametrize(
+    "arguments, chosen",
+    [
+        ([], list(gpu_variants.FIRST)),
+        (["--all"], list(gpu_variants.VARIANTS)),
+        (["a=RING_KEEP=0"], ["shipped", "a"]),
+    ],
+)
+def test_which_variants_run(arguments, chosen, monkeypatch, tmp_path):
+    class Chosen(Exception):
+        pass
+
+    def emulated(variants):
+        raise Chosen(list(variants))
+
+    monkeypatch.setattr(gpu_kernels, "emulated", emulated)
+    with pytest.raises(Chosen) as got:
+        gpu_kernels.main(["--dry-run", "--out", str(tmp_path), *arguments])
+    assert got.value.args == (chosen,)
+
+
+def test_a_variant_compiles_the_files_that_it_changes():
+    assert gpu_variants.files("") == ()
+    assert gpu_variants.files("RING_KEEP=0 STATS_BLOCKS=3") == ("ring", "streaming")
+    assert gpu_variants.files("DIVERGENCE_SURE=0") == ("divergence",)
+    assert gpu_variants.files("DIVERGENCE_SURE=0 GRAD_BLOCKS=1") == (
+        "ring",
+        "streaming",
+        "divergence",
+    )
 
 
 def test_every_variant_has_a_prediction():

@@ -276,7 +276,7 @@ def whole_tile_loops(target: str) -> list[dict]:
     gradient.
 
     They are the logits of an iteration, its instructions, and the number of
-    instructions before the last 16-byte load and before the first exponential.
+    instructions before each 16-byte load and before the first exponential.
     """
     result = []
     with Recorder(target) as recorder:
@@ -297,7 +297,7 @@ def whole_tile_loops(target: str) -> list[dict]:
                         "sweep": "gradient" if writes else "statistics",
                         "logits": 8 * len(loads),
                         "instructions": len(loop),
-                        "last_load": loads[-1],
+                        "loads": loads,
                         "first_exponential": exponentials[0],
                     }
                 )

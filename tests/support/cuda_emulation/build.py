@@ -156,7 +156,10 @@ def run(words: list[str], target: Path) -> None:
 
 
 def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_cuda_emulated", path)
+    """Load a module under a name of its own: from a second file of a known name,
+    pybind11 returns the first one's module.
+    """
+    spec = importlib.util.spec_from_file_location(f"{path.parent}._cuda_emulated", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
