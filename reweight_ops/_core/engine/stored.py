@@ -18,8 +18,9 @@ from torch import Tensor
 from ..backends.select import load
 from ..calls.policy import LossCall
 from ..formula.loss_program import Program, loss_graph
+from ..rows.constants import parameter_vector
 from ..rows.primitives import is_traced
-from ..spec.ratio import SequenceRatio
+from ..rows.rows import Rows
 from . import again
 
 #: The statistics by which a loss is differentiated. They name the outputs of its
@@ -79,6 +80,30 @@ def _formula(call: LossCall) -> Callable[..., tuple[Tensor]]:
     return total
 
 
+class _Kept(torch.autograd.Function):
+    """``x`` in the kept rows, else 0. So is its gradient.
+
+    Autograd would fill a new zero on the device for each of the two.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Tensor, zero: Tensor) -> Tensor:
+        ctx.save_for_backward(keep, zero)
+        return torch.where(keep, x, zero)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        keep, zero = ctx.saved_tensors
+        return torch.where(keep, upstream, zero), None, None
+
+
+def kept_rows(rows: Rows, x: Tensor) -> Tensor:
+    """Return ``[N]`` with 0 in the ignored rows, differentiable any number of times."""
+    (zero,) = parameter_vector((0.0,), x.dtype, x.device)
+    found: Tensor = _Kept.apply(x, rows.keep, zero)  # type: ignore[no-untyped-call]
+    return found
+
+
 def evaluator_of(call: LossCall, logp: Tensor) -> str | None:
     """Return the backend whose row kernels evaluate a loss of log-probs that the caller
     has, or None if PyTorch does.
@@ -119,46 +144,23 @@ def evaluate_stored(
     leaves.setdefault("old_logp", detached["logp"])
     params, weights = call.params, call.row_weights(detached)
     ratio, inputs = call.spec.ratio, dict(statistics)
-    fused = (
-        type(ratio) is SequenceRatio
-        and rows.primitives is not None
-        and rows.primitives.ratio is not None
+    averaged, pointwise = (
+        call.averaged(detached["logp"], params),
+        ratio.one_pass_unsupported_reason is None,
     )
-    pointwise = ratio.one_pass_unsupported_reason is None
-    means = None
-    if fused:
-        assert (
-            rows.primitives is not None
-            and rows.primitives.ratio is not None
-            and rows.masked is not None
-            and isinstance(ratio, SequenceRatio)
-        )
-        old = call.ref_logp if ratio.against == "ref" else call.old_logp
-        leaves["log_ratio"], means = rows.primitives.ratio(
-            rows.masked, detached["logp"], old, params, ratio.normalize
-        )
+    primitives, masked, fused = rows.primitives, rows.masked, averaged is not None
+    if averaged is not None:
+        assert primitives is not None and primitives.ratio is not None and masked is not None
+        leaves["log_ratio"], means = primitives.ratio(masked, averaged)
     elif not pointwise:
         inputs["log_ratio"] = call.log_ratio(logp)
         # one sequence may be an expanded number
         leaves["log_ratio"] = inputs["log_ratio"].detach().contiguous()
     outputs = ("weighted_loss", "loss", *[f"d_{name}" for name in (_BY[:3] if pointwise else _BY)])
     table = evaluate(program, params, leaves, weights, outputs, rows.keep)
-    if means is not None:
-        assert (
-            rows.primitives is not None
-            and rows.primitives.adjoint is not None
-            and rows.masked is not None
-            and isinstance(ratio, SequenceRatio)
-        )
-        rows.primitives.adjoint(
-            rows.masked,
-            table[5],
-            table[2],
-            params,
-            means,
-            ratio.normalize,
-            ratio.gradient == "sequence",
-        )
+    if averaged is not None:
+        assert primitives is not None and primitives.adjoint is not None and masked is not None
+        primitives.adjoint(masked, averaged, means, table[5], table[2])
     moving = tuple(
         [
             name in inputs and (_moves(program, name, not pointwise) or (fused and name == "logp"))

@@ -26,7 +26,7 @@ from ..engine.output import PolicyLossOutput
 from ..engine.policy import PolicyObjective
 from ..engine.run import Again, Call
 from ..engine.sources import LogitsSource, LogpsSource
-from ..engine.stored import evaluator_of
+from ..engine.stored import evaluator_of, kept_rows
 from ..spec.policy import PolicyLossSpec
 from .explain import public_op
 
@@ -155,7 +155,7 @@ def policy_loss_from_logps(
     more = {"advantages": advantages, "entropies": entropies, "log_sum_p_sq": log_sum_p_sq}
     rows = resolve_logps(op, per_token_logps, {**more, **data.named()}, data.validate)
     call = resolve_loss(rows, advantages, named_spec(op, spec), data)
-    given = {}
+    given, backend = {}, evaluator_of(call, per_token_logps)
     for name, argument, value in (
         ("logp", "per_token_logps", per_token_logps),
         ("entropy", "entropies", entropies),
@@ -171,7 +171,10 @@ def policy_loss_from_logps(
                 raise rows.error(
                     f"{argument} has shape {tuple(value.shape)}, expected {rows.shape}."
                 )
-            given[name] = torch.where(rows.keep, value.reshape(-1).to(rows.dtype), 0)
+            flat = value.reshape(-1).to(rows.dtype)
+            given[name] = (
+                torch.where(rows.keep, flat, 0) if backend is None else kept_rows(rows, flat)
+            )
         elif name in call.spec.requires:
             raise rows.error(f"the spec reads {name}: pass {argument}.")
     if (
@@ -183,5 +186,4 @@ def policy_loss_from_logps(
             "log_sum_p_sq would have no effect: no part of the spec reads it. Leave it out, or "
             'pass unused="ignore".'
         )
-    source = LogpsSource(rows, given, evaluator_of(call, given["logp"]))
-    return Call(source, PolicyObjective(call))
+    return Call(LogpsSource(rows, given, backend), PolicyObjective(call))
