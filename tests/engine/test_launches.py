@@ -144,6 +144,7 @@ GOALS = {
     "two passes": (DAPO, "two_pass", {"num_items_in_batch": 7.0}, 7),
     "two passes, a penalty, means of sequences": (GRPO, "two_pass", {}, 7),
     "sequence level": (rw.methods.gspo(), "auto", {}, 9),
+    "sequence level, clipped tokens": (rw.methods.gmpo(), "auto", {}, 9),
 }
 
 
@@ -243,6 +244,7 @@ PACKED = {
         ("grpo", "one_pass", 6),
         ("dapo", "two_pass", 8),
         ("gspo", "auto", 9),
+        ("gmpo", "auto", 9),
     ],
 )
 def test_packed_rows_take_few_launches(meta, name, plan, most, place, tensors):
@@ -262,7 +264,7 @@ def test_packed_rows_take_few_launches(meta, name, plan, most, place, tensors):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("name, most", [("dapo", 10), ("grpo", 10), ("gspo", 12)])
+@pytest.mark.parametrize("name, most", [("dapo", 8), ("grpo", 8), ("gspo", 10), ("gmpo", 10)])
 def test_losses_of_log_probs_take_few_launches(meta, name, most, packed):
     spec, rows = METHODS[name].build(), rows_of(1, 128) if packed else rows_of(4, 32)
     logps = torch.empty_like(rows).requires_grad_()
@@ -392,3 +394,13 @@ def test_no_cache_keeps_a_tensor_without_elements():
         type(t) is torch.Tensor and t.device.type != "meta" for t in constants._kept.values()
     )
     assert call("cpu").loss.isfinite()
+
+
+def test_bounds_that_are_tensors_take_one_launch_more(meta):
+    """They become one vector with the numbers, for the ratio and for its metrics."""
+    bounds = {name: torch.empty((), device="meta") for name in ("epsilon_low", "epsilon_high")}
+    call = trl_call(False, spec=rw.methods.gmpo(**bounds), ref_per_token_logps=None)
+    found, _ = launches(call)
+    assert 0 < found.beside <= 10, found
+    found, more = launches(call, metrics=True)
+    assert 0 < more <= 4, found

@@ -38,7 +38,7 @@ from reweight_ops._core.backends.base import (  # noqa: E402
 from reweight_ops._core.formula.base import RULES  # noqa: E402
 from reweight_ops._core.formula.loss_program import Program  # noqa: E402
 from reweight_ops._core.formula.monitor import Monitor  # noqa: E402
-from reweight_ops._core.rows.primitives import Runs, Weighing  # noqa: E402
+from reweight_ops._core.rows.primitives import Averaged, Runs, Weighing  # noqa: E402
 from reweight_ops.triton_kernels.config import VARIANTS, Config, Launch  # noqa: E402
 
 TARGETS = {
@@ -477,7 +477,9 @@ def row_kernels(target: str) -> list[Compiled]:
                 weights = triton_rows.weigh(masked, weighing, torch.ones(()), rows[0], 2)
                 triton_rows.weigh(packed[0], weighing, torch.ones(()), rows[0], 2)
             for found in (*packed, masked):
-                ratio, means = triton_rows.ratio(found, rows[0], rows[1], PARAMS, True)
+                for adv in (None, rows[2]):
+                    averaged = Averaged(rows[0], rows[1], PARAMS, adv=adv)
+                    ratio, means = triton_rows.ratio(found, averaged)
             leaves = dict(
                 zip(
                     ("logp", "old_logp", "adv", "entropy", "ref_logp", "sampling_logp"),
@@ -496,7 +498,9 @@ def row_kernels(target: str) -> list[Compiled]:
                 ("loss", "d_log_ratio"),
             )
             for found in (*packed, masked):
-                triton_rows.adjoint(found, table[0], table[1], PARAMS, means, True, True)
+                for adv in (None, rows[2]):
+                    averaged = Averaged(rows[0], rows[1], PARAMS, adv=adv)
+                    triton_rows.adjoint(found, averaged, means, table[0], table[1])
             for found, known in (
                 (masked, leaves),
                 *((found, leaves | {"log_ratio": ratio}) for found in (*packed, masked)),

@@ -14,7 +14,7 @@ from ...triton_kernels import rows as kernels
 from ...triton_kernels.config import Launch
 from ..formula.loss_program import ONE_PASS, Program
 from ..formula.monitor import Monitor
-from ..rows.primitives import METRICS, Masked, RowPrimitives, Runs, Weighing
+from ..rows.primitives import METRICS, Averaged, Masked, RowPrimitives, Runs, Weighing
 from . import triton_launch
 from .triton_cache import monitor_function, program_function
 
@@ -217,65 +217,67 @@ def spread(masked: Masked, values: Tensor) -> Tensor:
     return out
 
 
-def ratio(
-    masked: Masked, logp: Tensor, old: Tensor | None, params: Tensor, normalize: bool
-) -> tuple[Tensor, Tensor]:
-    runs = masked.runs
-    sequences = runs.sequences
+def ratio(masked: Masked, averaged: Averaged) -> tuple[Tensor, Tensor]:
+    runs, logp = masked.runs, averaged.logp
     found, means = (
         torch.empty_like(logp),
-        torch.empty(sequences, dtype=torch.float32, device=logp.device),
+        torch.empty(runs.sequences, dtype=torch.float32, device=logp.device),
     )
     _launch(
         kernels.ratio_kernel,
-        sequences,
+        runs.sequences,
         logp.device,
-        logp,
-        logp if old is None else old,
+        *_drifts(averaged),
         masked.keep,
         masked.lengths,
         *_places(runs, masked.keep),
-        params,
+        averaged.params,
         found,
         means,
         runs.length,
         runs.rows,
         RUNS=_way(runs).value,
-        HAS_OLD=old is not None,
-        NORMALIZE=normalize,
+        HAS_OLD=averaged.old_logp is not None,
+        CLIPPED=averaged.adv is not None,
+        NORMALIZE=averaged.normalize,
         BLOCK=_block_of(runs),
     )
     return found, means
 
 
 def adjoint(
-    masked: Masked,
-    d_ratio: Tensor,
-    d_logp: Tensor,
-    params: Tensor,
-    means: Tensor,
-    normalize: bool,
-    shared: bool,
+    masked: Masked, averaged: Averaged, means: Tensor, d_ratio: Tensor, d_logp: Tensor
 ) -> None:
     runs = masked.runs
     _launch(
         kernels.adjoint_kernel,
         runs.sequences,
         d_logp.device,
+        *_drifts(averaged),
         d_ratio,
         d_logp,
         masked.keep,
         masked.lengths,
         *_places(runs, masked.keep),
-        params,
+        averaged.params,
         means,
         runs.length,
         runs.rows,
         RUNS=_way(runs).value,
-        NORMALIZE=normalize,
-        SHARED=shared,
+        HAS_OLD=averaged.old_logp is not None,
+        CLIPPED=averaged.adv is not None,
+        NORMALIZE=averaged.normalize,
+        SHARED=averaged.shared,
         BLOCK=_block_of(runs),
     )
+
+
+def _drifts(averaged: Averaged) -> list[Tensor]:
+    """Return the log-probs and advantages, or any other tensor for one that is not
+    read.
+    """
+    logp = averaged.logp
+    return [logp, *(logp if t is None else t for t in (averaged.old_logp, averaged.adv))]
 
 
 #: The leaves of a formula in the order in which the kernels take them.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import InvalidCall
 from ..backends.select import row_primitives
+from ..rows.constants import parameter_vector
 from ..rows.resolve import resolve_rows
 from ..rows.rows import Rows
 
@@ -66,10 +67,40 @@ def check_statistics(rows: Rows, stored: Mapping[str, Any]) -> None:
             raise rows.error(f"{name} has shape {tuple(value.shape)}, expected {rows.shape}.")
 
 
-def flat_statistics(rows: Rows, stored: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """Return the statistics by leaf, ``[N]`` in the row dtype and 0 in ignored rows."""
+class _Kept(torch.autograd.Function):
+    """``x`` in the kept rows, else 0. So is its gradient.
+
+    Autograd would fill a new zero on the device for each of the two.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Tensor, zero: Tensor) -> Tensor:
+        ctx.save_for_backward(keep, zero)
+        return torch.where(keep, x, zero)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        keep, zero = ctx.saved_tensors
+        return torch.where(keep, upstream, zero), None, None
+
+
+def flat_statistics(
+    rows: Rows, stored: Mapping[str, Tensor | None], evaluator: str | None
+) -> dict[str, Tensor]:
+    """Return the statistics by leaf, ``[N]`` in the row dtype and 0 in ignored rows.
+
+    ``evaluator`` is the backend whose row kernels take them, None for PyTorch.
+    """
+
+    def kept(x: Tensor) -> Tensor:
+        if evaluator is None:
+            return torch.where(rows.keep, x, 0)
+        (zero,) = parameter_vector((0.0,), x.dtype, x.device)
+        found: Tensor = _Kept.apply(x, rows.keep, zero)  # type: ignore[no-untyped-call]
+        return found
+
     return {
-        STATISTICS[name]: torch.where(rows.keep, value.reshape(-1).to(rows.dtype), 0)
+        STATISTICS[name]: kept(value.reshape(-1).to(rows.dtype))
         for name, value in stored.items()
         if value is not None
     }

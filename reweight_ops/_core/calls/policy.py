@@ -20,6 +20,7 @@ from ..formula.namespace import TorchNamespace
 from ..formula.terms import Term, TermResult, Terms, combine_terms
 from ..rows.batch import BatchStatistics
 from ..rows.constants import parameter_vector
+from ..rows.primitives import Averaged
 from ..rows.rows import Rows
 from ..spec.compiled import with_tensors
 from ..spec.policy import PolicyLossSpec, resolved
@@ -257,6 +258,15 @@ class LossCall:
             if self.rows.trust is None or self.spec.ratio.level == "token"
             else found + self.rows.trust
         )
+
+    def averaged(self, logp: Tensor, params: Tensor) -> Averaged | None:
+        """Return what the backend's kernel averages to the ratio of ``logp``, or None
+        if only :meth:`log_ratio` can form it. ``params`` are those of the call.
+        """
+        if self.rows.primitives is None or self.rows.primitives.ratio is None:
+            return None
+        old = self.ref_logp if self.spec.ratio.against == "ref" else self.old_logp
+        return self.spec.ratio.averaged(logp, old, self.adv, params)
 
     def leaves(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return every leaf that this call can give to a formula."""

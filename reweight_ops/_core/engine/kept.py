@@ -36,6 +36,7 @@ from ..rows.constants import ConstantRows
 from ..rows.resolve import RowLayout, bind_rows, packed_by
 from ..spec.policy import PolicyLossSpec
 from ..transforms import in_transform, is_wrapped
+from . import again
 from .direct import DirectLoss, direct_loss
 from .output import PolicyLossOutput
 from .plan import Choice
@@ -241,8 +242,10 @@ class KeptLogps:
         call = self.loss.bind(data)
         if call is None:
             return None
-        source = LogpsSource(call.rows, flat_statistics(call.rows, stored))
-        return Call(source, PolicyObjective(call), choice=self.loss.choice)
+        choice = self.loss.choice
+        evaluator = None if choice.backend == again.TORCH else choice.backend
+        source = LogpsSource(call.rows, flat_statistics(call.rows, stored, evaluator), evaluator)
+        return Call(source, PolicyObjective(call), choice=choice)
 
 
 @dataclass(frozen=True)

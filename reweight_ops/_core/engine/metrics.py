@@ -312,16 +312,15 @@ def _fused(
     known.setdefault("old_logp", leaves["logp"])
     if call.factor is not None:
         known["factor"] = call.factor
-    if type(spec.ratio) is SequenceRatio and rows.primitives.ratio is not None:
-        old = call.ref_logp if spec.ratio.against == "ref" else call.old_logp
-        known["log_ratio"], _ = rows.primitives.ratio(
-            rows.masked, leaves["logp"], old, call.params, spec.ratio.normalize
-        )
+    params = call.params
+    if (averaged := call.averaged(leaves["logp"], params)) is not None:
+        assert rows.primitives.ratio is not None
+        known["log_ratio"], _ = rows.primitives.ratio(rows.masked, averaged)
     elif spec.ratio.one_pass_unsupported_reason is not None:
         known["log_ratio"] = call.log_ratio(leaves["logp"])
     return Metrics(
         tuple(found),
-        *rows.primitives.metrics(rows.masked, monitor, call.params, known, tuple(found.values())),
+        *rows.primitives.metrics(rows.masked, monitor, params, known, tuple(found.values())),
     )
 
 

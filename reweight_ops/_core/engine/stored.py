@@ -19,7 +19,6 @@ from ..backends.select import load
 from ..calls.policy import LossCall
 from ..formula.loss_program import Program, loss_graph
 from ..rows.primitives import is_traced
-from ..spec.ratio import SequenceRatio
 from . import again
 
 #: The statistics by which a loss is differentiated. They name the outputs of its
@@ -119,46 +118,23 @@ def evaluate_stored(
     leaves.setdefault("old_logp", detached["logp"])
     params, weights = call.params, call.row_weights(detached)
     ratio, inputs = call.spec.ratio, dict(statistics)
-    fused = (
-        type(ratio) is SequenceRatio
-        and rows.primitives is not None
-        and rows.primitives.ratio is not None
+    averaged, pointwise = (
+        call.averaged(detached["logp"], params),
+        ratio.one_pass_unsupported_reason is None,
     )
-    pointwise = ratio.one_pass_unsupported_reason is None
-    means = None
-    if fused:
-        assert (
-            rows.primitives is not None
-            and rows.primitives.ratio is not None
-            and rows.masked is not None
-            and isinstance(ratio, SequenceRatio)
-        )
-        old = call.ref_logp if ratio.against == "ref" else call.old_logp
-        leaves["log_ratio"], means = rows.primitives.ratio(
-            rows.masked, detached["logp"], old, params, ratio.normalize
-        )
+    primitives, masked, fused = rows.primitives, rows.masked, averaged is not None
+    if averaged is not None:
+        assert primitives is not None and primitives.ratio is not None and masked is not None
+        leaves["log_ratio"], means = primitives.ratio(masked, averaged)
     elif not pointwise:
         inputs["log_ratio"] = call.log_ratio(logp)
         # one sequence may be an expanded number
         leaves["log_ratio"] = inputs["log_ratio"].detach().contiguous()
     outputs = ("weighted_loss", "loss", *[f"d_{name}" for name in (_BY[:3] if pointwise else _BY)])
     table = evaluate(program, params, leaves, weights, outputs, rows.keep)
-    if means is not None:
-        assert (
-            rows.primitives is not None
-            and rows.primitives.adjoint is not None
-            and rows.masked is not None
-            and isinstance(ratio, SequenceRatio)
-        )
-        rows.primitives.adjoint(
-            rows.masked,
-            table[5],
-            table[2],
-            params,
-            means,
-            ratio.normalize,
-            ratio.gradient == "sequence",
-        )
+    if averaged is not None:
+        assert primitives is not None and primitives.adjoint is not None and masked is not None
+        primitives.adjoint(masked, averaged, means, table[5], table[2])
     moving = tuple(
         [
             name in inputs and (_moves(program, name, not pointwise) or (fused and name == "logp"))

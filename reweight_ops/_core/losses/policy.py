@@ -182,9 +182,9 @@ def policy_loss_from_logps(
             "log_sum_p_sq would have no effect: no part of the spec reads it. Leave it out, or "
             'pass unused="ignore".'
         )
-    source = LogpsSource(rows, flat_statistics(rows, stored), evaluator_of(loss, per_token_logps))
+    evaluator = evaluator_of(loss, per_token_logps)
     return Call(
-        source,
+        LogpsSource(rows, flat_statistics(rows, stored, evaluator), evaluator),
         PolicyObjective(loss),
         keep=None if key is None else partial(KEPT.keep_logps, key, loss),
     )

@@ -79,6 +79,28 @@ class Weighing(NamedTuple):
     horizon: float | None = None
 
 
+class Averaged(NamedTuple):
+    """What a ratio averages over each sequence, and how.
+
+    A row's drift is ``logp - old_logp``, or 0 without ``old_logp``. The sequence's mean
+    of it (its sum without ``normalize``) is clamped to ``params[0]`` and ``params[1]``.
+
+    With ``adv`` ``[N]`` a drift is at most ``params[3]`` where ``adv`` is positive, and
+    at least ``-params[2]`` elsewhere. A clipped row has no gradient, and one at its
+    bound half of it, as autograd gives it.
+
+    With ``shared`` the gradient flows through the mean to every row of the sequence.
+    Otherwise each row gets its own, clipped or not.
+    """
+
+    logp: Tensor
+    old_logp: Tensor | None
+    params: Tensor
+    normalize: bool = True
+    shared: bool = True
+    adv: Tensor | None = None
+
+
 #: The metrics that :attr:`RowPrimitives.metrics` can find, in this order: means over
 #: rows; sums and extrema; means over sequences of the shares of their rows.
 METRICS = (
@@ -130,13 +152,10 @@ class RowPrimitives:
     * ``spread(masked, values) -> [N]`` gives each row of packed sequences the value of
       its sequence in fp32, 0 in a row of no sequence, and adds ``masked.trust``.
       ``values`` ``[S]`` have any stride and dtype.
-    * ``ratio(masked, logp, old_logp, params, normalize) -> (log_ratio [N], means [S])``
-      gives all rows of a sequence its mean of ``logp - old_logp``, between
-      ``params[0]`` and ``params[1]``. An ``old_logp`` of None is 0. Without
-      ``normalize`` it is the sum.
-    * ``adjoint(masked, d_ratio, d_logp, params, means, normalize, shared)`` adds to
-      ``d_logp`` the part of ``d_ratio`` that flows through it. Without ``shared`` a row
-      gets only its own part.
+    * ``ratio(masked, averaged) -> (log_ratio [N], means [S])`` gives all rows of a
+      sequence its clamped mean. ``means`` are not clamped.
+    * ``adjoint(masked, averaged, means, d_ratio, d_logp)`` adds to ``d_logp`` the part
+      of ``d_ratio`` that flows through the ratio.
     * ``metrics(masked, monitor, params, leaves, names) -> (sums [M, 2], values [M])``
       computes the named :data:`METRICS`. ``monitor`` is a
       :class:`~reweight_ops._core.formula.monitor.Monitor`. ``leaves`` are those of a
@@ -151,10 +170,8 @@ class RowPrimitives:
     mask: Callable[[Tensor | None, Tensor | None, Tensor | None, Runs, torch.device], Masked]
     weigh: Weigh
     spread: Callable[[Masked, Tensor], Tensor] | None = None
-    ratio: Callable[[Masked, Tensor, Tensor | None, Tensor, bool], tuple[Tensor, Tensor]] | None = (
-        None
-    )
-    adjoint: Callable[[Masked, Tensor, Tensor, Tensor, Tensor, bool, bool], None] | None = None
+    ratio: Callable[[Masked, Averaged], tuple[Tensor, Tensor]] | None = None
+    adjoint: Callable[[Masked, Averaged, Tensor, Tensor, Tensor], None] | None = None
     metrics: (
         Callable[[Masked, Any, Tensor, dict[str, Tensor], tuple[str, ...]], tuple[Tensor, Tensor]]
         | None

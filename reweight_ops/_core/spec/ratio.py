@@ -18,8 +18,9 @@ from torch import Tensor
 from ...errors import InvalidCall
 from ..ranges import Bounds, Interval, NonNegativeOrInf, Number, ranged
 from ..rows.batch import BatchStatistics
-from ..rows.constants import number_like
+from ..rows.constants import number_like, parameter_vector
 from ..rows.groups import Groups
+from ..rows.primitives import Averaged
 from ..rows.rows import NO_ORDER, Rows
 
 
@@ -78,6 +79,17 @@ class Ratio:
         ``adv`` is None for a loss that reads no advantages.
         """
         return self._clamped(logp - old_logp)
+
+    def averaged(
+        self, logp: Tensor, old_logp: Tensor | None, adv: Tensor | None, params: Tensor
+    ) -> Averaged | None:
+        """Return what a backend's kernel averages, or None if only :meth:`log_ratio`
+        forms this ratio.
+
+        ``params`` begins with the bounds of ``clamp``. An ``old_logp`` of None is
+        ``logp``.
+        """
+        return None
 
     def _clamped(self, log_ratio: Tensor) -> Tensor:
         low, high = self.bounds()
@@ -146,6 +158,13 @@ class SequenceRatio(Ratio):
             result = result.detach() + (own - own.detach())
         return self._clamped(result)
 
+    def averaged(
+        self, logp: Tensor, old_logp: Tensor | None, adv: Tensor | None, params: Tensor
+    ) -> Averaged | None:
+        if type(self) is not SequenceRatio:  # a subclass may average something else
+            return None
+        return Averaged(logp, old_logp, params, self.normalize, self.gradient == "sequence")
+
 
 @ranged
 @dataclass(frozen=True)
@@ -212,6 +231,17 @@ class GeometricMeanRatio(SequenceRatio):
         drift = logp - old_logp
         low, high = number_like(self.epsilon_low, drift), number_like(self.epsilon_high, drift)
         return torch.where(adv > 0, torch.minimum(drift, high), torch.maximum(drift, -low))
+
+    def averaged(
+        self, logp: Tensor, old_logp: Tensor | None, adv: Tensor | None, params: Tensor
+    ) -> Averaged | None:
+        bounds = (*self.bounds(), self.epsilon_low, self.epsilon_high)
+        if type(self) is not GeometricMeanRatio or adv is None:
+            return None
+        if any(isinstance(x, Tensor) and (x.dim() or x.requires_grad) for x in bounds):
+            return None  # one for each row, or one with a gradient
+        vector = parameter_vector(bounds, params.dtype, params.device)
+        return Averaged(logp, old_logp, vector, self.normalize, self.gradient == "sequence", adv)
 
 
 @ranged

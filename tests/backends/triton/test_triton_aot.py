@@ -166,8 +166,8 @@ def test_scaling_compiles_twice_a_dtype_and_streams_16_bytes_at_a_time(aot, targ
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_kernels_on_rows_compile_without_spills(aot, target):
     """Once for each option, for all lengths of sequences: four row weights, two
-    evaluations, and two sums. Those that know sequences do so once for each of the
-    three ways in which these are given.
+    evaluations, two sums, and two ratios (the drifts clipped or not). Those that know
+    sequences do so once for each of the three ways in which these are given.
     """
     compiled = aot("rows", target)
     names = [k["kernel"] for k in compiled]
@@ -176,8 +176,8 @@ def test_kernels_on_rows_compile_without_spills(aot, target):
         "pack_kernel": 2,
         "spread_kernel": 1,
         "weigh_kernel": 8,
-        "ratio_kernel": 3,
-        "adjoint_kernel": 3,
+        "ratio_kernel": 6,
+        "adjoint_kernel": 6,
         "evaluate_kernel": 2,
         "sums_kernel": 4,
         "metrics_kernel": 2,

@@ -1,0 +1,145 @@
+"""The kernels of sequence ratios against autograd of PyTorch's formulas (in Triton's
+interpreter).
+"""
+
+import itertools
+
+import pytest
+import torch
+
+import reweight_ops as rw
+from reweight_ops._core.backends import select
+from reweight_ops._core.rows.resolve import resolve_rows
+from reweight_ops.testing import make_batch
+
+pytest.importorskip("triton")
+TRITON = select.unsupported_reason(
+    "triton", select.Request("token_stats", torch.device("cpu"), torch.float32)
+)
+pytestmark = pytest.mark.skipif(TRITON is not None, reason=str(TRITON))
+
+#: Three ways to cut twelve rows into sequences. The packed ones have an empty sequence
+#: and rows of none.
+N, S = 12, 3
+PLACES = {
+    "equal": ((3, 4), {}),
+    "offsets": ((1, N), {"cu_seqlens": torch.tensor([0, 6, 6, 10])}),
+    "ids": ((1, N), {"sequence_ids": torch.tensor([[2, 0, 0, 2, 0, 0, 2, 2, 0, 2, -1, 5]]), "num_sequences": S}),
+}  # fmt: skip
+#: Drifts on both sides of their bounds of 0.25 and 0.5, exactly at them, and not
+#: finite. Numbers of few bits make the ties exact.
+DRIFTS = torch.tensor([0.75, 0.5, 0.25, -0.25, -0.5, 0.125, 0.5, -0.25, 0.75, -0.75, 0.25, 0.125])
+
+
+def rows_of(place, mask=None):
+    shape, where = PLACES[place]
+    mask = torch.ones(N) if mask is None else mask
+    if "sequence_ids" in where:
+        mask = mask * (torch.arange(N) < 10)
+    tensors = {"completion_mask": mask.view(shape), **where}
+    return resolve_rows("op", shape, torch.device("cpu"), torch.float32, tensors, primitives=select.load("triton").rows)  # fmt: skip
+
+
+def by_kernels(rows, ratio, logp, old, adv, d_ratio):
+    params = torch.tensor(ratio.bounds())
+    averaged = ratio.averaged(logp, old, adv, params)
+    found, means = rows.primitives.ratio(rows.masked, averaged)
+    d_logp = torch.full((N,), 3.0)
+    rows.primitives.adjoint(rows.masked, averaged, means, d_ratio, d_logp)
+    return torch.where(rows.keep, found, 0), torch.where(rows.keep, d_logp - 3, 0)
+
+
+def by_autograd(rows, ratio, logp, old, adv, d_ratio):
+    logp = logp.clone().requires_grad_()
+    found = ratio.log_ratio(rows, logp, logp.detach() if old is None else old, adv)
+    (grad,) = torch.autograd.grad(found, logp, d_ratio)
+    return torch.where(rows.keep, found.detach(), 0), grad
+
+
+OPTIONS = {
+    "as published": {},
+    "a sum": {"normalize": False},
+    "tokens' own gradient": {"gradient": "token"},
+    "a tight clamp": {"clamp": 0.0625},
+    "unclamped, unclipped above": {"clamp": float("inf"), "epsilon_high": float("inf")},
+    "tensors": {"epsilon_low": torch.tensor(0.25), "epsilon_high": torch.tensor(0.5).double()},
+}
+
+
+@pytest.mark.parametrize("sign", ["one sign", "a token's own"])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_clipped_means(name, place, sign):
+    ratio = rw.GeometricMeanRatio(**{"epsilon_low": 0.25, "epsilon_high": 0.5, **OPTIONS[name]})
+    old = -torch.arange(N) / 8
+    d_ratio = torch.arange(1.0, N + 1)
+    for a, ignored in itertools.product((1.0, -1.0, 0.0, float("nan")), (False, True)):
+        adv = torch.full((N,), a) if sign == "one sign" else torch.where(DRIFTS * a > 0.3, a, -a)
+        mask = torch.ones(N)
+        mask[1::3] = not ignored
+        rows = rows_of(place, mask)
+        # on-policy, the drifts are 0
+        logp, before = (old, None) if a == 0 and ignored else (old + DRIFTS, old)
+        upstream = torch.where(rows.keep, d_ratio, 0)
+        got = by_kernels(rows, ratio, logp, before, adv, upstream)
+        want = by_autograd(rows, ratio, logp, before, adv, upstream)
+        for x, y in zip(got, want, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+
+def test_a_tie_has_half_of_the_gradient():
+    """As torch.minimum and torch.maximum have it."""
+    ratio = rw.GeometricMeanRatio(epsilon_low=0.25, epsilon_high=0.5, normalize=False)
+    rows, ones = rows_of("offsets"), torch.ones(N)
+    upstream = rows.keep.float()
+    _, up = by_kernels(rows, ratio, DRIFTS, torch.zeros(N), ones, upstream)
+    assert up.tolist() == [0, 3, 6, 6, 6, 6, 2, 4, 0, 4, 0, 0]
+    _, down = by_kernels(rows, ratio, DRIFTS, torch.zeros(N), -ones, upstream)
+    assert down.tolist() == [6, 6, 6, 3, 0, 6, 4, 2, 4, 0, 0, 0]
+
+
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+def test_drifts_that_are_not_finite(bad):
+    ratio = rw.GeometricMeanRatio(epsilon_low=0.25, epsilon_high=0.5)
+    rows, d_ratio = rows_of("equal"), torch.ones(N)
+    logp = torch.where(torch.arange(N) == 5, bad, DRIFTS)
+    for adv in (torch.ones(N), -torch.ones(N)):
+        got = by_kernels(rows, ratio, logp, torch.zeros(N), adv, d_ratio)
+        want = by_autograd(rows, ratio, logp, torch.zeros(N), adv, d_ratio)
+        for x, y in zip(got, want, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("against", ["old", "ref"])
+def test_gmpo(against):
+    """The public call: its loss, gradient, second derivatives and metrics."""
+    ratio = rw.GeometricMeanRatio(epsilon_low=0.1, epsilon_high=0.2, against=against)
+    spec = rw.methods.gmpo(beta=0.05).replace(ratio=ratio)
+    batch, found = make_batch(spec, (3, 5), 13), []
+    batch["completion_mask"] = batch["completion_mask"].clone()
+    batch["completion_mask"][-1] = 0
+    for backend in ("triton", "reference"):
+        z = batch["logits"].detach().clone().requires_grad_()
+        data = {**batch, "logits": z}
+        out = rw.policy_loss(**data, spec=spec, backend=backend, unused="ignore")
+        (grad,) = torch.autograd.grad(out.loss, z, create_graph=True)
+        (second,) = torch.autograd.grad(grad.square().sum(), z)
+        found.append((out.loss, grad, second, out.metrics.sums, out.ratio))
+        averaged = out._call.averaged(out.per_token_logps, out._call.params)
+        assert (averaged is not None) == (backend == "triton")
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-4, atol=1e-6, equal_nan=True)
+
+
+def test_other_ratios_are_pytorchs():
+    class Own(rw.SequenceRatio):
+        """A ratio of a user, who changes what is averaged."""
+
+    for ratio in (
+        Own(),
+        rw.SegmentRatio(),
+        rw.GeometricMeanRatio(epsilon_low=torch.rand(N)),
+        rw.GeometricMeanRatio(epsilon_low=torch.tensor(0.25, requires_grad=True)),
+    ):
+        adv = torch.ones(N)
+        assert ratio.averaged(DRIFTS, None, adv, torch.tensor(ratio.bounds())) is None
