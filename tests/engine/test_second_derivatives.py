@@ -370,3 +370,21 @@ def test_an_infinite_divergence_has_a_gradient_of_nan_with_a_graph_too(drop_last
     )
     assert plain[0, 1].isnan().all() and not plain[1].isnan().any()
     torch.testing.assert_close(graph, plain, equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["old_per_token_logps", "advantages", "loss_scale"])
+def test_a_written_argument_is_an_error_where_the_loss_is_computed_again(name):
+    logps = torch.full((2, 3), -1.0, requires_grad=True)
+    data = {
+        "old_per_token_logps": torch.full((2, 3), -1.1),
+        "advantages": torch.tensor([[1.0, -1.0, 0.5]] * 2),
+        "loss_scale": torch.tensor(2.0),
+    }
+    out = rw.policy_loss_from_logps(logps, spec="grpo", **data)
+    assert out.backend != "torch"
+    (before,) = torch.autograd.grad(out.loss, logps, retain_graph=True)
+    data[name].mul_(1.1)
+    (after,) = torch.autograd.grad(out.loss, logps, retain_graph=True)
+    assert torch.equal(before, after)
+    with pytest.raises(rw.ReweightOpsError, match=f"{name} has been written in place"):
+        torch.autograd.grad(out.loss, logps, create_graph=True)

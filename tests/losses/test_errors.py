@@ -50,6 +50,7 @@ WRONG = {
     "no reference": (dict(spec=rw.methods.grpo(beta=0.1)), "the penalty 'k3' needs ref_per_token_logps"),
     "no sampling": (dict(spec=rw.methods.grpo().with_weight(rw.weights.TruncatedImportance())), "truncated_importance.*needs sampling_per_token_logps"),
     "no sequences": (dict(z=Z.view(6, 7), ids=IDS.view(6), adv=ADV.view(6), spec="gspo"), "SequenceRatio needs sequences|SequenceMean needs sequences"),
+    "no horizon": (dict(z=Z.view(6, 7), ids=IDS.view(6), adv=1.0, spec="dr_grpo", cu_seqlens=torch.tensor([0, 6])), "no padded length: give horizon"),
     "no segments": (dict(spec=rw.methods.gspo().replace(ratio=rw.SegmentRatio())), "SegmentRatio needs segment_ids"),
     "num_items with a sequence mean": (dict(num_items_in_batch=3), "SequenceMean divides by num_sequences_in_batch; num_items_in_batch would have no effect"),
     "num_sequences with a token mean": (dict(spec="dapo", num_sequences_in_batch=3), "TokenMean divides by num_items_in_batch; num_sequences_in_batch would have no effect"),

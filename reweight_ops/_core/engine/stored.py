@@ -20,6 +20,7 @@ from ..calls.policy import LossCall
 from ..formula.loss_program import Program, loss_graph
 from ..rows.primitives import is_traced
 from . import again
+from .versions import Versions, arguments_of, numbers_of
 
 #: The statistics by which a loss is differentiated. They name the outputs of its
 #: evaluation.
@@ -40,6 +41,7 @@ class _StoredRows(torch.autograd.Function):
         *statistics: Tensor | None,
     ) -> Tensor:
         ctx.moving, ctx.call = moving, call.without_inputs()
+        ctx.versions = Versions((*arguments_of(call), *numbers_of(call)))
         ctx.save_for_backward(table, *statistics)
         ctx.set_materialize_grads(False)
         return table[0].sum()
@@ -51,6 +53,7 @@ class _StoredRows(torch.autograd.Function):
             return (None,) * (3 + len(ctx.moving))
         table, *statistics = ctx.saved_tensors
         if again.wants_graph():
+            ctx.versions.check_graph()
             # The formula takes the statistics alone. The ratio follows from the
             # log-probs.
             return (

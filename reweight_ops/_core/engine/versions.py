@@ -34,14 +34,45 @@ class Versions:
 
     def check(self, what: str) -> None:
         """Raise if a tensor has been written since the call."""
-        for name, tensor, version in self._seen:
-            if tensor._version != version:
-                raise ReweightOpsError(
-                    f"{what} is computed when it is first read, and {name} has been written in "
-                    "place since the call: "
-                    f"read out.{what} before that, or pass a copy to the call "
-                    f"({name.partition(' ')[0]}.clone())."
-                )
+        if (name := self._written()) is not None:
+            raise ReweightOpsError(
+                f"{what} is computed when it is first read, and {name} has been written in "
+                "place since the call: "
+                f"read out.{what} before that, or pass a copy to the call "
+                f"({name.partition(' ')[0]}.clone())."
+            )
+
+    def check_graph(self) -> None:
+        """Raise if a gradient that has a graph itself would read a tensor that has been
+        written since the call.
+        """
+        if (name := self._written()) is not None:
+            raise ReweightOpsError(
+                f"create_graph=True computes the loss again, and {name} has been written in "
+                f"place since the call: pass a copy to the call ({name.partition(' ')[0]}.clone())."
+            )
+
+    def _written(self) -> str | None:
+        return next((name for name, t, version in self._seen if t._version != version), None)
+
+
+def arguments_of(call: LossCall) -> tuple[tuple[str, Any], ...]:
+    """Return the tensors per row of a call, by the names of its arguments."""
+    return (
+        *call.by_argument().items(),
+        ("token_weights or importance_sampling_ratio", call.factor),
+        *call.spec.tensors.items(),
+    )
+
+
+def numbers_of(call: LossCall) -> tuple[tuple[str, Any], ...]:
+    """Return the numbers of a call, which may be tensors, by their names."""
+    divisors = call.divisors
+    return (
+        ("num_items_in_batch", divisors.num_items_in_batch),
+        ("num_sequences_in_batch", divisors.num_sequences_in_batch),
+        ("loss_scale", call.loss_scale),
+    )
 
 
 def versions_of(
@@ -55,20 +86,9 @@ def versions_of(
     if torch.compiler.is_compiling():
         return None
     read = (
-        ("advantages", call.adv),
-        ("old_per_token_logps", call.old_logp),
-        ("ref_per_token_logps", call.ref_logp),
-        ("sampling_per_token_logps", call.sampling_logp),
-        ("token_weights or importance_sampling_ratio", call.factor),
+        *arguments_of(call),
         ("per_token_logps", leaves["logp"]),
         ("entropies", leaves.get("entropy")),
         ("per_token_loss", per_token_loss),
-        *call.spec.tensors.items(),
     )
-    divisors = call.divisors
-    scales = (
-        ("num_items_in_batch", divisors.num_items_in_batch),
-        ("num_sequences_in_batch", divisors.num_sequences_in_batch),
-        ("loss_scale", call.loss_scale),
-    )
-    return Versions(read), Versions(scales)
+    return Versions(read), Versions(numbers_of(call))

@@ -181,6 +181,14 @@ class SequenceMean(Reduction):
             )
         _need_weight(self)
 
+    def check(self, rows: Rows) -> None:
+        sequences = rows.need_sequences("SequenceMean")
+        if self.per == "constant" and self.horizon is None and sequences.index is not None:
+            raise rows.error(
+                "SequenceMean(per='constant') over packed sequences has no padded length: "
+                "give horizon."
+            )
+
     def weighing(self, rows: Rows, divisors: Divisors) -> Weighing | None:
         if self.weight is not None:
             return None
@@ -216,11 +224,6 @@ class SequenceMean(Reduction):
                 lengths.clamp(min=1) if weight is None else torch.where(lengths > 0, lengths, 1),
             )
         if self.per == "constant":
-            if self.horizon is None and sequences.index is not None:
-                raise rows.error(
-                    "SequenceMean(per='constant') over packed sequences has no padded length: "
-                    "give horizon."
-                )
             horizon = rows.padded_length(sequences) if self.horizon is None else self.horizon
             return _over(keep, horizon)
         return keep
