@@ -9,6 +9,7 @@ that method, because its compiler fuses it. So does a loss that is not a program
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..calls.policy import LossCall
 from ..formula.loss_program import Program, loss_graph
 from ..rows.primitives import is_traced
 from . import again
-from .versions import Versions, arguments_of, numbers_of
+from .versions import Versions, arguments_of
 
 #: The statistics by which a loss is differentiated. They name the outputs of its
 #: evaluation.
@@ -41,7 +42,7 @@ class _StoredRows(torch.autograd.Function):
         *statistics: Tensor | None,
     ) -> Tensor:
         ctx.moving, ctx.call = moving, call.without_inputs()
-        ctx.versions = Versions((*arguments_of(call), *numbers_of(call)))
+        ctx.versions = Versions(itertools.chain(*arguments_of(call)))
         ctx.save_for_backward(table, *statistics)
         ctx.set_materialize_grads(False)
         return table[0].sum()

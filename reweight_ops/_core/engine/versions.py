@@ -15,6 +15,9 @@ from ...errors import ReweightOpsError
 from ..calls.policy import LossCall
 from ..transforms import in_transform, is_wrapped
 
+#: Tensors and numbers by the names of their arguments.
+_Named = tuple[tuple[str, Any], ...]
+
 
 class Versions:
     """Tensors by name, and their version counters as they are now."""
@@ -22,12 +25,16 @@ class Versions:
     __slots__ = ("_seen",)
 
     def __init__(self, tensors: Iterable[tuple[str, Any]] = ()) -> None:
-        outside = not in_transform()  # where nothing is wrapped
-        self._seen = [
-            (name, t, t._version)
-            for name, t in tensors
-            if isinstance(t, Tensor) and (outside or not is_wrapped(t)) and not t.is_inference()
-        ]
+        # a loop, as every call comes here, and a comprehension is one more Python call
+        self._seen: list[tuple[str, Tensor, int]] = []
+        inside = None
+        for name, t in tensors:
+            if not isinstance(t, Tensor):
+                continue
+            if inside is None:
+                inside = in_transform()  # outside of one, nothing is wrapped
+            if not (inside and is_wrapped(t)) and not t.is_inference():
+                self._seen.append((name, t, t._version))
 
     def __reduce__(self) -> Any:
         return Versions, ()  # a copy has tensors of its own
@@ -56,19 +63,19 @@ class Versions:
         return next((name for name, t, version in self._seen if t._version != version), None)
 
 
-def arguments_of(call: LossCall) -> tuple[tuple[str, Any], ...]:
-    """Return the tensors per row of a call, by the names of its arguments."""
-    return (
-        *call.by_argument().items(),
-        ("token_weights or importance_sampling_ratio", call.factor),
-        *call.spec.tensors.items(),
-    )
-
-
-def numbers_of(call: LossCall) -> tuple[tuple[str, Any], ...]:
-    """Return the numbers of a call, which may be tensors, by their names."""
+def arguments_of(call: LossCall) -> tuple[_Named, _Named]:
+    """Return the tensors per row of a call, and its numbers, which may be tensors, by
+    name.
+    """
     divisors = call.divisors
     return (
+        ("advantages", call.adv),
+        ("old_per_token_logps", call.old_logp),
+        ("ref_per_token_logps", call.ref_logp),
+        ("sampling_per_token_logps", call.sampling_logp),
+        ("token_weights or importance_sampling_ratio", call.factor),
+        *call.spec.tensors.items(),
+    ), (
         ("num_items_in_batch", divisors.num_items_in_batch),
         ("num_sequences_in_batch", divisors.num_sequences_in_batch),
         ("loss_scale", call.loss_scale),
@@ -85,10 +92,11 @@ def versions_of(
     """
     if torch.compiler.is_compiling():
         return None
+    rows, numbers = arguments_of(call)
     read = (
-        *arguments_of(call),
+        *rows,
         ("per_token_logps", leaves["logp"]),
         ("entropies", leaves.get("entropy")),
         ("per_token_loss", per_token_loss),
     )
-    return Versions(read), Versions(numbers_of(call))
+    return Versions(read), Versions(numbers)
