@@ -11,11 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch._C._dynamo.eval_frame import (
-    _FrameAction,
-    _FrameExecStrategy,
-    set_code_exec_strategy,
-)
+from torch._C._dynamo import eval_frame
 
 if TYPE_CHECKING:  # whoever compiles has imported it
     import torch.fx.experimental.symbolic_shapes
@@ -37,8 +33,14 @@ def never_compiled(function: T) -> T:
 
     A graph has the op whose body it is.
     """
-    skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
-    set_code_exec_strategy(function.__code__, skip)
+    try:
+        skip = eval_frame._FrameExecStrategy(
+            eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP
+        )
+        eval_frame.set_code_exec_strategy(function.__code__, skip)
+    except AttributeError:  # these names are private, and a later PyTorch may have others
+        disabled: T = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        return disabled
     return function
 
 

@@ -8,6 +8,7 @@ import torch
 from torch._dynamo.decorators import skip
 from torch._dynamo.testing import CompileCounter
 
+from reweight_ops._core import compiler
 from reweight_ops._core.compiler import constant_result
 from reweight_ops._core.engine.ops import token_stats
 
@@ -41,3 +42,12 @@ def test_the_body_of_an_op_is_not_compiled():
     found = torch.compile(lambda x: uncompiled(x, ids), backend=frames)(logits)
     torch.testing.assert_close(found, 2 * logits.log_softmax(-1).gather(1, ids[:, None]).T)
     assert frames.frame_count == 1, "doubled"
+
+
+def test_another_pytorch_may_lack_its_private_names(monkeypatch):
+    def body(x):
+        return x + 1
+
+    assert compiler.never_compiled(body) is body
+    monkeypatch.delattr(compiler.eval_frame, "set_code_exec_strategy")
+    assert getattr(compiler.never_compiled(body), "_torchdynamo_disable", False)
