@@ -74,7 +74,7 @@ gpu gpu-test gpu-bench:
 	@$(PYTHON) -c "import torch" 2>/dev/null || $(MAKE) setup
 	@if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m bench.gpu $(GPU_ARGS); else $(BIN)/python -m bench.gpu $(GPU_ARGS); fi
 
-# The first variants in a minute; VARIANTS=--all, or names and settings of csrc/cuda/variants.h, or a table of triton_kernels/config.py:
+# The first variants (a minute by prediction); VARIANTS=--all, or names and settings of csrc/cuda/variants.h, or a table of triton_kernels/config.py:
 # make gpu-kernels VARIANTS='"direct=RING_DIRECT=1" "few=STATS_BLOCKS=2" "three=TRITON_SHAPES=three programs"'
 VARIANTS ?=
 gpu-kernels:           ## times compile-time variants of the CUDA kernels, and Triton's launch shapes, against what is shipped; needs nvcc, no built extension
