@@ -71,7 +71,7 @@ def written(annotation, sizes=None):
     size, or any sequence.
     """
     text = ast.unparse(annotation).replace("collections.abc.", "")
-    text = re.sub(r"\b(reweight_ops\.)?_(C|cuda|cuda_emulated)\.", "", text)
+    text = re.sub(r"\b(\w+\.)?_(C|cuda|cuda_emulated)\.", "", text)
     for long, short in NUMBERS.items():
         text = text.replace(long, short)
     text = re.sub(

@@ -301,12 +301,14 @@ def _masked(
     The values of offsets and sequence ids are checked too. Row kernels read only memory
     of the call whatever these are.
     """
-    op, shape = layout.op, layout.shape
+    op, shape, device = layout.op, layout.shape, layout.device
     given: list[Tensor | None] = []
     for name in ("completion_ids", "completion_mask", "denominator_mask"):
         t = tensors.get(name)
         if t is not None and (not isinstance(t, Tensor) or t.shape != shape):
             raise _shape_error(op, name, t, shape, tensors)
+        if t is not None and t.device != device:
+            return None
         # There is at most one dimension of sequences, so that strides say where each
         # begins. Packed rows are one sequence here.
         if t is not None and layout.packed is not None:
@@ -314,15 +316,13 @@ def _masked(
         elif t is not None and len(shape) > 2:
             t = t.reshape(-1, shape[-1])
         given.append(t)
-    if any(t is not None and t.device != layout.device for t in given):
-        return None
     (ids, mask, denominator), runs = given, layout.runs
     where = None if layout.packed is None else tensors[layout.packed]
     if layout.packed == "cu_seqlens":
         runs = runs._replace(offsets=where)
     elif where is not None:
         runs = runs._replace(owner=where.reshape(-1))
-    found = layout.primitives.mask(ids, mask, denominator, runs, layout.device)
+    found = layout.primitives.mask(ids, mask, denominator, runs, device)
     if where is None:
         return found
     structure = structure or Structure(op, {}, False)

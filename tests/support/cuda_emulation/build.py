@@ -159,7 +159,8 @@ def load(path: Path) -> ModuleType:
     """Load a module under a name of its own: from a second file of a known name,
     pybind11 returns the first one's module.
     """
-    spec = importlib.util.spec_from_file_location(f"{path.parent}._cuda_emulated", path)
+    own = hashlib.sha256(str(path).encode()).hexdigest()[:16]
+    spec = importlib.util.spec_from_file_location(f"of_{own}._cuda_emulated", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
