@@ -144,16 +144,12 @@ def _naming_its_spec(function: Callable[..., Any], name: str) -> Callable[..., A
 
 
 def _with_name(spec: Any, name: str) -> Any:
-    """Return a copy with this name. What a spec has found of its parts holds for the
-    copy too.
-    """
+    """Return a copy with this name."""
     # Older versions of torch.compile trace neither dataclasses.replace nor the copy
-    # module.
-    named = object.__new__(type(spec))
-    for attribute, value in vars(spec).items():
-        object.__setattr__(named, attribute, value)
-    object.__setattr__(named, "name", name)
-    return named
+    # module, nor vars of a dataclass.
+    kind = type(spec)
+    fields = {field: getattr(spec, field) for field in kind.__dataclass_fields__ if field != "name"}
+    return kind(**fields, name=name)
 
 
 def published(
