@@ -226,10 +226,12 @@ def test_the_index_of_packed_rows(runs):
     assert found.counted.tolist() == [s < 2 and c for s, c in zip(want, counts, strict=True)]
     assert found.lengths.tolist() == [[x.count(0), x.count(1)] for x in (want, counted)]
     assert bool(found.trust.isnan()) == (runs.owner is not None)
-    values = torch.tensor([[0.5, 9.0], [-2.0, 9.0]]).bfloat16()[:, 0]
-    rows = select.load("triton").rows.spread(found._replace(trust=None), values)
-    assert rows.dtype == torch.float32 and rows.tolist() == [[0.5, -2.0, 0.0][s] for s in want]
-    assert select.load("triton").rows.spread(found, values).isnan().all() == found.trust.isnan()
+    spread = select.load("triton").rows.spread
+    for dtype in (torch.bfloat16, torch.float32):
+        values = torch.tensor([[0.5, 9.0], [-2.0, 9.0]]).to(dtype)[:, 0]
+        rows = spread(found._replace(trust=None), values)
+        assert rows.dtype == torch.float32 and rows.tolist() == [[0.5, -2.0, 0.0][s] for s in want]
+        assert spread(found, values).isnan().all() == found.trust.isnan()
 
 
 def test_trust_of_groups_reaches_the_weights(monkeypatch):
