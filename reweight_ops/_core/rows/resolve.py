@@ -27,17 +27,17 @@ RUN = 1024
 #: The arguments that say where packed sequences are.
 _PACKED = ("cu_seqlens", "sequence_ids")
 
+#: Where the rows of a sequence may lie anywhere, a row kernel looks for them among all
+#: rows. Beyond this many looks PyTorch takes over, whose work does not grow with the
+#: number of sequences.
+_MOST_SEARCHED = 1 << 26
+
 
 def packed_by(tensors: Mapping[str, Any]) -> str | None:
     """Return the argument that says where a call's packed sequences are, or None
     without any.
     """
     return next((name for name in _PACKED if tensors.get(name) is not None), None)
-
-
-#: Where the rows of a sequence may lie anywhere, a row kernel looks for them among all
-#: rows. PyTorch takes over where this is more work than the kernel of the logits has.
-_MOST_SEARCHED = 1 << 26
 
 
 class RowLayout(NamedTuple):
