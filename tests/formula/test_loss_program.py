@@ -228,7 +228,7 @@ def test_a_level_writes_nothing_that_it_reads(seed):
     """
     graph = loss_graph(Drawn(seed).program)
     table = build_table(graph, graph.names)
-    first = table.inputs + len(TOKEN_FIELDS) + table.terms
+    first = table.inputs + len(TOKEN_FIELDS) + table.rows
     known = {*range(table.parameters + len(table.constants)), *range(table.inputs, first)}
     begin = 0
     for end in table.levels:
@@ -251,6 +251,6 @@ def test_a_level_writes_nothing_that_it_reads(seed):
 def test_registers_are_used_again():
     table = build_table(loss_graph(Program.of(("clip", "k3", "entropy_bonus"))))
     values = len(table.instructions) - table.uniform
-    between = table.registers - table.inputs - len(TOKEN_FIELDS) - table.terms
+    between = table.registers - table.inputs - len(TOKEN_FIELDS) - table.rows
     assert between < 0.5 * values
     assert len(walk(loss_graph(Program.of(("clip",)))["loss"])) > 10

@@ -186,7 +186,7 @@ def test_batch_statistics():
 
     spec = rw.methods.grpo().with_weight(Probe())
     batch = make_batch(spec, (4, 9), 11)
-    rw.policy_loss(**batch, spec=spec)
+    rw.policy_loss(**batch, spec=spec, backend="reference")
     adv, mask = batch["advantages"], batch["completion_mask"]
     valid = adv[mask]
     for name, want in (

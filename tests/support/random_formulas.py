@@ -65,6 +65,43 @@ def drawn_rule(seed: int, name: str = "drawn_rule", size: int = 9) -> type[Rule]
     return _class(Rule, name, draw(random.Random(seed), size), "loss", "xp, t")
 
 
+def draw_statistic(r: random.Random, depth: int) -> str:
+    """A formula of statistics of the batch, of statistics of statistics at a depth
+    above 1.
+    """
+    x = draw(r, r.randint(0, 3))
+    if depth > 1:
+        x = f"({x} {r.choice('+-*')} xp.tanh({draw_statistic(r, depth - 1)}))"
+    name = r.choice(
+        [
+            *("mean", "sum", "min", "max", "rank", "mean_below", "quantile", "quantile_nearest"),
+            *("top", "largest", "capped_mean", "seq_sum", "seq_mean", "seq_max", "seq_min"),
+            *("seq_cumsum", "seq_suffix_sum", "seq_rank", "seq_quantile"),
+            *("group_sum", "group_mean", "group_max", "group_min"),
+        ]
+    )
+    where = "t.adv > s.b - 0.5"
+    more = {
+        "quantile": r.choice([", s.b", ", 1 - s.a", f", 0.4, {where}", f", q=0.25, where={where}"]),
+        "quantile_nearest": ", xp.exp(-s.a)",
+        "seq_quantile": ", 0.5 * s.b",
+        "seq_cumsum": r.choice(["", ", s.a", ", decay=0.9"]),
+        "seq_suffix_sum": r.choice(["", ", xp.minimum(s.a, 0.5)"]),
+        "top": f", s.b, {where}",
+        "largest": ", s.a",
+        "capped_mean": f", {where}",
+    }
+    return f"batch.{name}({x}{more.get(name, '')})"
+
+
+def drawn_statistics(seed: int, depth: int, name: str = "drawn_weight") -> type[TokenWeight]:
+    """A registered weight that reads statistics of the batch more than once."""
+    r = random.Random(seed)
+    a, b = draw_statistic(r, depth), draw_statistic(r, r.randint(1, depth))
+    source = f"xp.where({draw(r, 2)} <= {a}, {b} - {a}, {draw(r, 3)} * {b})"
+    return _class(TokenWeight, name, source, "weight", "xp, t, batch")
+
+
 def drawn_weight(seed: int, name: str = "drawn_weight", size: int = 4) -> type[TokenWeight]:
     """A registered weight; tests/conftest.py forgets it after the test."""
     return _class(TokenWeight, name, draw(random.Random(~seed), size), "weight", "xp, t, batch")

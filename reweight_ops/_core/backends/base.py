@@ -249,14 +249,15 @@ class Backend:
       least fp32 with one rounding. The gradient is one that the backend has made (of
       logits, or of the parts of a head). A kernel reads the factor on the device, and
       returns at once if it is exactly 1. If it is None, torch does it.
-    * ``evaluate_rows(program, params, leaves, row_weights, outputs, keep) -> Tensor
-      [len(outputs), N]`` evaluates a program on stored rows, without logits, all in
+    * ``evaluate_rows(program, params, leaves, row_weights, outputs, keep, into=None)
+      -> Tensor [len(outputs), N]`` evaluates a program on stored rows, without logits, all in
       fp32 or all in fp64. ``leaves`` maps the leaves that the outputs depend on to
       ``[N]``. If ``log_ratio`` is among them, the program does not form it from
-      ``logp - old_logp``. ``row_weights`` is ``[K, N]``. ``outputs`` names those of
+      ``logp - old_logp``. ``row_weights`` is ``[K, N]``, with the program's parameters of
+      rows after the weights. ``outputs`` names those of
       :class:`~reweight_ops._core.formula.loss_program.LossGraph`. Rows where ``keep``
-      (bool ``[N]``, or None) is False are 0. None means that the backend does not have
-      it.
+      (bool ``[N]``, or None) is False are 0. ``into`` is contiguous memory of the
+      result, new by default. None means that the backend does not have it.
 
     The gradient of a row, with ``x`` the capped and scaled logit,
     ``p = exp(x - lse - lse_low)`` and ``c_*`` the coefficients::
@@ -315,12 +316,7 @@ class Backend:
         Callable[[PackedRows, dict[str, Tensor], dict[str, Tensor | None], Tensor], None] | None
     ) = None
     scale: Callable[[Tensor, Tensor], None] | None = None
-    evaluate_rows: (
-        Callable[
-            [Program, Tensor, dict[str, Tensor], Tensor, tuple[str, ...], Tensor | None], Tensor
-        ]
-        | None
-    ) = None
+    evaluate_rows: Callable[..., Tensor] | None = None
     #: The operations on rows that take one launch each, if the backend has kernels for
     #: them.
     rows: RowPrimitives | None = None

@@ -46,6 +46,7 @@ def unsupported_reason(request: Request) -> str | None:
 
 
 _divergence = NativeDivergence(_native)
+_evaluate_rows = RowsEvaluator(_C)
 
 BACKEND = Backend(
     name="cpu",
@@ -60,7 +61,7 @@ BACKEND = Backend(
     most_top=_C.most_top,
     packed_stats=_native.packed_stats,
     packed_grad=_native.packed_grad,
-    evaluate_rows=RowsEvaluator(_C),
-    rows=CpuPrimitives(_C).primitives(),
+    evaluate_rows=_evaluate_rows,
+    rows=CpuPrimitives(_C).primitives(_evaluate_rows),
     prepare=CpuPrepare(_native),
 )

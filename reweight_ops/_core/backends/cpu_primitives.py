@@ -5,6 +5,7 @@ The module checks nothing, so everything is checked here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ class CpuPrimitives:
     def __init__(self, module: Any) -> None:
         self.module = module
 
-    def primitives(self) -> RowPrimitives:
-        return RowPrimitives(name="cpu", mask=self.mask, weigh=self.weigh)
+    def primitives(self, evaluate: Callable[..., Tensor]) -> RowPrimitives:
+        return RowPrimitives(name="cpu", mask=self.mask, weigh=self.weigh, evaluate=evaluate)
 
     def mask(
         self,

@@ -23,7 +23,7 @@ class _Loaded(NamedTuple):
     words: Tensor  # what it points at
     outputs: tuple[int, ...]
     reads: frozenset[str]
-    terms: int
+    rows: int  # of the table of row weights
     parameters: int
 
 
@@ -51,7 +51,7 @@ class RowsEvaluator:
             words,
             table.outputs,
             graph.reads(outputs),
-            table.terms,
+            table.rows,
             table.parameters,
         )
 
@@ -63,9 +63,10 @@ class RowsEvaluator:
         row_weights: Tensor,
         outputs: tuple[str, ...] = ONE_PASS,
         keep: Tensor | None = None,
+        into: Tensor | None = None,
     ) -> Tensor:
         loaded = self._loaded(program, "log_ratio" in leaves, outputs)
-        terms, n = loaded.terms, row_weights.size(-1)
+        rows, n = loaded.rows, row_weights.size(-1)
         missing = sorted(x for x in loaded.reads if x in TOKEN_FIELDS and x not in leaves)
         if missing:
             raise InvalidCall(
@@ -73,10 +74,10 @@ class RowsEvaluator:
             )
         if params.dtype not in _DTYPES:
             raise InvalidCall(f"evaluate_rows: params are {params.dtype}, expected fp32 or fp64.")
-        shared = terms == 1 or row_weights.stride(0) == 0
-        if row_weights.shape != (terms, n):
+        shared = rows == 1 or row_weights.stride(0) == 0
+        if row_weights.shape != (rows, n):
             raise InvalidCall(
-                f"evaluate_rows: row weights are {tuple(row_weights.shape)}, expected {(terms, n)}."
+                f"evaluate_rows: row weights are {tuple(row_weights.shape)}, expected {(rows, n)}."
             )
         weights = row_weights[0] if shared else row_weights
 
@@ -98,7 +99,8 @@ class RowsEvaluator:
                 )
             return t.data_ptr()
 
-        out = torch.empty(len(outputs), n, dtype=params.dtype, device="cpu")
+        shape = (len(outputs), n)
+        out = torch.empty(shape, dtype=params.dtype, device="cpu") if into is None else into
         self.module.evaluate_rows(
             params.dtype == torch.float64,
             loaded.table,
@@ -108,7 +110,7 @@ class RowsEvaluator:
             0 if shared else n,
             address("keep", keep, (n,), torch.bool),
             loaded.outputs,
-            out.data_ptr(),
+            address("the result", out, shape),
             n,
             threads(),
         )

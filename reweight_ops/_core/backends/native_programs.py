@@ -64,7 +64,7 @@ class Programs:
             table.uniform,
             len(table.instructions),
             table.inputs,
-            table.terms,
+            table.rows,
             table.registers,
         )
         return self.module.Table(

@@ -300,9 +300,14 @@ def evaluate_rows(
     row_weights: Tensor,
     outputs: tuple[str, ...] = ONE_PASS,
     keep: Tensor | None = None,
+    into: Tensor | None = None,
 ) -> Tensor:
     n, given = row_weights.size(-1), "log_ratio" in leaves
-    out = torch.empty((len(outputs), n), dtype=torch.float32, device=params.device)
+    out = (
+        torch.empty((len(outputs), n), dtype=torch.float32, device=params.device)
+        if into is None
+        else into
+    )
     if not n:
         return out
     shared = row_weights.size(0) == 1 or row_weights.stride(0) == 0
@@ -385,4 +390,5 @@ PRIMITIVES = RowPrimitives(
     ratio=ratio,
     adjoint=adjoint,
     metrics=metrics,
+    evaluate=evaluate_rows,
 )

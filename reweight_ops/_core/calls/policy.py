@@ -18,6 +18,7 @@ from ..backends.base import RowInputs
 from ..formula.leaves import Leaves, safe_where
 from ..formula.namespace import TorchNamespace
 from ..formula.terms import Term, TermResult, Terms, combine_terms
+from ..formula.trace import trace_weight
 from ..rows.batch import BatchStatistics
 from ..rows.constants import parameter_vector
 from ..rows.primitives import Averaged
@@ -27,6 +28,7 @@ from ..spec.policy import PolicyLossSpec, resolved
 from ..spec.reduction import Divisors, Reduction
 from .keywords import PolicyOptions
 from .softmax import refuse_learnt
+from .staged import Table
 from .unused import without_unused
 
 #: Maps stored log-probs to the leaf of a formula.
@@ -115,20 +117,31 @@ class LossCall:
             self.adv_per_sequence,
         )
 
-    def row_weights(self, statistics: dict[str, Tensor] | None = None) -> Tensor:
+    def row_weights(
+        self, statistics: dict[str, Tensor] | None = None, into: Tensor | None = None
+    ) -> Tensor:
         """Return ``[K, N]``: the row weight of every term, ``loss_scale`` included.
 
-        ``statistics`` are needed only if a reduction is over a weight.
+        ``statistics`` are needed only if a reduction is over a weight. ``into`` is the
+        memory of the result, new by default.
         """
-        if self.rows.primitives is not None and (fused := self._fused_row_weights()) is not None:
+        if (
+            self.rows.primitives is not None
+            and (fused := self._fused_row_weights(into)) is not None
+        ):
             return fused
+        found = self._formed_row_weights(statistics)
+        return found if into is None else into.copy_(found)
+
+    def _formed_row_weights(self, statistics: dict[str, Tensor] | None) -> Tensor:
+        """Return the row weights as PyTorch forms them."""
         found: dict[int, Tensor] = {}
         for k in set(self.spec.reduction_of_term):
             reduction = self.spec.reductions[k]
             u = (
                 None
                 if reduction.weight is None
-                else self._evaluate_weight(reduction.weight, statistics)
+                else self._reduction_weight(k, statistics)
             )
             w = reduction.row_weights(self.rows, self.divisors, u).to(self.rows.dtype)
             # A coupled reduction is scaled afterwards, because it is not linear.
@@ -155,7 +168,45 @@ class LossCall:
         found = reduction.row_weights(self.rows, self.divisors).to(self.rows.dtype)
         return found * self._scale if self._is_scaled else found
 
-    def _fused_row_weights(self) -> Tensor | None:
+    def stored_weights(
+        self, leaves: dict[str, Tensor], evaluate: Callable[..., Tensor]
+    ) -> Tensor:
+        """Return the table of row weights that the spec's program for stored rows reads.
+
+        ``leaves`` are all that it reads, and ``evaluate`` is a backend's
+        ``evaluate_rows``.
+        """
+        spec = self.spec
+        if spec.staged is None:
+            return self.row_weights(leaves)
+        roots = [*spec.rules, *spec.weights]
+        table = Table(self.rows, spec.staged, roots, leaves, spec.ratio.bounds(), evaluate)
+        self.row_weights(leaves, into=table.values[: len(spec.rules)])
+        return table.fill()
+
+    def _reduction_weight(self, k: int, statistics: dict[str, Tensor] | None) -> Tensor:
+        """Return the weight ``[N]`` over which the reduction of term ``k`` is."""
+        weight, staged = self.spec.reductions[k].weight, self.spec.staged_weights[k]
+        assert weight is not None
+        primitives = self.rows.primitives
+        if primitives is None or primitives.evaluate is None or staged is None:
+            return self._evaluate_weight(weight, statistics)
+        known = statistics or {}
+        leaves = {name: t.detach() for name, t in {**self.stored(), **known}.items()}
+        if "logp" in leaves:
+            leaves.setdefault("old_logp", leaves["logp"])
+            if self.spec.ratio.one_pass_unsupported_reason is None:
+                leaves.pop("log_ratio", None)
+            elif "log_ratio" not in leaves and "log_ratio" in trace_weight(type(weight)).leaves:
+                leaves["log_ratio"] = self.log_ratio(leaves["logp"]).detach()
+        bounds, evaluate = self.spec.ratio.bounds(), primitives.evaluate
+        table = Table(self.rows, staged, [weight], leaves, bounds, evaluate)
+        program, params = staged.program, table.params((1.0, *staged.values[1:]))
+        filled = table.fill()
+        (found,) = evaluate(program, params, leaves, filled, ("d_w0",), self.rows.keep)
+        return found
+
+    def _fused_row_weights(self, into: Tensor | None = None) -> Tensor | None:
         """Return the row weights, or None if a kernel cannot form one of them.
 
         Terms one after the other with the same reduction take one launch.
@@ -180,16 +231,20 @@ class LossCall:
         if len(plans) == 1:
             (plan,) = plans.values()
             assert plan is not None
-            alike = 1 if self.factor is None else count
-            found = weigh(rows.masked, plan, self.loss_scale, self.factor, alike)
+            alike = 1 if self.factor is None and into is None else count
+            found = weigh(rows.masked, plan, self.loss_scale, self.factor, alike, into)
             return found.expand(count, -1)
-        found = torch.empty((count, rows.count), dtype=rows.dtype, device=rows.device)
+        found = (
+            torch.empty((count, rows.count), dtype=rows.dtype, device=rows.device)
+            if into is None
+            else into
+        )
         for k, run in itertools.groupby(range(count), own.__getitem__):
             plan, at = plans[k], list(run)
             assert plan is not None
             factor = self.factor if at[0] == 0 else None
-            into = found[at[0] : at[-1] + 1]
-            weigh(rows.masked, plan, self.loss_scale, factor, len(at), into)
+            part = found[at[0] : at[-1] + 1]
+            weigh(rows.masked, plan, self.loss_scale, factor, len(at), part)
         return found
 
     @property

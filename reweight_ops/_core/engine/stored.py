@@ -120,7 +120,7 @@ def evaluate_stored(
     logp, detached = statistics["logp"], {name: t.detach() for name, t in statistics.items()}
     leaves = {**call.stored(), **detached}
     leaves.setdefault("old_logp", detached["logp"])
-    params, weights = call.params, call.row_weights(detached)
+    params = call.params
     ratio, inputs = call.spec.ratio, dict(statistics)
     averaged, pointwise = (
         call.averaged(detached["logp"], params),
@@ -134,6 +134,7 @@ def evaluate_stored(
         inputs["log_ratio"] = call.log_ratio(logp)
         # one sequence may be an expanded number
         leaves["log_ratio"] = inputs["log_ratio"].detach().contiguous()
+    weights = call.stored_weights(leaves, evaluate)
     outputs = ("weighted_loss", "loss", *[f"d_{name}" for name in (_BY[:3] if pointwise else _BY)])
     table = evaluate(program, params, leaves, weights, outputs, rows.keep)
     if averaged is not None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .namespace import TorchNamespace
-from .trace import Expr, walk
+from .text import parameter_count, read_formula
+from .trace import Expr, Graph, walk
 
 _OPERATIONS: dict[str, Callable[..., Any]] = {
     "add": lambda a, b: a + b,
@@ -54,3 +55,26 @@ def interpret(
                 compute = _OPERATIONS.get(op) or getattr(xp, op)
                 values[x.index] = compute(*(values[operand.index] for operand in x.operands))
     return [values[root.index] for root in roots]
+
+
+def interpret_number(text: str, parameters: Sequence[Any], dtype: torch.dtype) -> Any:
+    """Return the value of a formula without leaves, whose parameters are numbers or 0-d
+    tensors.
+    """
+    graph, xp = Graph(), TorchNamespace(dtype)
+    names = iter([graph.node("param", str(i)) for i in range(parameter_count(text))])
+    root = read_formula(text, graph, lambda: next(names), lambda name: graph.node("leaf", name))
+    values: dict[int, Any] = {}
+    for x in walk(root):
+        operands = [values[operand.index] for operand in x.operands]
+        if x.op == "param":
+            values[x.index] = parameters[int(x.args[0])]
+        elif x.op == "const":
+            values[x.index] = x.args[0]
+        elif x.op in ("min", "max") and not any(isinstance(v, Tensor) for v in operands):
+            values[x.index] = (min if x.op == "min" else max)(operands)
+        else:
+            names_of_xp = {"min": "minimum", "max": "maximum"}
+            compute = getattr(xp, names_of_xp.get(x.op, x.op), None) or _OPERATIONS[x.op]
+            values[x.index] = compute(*operands)
+    return values[root.index]

@@ -43,10 +43,15 @@ class Program(NamedTuple):
     to each loss and to every derivative. ``params`` is one vector: ``[clamp_low,
     clamp_high, (coef_k, fields of rule k)..., (fields of weight j)...]``. Term 0 is the
     surrogate.
+
+    ``rows`` has the parameters that are one number for each row, as pairs (place in
+    ``params``, row of the table of row weights that has its values). Such a program is
+    for stored rows only.
     """
 
     terms: tuple[str, ...]
     weights: tuple[tuple[str, str], ...] = ()  # (formula, scope)
+    rows: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(
@@ -63,10 +68,16 @@ class Program(NamedTuple):
         terms = tuple(write_formula(trace_rule(c)) for c in classes)
         return cls(terms, tuple((write_formula(trace_weight(c)), scope) for c, scope in scoped))
 
+    @property
+    def table_rows(self) -> int:
+        """Return how many rows of the table of row weights the program has."""
+        return max(len(self.terms), *(1 + row for _, row in self.rows), 1)
+
     def encode(self) -> str:
         """Return the program as one string, which can cross the boundary of a custom
         op.
         """
+        assert not self.rows, "no kernel of logits reads parameters of rows"
         return (
             f"{','.join(self.terms)}|{','.join(f'{scope}={text}' for text, scope in self.weights)}"
         )
@@ -89,8 +100,8 @@ class LossGraph:
     The outputs are ``weighted_loss``, ``loss``, ``d_<leaf>`` and ``d_w<k>``.
     ``d_<leaf>`` is the derivative of the weighted loss by a leaf; ``d_logp`` and
     ``d_old_logp`` include the path through the ratio. ``d_w<k>`` is its derivative by
-    the row weight of term ``k``. Leaves are those of a formula and ``w0, w1, ...``, the
-    row weights. Parameters are ``p0, p1, ...``.
+    the row weight of term ``k``. Leaves are those of a formula and ``w0, w1, ...``: the
+    row weights, then the parameters of rows. Other parameters are ``p0, p1, ...``.
 
     If any term selects a row whose ``logp`` is NaN, its loss and ``d_logp`` are NaN,
     whatever the comparisons of a rule make of a NaN. The same holds for a row whose
@@ -104,11 +115,14 @@ class LossGraph:
     def __init__(self, program: Program, given_ratio: bool = False) -> None:
         self.graph = g = Graph()
         self.terms = len(program.terms)
+        self.table_rows = program.table_rows
+        rows = dict(program.rows)
         self._found: dict[str, Expr] = {}
         numbers = itertools.count()
 
         def parameter() -> Expr:
-            return g.node("param", f"p{next(numbers)}")
+            at = next(numbers)
+            return self._leaf(f"w{rows[at]}") if at in rows else g.node("param", f"p{at}")
 
         low, high = parameter(), parameter()
         raw = self._leaf("logp") - self._leaf("old_logp")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .base import Rule
-from .text import read_formula, write_formula
+from .text import parameter_count, read_formula, write_formula
 from .trace import Expr, Graph, trace_clip, trace_rule
 
 
@@ -26,19 +26,19 @@ class Monitor(NamedTuple):
     kl: tuple[str, int] | None = None
 
     @classmethod
-    def of(cls, rules: Sequence[type[Rule]]) -> Monitor:
-        """Return the monitor of the rules of a loss. The surrogate is the first rule.
+    def of(cls, rules: Sequence[type[Rule]], terms: Sequence[str]) -> Monitor:
+        """Return the monitor of the rules of a loss, whose program has these terms. The
+        surrogate is the first rule.
 
         Raises TypeError or AttributeError if a kernel cannot evaluate one of the
         formulas.
         """
         clip = trace_clip(rules[0])
-        first = 3  # after the bounds of the ratio and the surrogate's coefficient
-        at, kl = first + len(rules[0].parameter_names()), None
-        for rule in rules[1:]:
-            if kl is None and "ref_logp" in trace_rule(rule).leaves:
-                kl = (write_formula(trace_rule(rule)), at + 1)
-            at += 1 + len(rule.parameter_names())
+        at, kl = 3, None  # after the bounds of the ratio and the surrogate's coefficient
+        for k, (rule, term) in enumerate(zip(rules, terms, strict=True)):
+            if k and kl is None and "ref_logp" in trace_rule(rule).leaves:
+                kl = (write_formula(trace_rule(rule)), at)
+            at += 1 + parameter_count(term)
         return cls(None if clip is None else (write_formula(clip[0]), write_formula(clip[1])), kl)
 
     def graph(self) -> list[Expr]:
@@ -50,7 +50,7 @@ class Monitor(NamedTuple):
         zero = g.const(0.0)
 
         def read(text: str, first: int) -> Expr:
-            fields = (g.node("param", f"p{first + i}") for i in range(int(text.split(" ")[0])))
+            fields = (g.node("param", f"p{first + i}") for i in range(parameter_count(text)))
             return read_formula(text, g, lambda: next(fields), lambda name: g.node("leaf", name))
 
         clips = [zero, zero] if self.clip is None else [read(text, 3) for text in self.clip]

@@ -16,6 +16,7 @@ def evaluate_rows(
     row_weights: Tensor,
     outputs: tuple[str, ...] = ONE_PASS,
     keep: Tensor | None = None,
+    into: Tensor | None = None,
 ) -> Tensor:
     """``[len(outputs), N]``; see :class:`~reweight_ops._core.backends.base.Backend`."""
     graph = loss_graph(program, "log_ratio" in leaves)
@@ -23,4 +24,5 @@ def evaluate_rows(
     numbers = {f"p{i}": x for i, x in enumerate(params.unbind())}
     values = interpret([graph[name] for name in outputs], known, numbers)
     table = torch.stack([x.expand(row_weights.size(1)) for x in values])
-    return table if keep is None else torch.where(keep, table, 0)
+    table = table if keep is None else torch.where(keep, table, 0)
+    return table if into is None else into.copy_(table)

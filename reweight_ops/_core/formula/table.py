@@ -71,7 +71,7 @@ class Table:
     constants: tuple[float, ...]
     parameters: int
     inputs: int  # the register of the first leaf
-    terms: int
+    rows: int  # of the table of row weights
     registers: int
     outputs: tuple[int, ...]
 
@@ -200,7 +200,7 @@ class _Builder:
         for x in (x for level in self.uniform for x in level):
             self.at[x.index], first = first, first + 1
         self.inputs = first
-        names = [*TOKEN_FIELDS, *(f"w{k}" for k in range(graph.terms))]
+        names = [*TOKEN_FIELDS, *(f"w{k}" for k in range(graph.table_rows))]
         self.at |= {x.index: first + names.index(x.args[0]) for x in nodes if x.op == "leaf"}
         self.registers = first + len(names)
         self._allocate()
@@ -240,7 +240,7 @@ class _Builder:
             self.constants,
             self.graph.parameters,
             self.inputs,
-            self.graph.terms,
+            self.graph.table_rows,
             self.registers,
             tuple(self.at[x.index] for x in self.roots),
         )

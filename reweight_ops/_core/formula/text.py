@@ -36,6 +36,11 @@ def write_formula(traced: Traced) -> str:
     return " ".join([str(len(traced.parameters)), *map(token, nodes)])
 
 
+def parameter_count(text: str) -> int:
+    """Return the number of hyper-parameters of a formula."""
+    return int(text.split(" ", 1)[0])
+
+
 def read_formula(
     text: str, graph: Graph, parameter: Callable[[], Expr], leaf: Callable[[str], Expr]
 ) -> Expr:

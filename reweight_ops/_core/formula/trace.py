@@ -370,7 +370,8 @@ class _Leaves:
 
 
 class _Batch:
-    """The ``batch`` of a weight. Each call is a node that only two_pass can evaluate.
+    """The ``batch`` of a weight. Each call is a node that only two_pass can evaluate:
+    ``batch(name, names of the last operands, *operands)``.
 
     The operands of the call still count as read.
     """
@@ -382,7 +383,7 @@ class _Batch:
         if name not in BATCH_FUNCTIONS:
             raise AttributeError(f"batch has no {name!r}; it has: {', '.join(BATCH_FUNCTIONS)}.")
         return lambda *args, **kwargs: self._graph.node(
-            "batch", name, *map(self._graph.lift, [*args, *kwargs.values()])
+            "batch", name, tuple(kwargs), *map(self._graph.lift, [*args, *kwargs.values()])
         )
 
 

@@ -63,11 +63,14 @@ def program_py(
     row.
 
     ``program(params, w, w_stride, <leaves but log_ratio>)`` returns the outputs. ``w +
-    k * w_stride`` is the address of the row weight of term ``k``. With ``given_ratio``,
-    ``log_ratio`` is the last argument.
+    k * w_stride`` is the address of row ``k`` of the table of row weights. With
+    ``given_ratio``, ``log_ratio`` is the last argument.
     """
     graph = loss_graph(program, given_ratio)
-    loads = [f"w{k} = tl.load(w + {k} * w_stride)" for k in range(graph.terms)]
+    read = graph.reads(outputs)
+    loads = [
+        f"w{k} = tl.load(w + {k} * w_stride)" for k in range(graph.table_rows) if f"w{k}" in read
+    ]
     return _module(
         [graph[name] for name in outputs],
         f"params, w, w_stride, {_FIELDS}{', log_ratio' * given_ratio}",

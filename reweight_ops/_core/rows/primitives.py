@@ -162,7 +162,10 @@ class RowPrimitives:
       formula, and ``d_logp``, ``d_entropy`` and ``factor``. A missing ``log_ratio`` is
       formed in the row, as a loss program forms it.
 
-    PyTorch computes each of the last four that is None. ``ratio`` and ``adjoint`` are
+    * ``evaluate`` is ``evaluate_rows`` of
+      :class:`~reweight_ops._core.backends.base.Backend`.
+
+    PyTorch computes each of the last five that is None. ``ratio`` and ``adjoint`` are
     both given or both None.
     """
 
@@ -176,3 +179,4 @@ class RowPrimitives:
         Callable[[Masked, Any, Tensor, dict[str, Tensor], tuple[str, ...]], tuple[Tensor, Tensor]]
         | None
     ) = None
+    evaluate: Callable[..., Tensor] | None = None

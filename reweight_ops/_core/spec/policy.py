@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ from ..compiler import constant_result
 from ..formula.base import DIFFERENTIABLE_FIELDS, RULES, Rule, TokenWeight
 from ..formula.loss_program import Program, loss_graph
 from ..formula.monitor import Monitor
-from ..formula.trace import Expr, trace_rule, trace_weight, walk
+from ..formula.stages import CannotStage, Staged, formulas_of, is_row, staged, values_of
+from ..formula.trace import Expr, trace_clip, trace_rule, trace_weight, walk
 from ..ranges import Number, Real, ranged
 from .compiled import describe, rebuild, set_default
 from .learnt import detached_formula, refuse, stopped_in, tensors_of
@@ -108,13 +110,13 @@ class PolicyLossSpec:
             "_reduction_of_term",
             (0, *[k if p.reduction else 0 for k, p in enumerate(self.penalties, 1)]),
         )
-        object.__setattr__(self, "_values", self._find_values())
         if torch.compiler.is_compiling():
             for name, fact in getattr(_described, _facts_of(describe(self))).items():
                 object.__setattr__(self, name, fact)
         else:
             self._find_facts()
             object.__setattr__(self, "_tensors", tensors_of(self))
+        object.__setattr__(self, "_values", self._find_values())
 
     def _find_facts(self) -> None:
         """Find the facts of the formulas by tracing them. They depend only on the kinds
@@ -124,6 +126,8 @@ class PolicyLossSpec:
         object.__setattr__(self, "_requires", self._find_requires())
         object.__setattr__(self, "_unsupported_reason", self._find_unsupported_reason())
         object.__setattr__(self, "_program", self._find_program())
+        object.__setattr__(self, "_staged", self._find_staged())
+        object.__setattr__(self, "_staged_weights", self._find_staged_weights())
         object.__setattr__(self, "_stored_program", self._find_stored_program())
         object.__setattr__(self, "_moving", self._find_moving())
         object.__setattr__(self, "_monitor", self._find_monitor())
@@ -186,6 +190,22 @@ class PolicyLossSpec:
         It is None if the loss cannot be a program.
         """
         return self._stored_program  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def staged(self) -> Staged | None:
+        """Return how :attr:`stored_program` gets the rows of its table, or None if its
+        only rows are row weights.
+        """
+        return self._staged  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def staged_weights(self) -> tuple[Staged | None, ...]:
+        """Return how the weight of each term's reduction is evaluated on stored rows.
+
+        It is None for a reduction without one, and for a weight that only PyTorch can
+        evaluate.
+        """
+        return self._staged_weights  # type: ignore[attr-defined,no-any-return]
 
     @property
     def monitor(self) -> Monitor | None:
@@ -350,24 +370,66 @@ class PolicyLossSpec:
     def _find_program(self) -> Program | None:
         return None if self.one_pass_unsupported_reason is not None else self._own_program()
 
+    def _find_staged(self) -> Staged | None:
+        if self._find_unstored_reason() is not None or self._find_given_reason() is None:
+            return None
+        with suppress(CannotStage):
+            return staged(self.rules, self.weights, self._is_given_ratio)
+        return None
+
+    def _find_staged_weights(self) -> tuple[Staged | None, ...]:
+        found: list[Staged | None] = [None] * len(self.reductions)
+        for k, reduction in enumerate(self.reductions):
+            with suppress(CannotStage):
+                if reduction.weight is not None:
+                    found[k] = staged([reduction.weight], (), self._is_given_ratio)
+        return tuple(found)
+
+    @property
+    def _is_given_ratio(self) -> bool:
+        return self.ratio.one_pass_unsupported_reason is not None
+
     def _find_stored_program(self) -> Program | None:
-        return None if self._find_row_unsupported_reason() is not None else self._own_program()
+        if self._find_unstored_reason() is not None:
+            return None
+        if self._find_given_reason() is None:
+            return self._own_program()
+        return None if self.staged is None else self.staged.program
 
     def _find_monitor(self) -> Monitor | None:
-        if self.stored_program is None:
+        program = self.stored_program
+        if program is None or any(
+            is_row(v) or isinstance(v, TokenWeight) for v in self._monitored_values()
+        ):
             return None
         try:
-            return Monitor.of([type(rule) for rule in self.rules])
+            return Monitor.of([type(rule) for rule in self.rules], program.terms)
         except (
             TypeError,
             AttributeError,
         ):  # a user's clipped() may do something that only torch can do
             return None
 
+    def _monitored_values(self) -> list[Any]:
+        """Return the hyper-parameters that metrics read. They read a row's only as one
+        number.
+        """
+        clip = trace_clip(type(self.surrogate)) is not None
+        read = [self.surrogate] if clip else []
+        kl = (p.rule for p in self.penalties if "ref_logp" in trace_rule(type(p.rule)).leaves)
+        return [v for rule in (*read, *itertools.islice(kl, 1)) for v in rule.parameters().values()]
+
     def _own_program(self) -> Program:
         return Program.of(map(type, self.rules), [(type(w), w.scope) for w in self.weights])
 
     def _find_values(self) -> tuple[Any, ...]:
+        if self.staged is not None:
+            coefficients = iter([1.0, *(p.coef for p in self.penalties)])
+            known = values_of(self.staged.values, formulas_of([*self.rules, *self.weights]))
+            return (
+                *self.ratio.bounds(),
+                *[next(coefficients) if v is None else v for v in known],
+            )
         values: list[Any] = [*self.ratio.bounds(), 1.0, *self.surrogate.parameters().values()]
         for p in self.penalties:
             values += [p.coef, *p.rule.parameters().values()]
@@ -379,12 +441,20 @@ class PolicyLossSpec:
         return self.ratio.one_pass_unsupported_reason or self._find_row_unsupported_reason()
 
     def _find_row_unsupported_reason(self) -> str | None:
-        """Return why a kernel cannot evaluate the rest of the loss in a row."""
+        """Return why a kernel of logits cannot evaluate the rest of the loss in a row."""
+        return (
+            self._find_unstored_reason()
+            or self._find_given_reason()
+            or self._find_reduction_reason()
+        )
+
+    def _find_unstored_reason(self) -> str | None:
+        """Return why a kernel cannot evaluate the rest of the loss even on stored
+        rows.
+        """
         if not self.reduction.scalar:
             return "the loss is not reduced to a number"
         for w in self.weights:
-            if trace_weight(type(w)).uses_batch:
-                return f"the weight {w.name!r} uses batch statistics"
             if not w.detach:
                 return f"the weight {w.name!r} is not detached"
         for r in self.reductions:
@@ -392,20 +462,34 @@ class PolicyLossSpec:
                 return (
                     f"{type(r).__name__} couples tokens: their coefficients depend on all of them"
                 )
+        values: list[Any] = [*self.ratio.bounds(), *(p.coef for p in self.penalties)]
+        if any(map(is_row, values)):
+            return "a hyper-parameter is a per-row tensor"
+        for formula in (*self.rules, *self.weights):
+            values += formula.parameters().values()
+        if any(isinstance(v, Tensor) and v.requires_grad for v in values):
+            return "a hyper-parameter requires grad"
+        return None
+
+    def _find_given_reason(self) -> str | None:
+        """Return why a formula of the loss needs more than the row's own numbers."""
+        for w in self.weights:
+            if trace_weight(type(w)).uses_batch:
+                return f"the weight {w.name!r} uses batch statistics"
+        if self._inner_formulas():
+            return f"a hyper-parameter is the formula {self._inner_formulas()[0].name!r}"
+        for formula in (*self.rules, *self.weights):
+            if any(map(is_row, formula.parameters().values())):
+                return "a hyper-parameter is a per-row tensor"
+        return None
+
+    def _find_reduction_reason(self) -> str | None:
+        for r in self.reductions:
             if r.weight is not None and not reads_stored_only(r.weight):
                 return (
                     f"a reduction is over the weight {r.weight.name!r}, which reads current "
                     "statistics"
                 )
-        if self._inner_formulas():
-            return f"a hyper-parameter is the formula {self._inner_formulas()[0].name!r}"
-        values: list[Any] = [*self.ratio.bounds(), *(p.coef for p in self.penalties)]
-        for formula in (*self.rules, *self.weights):
-            values += formula.parameters().values()
-        if any(isinstance(v, Tensor) and v.dim() > 0 for v in values):
-            return "a hyper-parameter is a per-row tensor"
-        if any(isinstance(v, Tensor) and v.requires_grad for v in values):
-            return "a hyper-parameter requires grad"
         return None
 
     # --- variations -------------------------------------------------------------------
@@ -445,6 +529,8 @@ _FACTS = (
     "_moving",
     "_unsupported_reason",
     "_program",
+    "_staged",
+    "_staged_weights",
     "_stored_program",
     "_monitor",
     "_program_text",

@@ -1,0 +1,304 @@
+"""A loss whose weights read statistics of the batch, as programs for stored rows.
+
+A table holds numbers of rows, below the row weights. One stage after the other adds to
+it: a program evaluates what some statistics are of, and then each statistic becomes a
+row. The last program, that of the loss, reads the statistics there. Weights and
+hyper-parameters that are formulas have no gradient, so it takes their parts as given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .base import Formula, Rule, TokenWeight
+from .loss_program import Program
+from .text import write_formula
+from .trace import Expr, Graph, Traced, trace_rule, trace_weight, walk
+
+#: A hyper-parameter: the place of its formula in :func:`formulas_of`, and its name.
+Field = tuple[int, str]
+
+
+class Operand(NamedTuple):
+    """An operand of a statistic: a row of the table, a leaf, or a number.
+
+    A row may hold a condition, 1 or 0. A number is the text of a formula of fields.
+    """
+
+    row: int | None = None
+    is_condition: bool = False
+    leaf: str | None = None
+    number: str = ""
+    fields: tuple[Field | float, ...] = ()
+
+
+class Statistic(NamedTuple):
+    """A call of ``batch``, which fills a row of the table. ``keywords`` are the names
+    of the last operands.
+    """
+
+    name: str
+    operands: tuple[Operand, ...]
+    keywords: tuple[str, ...]
+    row: int
+
+
+class Stage(NamedTuple):
+    """``program`` evaluates the rows from ``begin`` on: it is None if there are none.
+    Then come statistics.
+
+    ``values`` are the parameters of the program. A number stands for itself.
+    """
+
+    program: Program | None
+    values: tuple[Field | float, ...]
+    begin: int
+    statistics: tuple[Statistic, ...]
+
+
+class Staged(NamedTuple):
+    """A loss in stages.
+
+    ``values`` are the parameters of ``program`` after the bounds of the ratio. None is
+    the coefficient of a term, in the order of terms. ``given`` has the rows of
+    hyper-parameters that are tensors. The table has ``rows`` rows.
+    """
+
+    program: Program
+    values: tuple[Field | float | None, ...]
+    given: tuple[tuple[Field, int], ...]
+    stages: tuple[Stage, ...]
+    rows: int
+
+
+class CannotStage(Exception):
+    """A formula that only PyTorch can evaluate. The message says why."""
+
+
+def formulas_of(roots: Iterable[Formula]) -> tuple[Formula, ...]:
+    """Return formulas, and after them the formulas that are hyper-parameters."""
+    found = list(roots)
+    for formula in found:
+        found += [x for x in formula.parameters().values() if isinstance(x, TokenWeight)]
+    return tuple(found)
+
+
+def is_row(value: Any) -> bool:
+    """Return whether a hyper-parameter is a tensor with one number for each row."""
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def values_of(
+    values: Iterable[Field | float | None], formulas: Sequence[Formula]
+) -> tuple[Any, ...]:
+    """Return the hyper-parameters that are named. What is no field stands for itself."""
+    return tuple(
+        [getattr(formulas[v[0]], v[1]) if isinstance(v, tuple) else v for v in values]
+    )
+
+
+def staged(
+    rules: Sequence[Formula], weights: Sequence[TokenWeight], given_ratio: bool
+) -> Staged:
+    """Return a loss in stages. Raises :class:`CannotStage` if it has no such form.
+
+    ``rules`` are one a term, and may be weights that stand alone. With ``given_ratio``
+    the log-ratio is a leaf like any other.
+    """
+    return _Composer(rules, weights, given_ratio).staged()
+
+
+class _Composer:
+    def __init__(
+        self,
+        rules: Sequence[Formula],
+        weights: Sequence[TokenWeight],
+        given_ratio: bool,
+    ) -> None:
+        self._terms, self._scopes = len(rules), [w.scope for w in weights]
+        self._formulas = formulas_of([*rules, *weights])
+        self._roots = range(len(rules) + len(weights))
+        self._given_ratio = given_ratio
+        self._graph = Graph()
+        self._rows = self._terms  # so far
+        self._given: list[tuple[Field, int]] = []
+        self._inner = iter(range(len(self._roots), len(self._formulas)))
+        self._fields: dict[str, Field] = {}  # by the name of a parameter
+        self._row_of: dict[str, int] = {}
+        self._known: dict[int, Expr] = {}  # by node, what stands for it in detached parts
+        # like formulas_of: the hyper-parameters of the first formula come first
+        own = [self._own_fields(i) for i in range(len(self._formulas))]
+        made: dict[int, Expr] = {}
+        for i in reversed(range(len(self._formulas))):
+            made[i] = self._read(i, own[i], made)
+        self._results = [made[i] for i in self._roots]
+
+    def _own_fields(self, i: int) -> dict[str, Expr | int]:
+        """Return the fields of a formula. A field that is a formula is its place."""
+        found: dict[str, Expr | int] = {}
+        for name, value in self._formulas[i].parameters().items():
+            if isinstance(value, TokenWeight):
+                found[name] = next(self._inner)
+            elif is_row(value):
+                self._given.append(((i, name), self._rows))
+                found[name] = self._row()
+            else:
+                found[name] = self._graph.node("param", f"{i}.{name}")
+                self._fields[f"{i}.{name}"] = i, name
+        return found
+
+    def _row(self) -> Expr:
+        """Return the next row of the table."""
+        name = f"row {self._rows}"
+        self._row_of[name] = self._rows
+        self._rows += 1
+        return self._graph.node("param", name)
+
+    def _read(self, i: int, fields: dict[str, Expr | int], made: dict[int, Expr]) -> Expr:
+        """Copy a formula into the graph, with the formulas that are its fields."""
+        formula, g = self._formulas[i], self._graph
+        traced = (
+            trace_rule(type(formula))
+            if isinstance(formula, Rule)
+            else trace_weight(type(formula))  # type: ignore[arg-type]
+        )
+        copies: dict[int, Expr] = {}
+        for x in walk(traced.result):
+            if x.op == "param":
+                field = fields[x.args[0]]
+                copies[x.index] = g.node("stop", made[field]) if isinstance(field, int) else field
+            else:
+                copies[x.index] = g.node(
+                    x.op, *(copies[a.index] if isinstance(a, Expr) else a for a in x.args)
+                )
+        return copies[traced.result.index]
+
+    def staged(self) -> Staged:
+        nodes = walk(*self._results)
+        level: dict[int, int] = {}
+        for x in nodes:
+            below = max((level[a.index] for a in x.operands), default=0)
+            level[x.index] = below + (x.op == "batch")
+        stages = [
+            self._stage([x for x in nodes if x.op == "batch" and level[x.index] == at])
+            for at in range(1, 1 + max(level.values(), default=0))
+        ]
+        values: list[Field | float | None] = []
+        rows: list[tuple[int, int]] = []
+        texts: list[str] = []
+        for i in self._roots:
+            first = 2 + len(values)
+            if i < self._terms:
+                values.append(None)
+                first += 1
+            own = [f"{i}.{name}" for name in self._formulas[i].parameters()]
+            detached = i >= self._terms
+            texts.append(
+                self._text(self._detached(self._results[i], detached), own, first, values, rows)
+            )
+        scoped = tuple(zip(texts[self._terms :], self._scopes, strict=True))
+        program = Program(tuple(texts[: self._terms]), scoped, tuple(rows))
+        return Staged(program, tuple(values), tuple(self._given), tuple(stages), self._rows)
+
+    def _stage(self, statistics: list[Expr]) -> Stage:
+        begin, roots = self._rows, dict[int, Expr]()
+        for statistic in statistics:
+            for x in statistic.operands:
+                if self._needs_row(x):
+                    roots.setdefault(x.index, x)
+        values: list[Field | float] = []
+        rows: list[tuple[int, int]] = []
+        texts: list[str] = []
+        for x in roots.values():
+            values.append(1.0)
+            number = self._detached(
+                self._graph.node("where", x, self._graph.const(1.0), self._graph.const(0.0))
+                if x.is_bool
+                else x,
+                True,
+            )
+            texts.append(self._text(number, [], 2 + len(values), values, rows))
+        for index, x in roots.items():
+            row = self._row()
+            self._known[index] = row != 0.0 if x.is_bool else row
+        found = []
+        for x in statistics:
+            name, keywords, *operands = x.args
+            operand = tuple(map(self._operand, operands))
+            self._known[x.index] = row = self._row()
+            found.append(Statistic(name, operand, keywords, self._row_of[row.args[0]]))
+        program = Program(tuple(texts), (), tuple(rows)) if texts else None
+        return Stage(program, tuple(values), begin, tuple(found))
+
+    def _varies(self, x: Expr) -> bool:
+        """Return whether a node differs between rows."""
+        return any(
+            y.op in ("leaf", "batch") or (y.op == "param" and y.args[0] in self._row_of)
+            for y in walk(x)
+        )
+
+    def _needs_row(self, x: Expr) -> bool:
+        if x.index in self._known or not self._varies(x):
+            return False
+        return not (x.op == "param" or (x.op == "leaf" and self._has(x.args[0])))
+
+    def _has(self, leaf: str) -> bool:
+        """Return whether a leaf is a tensor of the call."""
+        return leaf != "log_ratio" or self._given_ratio
+
+    def _operand(self, x: Expr) -> Operand:
+        known = self._known.get(x.index, x)
+        if known.op == "ne":
+            return Operand(self._row_of[known.args[0].args[0]], is_condition=True)
+        if known.op == "param" and known.args[0] in self._row_of:
+            return Operand(self._row_of[known.args[0]])
+        if known.op == "leaf":
+            return Operand(leaf=known.args[0])
+        values: list[Field | float] = []
+        return Operand(number=self._text(known, [], 0, values, []), fields=tuple(values))
+
+    def _detached(self, x: Expr, free: bool) -> Expr:
+        """Return a node with what is known in place of its parts. Only parts without a
+        gradient are replaced, all of them if it is ``free``.
+        """
+        memo: dict[tuple[int, bool], Expr] = {}
+
+        def copy(x: Expr, free: bool) -> Expr:
+            key = x.index, free
+            if key not in memo:
+                if free and x.index in self._known:
+                    memo[key] = self._known[x.index]
+                elif x.op == "batch":
+                    raise CannotStage("a statistic has a gradient")
+                else:
+                    inner = free or x.op == "stop"
+                    memo[key] = self._graph.node(
+                        x.op, *(copy(a, inner) if isinstance(a, Expr) else a for a in x.args)
+                    )
+            return memo[key]
+
+        return copy(x, free)
+
+    def _text(
+        self,
+        x: Expr,
+        own: list[str],
+        first: int,
+        values: list[Any],
+        rows: list[tuple[int, int]],
+    ) -> str:
+        """Return the text of a node, and add its parameters to ``values`` and ``rows``.
+
+        ``own`` parameters come first, read or not. ``first`` is the place of the first.
+        """
+        read = [y.args[0] for y in walk(x) if y.op == "param"]
+        names = [*own, *(name for name in read if name not in own)]
+        for at, name in enumerate(names, first):
+            if name in self._row_of:
+                rows.append((at, self._row_of[name]))
+            values.append(self._fields.get(name, 0.0))
+        leaves = frozenset(y.args[0] for y in walk(x) if y.op == "leaf")
+        return write_formula(Traced(x, leaves, tuple(names), frozenset()))

@@ -1,0 +1,140 @@
+"""Losses in stages: the table of statistics and the programs that read it, against the
+formulas as PyTorch evaluates them.
+"""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from random_formulas import drawn_rule, drawn_statistics, drawn_weight
+
+import reweight_ops as rw
+from reweight_ops._core.backends import select
+from reweight_ops._core.calls.specs import METHODS
+from reweight_ops._core.calls.staged import Table
+from reweight_ops._core.formula.base import WEIGHTS
+from reweight_ops._core.formula.interpret import interpret_number
+from reweight_ops._core.formula.program import evaluate_rows
+from reweight_ops._core.formula.stages import CannotStage, staged
+from reweight_ops._core.formula.trace import trace_weight
+from reweight_ops._core.rows.batch import BatchStatistics
+from reweight_ops.testing import make_batch
+
+LENGTHS = (5, 0, 8, 3)
+
+
+def packed(tensors, layout):
+    """The same rows, packed without the padding, by offsets or in any order."""
+    keep = tensors["completion_mask"].clone()
+    keep[0, :2] = True  # a row stays masked
+    flat = {
+        name: t[keep][None] if t.shape[:2] == keep.shape else t
+        for name, t in tensors.items()
+        if isinstance(t, torch.Tensor)
+    }
+    owner = torch.arange(len(keep))[:, None].expand_as(keep)[keep][None]
+    if layout == "offsets":
+        return {**tensors, **flat, "cu_seqlens": torch.tensor([0, *keep.sum(-1).cumsum(0).tolist()])}
+    order = torch.randperm(owner.numel(), generator=torch.Generator().manual_seed(3))
+    flat = {k: t[:, order] if t.shape[:2] == owner.shape else t for k, t in flat.items()}
+    return {**tensors, **flat, "sequence_ids": owner[:, order], "num_sequences": len(keep)}
+
+
+def batch_of(spec, layout="padded", dtype=torch.float32):
+    batch = make_batch(spec, (len(LENGTHS), 8), 11, dtype=dtype)
+    batch["completion_mask"] = torch.arange(8) < torch.tensor(LENGTHS)[:, None]
+    batch["completion_mask"][0, 1] = False
+    if spec.reads_groups:
+        batch |= {"group_ids": torch.tensor([1, 0, 1, 2]), "num_groups": 3}
+    return batch if layout == "padded" else packed(batch, layout)
+
+
+def own_loss(weight):
+    """A loss of one weight, which reads whatever the weight reads."""
+    return rw.PolicyLossSpec(
+        surrogate=rw.methods.reinforce().surrogate, weights=(weight,), name="own_loss"
+    )
+
+
+def losses(spec, backend, batch, **options):
+    """The loss, its gradient by the logits, and the metrics."""
+    z = batch["logits"].detach().clone().requires_grad_()
+    data = {**batch, "logits": z, "unused": "ignore", **options}
+    out = rw.policy_loss(**data, spec=spec, backend=backend)
+    (grad,) = torch.autograd.grad(out.loss, z)
+    return out.loss.detach(), grad, out.metrics.as_floats()
+
+
+def same(spec, batch, backend="cpu", **options):
+    """The backend's row kernels give what PyTorch gives."""
+    got, want = (losses(spec, x, batch, **options) for x in (backend, "reference"))
+    for a, b in zip(got[:2], want[:2], strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-6)
+    common = {name: value for name, value in got[2].items() if name in want[2]}
+    assert common == pytest.approx(want[2], rel=1e-4, abs=1e-5, nan_ok=True)
+    assert "rows_skipped" in got[2], "the row kernels did not evaluate the loss"
+
+
+STAGED = [name for name in METHODS if METHODS[name].build().staged is not None]
+
+
+def test_methods_are_staged():
+    assert {"clip_cov", "fipo", "hapo", "m2po", "opsm", "top_entropy", "vespo"} <= set(STAGED)
+    assert rw.methods.grpo().staged is None and rw.methods.gspo().staged is None
+
+
+@pytest.mark.parametrize("layout", ["padded", "offsets", "ids"])
+@pytest.mark.parametrize("name", STAGED)
+def test_methods(name, layout):
+    pytest.importorskip("reweight_ops._C", exc_type=ImportError)
+    spec = METHODS[name].build()
+    same(spec, batch_of(spec, layout))
+
+
+READ_BATCH = [name for name, cls in WEIGHTS.items() if trace_weight(cls).uses_batch]
+
+
+def evaluated(weight, batch):
+    """A weight from its stages, and as PyTorch evaluates it, in fp64."""
+    out = rw.policy_loss(**batch, spec=own_loss(weight), backend="reference", unused="ignore")
+    call = out._call
+    leaves = call.leaves({"logp": out.logps.reshape(-1), "entropy": out.entropies.reshape(-1)})
+    want = call._evaluate_weight(weight, {"logp": leaves["logp"], "entropy": leaves["entropy"]})
+    leaves = {name: t.masked_fill(~call.rows.keep, math.nan) for name, t in leaves.items()}
+    del leaves["log_ratio"]
+    stages = staged([weight], (), given_ratio=False)
+    table = Table(call.rows, stages, [weight], leaves, (-20.0, 20.0), evaluate_rows)
+    params, filled = table.params((1.0, *stages.values[1:])), table.fill()
+    (got,) = evaluate_rows(stages.program, params, leaves, filled, ("d_w0",))
+    return got[call.rows.keep], want[call.rows.keep]
+
+
+@pytest.mark.parametrize("layout", ["padded", "offsets", "ids"])
+@pytest.mark.parametrize("name", READ_BATCH)
+def test_every_weight_that_reads_the_batch(name, layout):
+    weight = example(WEIGHTS[name])
+    got, want = evaluated(weight, batch_of(own_loss(weight), layout, torch.float64))
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+    assert want.numel() > 10
+
+
+def example(cls):
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    given = {
+        name: 0.3
+        for name in cls.parameter_names()
+        if fields[name].default is dataclasses.MISSING
+        and fields[name].default_factory is dataclasses.MISSING
+    }
+    return cls(**given)
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("layout", ["padded", "offsets", "ids"])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(12))
+def test_drawn_weights(seed, depth, layout):
+    weight = drawn_statistics(100 * depth + seed, depth)()
+    got, want = evaluated(weight, batch_of(own_loss(weight), layout, torch.float64))
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12, equal_nan=True)
