@@ -99,15 +99,18 @@ def evaluated(weight, batch):
     """A weight from its stages, and as PyTorch evaluates it, in fp64."""
     out = rw.policy_loss(**batch, spec=own_loss(weight), backend="reference", unused="ignore")
     call = out._call
-    leaves = call.leaves({"logp": out.logps.reshape(-1), "entropy": out.entropies.reshape(-1)})
-    want = call._evaluate_weight(weight, {"logp": leaves["logp"], "entropy": leaves["entropy"]})
+    statistics = {"logp": out.per_token_logps.reshape(-1), "entropy": out.entropies.reshape(-1)}
+    statistics["log_sum_p_sq"] = -0.7 * statistics["entropy"]  # any row does
+    leaves = call.leaves(statistics)
+    want = call._evaluate_weight(weight, statistics)
     leaves = {name: t.masked_fill(~call.rows.keep, math.nan) for name, t in leaves.items()}
     del leaves["log_ratio"]
     stages = staged([weight], (), given_ratio=False)
     table = Table(call.rows, stages, [weight], leaves, (-20.0, 20.0), evaluate_rows)
     params, filled = table.params((1.0, *stages.values[1:])), table.fill()
     (got,) = evaluate_rows(stages.program, params, leaves, filled, ("d_w0",))
-    return got[call.rows.keep], want[call.rows.keep]
+    keep = call.rows.keep
+    return got[keep], want.expand_as(got)[keep]
 
 
 @pytest.mark.parametrize("layout", ["padded", "offsets", "ids"])

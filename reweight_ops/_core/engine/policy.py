@@ -128,9 +128,9 @@ class PolicyObjective:
         choice: Choice,
         more: MoreMetrics | None,
     ) -> PolicyLossOutput:
-        return self._shown(
-            leaves, loss, table[1], (table[2], table[3]) if total else None, choice, more
-        )
+        by = (table[2], table[3]) if total else None
+        shaped = loss if self.call.spec.reduction.scalar else self.call.rows.unflatten(loss)
+        return self._shown(leaves, shaped, table[1], by, choice, more)
 
     def _shown(
         self,

@@ -29,8 +29,9 @@ _BY = ("logp", "entropy", "log_sum_p_sq", "log_ratio")
 
 
 class _StoredRows(torch.autograd.Function):
-    """``(loss, table)`` of ``token_losses()``. The table begins with the weighted loss,
-    the loss, and the derivatives by ``statistics``.
+    """The loss of a table of ``token_losses()``: its sum, or ``[N]`` without a reduction.
+    The table begins with the weighted loss, the loss, and the derivatives by
+    ``statistics``.
     """
 
     @staticmethod
@@ -45,7 +46,7 @@ class _StoredRows(torch.autograd.Function):
         ctx.versions = Versions(itertools.chain(*arguments_of(call)))
         ctx.save_for_backward(table, *statistics)
         ctx.set_materialize_grads(False)
-        return table[0].sum()
+        return table[0].sum() if call.spec.reduction.scalar else table[0].clone()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -77,7 +78,8 @@ class _StoredRows(torch.autograd.Function):
 def _formula(call: LossCall) -> Callable[..., tuple[Tensor]]:
     def total(*statistics: Tensor | None) -> tuple[Tensor]:
         known = {name: x for name, x in zip(_BY, statistics, strict=False) if x is not None}
-        return (call.token_losses(known).weighted_loss.sum(),)
+        weighted = call.token_losses(known).weighted_loss
+        return (weighted.sum() if call.spec.reduction.scalar else weighted,)
 
     return total
 

@@ -195,7 +195,7 @@ class _Composer:
                 values.append(None)
                 first += 1
             own = [f"{i}.{name}" for name in self._formulas[i].parameters()]
-            detached = i >= self._terms
+            detached = isinstance(self._formulas[i], TokenWeight)
             texts.append(
                 self._text(self._detached(self._results[i], detached), own, first, values, rows)
             )

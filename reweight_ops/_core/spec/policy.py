@@ -452,8 +452,6 @@ class PolicyLossSpec:
         """Return why a kernel cannot evaluate the rest of the loss even on stored
         rows.
         """
-        if not self.reduction.scalar:
-            return "the loss is not reduced to a number"
         for w in self.weights:
             if not w.detach:
                 return f"the weight {w.name!r} is not detached"
@@ -484,6 +482,8 @@ class PolicyLossSpec:
         return None
 
     def _find_reduction_reason(self) -> str | None:
+        if not self.reduction.scalar:
+            return "the loss is not reduced to a number"
         for r in self.reductions:
             if r.weight is not None and not reads_stored_only(r.weight):
                 return (
