@@ -7,18 +7,15 @@ import math
 
 import pytest
 import torch
-from random_formulas import drawn_rule, drawn_statistics, drawn_weight
+from random_formulas import drawn_statistics
 
 import reweight_ops as rw
-from reweight_ops._core.backends import select
 from reweight_ops._core.calls.specs import METHODS
 from reweight_ops._core.calls.staged import Table
 from reweight_ops._core.formula.base import WEIGHTS
-from reweight_ops._core.formula.interpret import interpret_number
 from reweight_ops._core.formula.program import evaluate_rows
-from reweight_ops._core.formula.stages import CannotStage, staged
+from reweight_ops._core.formula.stages import staged
 from reweight_ops._core.formula.trace import trace_weight
-from reweight_ops._core.rows.batch import BatchStatistics
 from reweight_ops.testing import make_batch
 
 LENGTHS = (5, 0, 8, 3)
@@ -35,7 +32,11 @@ def packed(tensors, layout):
     }
     owner = torch.arange(len(keep))[:, None].expand_as(keep)[keep][None]
     if layout == "offsets":
-        return {**tensors, **flat, "cu_seqlens": torch.tensor([0, *keep.sum(-1).cumsum(0).tolist()])}
+        return {
+            **tensors,
+            **flat,
+            "cu_seqlens": torch.tensor([0, *keep.sum(-1).cumsum(0).tolist()]),
+        }
     order = torch.randperm(owner.numel(), generator=torch.Generator().manual_seed(3))
     flat = {k: t[:, order] if t.shape[:2] == owner.shape else t for k, t in flat.items()}
     return {**tensors, **flat, "sequence_ids": owner[:, order], "num_sequences": len(keep)}

@@ -250,11 +250,11 @@ class Backend:
       logits, or of the parts of a head). A kernel reads the factor on the device, and
       returns at once if it is exactly 1. If it is None, torch does it.
     * ``evaluate_rows(program, params, leaves, row_weights, outputs, keep, into=None)
-      -> Tensor [len(outputs), N]`` evaluates a program on stored rows, without logits, all in
-      fp32 or all in fp64. ``leaves`` maps the leaves that the outputs depend on to
-      ``[N]``. If ``log_ratio`` is among them, the program does not form it from
-      ``logp - old_logp``. ``row_weights`` is ``[K, N]``, with the program's parameters of
-      rows after the weights. ``outputs`` names those of
+      -> Tensor [len(outputs), N]`` evaluates a program on stored rows, without logits,
+      all in fp32 or all in fp64. ``leaves`` maps the leaves that the outputs depend on
+      to ``[N]``. If ``log_ratio`` is among them, the program does not form it from
+      ``logp - old_logp``. ``row_weights`` is ``[K, N]``: a row weight for each term,
+      then the program's parameters of rows. ``outputs`` names those of
       :class:`~reweight_ops._core.formula.loss_program.LossGraph`. Rows where ``keep``
       (bool ``[N]``, or None) is False are 0. ``into`` is contiguous memory of the
       result, new by default. None means that the backend does not have it.

@@ -138,11 +138,7 @@ class LossCall:
         found: dict[int, Tensor] = {}
         for k in set(self.spec.reduction_of_term):
             reduction = self.spec.reductions[k]
-            u = (
-                None
-                if reduction.weight is None
-                else self._reduction_weight(k, statistics)
-            )
+            u = None if reduction.weight is None else self._reduction_weight(k, statistics)
             w = reduction.row_weights(self.rows, self.divisors, u).to(self.rows.dtype)
             # A coupled reduction is scaled afterwards, because it is not linear.
             found[k] = w * self._scale if self._is_scaled and not reduction.coupled else w
@@ -168,10 +164,8 @@ class LossCall:
         found = reduction.row_weights(self.rows, self.divisors).to(self.rows.dtype)
         return found * self._scale if self._is_scaled else found
 
-    def stored_weights(
-        self, leaves: dict[str, Tensor], evaluate: Callable[..., Tensor]
-    ) -> Tensor:
-        """Return the table of row weights that the spec's program for stored rows reads.
+    def stored_weights(self, leaves: dict[str, Tensor], evaluate: Callable[..., Tensor]) -> Tensor:
+        """Return the table of row weights that the spec's stored program reads.
 
         ``leaves`` are all that it reads, and ``evaluate`` is a backend's
         ``evaluate_rows``.
@@ -203,8 +197,8 @@ class LossCall:
         table = Table(self.rows, staged, [weight], leaves, bounds, evaluate)
         program, params = staged.program, table.params((1.0, *staged.values[1:]))
         filled = table.fill()
-        (found,) = evaluate(program, params, leaves, filled, ("d_w0",), self.rows.keep)
-        return found
+        found: Tensor = evaluate(program, params, leaves, filled, ("d_w0",), self.rows.keep)
+        return found[0]
 
     def _fused_row_weights(self, into: Tensor | None = None) -> Tensor | None:
         """Return the row weights, or None if a kernel cannot form one of them.
@@ -288,14 +282,16 @@ class LossCall:
                 Term(
                     self.bound(rule, statistics),
                     coef,
-                    self._contributions(reduction) if reduction.coupled else None,
+                    self.contributions(reduction) if reduction.coupled else None,
                 )
             )
         return Terms(
             terms, [self.bound(weight, statistics) for weight in spec.weights], spec.unbounded
         )
 
-    def _contributions(self, reduction: Reduction) -> Callable[[Tensor], Tensor]:
+    def contributions(self, reduction: Reduction) -> Callable[[Tensor], Tensor]:
+        """Return what a coupled reduction makes of a term's weighted token losses."""
+
         def contributions(weighted: Tensor) -> Tensor:
             found = reduction.contributions(self.rows, weighted, self.adv)
             return found * self._scale if self._is_scaled else found

@@ -9,6 +9,7 @@ that method, because its compiler fuses it. So does a loss that is not a program
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ from ..calls.policy import LossCall
 from ..formula.loss_program import Program, loss_graph
 from ..rows.primitives import is_traced
 from . import again
+from .coupled import at_this_point
 from .versions import Versions, arguments_of
 
 #: The statistics by which a loss is differentiated. They name the outputs of its
@@ -29,7 +31,8 @@ _BY = ("logp", "entropy", "log_sum_p_sq", "log_ratio")
 
 
 class _StoredRows(torch.autograd.Function):
-    """The loss of a table of ``token_losses()``: its sum, or ``[N]`` without a reduction.
+    """The loss of a table of ``token_losses()``: a sum, or ``[N]`` without a reduction.
+
     The table begins with the weighted loss, the loss, and the derivatives by
     ``statistics``.
     """
@@ -103,6 +106,8 @@ def _is_evaluated(call: LossCall, logp: Tensor, backend: str) -> bool:
         or rows.dtype != torch.float32
         or call.inputs_require_grad
         or is_traced(logp)
+        # autograd differentiates a coupled reduction
+        or (torch.is_inference_mode_enabled() and call.spec.is_coupled)
     )
 
 
@@ -116,41 +121,44 @@ def evaluate_stored(
     entropy and log_sum_p_sq. ``total`` tells whether these include the path through the
     ratio.
     """
-    program, rows, evaluate = call.spec.stored_program, call.rows, load(backend).evaluate_rows
+    program, evaluate = call.spec.stored_program, load(backend).evaluate_rows
     if program is None or evaluate is None or not _is_evaluated(call, statistics["logp"], backend):
         return None
-    logp, detached = statistics["logp"], {name: t.detach() for name, t in statistics.items()}
+    detached = {name: t.detach() for name, t in statistics.items()}
     leaves = {**call.stored(), **detached}
     leaves.setdefault("old_logp", detached["logp"])
-    params = call.params
-    ratio, inputs = call.spec.ratio, dict(statistics)
-    averaged, pointwise = (
-        call.averaged(detached["logp"], params),
-        ratio.one_pass_unsupported_reason is None,
-    )
-    primitives, masked, fused = rows.primitives, rows.masked, averaged is not None
+    inputs, params = dict(statistics), call.params
+    pointwise = call.spec.ratio.one_pass_unsupported_reason is None
+    averaged = call.averaged(detached["logp"], params)
     if averaged is not None:
+        primitives, masked = call.rows.primitives, call.rows.masked
         assert primitives is not None and primitives.ratio is not None and masked is not None
         leaves["log_ratio"], means = primitives.ratio(masked, averaged)
     elif not pointwise:
-        inputs["log_ratio"] = call.log_ratio(logp)
+        inputs["log_ratio"] = call.log_ratio(statistics["logp"])
         # one sequence may be an expanded number
         leaves["log_ratio"] = inputs["log_ratio"].detach().contiguous()
-    weights = call.stored_weights(leaves, evaluate)
+    weights, coupled = call.stored_weights(leaves, evaluate), None
+    if call.spec.is_coupled:
+        coupled = at_this_point(call, program, params, leaves, weights, evaluate)
+        weights = coupled.weights
     outputs = ("weighted_loss", "loss", *[f"d_{name}" for name in (_BY[:3] if pointwise else _BY)])
-    table = evaluate(program, params, leaves, weights, outputs, rows.keep)
+    table = evaluate(program, params, leaves, weights, outputs, call.rows.keep)
+    if coupled is not None:
+        table[0].copy_(coupled.weighted_loss)
+        table[1].copy_(coupled.loss)
+    moves = _moving(program, not pointwise)
     if averaged is not None:
         assert primitives is not None and primitives.adjoint is not None and masked is not None
         primitives.adjoint(masked, averaged, means, table[5], table[2])
-    moving = tuple(
-        [
-            name in inputs and (_moves(program, name, not pointwise) or (fused and name == "logp"))
-            for name in _BY
-        ]
-    )
+        moves = moves | {"logp"}
+    moving = tuple([name in inputs and name in moves for name in _BY])
     loss = _StoredRows.apply(table, moving, call, *[inputs.get(name) for name in _BY])  # type: ignore[no-untyped-call]
-    return loss, table, pointwise or fused
+    return loss, table, pointwise or averaged is not None
 
 
-def _moves(program: Program, name: str, given: bool) -> bool:
-    return loss_graph(program, given).moves(name)
+@functools.lru_cache(maxsize=512)
+def _moving(program: Program, given_ratio: bool) -> frozenset[str]:
+    """Return the statistics by which a loss has a gradient."""
+    graph = loss_graph(program, given_ratio)
+    return frozenset(name for name in _BY if f"d_{name}" in graph.names and graph.moves(name))

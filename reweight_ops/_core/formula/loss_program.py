@@ -97,11 +97,14 @@ def _is_zero(node: Expr) -> bool:
 class LossGraph:
     """The outputs of a loss by name. Each is a node of one graph.
 
-    The outputs are ``weighted_loss``, ``loss``, ``d_<leaf>`` and ``d_w<k>``.
+    The outputs are ``weighted_loss``, ``loss``, ``d_<leaf>``, ``d_w<k>`` and
+    ``own<k>``.
     ``d_<leaf>`` is the derivative of the weighted loss by a leaf; ``d_logp`` and
     ``d_old_logp`` include the path through the ratio. ``d_w<k>`` is its derivative by
-    the row weight of term ``k``. Leaves are those of a formula and ``w0, w1, ...``: the
-    row weights, then the parameters of rows. Other parameters are ``p0, p1, ...``.
+    the row weight of term ``k``. ``own<k>`` is the weighted loss of term ``k`` without
+    its coefficient, 0 where the coefficient is 0. Leaves are those of a formula and
+    ``w0, w1, ...``: the row weights, then the parameters of rows. Other parameters are
+    ``p0, p1, ...``.
 
     If any term selects a row whose ``logp`` is NaN, its loss and ``d_logp`` are NaN,
     whatever the comparisons of a rule make of a NaN. The same holds for a row whose
@@ -152,7 +155,7 @@ class LossGraph:
             "weighted_loss",
             "loss",
             *(f"d_{x}" for x in leaves),
-            *(f"d_w{k}" for k in range(self.terms)),
+            *(f"{name}{k}" for name in ("d_w", "own") for k in range(self.terms)),
         )
 
     def _leaf(self, name: str) -> Expr:
@@ -163,8 +166,10 @@ class LossGraph:
         self._weighted = self._loss = zero
         self._off: list[Expr] = []  # per term, whether it selects zero
         for k, (factor, rule) in enumerate(rules):
+            own = self._leaf(f"w{k}")
             for u, scope in weights:
-                factor = factor * u if k == 0 or scope == "all" else factor
+                if k == 0 or scope == "all":
+                    factor, own = factor * u, own * u
             share = self._leaf(f"w{k}") * factor
             off = self.graph.arithmetic("eq", share, zero)
             self._off.append(off)
@@ -172,6 +177,7 @@ class LossGraph:
             self._loss = simplified_add(self._loss, select(off, zero, factor * rule))
             never = self.graph.arithmetic("eq", factor, zero)
             self._found[f"d_w{k}"] = value_of(select(never, zero, factor * rule))
+            self._found[f"own{k}"] = value_of(select(off, zero, own * rule))
 
     def __getitem__(self, name: str) -> Expr:
         if name not in self._found:

@@ -8,7 +8,7 @@ hyper-parameters that are formulas have no gradient, so it takes their parts as 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -17,6 +17,9 @@ from .base import Formula, Rule, TokenWeight
 from .loss_program import Program
 from .text import write_formula
 from .trace import Expr, Graph, Traced, trace_rule, trace_weight, walk
+
+#: The bounds of the ratio are the first parameters of a program.
+_BOUNDS = 2
 
 #: A hyper-parameter: the place of its formula in :func:`formulas_of`, and its name.
 Field = tuple[int, str]
@@ -94,15 +97,11 @@ def is_row(value: Any) -> bool:
 def values_of(
     values: Iterable[Field | float | None], formulas: Sequence[Formula]
 ) -> tuple[Any, ...]:
-    """Return the hyper-parameters that are named. What is no field stands for itself."""
-    return tuple(
-        [getattr(formulas[v[0]], v[1]) if isinstance(v, tuple) else v for v in values]
-    )
+    """Return the hyper-parameters that are named. All else stands for itself."""
+    return tuple([getattr(formulas[v[0]], v[1]) if isinstance(v, tuple) else v for v in values])
 
 
-def staged(
-    rules: Sequence[Formula], weights: Sequence[TokenWeight], given_ratio: bool
-) -> Staged:
+def staged(rules: Sequence[Formula], weights: Sequence[TokenWeight], given_ratio: bool) -> Staged:
     """Return a loss in stages. Raises :class:`CannotStage` if it has no such form.
 
     ``rules`` are one a term, and may be weights that stand alone. With ``given_ratio``
@@ -161,9 +160,7 @@ class _Composer:
         """Copy a formula into the graph, with the formulas that are its fields."""
         formula, g = self._formulas[i], self._graph
         traced = (
-            trace_rule(type(formula))
-            if isinstance(formula, Rule)
-            else trace_weight(type(formula))  # type: ignore[arg-type]
+            trace_rule(type(formula)) if isinstance(formula, Rule) else trace_weight(type(formula))  # type: ignore[arg-type]
         )
         copies: dict[int, Expr] = {}
         for x in walk(traced.result):
@@ -186,22 +183,18 @@ class _Composer:
             self._stage([x for x in nodes if x.op == "batch" and level[x.index] == at])
             for at in range(1, 1 + max(level.values(), default=0))
         ]
-        values: list[Field | float | None] = []
-        rows: list[tuple[int, int]] = []
-        texts: list[str] = []
+        texts, written = [], _Parameters(self._fields, self._row_of)
         for i in self._roots:
-            first = 2 + len(values)
             if i < self._terms:
-                values.append(None)
-                first += 1
-            own = [f"{i}.{name}" for name in self._formulas[i].parameters()]
-            detached = isinstance(self._formulas[i], TokenWeight)
-            texts.append(
-                self._text(self._detached(self._results[i], detached), own, first, values, rows)
-            )
+                written.add(None)
+            formula = self._formulas[i]
+            own = [f"{i}.{name}" for name in formula.parameters()]
+            result = self._detached(self._results[i], isinstance(formula, TokenWeight))
+            texts.append(written.text(result, own))
         scoped = tuple(zip(texts[self._terms :], self._scopes, strict=True))
-        program = Program(tuple(texts[: self._terms]), scoped, tuple(rows))
-        return Staged(program, tuple(values), tuple(self._given), tuple(stages), self._rows)
+        program = Program(tuple(texts[: self._terms]), scoped, tuple(written.rows))
+        values = tuple(written.values)
+        return Staged(program, values, tuple(self._given), tuple(stages), self._rows)
 
     def _stage(self, statistics: list[Expr]) -> Stage:
         begin, roots = self._rows, dict[int, Expr]()
@@ -209,18 +202,11 @@ class _Composer:
             for x in statistic.operands:
                 if self._needs_row(x):
                     roots.setdefault(x.index, x)
-        values: list[Field | float] = []
-        rows: list[tuple[int, int]] = []
-        texts: list[str] = []
+        texts, written, g = [], _Parameters(self._fields, self._row_of), self._graph
         for x in roots.values():
-            values.append(1.0)
-            number = self._detached(
-                self._graph.node("where", x, self._graph.const(1.0), self._graph.const(0.0))
-                if x.is_bool
-                else x,
-                True,
-            )
-            texts.append(self._text(number, [], 2 + len(values), values, rows))
+            written.add(1.0)
+            number = g.node("where", x, g.const(1.0), g.const(0.0)) if x.is_bool else x
+            texts.append(written.text(self._detached(number, free=True)))
         for index, x in roots.items():
             row = self._row()
             self._known[index] = row != 0.0 if x.is_bool else row
@@ -230,8 +216,8 @@ class _Composer:
             operand = tuple(map(self._operand, operands))
             self._known[x.index] = row = self._row()
             found.append(Statistic(name, operand, keywords, self._row_of[row.args[0]]))
-        program = Program(tuple(texts), (), tuple(rows)) if texts else None
-        return Stage(program, tuple(values), begin, tuple(found))
+        program = Program(tuple(texts), (), tuple(written.rows)) if texts else None
+        return Stage(program, tuple(written.values), begin, tuple(found))
 
     def _varies(self, x: Expr) -> bool:
         """Return whether a node differs between rows."""
@@ -250,15 +236,16 @@ class _Composer:
         return leaf != "log_ratio" or self._given_ratio
 
     def _operand(self, x: Expr) -> Operand:
-        known = self._known.get(x.index, x)
-        if known.op == "ne":
-            return Operand(self._row_of[known.args[0].args[0]], is_condition=True)
-        if known.op == "param" and known.args[0] in self._row_of:
-            return Operand(self._row_of[known.args[0]])
-        if known.op == "leaf":
-            return Operand(leaf=known.args[0])
-        values: list[Field | float] = []
-        return Operand(number=self._text(known, [], 0, values, []), fields=tuple(values))
+        known = self._known.get(x.index)
+        if known is not None:
+            row = known.args[0] if x.is_bool else known  # a condition is row != 0
+            return Operand(self._row_of[row.args[0]], is_condition=x.is_bool)
+        if x.op == "leaf":
+            return Operand(leaf=x.args[0])
+        if x.op == "param" and x.args[0] in self._row_of:
+            return Operand(self._row_of[x.args[0]])
+        number = _Parameters(self._fields, self._row_of)
+        return Operand(number=number.text(x), fields=tuple(number.values))
 
     def _detached(self, x: Expr, free: bool) -> Expr:
         """Return a node with what is known in place of its parts. Only parts without a
@@ -282,23 +269,29 @@ class _Composer:
 
         return copy(x, free)
 
-    def _text(
-        self,
-        x: Expr,
-        own: list[str],
-        first: int,
-        values: list[Any],
-        rows: list[tuple[int, int]],
-    ) -> str:
-        """Return the text of a node, and add its parameters to ``values`` and ``rows``.
 
-        ``own`` parameters come first, read or not. ``first`` is the place of the first.
+class _Parameters:
+    """The parameters of a program, in the order of the formulas that are written."""
+
+    def __init__(self, fields: Mapping[str, Field], row_of: Mapping[str, int]) -> None:
+        self._fields, self._row_of = fields, row_of
+        self.values: list[Any] = []
+        self.rows: list[tuple[int, int]] = []
+
+    def add(self, value: Any) -> None:
+        self.values.append(value)
+
+    def text(self, x: Expr, own: Sequence[str] = ()) -> str:
+        """Return the text of a formula, and add its parameters.
+
+        ``own`` parameters come first, read or not.
         """
-        read = [y.args[0] for y in walk(x) if y.op == "param"]
-        names = [*own, *(name for name in read if name not in own)]
-        for at, name in enumerate(names, first):
+        nodes = walk(x)
+        read = [y.args[0] for y in nodes if y.op == "param"]
+        names = (*own, *[name for name in read if name not in own])
+        for name in names:
             if name in self._row_of:
-                rows.append((at, self._row_of[name]))
-            values.append(self._fields.get(name, 0.0))
-        leaves = frozenset(y.args[0] for y in walk(x) if y.op == "leaf")
-        return write_formula(Traced(x, leaves, tuple(names), frozenset()))
+                self.rows.append((_BOUNDS + len(self.values), self._row_of[name]))
+            self.add(self._fields.get(name, 0.0))
+        leaves = frozenset(y.args[0] for y in nodes if y.op == "leaf")
+        return write_formula(Traced(x, leaves, names, frozenset()))

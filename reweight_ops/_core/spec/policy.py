@@ -105,6 +105,7 @@ class PolicyLossSpec:
             "_reductions",
             (self.reduction, *[p.reduction or self.reduction for p in self.penalties]),
         )
+        object.__setattr__(self, "_is_coupled", any(r.coupled for r in self.reductions))
         object.__setattr__(
             self,
             "_reduction_of_term",
@@ -161,6 +162,11 @@ class PolicyLossSpec:
         return self._reductions  # type: ignore[attr-defined,no-any-return]
 
     @property
+    def is_coupled(self) -> bool:
+        """Return whether the loss is not a fixed sum over rows."""
+        return self._is_coupled  # type: ignore[attr-defined,no-any-return]
+
+    @property
     def reduction_of_term(self) -> tuple[int, ...]:
         """Return the reduction of each term, as the position of the first term that has
         it.
@@ -173,7 +179,7 @@ class PolicyLossSpec:
         other rows."""
         formulas = (*self.all_weights, *self._inner_formulas())
         batch = any(trace_weight(type(w)).uses_batch for w in formulas)
-        return self.ratio.level != "token" or batch or any(r.coupled for r in self.reductions)
+        return self.ratio.level != "token" or batch or self.is_coupled
 
     @property
     def program(self) -> Program | None:
@@ -441,7 +447,7 @@ class PolicyLossSpec:
         return self.ratio.one_pass_unsupported_reason or self._find_row_unsupported_reason()
 
     def _find_row_unsupported_reason(self) -> str | None:
-        """Return why a kernel of logits cannot evaluate the rest of the loss in a row."""
+        """Return why a kernel of logits cannot evaluate the rest of the loss."""
         return (
             self._find_unstored_reason()
             or self._find_given_reason()
@@ -455,11 +461,6 @@ class PolicyLossSpec:
         for w in self.weights:
             if not w.detach:
                 return f"the weight {w.name!r} is not detached"
-        for r in self.reductions:
-            if r.coupled:
-                return (
-                    f"{type(r).__name__} couples tokens: their coefficients depend on all of them"
-                )
         values: list[Any] = [*self.ratio.bounds(), *(p.coef for p in self.penalties)]
         if any(map(is_row, values)):
             return "a hyper-parameter is a per-row tensor"
@@ -485,6 +486,10 @@ class PolicyLossSpec:
         if not self.reduction.scalar:
             return "the loss is not reduced to a number"
         for r in self.reductions:
+            if r.coupled:
+                return (
+                    f"{type(r).__name__} couples tokens: their coefficients depend on all of them"
+                )
             if r.weight is not None and not reads_stored_only(r.weight):
                 return (
                     f"a reduction is over the weight {r.weight.name!r}, which reads current "
