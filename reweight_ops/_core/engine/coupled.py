@@ -1,0 +1,60 @@
+"""A loss whose reduction couples tokens, near one point: a sum over rows has the same
+derivatives there.
+
+Autograd differentiates the reduction, which is a few operations on sequences. The row
+kernels do the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..calls.policy import LossCall
+from ..formula.loss_program import Program
+
+
+class AtThisPoint(NamedTuple):
+    """``weights`` is the table of row weights with which a sum over rows has the loss's
+    derivatives. ``weighted_loss`` and ``loss`` ``[N]`` are those of the loss itself.
+    """
+
+    weights: Tensor
+    weighted_loss: Tensor
+    loss: Tensor
+
+
+def at_this_point(
+    call: LossCall,
+    program: Program,
+    params: Tensor,
+    leaves: dict[str, Tensor],
+    weights: Tensor,
+    evaluate: Callable[..., Tensor],
+) -> AtThisPoint:
+    """Evaluate a loss with coupled reductions, from the table of its row weights."""
+    spec, count = call.spec, len(call.spec.rules)
+    coefficients: tuple[Any, ...] = (1.0, *(p.coef for p in spec.penalties))
+    outputs = ("loss", *[f"own{k}" for k in range(count)])
+    loss, *own = evaluate(program, params, leaves, weights, outputs, call.rows.keep).unbind()
+    total, slopes = torch.zeros_like(loss), list(weights.unbind())
+    for k, (reduction, coefficient) in enumerate(zip(spec.reductions, coefficients, strict=True)):
+        if not reduction.coupled:
+            total = total + coefficient * own[k]
+            continue
+        with torch.enable_grad():
+            x = own[k].requires_grad_()
+            contributions = call.contributions(reduction)(x)
+            (slope,) = torch.autograd.grad(contributions.sum(), x)
+        total = total + coefficient * contributions.detach()
+        slopes[k] = weights[k] * slope
+    unknown = loss.isnan()  # whatever a rule's comparisons make of a NaN
+    return AtThisPoint(
+        torch.where(unknown, math.nan, torch.stack(slopes)),
+        torch.where(unknown, math.nan, total),
+        loss,
+    )

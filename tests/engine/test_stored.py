@@ -1,0 +1,177 @@
+"""Losses whose middle row kernels evaluate on stored rows, against autograd in fp64:
+weights of batch statistics, hyper-parameters of rows, coupled reductions, no reduction.
+"""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import reweight_ops as rw
+from reweight_ops._core.calls.specs import METHODS
+from reweight_ops.testing import make_batch
+
+pytest.importorskip("reweight_ops._C", exc_type=ImportError)
+
+LENGTHS = (5, 0, 8, 3, 7, 8)
+
+
+def batch_of(spec, **changes):
+    batch = make_batch(spec, (len(LENGTHS), 8), 11)
+    batch["completion_mask"] = torch.arange(8) < torch.tensor(LENGTHS)[:, None]
+    batch["completion_mask"][0, 1] = False
+    batch["advantages"] = torch.tensor([1.0, -0.5, 0.7, -1.0, 0.3, 0.2])[:, None].expand(-1, 8)
+    if spec.reads_groups:
+        batch |= {"group_ids": torch.tensor([1, 0, 1, 2, 0, 2]), "num_groups": 4}
+    return batch | changes
+
+
+def found(spec, batch, backend, dtype, upstream=None):
+    """The loss, its gradient, and the metrics."""
+    z = batch["logits"].detach().to(dtype).requires_grad_()
+    data = {
+        name: t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+        for name, t in batch.items()
+    }
+    out = rw.policy_loss(**{**data, "logits": z}, spec=spec, backend=backend, unused="ignore")
+    (grad,) = torch.autograd.grad(out.loss, z, upstream)
+    return out.loss.detach(), grad, out.metrics.as_floats()
+
+
+def same(spec, batch, upstream=None, rtol=3e-4, atol=3e-6):
+    loss, grad, metrics = found(spec, batch, "cpu", torch.float32, upstream)
+    up = None if upstream is None else upstream.double()
+    want, slope, wanted = found(spec, batch, "reference", torch.float64, up)
+    torch.testing.assert_close(loss.double(), want, rtol=rtol, atol=atol, equal_nan=True)
+    torch.testing.assert_close(grad.double(), slope, rtol=rtol, atol=atol, equal_nan=True)
+    common = {name: metrics[name] for name in wanted}
+    assert common == pytest.approx(wanted, rel=1e-3, abs=1e-5, nan_ok=True)
+    assert "rows_skipped" in metrics, "the row kernels did not evaluate the loss"
+
+
+COUPLED = [name for name in METHODS if METHODS[name].build().is_coupled]
+
+
+def scaled(batch):
+    return {**batch, "loss_scale": 3.5, "token_weights": torch.rand(len(LENGTHS), 8) + 0.5}
+
+
+@pytest.mark.parametrize("change", [dict, scaled], ids=["plain", "scaled"])
+@pytest.mark.parametrize("name", COUPLED)
+def test_coupled_reductions(name, change):
+    spec = METHODS[name].build()
+    same(spec, change(batch_of(spec)))
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_coupled_reductions_of_unusual_rows(name):
+    """A NaN in one row, an infinite log-prob, prompts of one side only."""
+    spec = METHODS[name].build()
+    batch = batch_of(spec, advantages=torch.ones(len(LENGTHS), 8))
+    same(spec, batch)
+    broken = batch_of(spec)
+    broken["logits"] = broken["logits"].clone()
+    broken["logits"][2, 3] = math.nan
+    loss, grad, _ = found(spec, broken, "cpu", torch.float32)
+    _, want, _ = found(spec, broken, "reference", torch.float64)
+    assert loss.isnan() and grad[2, 3].isnan().all()
+    assert torch.equal(grad.isnan().any(-1), want.isnan().any(-1))
+
+
+def test_a_penalty_beside_a_coupled_term():
+    """Terms of which some are coupled, one with a coefficient of 0."""
+    spec = rw.methods.grpo(beta=0.1, entropy_coef=0.3)
+    hinge = rw.HingeConstraint(strength=50.0, bound=-3.0)
+    penalty = dataclasses.replace(spec.penalties[0], reduction=hinge)
+    for coef in (0.7, 0.0):
+        with_hinge = dataclasses.replace(
+            spec, penalties=(dataclasses.replace(penalty, coef=coef), *spec.penalties[1:])
+        )
+        assert with_hinge.is_coupled and with_hinge.stored_program is not None
+        same(with_hinge, batch_of(with_hinge))
+
+
+def test_second_derivatives_of_a_coupled_reduction():
+    spec = METHODS["real"].build()
+    batch, grads = batch_of(spec), []
+    for backend in ("cpu", "reference"):
+        z = batch["logits"].detach().clone().requires_grad_()
+        out = rw.policy_loss(**{**batch, "logits": z}, spec=spec, backend=backend, unused="ignore")
+        (slope,) = torch.autograd.grad(out.loss, z, create_graph=True)
+        grads.append(torch.autograd.grad(slope.square().sum(), z)[0])
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-6)
+    assert grads[0].abs().sum() > 1e-4
+
+
+@pytest.mark.parametrize("ratio", [rw.TokenRatio(), rw.SequenceRatio()], ids=["token", "sequence"])
+def test_no_reduction_takes_an_upstream_for_each_row(ratio):
+    spec = rw.methods.grpo(beta=0.1).replace(reduction=rw.NoReduction(), ratio=ratio)
+    upstream = torch.randn(len(LENGTHS), 8, generator=torch.Generator().manual_seed(1))
+    same(spec, batch_of(spec), upstream)
+
+
+def test_second_derivatives_without_a_reduction():
+    spec = rw.methods.dapo().replace(reduction=rw.NoReduction())
+    batch, grads = batch_of(spec), []
+    for backend in ("cpu", "reference"):
+        z = batch["logits"].detach().clone().requires_grad_()
+        out = rw.policy_loss(**{**batch, "logits": z}, spec=spec, backend=backend)
+        upstream = torch.linspace(0, 1, out.loss.numel()).view_as(out.loss)
+        (slope,) = torch.autograd.grad(out.loss, z, upstream, create_graph=True)
+        grads.append(torch.autograd.grad(slope.square().sum(), z)[0])
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-6)
+    assert grads[0].abs().sum() > 1e-4
+
+
+PER_ROW = torch.linspace(0.05, 0.4, len(LENGTHS) * 8).view(len(LENGTHS), 8)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"surrogate.epsilon_low": PER_ROW},
+        {"surrogate.epsilon_high": PER_ROW[:, :1]},
+        {"surrogate.epsilon_high": rw.weights.TopEntropy(fraction=0.4)},
+        {"surrogate.epsilon_low": rw.weights.Entropy(), "surrogate.epsilon_high": PER_ROW},
+    ],
+    ids=["tokens", "sequences", "a formula of the batch", "both"],
+)
+def test_hyper_parameters_of_rows(changes):
+    spec = rw.methods.dapo().replace(**changes)
+    assert spec.staged is not None
+    same(spec, batch_of(spec))
+
+
+def test_weights_with_hyper_parameters_of_rows_and_both_scopes():
+    spec = rw.methods.grpo(beta=0.2, entropy_coef=0.1)
+    nested = rw.weights.ProbabilityQuantile(
+        quantile=0.3, below=rw.weights.TopEntropy(fraction=0.5), above=0.25
+    )
+    spec = spec.with_weight(nested)
+    spec = spec.with_weight(rw.weights.SequenceTruncatedImportance(scope="all"))
+    spec = spec.with_weight(rw.weights.CurrentAdvantageReweighting(scope="all"))
+    assert spec.staged is not None and spec.staged.rows > 3
+    same(spec, batch_of(spec))
+
+
+def test_a_reduction_over_a_weight_of_the_batch():
+    spec = rw.methods.grpo(entropy_coef=0.2)
+    over = rw.TokenMean(weight=rw.weights.TopEntropy(fraction=0.4))
+    penalties = (*spec.penalties[:-1], dataclasses.replace(spec.penalties[-1], reduction=over))
+    spec = dataclasses.replace(
+        spec, penalties=penalties, reduction=rw.SequenceMean(weight=over.weight)
+    )
+    assert spec.staged_weights[0] is not None and spec.stored_program is not None
+    same(spec, batch_of(spec))
+
+
+def test_what_only_autograd_can_do():
+    """A weight with a gradient, and a hyper-parameter with one."""
+    own = dataclasses.replace(rw.weights.OffPolicySequenceMask(threshold=0.1), detach=False)
+    learnt = torch.full((len(LENGTHS), 8), 0.2, requires_grad=True)
+    for spec in (
+        rw.methods.dapo().with_weight(own),
+        rw.methods.dapo().replace(**{"surrogate.epsilon_low": learnt}),
+    ):
+        assert spec.staged is None and spec.stored_program is None
