@@ -26,6 +26,8 @@ def sums_kernel(
     D_LOGP,
     D_H,
     FACTOR,
+    W,
+    w_stride: tl.int64,
     KEEP,
     OFFSETS,
     INDEX,
@@ -43,7 +45,7 @@ def sums_kernel(
 
     The sums are entropy, kl, clipped below, clipped above, clipped, ratio, ``old -
     logp``, factor, and rows without a gradient. PROGRAM says which rows are clipped and
-    computes the kl. GIVEN says that the ratio is stored.
+    computes the kl, with parameters of rows in W. GIVEN says that the ratio is stored.
     """
     s = tl.program_id(0).to(tl.int64)
     zero = tl.zeros((BLOCK,), tl.float32)
@@ -77,7 +79,17 @@ def sums_kernel(
             raw, lower, upper = logp - old, tl.load(PARAMS), tl.load(PARAMS + 1)
             log_ratio = tl.where(raw < lower, lower, tl.where(raw > upper, upper, raw))
         low, high, kl = PROGRAM(
-            PARAMS, logp, old, ref, sampling, adv, entropy, log_sum_p_sq, log_ratio
+            PARAMS,
+            W + at,
+            w_stride,
+            logp,
+            old,
+            ref,
+            sampling,
+            adv,
+            entropy,
+            log_sum_p_sq,
+            log_ratio,
         )
         ratio = math.exp(log_ratio)
         entropies += tl.where(keep, entropy, 0.0)

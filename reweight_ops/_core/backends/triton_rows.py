@@ -345,12 +345,15 @@ def metrics(
     parts = torch.empty(
         (metric_kernels.SUMS.value, sequences), dtype=torch.float32, device=like.device
     )
-    stored = [leaves.get(name, like) for name in (*_ORDER, "d_logp", "d_entropy", "factor")]
+    stored = [
+        leaves.get(name, like) for name in (*_ORDER, "d_logp", "d_entropy", "factor", "table")
+    ]
     _launch(
         metric_kernels.sums_kernel,
         sequences,
         like.device,
         *stored,
+        n,
         masked.keep,
         *_places(runs, masked.keep),
         params,

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..backends.base import RowInputs
 from ..formula.leaves import Leaves, safe_where
 from ..formula.namespace import TorchNamespace
+from ..formula.stages import formulas_of, values_of
 from ..formula.terms import Term, TermResult, Terms, combine_terms
 from ..formula.trace import trace_weight
 from ..rows.batch import BatchStatistics
@@ -379,6 +380,16 @@ class LossCall:
         op boundary.
         """
         return parameter_vector(self.spec.parameter_values, self.rows.dtype, self.rows.device)
+
+    @property
+    def monitor_params(self) -> Tensor:
+        """Return those that the spec's monitor reads."""
+        spec = self.spec
+        if spec.staged is None or spec.staged.monitor is None:
+            return self.params
+        fields = values_of(spec.staged.monitor[1], formulas_of([*spec.rules, *spec.weights]))
+        numbers = (*spec.ratio.bounds(), *fields)
+        return parameter_vector(numbers, self.rows.dtype, self.rows.device)
 
 
 def resolve_loss(

@@ -200,14 +200,16 @@ def policy_metrics(
     leaves: dict[str, Tensor],
     by: tuple[Tensor, Tensor] | None,
     more: dict[str, Any] | None = None,
+    table: Tensor | None = None,
 ) -> Metrics:
     """Return the metrics of a call from its row statistics.
 
     ``by`` are the loss's derivatives by logp and entropy, if known. ``more`` has sums
-    to add.
+    to add. ``table`` is that of the spec's program for stored rows, if it was
+    evaluated.
     """
     rows, spec = call.rows, call.spec
-    if (fused := _fused(call, leaves, by)) is not None:
+    if (fused := _fused(call, leaves, by, table)) is not None:
         return _with_sums(fused, more) if more else fused
     xp, t, known = TorchNamespace(rows.dtype), call.safe_leaves(leaves), call.leaves(leaves)
     keep = rows.keep.to(rows.dtype)
@@ -281,7 +283,10 @@ def _with_sums(metrics: Metrics, more: dict[str, Any]) -> Metrics:
 
 
 def _fused(
-    call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, Tensor] | None
+    call: LossCall,
+    leaves: dict[str, Tensor],
+    by: tuple[Tensor, Tensor] | None,
+    table: Tensor | None,
 ) -> Metrics | None:
     """Return the metrics from a backend's kernels, or None if they cannot
     compute them."""
@@ -292,6 +297,7 @@ def _fused(
         or rows.masked is None
         or monitor is None
         or by is None
+        or (table is None and monitor.rows)
         or torch.compiler.is_compiling()
     ):
         return None
@@ -312,7 +318,9 @@ def _fused(
     known.setdefault("old_logp", leaves["logp"])
     if call.factor is not None:
         known["factor"] = call.factor
-    params = call.params
+    if table is not None:
+        known["table"] = table
+    params = call.monitor_params
     if (averaged := call.averaged(leaves["logp"], params)) is not None:
         assert rows.primitives.ratio is not None
         known["log_ratio"], _ = rows.primitives.ratio(rows.masked, averaged)

@@ -75,7 +75,8 @@ class PolicyLossOutput:
     _call: LossCall = field(repr=False)
     _leaves: dict[str, Tensor] = field(repr=False)  # [N], detached
     _loss: Tensor = field(repr=False)  # [N], detached
-    _by: tuple[Tensor, Tensor] | None = field(repr=False)
+    #: The loss's derivatives by logp and entropy, or what computes them.
+    _by: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]] | None = field(repr=False)
     #: More metrics (sums), from the loss's derivatives by logp and entropy.
     _more: Callable[[tuple[Tensor, Tensor]], dict[str, Any]] | None = field(repr=False)
     #: The versions of the tensors that the properties read, and of those that only the
@@ -84,6 +85,8 @@ class PolicyLossOutput:
     #: The divergences from a teacher, if the loss has a term of them. ``loss`` includes
     #: that term. Everything else here belongs to the spec alone.
     teacher: DistillationLossOutput | None = None
+    #: What row kernels have evaluated beside the loss, which metrics read.
+    _table: Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def later(
@@ -112,7 +115,7 @@ class PolicyLossOutput:
         if torch.compiler.is_compiling() or self._versions is None:
             return
         self._versions[0].check(what)
-        if derivatives and self._by is None:
+        if derivatives and not isinstance(self._by, tuple):
             self._versions[1].check(what)
 
     @computed_once
@@ -140,7 +143,7 @@ class PolicyLossOutput:
     @computed_once
     def _derivatives(self) -> tuple[Tensor, Tensor]:
         if self._by is not None:
-            return self._by
+            return self._by if isinstance(self._by, tuple) else self._by()
         if torch.compiler.is_exporting():
             raise self._call.rows.unsupported(
                 "torch.export has no derivatives of two_pass, so there is no coef: return the "
@@ -158,7 +161,7 @@ class PolicyLossOutput:
         self._unchanged("metrics", derivatives=True)
         by = None if self._by is None and torch.compiler.is_exporting() else self._derivatives
         more = {} if self._more is None or by is None else self._more(by)
-        return policy_metrics(self._call, self._leaves, by, more)
+        return policy_metrics(self._call, self._leaves, by, more, self._table)
 
     @computed_once
     def diagnostics(self) -> Metrics:

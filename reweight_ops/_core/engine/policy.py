@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -110,7 +111,10 @@ class PolicyObjective:
             else None
         )
         if stored is not None:
-            return self._from_stored(leaves, *stored, choice, more)
+            shaped = stored.loss if self.call.spec.reduction.scalar else rows.unflatten(stored.loss)
+            return self._shown(
+                leaves, shaped, stored.per_row, stored.by, choice, more, stored.table
+            )
         result = self.call.token_losses(leaves)
         loss = (
             result.weighted_loss.sum()
@@ -119,27 +123,15 @@ class PolicyObjective:
         )
         return self._shown(leaves, loss, result.loss.detach(), None, choice, more)
 
-    def _from_stored(
-        self,
-        leaves: dict[str, Tensor],
-        loss: Tensor,
-        table: Tensor,
-        total: bool,
-        choice: Choice,
-        more: MoreMetrics | None,
-    ) -> PolicyLossOutput:
-        by = (table[2], table[3]) if total else None
-        shaped = loss if self.call.spec.reduction.scalar else self.call.rows.unflatten(loss)
-        return self._shown(leaves, shaped, table[1], by, choice, more)
-
     def _shown(
         self,
         leaves: dict[str, Tensor],
         loss: Tensor,
         per_row: Tensor,
-        by: tuple[Tensor, Tensor] | None,
+        by: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]] | None,
         choice: Choice,
         more: MoreMetrics | None,
+        table: Tensor | None = None,
     ) -> PolicyLossOutput:
         rows = self.call.rows
         detached = {name: value.detach() for name, value in leaves.items()}
@@ -159,4 +151,5 @@ class PolicyObjective:
             by,
             more,
             versions_of(self.call, detached, per_row),
+            _table=table,
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,15 +111,25 @@ def _is_evaluated(call: LossCall, logp: Tensor, backend: str) -> bool:
     )
 
 
+class Evaluated(NamedTuple):
+    """A loss on stored rows.
+
+    ``per_row`` ``[N]`` is without row weights. ``by`` are the derivatives by logp and
+    entropy, or computes them where PyTorch forms the ratio. ``table`` is that of the
+    row weights, if the loss has stages.
+    """
+
+    loss: Tensor
+    per_row: Tensor
+    by: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]]
+    table: Tensor | None
+
+
 def evaluate_stored(
     call: LossCall, statistics: dict[str, Tensor], backend: str
-) -> tuple[Tensor, Tensor, bool] | None:
-    """Return ``(loss, table, total)`` from differentiable statistics, or None if the
-    backend or the loss has no such evaluation.
-
-    The table's rows are the weighted loss, the loss and the derivatives by logp,
-    entropy and log_sum_p_sq. ``total`` tells whether these include the path through the
-    ratio.
+) -> Evaluated | None:
+    """Return the loss from differentiable statistics, or None if the backend or the
+    loss has no such evaluation.
     """
     program, evaluate = call.spec.stored_program, load(backend).evaluate_rows
     if program is None or evaluate is None or not _is_evaluated(call, statistics["logp"], backend):
@@ -154,7 +164,22 @@ def evaluate_stored(
         moves = moves | {"logp"}
     moving = tuple([name in inputs and name in moves for name in _BY])
     loss = _StoredRows.apply(table, moving, call, *[inputs.get(name) for name in _BY])  # type: ignore[no-untyped-call]
-    return loss, table, pointwise or averaged is not None
+    rows_table = None if call.spec.staged is None else weights
+    if pointwise or averaged is not None:
+        return Evaluated(loss, table[1], (table[2], table[3]), rows_table)
+    by = functools.partial(_through_ratio, call.without_inputs(), detached["logp"], table)
+    return Evaluated(loss, table[1], by, rows_table)
+
+
+def _through_ratio(call: LossCall, logp: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the derivatives by logp and entropy, with the path through a ratio that
+    PyTorch forms.
+    """
+    with torch.enable_grad():
+        probe = logp.clone().requires_grad_()
+        ratio = call.log_ratio(probe)
+        (through,) = torch.autograd.grad(ratio, probe, table[5]) if ratio.requires_grad else (0,)
+    return table[2] + through, table[3]
 
 
 @functools.lru_cache(maxsize=512)

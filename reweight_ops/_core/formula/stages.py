@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .base import Formula, Rule, TokenWeight
 from .loss_program import Program
+from .monitor import Monitor
 from .text import write_formula
-from .trace import Expr, Graph, Traced, trace_rule, trace_weight, walk
+from .trace import Expr, Graph, Traced, trace_clip, trace_rule, trace_weight, walk
 
 #: The bounds of the ratio are the first parameters of a program.
 _BOUNDS = 2
@@ -67,7 +68,8 @@ class Staged(NamedTuple):
 
     ``values`` are the parameters of ``program`` after the bounds of the ratio. None is
     the coefficient of a term, in the order of terms. ``given`` has the rows of
-    hyper-parameters that are tensors. The table has ``rows`` rows.
+    hyper-parameters that are tensors. The table has ``rows`` rows. ``monitor`` has
+    parameters of its own, and is None if no kernel can evaluate it.
     """
 
     program: Program
@@ -75,6 +77,7 @@ class Staged(NamedTuple):
     given: tuple[tuple[Field, int], ...]
     stages: tuple[Stage, ...]
     rows: int
+    monitor: tuple[Monitor, tuple[Field | float, ...]] | None
 
 
 class CannotStage(Exception):
@@ -110,6 +113,12 @@ def staged(rules: Sequence[Formula], weights: Sequence[TokenWeight], given_ratio
     return _Composer(rules, weights, given_ratio).staged()
 
 
+def _traced(formula: Formula) -> Traced:
+    if isinstance(formula, Rule):
+        return trace_rule(type(formula))
+    return trace_weight(type(formula))  # type: ignore[arg-type]
+
+
 class _Composer:
     def __init__(
         self,
@@ -129,11 +138,11 @@ class _Composer:
         self._row_of: dict[str, int] = {}
         self._known: dict[int, Expr] = {}  # by node, what stands for it in detached parts
         # like formulas_of: the hyper-parameters of the first formula come first
-        own = [self._own_fields(i) for i in range(len(self._formulas))]
-        made: dict[int, Expr] = {}
+        self._own = [self._own_fields(i) for i in range(len(self._formulas))]
+        self._made: dict[int, Expr] = {}
         for i in reversed(range(len(self._formulas))):
-            made[i] = self._read(i, own[i], made)
-        self._results = [made[i] for i in self._roots]
+            self._made[i] = self._read(_traced(self._formulas[i]), i)
+        self._results = [self._made[i] for i in self._roots]
 
     def _own_fields(self, i: int) -> dict[str, Expr | int]:
         """Return the fields of a formula. A field that is a formula is its place."""
@@ -156,17 +165,15 @@ class _Composer:
         self._rows += 1
         return self._graph.node("param", name)
 
-    def _read(self, i: int, fields: dict[str, Expr | int], made: dict[int, Expr]) -> Expr:
-        """Copy a formula into the graph, with the formulas that are its fields."""
-        formula, g = self._formulas[i], self._graph
-        traced = (
-            trace_rule(type(formula)) if isinstance(formula, Rule) else trace_weight(type(formula))  # type: ignore[arg-type]
-        )
-        copies: dict[int, Expr] = {}
+    def _read(self, traced: Traced, i: int) -> Expr:
+        """Copy what is traced of formula ``i``, with the formulas in its fields."""
+        g, copies = self._graph, dict[int, Expr]()
         for x in walk(traced.result):
             if x.op == "param":
-                field = fields[x.args[0]]
-                copies[x.index] = g.node("stop", made[field]) if isinstance(field, int) else field
+                field = self._own[i][x.args[0]]
+                copies[x.index] = (
+                    g.node("stop", self._made[field]) if isinstance(field, int) else field
+                )
             else:
                 copies[x.index] = g.node(
                     x.op, *(copies[a.index] if isinstance(a, Expr) else a for a in x.args)
@@ -194,7 +201,28 @@ class _Composer:
         scoped = tuple(zip(texts[self._terms :], self._scopes, strict=True))
         program = Program(tuple(texts[: self._terms]), scoped, tuple(written.rows))
         values = tuple(written.values)
-        return Staged(program, values, tuple(self._given), tuple(stages), self._rows)
+        monitor = self._monitor()
+        return Staged(program, values, tuple(self._given), tuple(stages), self._rows, monitor)
+
+    def _monitor(self) -> tuple[Monitor, tuple[Field | float, ...]] | None:
+        if not isinstance(self._formulas[0], Rule):
+            return None
+        rules = [type(formula) for formula in self._formulas[: self._terms]]
+        written = _Parameters(self._fields, self._row_of)
+
+        def write(traced: Traced, i: int) -> tuple[str, int]:
+            at = _BOUNDS + len(written.values)
+            return written.text(self._detached(self._read(traced, i), free=True)), at
+
+        try:
+            clip = trace_clip(rules[0])  # type: ignore[arg-type]
+            clips = None if clip is None else (write(clip[0], 0), write(clip[1], 0))
+            traced = {i: trace_rule(rule) for i, rule in enumerate(rules)}  # type: ignore[arg-type]
+            kl = next((i for i, t in traced.items() if i and "ref_logp" in t.leaves), None)
+            written_kl = None if kl is None else write(traced[kl], kl)
+        except (CannotStage, TypeError, AttributeError):
+            return None  # a user's clipped() may do something that only torch can do
+        return Monitor(clips, written_kl, tuple(written.rows)), tuple(written.values)
 
     def _stage(self, statistics: list[Expr]) -> Stage:
         begin, roots = self._rows, dict[int, Expr]()

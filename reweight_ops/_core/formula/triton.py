@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import keyword
+from collections.abc import Iterable
 
 from .base import TOKEN_FIELDS
 from .loss_program import ONE_PASS, Program, loss_graph
@@ -68,22 +69,24 @@ def program_py(
     """
     graph = loss_graph(program, given_ratio)
     read = graph.reads(outputs)
-    loads = [
-        f"w{k} = tl.load(w + {k} * w_stride)" for k in range(graph.table_rows) if f"w{k}" in read
-    ]
     return _module(
         [graph[name] for name in outputs],
         f"params, w, w_stride, {_FIELDS}{', log_ratio' * given_ratio}",
-        loads,
+        _loads(k for k in range(graph.table_rows) if f"w{k}" in read),
     )
+
+
+def _loads(rows: Iterable[int]) -> list[str]:
+    return [f"w{k} = tl.load(w + {k} * w_stride)" for k in rows]
 
 
 def monitor_py(monitor: Monitor) -> str:
     """Return the source of a module whose ``program`` returns :meth:`Monitor.graph`.
 
-    Its arguments are ``params`` and the leaves. ``log_ratio`` is the last.
+    Its arguments are those of :func:`program_py` with a ``log_ratio``.
     """
-    return _module(monitor.graph(), f"params, {_FIELDS}, log_ratio", [])
+    rows = sorted({row for _, row in monitor.rows})
+    return _module(monitor.graph(), f"params, w, w_stride, {_FIELDS}, log_ratio", _loads(rows))
 
 
 def _module(roots: list[Expr], signature: str, loads: list[str]) -> str:

@@ -159,7 +159,8 @@ class RowPrimitives:
     * ``metrics(masked, monitor, params, leaves, names) -> (sums [M, 2], values [M])``
       computes the named :data:`METRICS`. ``monitor`` is a
       :class:`~reweight_ops._core.formula.monitor.Monitor`. ``leaves`` are those of a
-      formula, and ``d_logp``, ``d_entropy`` and ``factor``. A missing ``log_ratio`` is
+      formula, and ``d_logp``, ``d_entropy``, ``factor``, and the ``table`` ``[R, N]``
+      of the monitor's parameters of rows. A missing ``log_ratio`` is
       formed in the row, as a loss program forms it.
 
     * ``evaluate`` is ``evaluate_rows`` of

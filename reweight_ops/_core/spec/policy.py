@@ -20,7 +20,7 @@ from ..formula.base import DIFFERENTIABLE_FIELDS, RULES, Rule, TokenWeight
 from ..formula.loss_program import Program, loss_graph
 from ..formula.monitor import Monitor
 from ..formula.stages import CannotStage, Staged, formulas_of, is_row, staged, values_of
-from ..formula.trace import Expr, trace_clip, trace_rule, trace_weight, walk
+from ..formula.trace import Expr, trace_rule, trace_weight, walk
 from ..ranges import Number, Real, ranged
 from .compiled import describe, rebuild, set_default
 from .learnt import detached_formula, refuse, stopped_in, tensors_of
@@ -404,9 +404,9 @@ class PolicyLossSpec:
 
     def _find_monitor(self) -> Monitor | None:
         program = self.stored_program
-        if program is None or any(
-            is_row(v) or isinstance(v, TokenWeight) for v in self._monitored_values()
-        ):
+        if self.staged is not None:
+            return None if self.staged.monitor is None else self.staged.monitor[0]
+        if program is None:
             return None
         try:
             return Monitor.of([type(rule) for rule in self.rules], program.terms)
@@ -415,15 +415,6 @@ class PolicyLossSpec:
             AttributeError,
         ):  # a user's clipped() may do something that only torch can do
             return None
-
-    def _monitored_values(self) -> list[Any]:
-        """Return the hyper-parameters that metrics read. They read a row's only as one
-        number.
-        """
-        clip = trace_clip(type(self.surrogate)) is not None
-        read = [self.surrogate] if clip else []
-        kl = (p.rule for p in self.penalties if "ref_logp" in trace_rule(type(p.rule)).leaves)
-        return [v for rule in (*read, *itertools.islice(kl, 1)) for v in rule.parameters().values()]
 
     def _own_program(self) -> Program:
         return Program.of(map(type, self.rules), [(type(w), w.scope) for w in self.weights])
