@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from random_formulas import drawn_statistics
+from stored_losses import same
 
 import reweight_ops as rw
 from reweight_ops._core.calls.specs import METHODS
@@ -56,25 +57,6 @@ def own_loss(weight):
     return rw.PolicyLossSpec(
         surrogate=rw.methods.reinforce().surrogate, weights=(weight,), name="own_loss"
     )
-
-
-def losses(spec, backend, batch, **options):
-    """The loss, its gradient by the logits, and the metrics."""
-    z = batch["logits"].detach().clone().requires_grad_()
-    data = {**batch, "logits": z, "unused": "ignore", **options}
-    out = rw.policy_loss(**data, spec=spec, backend=backend)
-    (grad,) = torch.autograd.grad(out.loss, z)
-    return out.loss.detach(), grad, out.metrics.as_floats()
-
-
-def same(spec, batch, backend="cpu", **options):
-    """The backend's row kernels give what PyTorch gives."""
-    got, want = (losses(spec, x, batch, **options) for x in (backend, "reference"))
-    for a, b in zip(got[:2], want[:2], strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-6)
-    common = {name: value for name, value in got[2].items() if name in want[2]}
-    assert common == pytest.approx(want[2], rel=1e-4, abs=1e-5, nan_ok=True)
-    assert "rows_skipped" in got[2], "the row kernels did not evaluate the loss"
 
 
 STAGED = [name for name in METHODS if METHODS[name].build().staged is not None]

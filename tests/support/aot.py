@@ -161,7 +161,9 @@ class Recorder:
 
 PROGRAM = Program.of(("clip", "k3", "entropy_bonus"), (("advantage_reweighting", "surrogate"),))
 PARAMS = torch.zeros(16)
-MONITOR = Monitor.of([RULES["clip"], RULES["k3"]])
+MONITOR = Monitor.of([RULES["clip"], RULES["k3"]], PROGRAM.terms[:2])
+#: The bounds of the clip are one for each row.
+BOUNDS_OF_ROWS = ((3, 3), (4, 4))
 
 
 def call_all(
@@ -497,17 +499,32 @@ def row_kernels(target: str) -> list[Compiled]:
                 torch.cat([weights, weights[:1]]),
                 ("loss", "d_log_ratio"),
             )
+            bounds_of_rows = torch.zeros(5, n)
+            triton_rows.evaluate_rows(
+                PROGRAM._replace(rows=BOUNDS_OF_ROWS),
+                PARAMS,
+                leaves,
+                bounds_of_rows,
+                ("own0", "d_w1"),
+                masked.keep,
+                torch.empty(2, n),
+            )
             for found in (*packed, masked):
                 for adv in (None, rows[2]):
                     averaged = Averaged(rows[0], rows[1], PARAMS, adv=adv)
                     triton_rows.adjoint(found, averaged, means, table[0], table[1])
-            for found, known in (
-                (masked, leaves),
-                *((found, leaves | {"log_ratio": ratio}) for found in (*packed, masked)),
+            for monitor, found, known in (
+                (MONITOR, masked, leaves),
+                (
+                    MONITOR._replace(rows=BOUNDS_OF_ROWS),
+                    masked,
+                    leaves | {"table": bounds_of_rows},
+                ),
+                *((MONITOR, found, leaves | {"log_ratio": ratio}) for found in (*packed, masked)),
             ):
                 triton_rows.metrics(
                     found,
-                    MONITOR,
+                    monitor,
                     PARAMS,
                     known,
                     ("entropy", "low", "largest ratio", "sequence region"),

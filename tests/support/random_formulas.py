@@ -153,16 +153,20 @@ def truth(terms, weights, params, leaves, row_weights) -> dict[str, torch.Tensor
     rules = [(next(numbers), made(cls)) for cls in terms]
     us = [(made(cls).weight(xp, t, None).detach(), scope) for cls, scope in weights]
     loss = weighted = 0 * x["logp"].detach()
+    own = {}
     for k, (coef, r) in enumerate(rules):
         factor = torch.full_like(loss, coef)
         for u, scope in us:
             factor = factor * u if k == 0 or scope == "all" else factor
         value = r.loss(xp, t)
+        share = w[k].detach() * factor
+        own[f"own{k}"] = torch.where(share == 0, 0, share / coef * value).detach()
         loss = loss + torch.where(w[k] * factor == 0, 0, factor * value)
         weighted = weighted + torch.where(factor == 0, 0, w[k] * factor * value)
     grads = torch.autograd.grad(
         weighted.sum(), [*x.values(), w], allow_unused=True, materialize_grads=True
     )
     found = {"weighted_loss": weighted.detach(), "loss": loss.detach()}
+    found |= own
     found |= {f"d_{name}": g for name, g in zip(x, grads, strict=False)}
     return found | {f"d_w{k}": grads[-1][k] for k in range(len(rules))}

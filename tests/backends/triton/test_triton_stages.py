@@ -1,0 +1,39 @@
+"""Losses in stages, coupled reductions and their metrics by Triton's row kernels (in
+its interpreter).
+"""
+
+import pytest
+import torch
+from stored_losses import LENGTHS, batch_of, same
+
+import reweight_ops as rw
+from reweight_ops._core.backends import select
+from reweight_ops._core.calls.specs import METHODS
+
+pytest.importorskip("triton")
+TRITON = select.unsupported_reason(
+    "triton", select.Request("token_stats", torch.device("cpu"), torch.float32)
+)
+pytestmark = pytest.mark.skipif(TRITON is not None, reason=str(TRITON))
+
+SPECS = {name: METHODS[name].build() for name in METHODS}
+NAMES = [
+    name
+    for name, spec in SPECS.items()
+    if spec.staged is not None or spec.is_coupled or spec.ratio.level in ("batch", "prefix")
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_methods(name):
+    same(SPECS[name], batch_of(SPECS[name]), backend="triton")
+
+
+def test_metrics_read_hyper_parameters_of_rows():
+    """The bounds of the clip differ from row to row, and so does what it clips."""
+    bounds = torch.linspace(0.0, 0.6, len(LENGTHS) * 8).view(len(LENGTHS), 8)
+    spec = rw.methods.grpo(beta=0.1).replace(
+        **{"surrogate.epsilon_low": bounds, "surrogate.epsilon_high": rw.weights.Entropy()}
+    )
+    assert spec.monitor is not None and len(spec.monitor.rows) >= 1
+    same(spec, batch_of(spec), backend="triton")
