@@ -22,9 +22,7 @@ from ..formula.namespace import TorchNamespace
 from ..formula.trace import trace_rule
 from ..once import keeps
 from ..rows.constants import number_like, parameter_vector
-from ..rows.primitives import is_traced
 from ..spec.ratio import SequenceRatio
-from ..transforms import in_transform
 
 #: Metrics that are a minimum or maximum, and those that are sums; all others are means.
 _EXTREMA = {
@@ -286,19 +284,15 @@ def _fused(
     call: LossCall, leaves: dict[str, Tensor], by: tuple[Tensor, Tensor] | None
 ) -> Metrics | None:
     """Return the metrics from a backend's kernels, or None if they cannot
-    compute them.
-
-    As without kernels, skipped rows are counted only if ``by`` is known.
-    """
+    compute them."""
     rows, spec = call.rows, call.spec
     monitor = spec.monitor
     if (
         rows.primitives is None
         or rows.masked is None
         or monitor is None
-        or rows.dtype != torch.float32
-        or is_traced(leaves["logp"])
-        or in_transform()
+        or by is None
+        or torch.compiler.is_compiling()
     ):
         return None
     if rows.primitives.metrics is None:
@@ -313,12 +307,9 @@ def _fused(
     if call.factor is not None:
         found["weight/mean"] = "weight"
     sequences = () if rows.sequences is None else ("sequences",)
-    skipped = () if by is None else ("rows_skipped",)
-    found |= {name: _FUSED[name] for name in ("tokens", *sequences, *skipped)}
-    known = {**call.stored(), **leaves}
+    found |= {name: _FUSED[name] for name in ("tokens", *sequences, "rows_skipped")}
+    known = {**call.stored(), **leaves, "d_logp": by[0], "d_entropy": by[1]}
     known.setdefault("old_logp", leaves["logp"])
-    if by is not None:
-        known["d_logp"], known["d_entropy"] = by
     if call.factor is not None:
         known["factor"] = call.factor
     params = call.params

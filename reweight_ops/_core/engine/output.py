@@ -25,6 +25,9 @@ from .metrics import Metrics, policy_metrics
 from .versions import Versions
 
 
+Derivatives = tuple[Tensor, Tensor]
+
+
 @dataclass(frozen=True)
 class TokenStats:
     """Per-row statistics, shape R, fp32 (fp64 for fp64 logits), 0 in ignored rows. A
@@ -75,9 +78,10 @@ class PolicyLossOutput:
     _call: LossCall = field(repr=False)
     _leaves: dict[str, Tensor] = field(repr=False)  # [N], detached
     _loss: Tensor = field(repr=False)  # [N], detached
-    _by: tuple[Tensor, Tensor] | None = field(repr=False)
+    #: The loss's derivatives by logp and entropy, or a function that finds them, if known.
+    _by: Derivatives | Callable[[], Derivatives] | None = field(repr=False)
     #: More metrics (sums), from the loss's derivatives by logp and entropy.
-    _more: Callable[[tuple[Tensor, Tensor]], dict[str, Any]] | None = field(repr=False)
+    _more: Callable[[Derivatives], dict[str, Any]] | None = field(repr=False)
     #: The versions of the tensors that the properties read, and of those that only the
     #: derivatives read.
     _versions: tuple[Versions, Versions] | None = field(repr=False)
@@ -138,9 +142,9 @@ class PolicyLossOutput:
         return rows.unflatten(nothing if clipped is None else (clipped[0] | clipped[1]) & rows.keep)
 
     @computed_once
-    def _derivatives(self) -> tuple[Tensor, Tensor]:
+    def _derivatives(self) -> Derivatives:
         if self._by is not None:
-            return self._by
+            return self._by() if callable(self._by) else self._by
         if torch.compiler.is_exporting():
             raise self._call.rows.unsupported(
                 "torch.export has no derivatives of two_pass, so there is no coef: return the "
@@ -185,6 +189,17 @@ def coefficients(call: LossCall, leaves: dict[str, Tensor]) -> tuple[Tensor, Ten
     )
     zero = torch.zeros_like(leaves["logp"])
     return (zero if d_logp is None else d_logp), (zero if d_entropy is None else d_entropy)
+
+
+def with_ratio(call: LossCall, logp: Tensor, d_ratio: Tensor, by: Derivatives) -> Derivatives:
+    """Add to the derivatives of a loss whose ratio was given what flows through it."""
+    with torch.enable_grad():
+        probe = logp.clone().requires_grad_()
+        ratio = call.log_ratio(probe)
+        if not ratio.requires_grad:
+            return by
+        (through,) = torch.autograd.grad(ratio, probe, d_ratio)
+    return by[0] + through, by[1]
 
 
 def _transformed_gradients(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from ..calls.policy import LossCall
 from ..detached import marked
 from ..formula.trace import trace_weight
 from .inputs import with_derivatives
-from .output import PolicyLossOutput
+from .output import Derivatives, PolicyLossOutput, with_ratio
 from .plan import Choice
 from .source import MoreMetrics, PolicyWork, SourceInfo
 from .stored import evaluate_stored
@@ -128,16 +130,18 @@ class PolicyObjective:
         choice: Choice,
         more: MoreMetrics | None,
     ) -> PolicyLossOutput:
-        return self._shown(
-            leaves, loss, table[1], (table[2], table[3]) if total else None, choice, more
-        )
+        by: Derivatives | Callable[[], Derivatives] = table[2], table[3]
+        if not total:
+            call, logp = self.call.without_inputs(), leaves["logp"].detach()
+            by = partial(with_ratio, call, logp, table[5], by)
+        return self._shown(leaves, loss, table[1], by, choice, more)
 
     def _shown(
         self,
         leaves: dict[str, Tensor],
         loss: Tensor,
         per_row: Tensor,
-        by: tuple[Tensor, Tensor] | None,
+        by: Derivatives | Callable[[], Derivatives] | None,
         choice: Choice,
         more: MoreMetrics | None,
     ) -> PolicyLossOutput:
