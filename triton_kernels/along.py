@@ -140,7 +140,8 @@ def prefix_adjoint_kernel(
     keep = tl.load(KEEP + row, mask=row < total, other=0) != 0
     logp = tl.load(LOGP + row, mask=keep, other=0.0)
     found = tl.load(SUMS + row, mask=keep, other=0.0)
-    low, high = tl.load(PARAMS), tl.load(PARAMS + 1)
+    zero = tl.zeros((BLOCK,), tl.float32)
+    low, high = zero + tl.load(PARAMS), zero + tl.load(PARAMS + 1)
     unbounded = (low == float("-inf")) & (high == float("inf"))
     moves = (logp - logp == 0.0) & (((found >= low) & (found <= high)) | unbounded)
     by = tl.load(D_LOGP + row, mask=keep, other=0.0)
