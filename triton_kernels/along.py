@@ -48,9 +48,10 @@ def along_kernel(
     REVERSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write ``OUT [N]``: the sum of the values of a sequence's kept rows up to each row,
-    or with REVERSE from each row on. Each is multiplied by DECAY (without DECAYS by 1)
-    for every kept row that follows it.
+    """Write ``OUT [N]``: the sum of the values of a sequence's kept rows up to each
+    row, or with REVERSE from each row on.
+
+    Each is multiplied by DECAY (without DECAYS by 1) for every kept row after it.
 
     An ignored row gets 0. One more program writes the packed rows of no sequence.
     """

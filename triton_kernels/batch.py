@@ -1,4 +1,5 @@
-"""A sum, mean or extremum of values over the kept rows of each sequence, or of the call.
+"""A sum, mean or extremum of values over the kept rows of each sequence, or of the
+call.
 
 It is found in fp64, so that the mean of equal numbers is exactly that number.
 """
@@ -51,9 +52,7 @@ def _finished(found, count, STATISTIC: tl.constexpr):
 
 
 @triton.jit
-def _seen(
-    VALUES, value, row, keep, found, count, STATISTIC: tl.constexpr, GIVEN: tl.constexpr
-):
+def _seen(VALUES, value, row, keep, found, count, STATISTIC: tl.constexpr, GIVEN: tl.constexpr):
     """Return ``found`` and ``count`` with the kept rows of one more block."""
     if GIVEN:
         x = tl.load(VALUES + row, mask=keep, other=0.0).to(tl.float64)
@@ -116,8 +115,8 @@ def parts_kernel(
     GIVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write ``PARTS [2, P]``: what each of P blocks of the call's rows has, and how many
-    of its rows are kept.
+    """Write ``PARTS [2, P]``: what each of P blocks of the call's rows has, and how
+    many of its rows are kept.
     """
     p = tl.program_id(0).to(tl.int64)
     row = p * BLOCK + tl.arange(0, BLOCK)

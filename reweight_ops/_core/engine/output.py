@@ -24,7 +24,6 @@ from .distillation import DistillationLossOutput
 from .metrics import Metrics, policy_metrics
 from .versions import Versions
 
-
 Derivatives = tuple[Tensor, Tensor]
 
 
@@ -78,7 +77,7 @@ class PolicyLossOutput:
     _call: LossCall = field(repr=False)
     _leaves: dict[str, Tensor] = field(repr=False)  # [N], detached
     _loss: Tensor = field(repr=False)  # [N], detached
-    #: The loss's derivatives by logp and entropy, or a function that finds them, if known.
+    #: The loss's derivatives by logp and entropy if known, or what finds them.
     _by: Derivatives | Callable[[], Derivatives] | None = field(repr=False)
     #: More metrics (sums), from the loss's derivatives by logp and entropy.
     _more: Callable[[Derivatives], dict[str, Any]] | None = field(repr=False)

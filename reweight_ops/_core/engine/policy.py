@@ -130,10 +130,11 @@ class PolicyObjective:
         choice: Choice,
         more: MoreMetrics | None,
     ) -> PolicyLossOutput:
-        by: Derivatives | Callable[[], Derivatives] = table[2], table[3]
+        known = table[2], table[3]
+        by: Derivatives | Callable[[], Derivatives] = known
         if not total:
             call, logp = self.call.without_inputs(), leaves["logp"].detach()
-            by = partial(with_ratio, call, logp, table[5], by)
+            by = partial(with_ratio, call, logp, table[5], known)
         return self._shown(leaves, loss, table[1], by, choice, more)
 
     def _shown(

@@ -41,7 +41,9 @@ def _over_ranks(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return evaluated
 
 
-def _by_kernel(statistic: Statistic) -> Callable[..., Any]:
+def _by_kernel(
+    statistic: Statistic,
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Evaluate a function by the backend's kernel of a statistic, where it has one.
 
     A function whose name begins with ``seq_`` is over each row's sequence.

@@ -92,9 +92,9 @@ class Averaged(NamedTuple):
     With ``shared`` the gradient flows through the mean to every row of the sequence.
     Otherwise each row gets its own, clipped or not.
 
-    With ``along`` it is the sum of the sequence up to each row that is clamped. Each row
-    gets its own gradient, and a log-prob that is not finite none. The other options do
-    not apply.
+    With ``along`` it is the sum of the sequence up to each row that is clamped. Each
+    row gets its own gradient, and a log-prob that is not finite none. The other options
+    do not apply.
     """
 
     logp: Tensor
@@ -206,11 +206,11 @@ class RowPrimitives:
       are 0, a maximum is ``-inf`` and a minimum ``inf``. An ignored row gets what the
       others get, but 0 from the extremum of its sequence. A row of no sequence gets 0
       from every statistic of sequences.
-    * ``along(masked, values, decay, reverse, into=None) -> [N]`` is ``Σ decay^d·x`` over
-      a row and the kept rows before it in its sequence (with ``reverse`` after it),
-      ``d`` kept rows away. ``decay`` is a number or a 0-d tensor. An ignored row gets 0.
-      A value of inf or NaN reaches the rows from there on, and a sum of inf stays inf
-      where a power of ``decay`` is 0.
+    * ``along(masked, values, decay, reverse, into=None) -> [N]`` is ``Σ decay^d·x``
+      over a row and the kept rows before it in its sequence (with ``reverse`` after
+      it), ``d`` kept rows away. ``decay`` is a number or a 0-d tensor. An ignored row
+      gets 0. A value of inf or NaN reaches the rows from there on, and a sum of inf
+      stays inf where a power of ``decay`` is 0.
 
     ``mask`` and ``weigh`` are always there. PyTorch computes each of the others that is
     None. ``ratio`` and ``adjoint`` are both given or both None.

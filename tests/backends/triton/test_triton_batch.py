@@ -1,5 +1,5 @@
-"""The kernels of a weight's ``batch`` against PyTorch in fp64: statistics of the call and
-of sequences, and sums along them (in Triton's interpreter).
+"""The kernels of a weight's ``batch`` against PyTorch in fp64: statistics of the call
+and of sequences, and sums along them (in Triton's interpreter).
 """
 
 import itertools
@@ -21,8 +21,8 @@ TRITON = select.unsupported_reason(
 pytestmark = pytest.mark.skipif(TRITON is not None, reason=str(TRITON))
 
 N = 75
-#: Three ways to cut rows into sequences. The packed ones have an empty sequence and rows
-#: of none, and the owners change from row to row.
+#: Three ways to cut rows into sequences. The packed ones have an empty sequence and
+#: rows of none, and the owners change from row to row.
 PLACES = {
     "equal": ((3, 25), {}),
     "offsets": ((N,), {"cu_seqlens": torch.tensor([0, 37, 37, 70])}),
@@ -46,7 +46,7 @@ DECAYS = {"plain": 1.0, "a number": 0.9, "a tensor": torch.tensor(0.5)}
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Small blocks, so that sequences have several, and the names of what is launched."""
+    """The names of what is launched, in small blocks: sequences have several."""
     names, launch = [], triton_rows._launch
 
     def recorded(kernel, *args, **meta):
@@ -72,7 +72,9 @@ def rows_of(place, mask, dtype=torch.float32):
 
 def both(place, mask):
     """The statistics of rows by Triton, and by PyTorch in fp64."""
-    return [BatchStatistics(rows_of(place, mask, dtype)) for dtype in (torch.float32, torch.float64)]
+    return [
+        BatchStatistics(rows_of(place, mask, dtype)) for dtype in (torch.float32, torch.float64)
+    ]
 
 
 def values(keep, seed=0):
@@ -225,7 +227,7 @@ def test_gradients_are_pytorchs(launched):
 
 
 def test_what_kernels_do_not_take(launched):
-    """Integers, fp64, views that are no rows, transforms, and rows without sequences."""
+    """Integers, fp64, other views, transforms, and rows without sequences."""
     batch = BatchStatistics(rows_of("offsets", "some"))
     x = torch.where(batch._rows.keep, 1.0, 0.0)
     launched.clear()
@@ -262,9 +264,7 @@ def test_losses(name):
     batch["completion_mask"][-1] = 0
     for backend in ("triton", "reference"):
         z = batch["logits"].detach().clone().requires_grad_()
-        out = rw.policy_loss(
-            **{**batch, "logits": z}, spec=spec, backend=backend, unused="ignore"
-        )
+        out = rw.policy_loss(**{**batch, "logits": z}, spec=spec, backend=backend, unused="ignore")
         (grad,) = torch.autograd.grad(out.loss, z)
         found.append((out.loss.detach(), grad, out.metrics.sums, out.ratio))
     for x, y in zip(*found, strict=True):

@@ -187,9 +187,7 @@ def test_a_clip_of_sums(against):
     batch["completion_mask"][-1] = 0
     for backend in ("triton", "reference"):
         z = batch["logits"].detach().clone().requires_grad_()
-        out = rw.policy_loss(
-            **{**batch, "logits": z}, spec=spec, backend=backend, unused="ignore"
-        )
+        out = rw.policy_loss(**{**batch, "logits": z}, spec=spec, backend=backend, unused="ignore")
         (grad,) = torch.autograd.grad(out.loss, z, create_graph=True)
         (second,) = torch.autograd.grad(grad.square().sum(), z)
         found.append((out.loss, grad, second, out.metrics.sums, out.ratio))
