@@ -46,7 +46,11 @@ DECAYS = {"plain": 1.0, "a number": 0.9, "a tensor": torch.tensor(0.5)}
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The names of what is launched, in small blocks: sequences have several."""
+    """The names of what is launched, in small blocks: sequences have several. Memory
+    that nothing has written is NaN.
+    """
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
     names, launch = [], triton_rows._launch
 
     def recorded(kernel, *args, **meta):
@@ -57,7 +61,8 @@ def launched(monkeypatch):
     monkeypatch.setattr(triton_rows, "_block_of", lambda runs: 16)
     monkeypatch.setattr(triton_rows, "_SCANNED", 8)
     monkeypatch.setattr(triton_rows, "_PART", 16)
-    return names
+    yield names
+    torch.use_deterministic_algorithms(False)
 
 
 def rows_of(place, mask, dtype=torch.float32):
@@ -200,17 +205,16 @@ def test_as_exact_as_steps_of_pytorch():
 @pytest.mark.parametrize("place", PLACES)
 def test_into_memory_of_the_caller(launched, place):
     """A row of a table, and nothing beside it."""
-    rows = rows_of(place, "some")
-    table, x = torch.full((3, N), 7.0), torch.ones(N)
-    for call in (
-        lambda into: triton_rows.total(rows.masked, x, "sum", True, into),
-        lambda into: triton_rows.total(rows.masked, 2.0, "max", False, into),
-        lambda into: triton_rows.along(rows.masked, 1.0, 0.5, True, into),
+    got, exact = both(place, "some")
+    masked, table, x = got._rows.masked, torch.empty(3, N), torch.arange(1.0, N + 1)
+    for call, want in (
+        (lambda into: triton_rows.total(masked, x, "sum", True, into), exact.seq_sum(x.double())),
+        (lambda into: triton_rows.total(masked, 2.0, "max", False, into), torch.tensor(2.0)),
+        (lambda into: triton_rows.along(masked, 1.0, 1.0, True, into), exact.seq_suffix_sum(1.0)),
     ):
-        want = call(None)
-        table.fill_(7.0)
+        table.fill_(math.nan)
         assert call(table[1]).data_ptr() == table[1].data_ptr()
-        assert torch.equal(table[1], want) and table[::2].eq(7).all()
+        assert torch.equal(table[1], want.float().expand(N)) and table[::2].isnan().all()
 
 
 def test_gradients_are_pytorchs(launched):

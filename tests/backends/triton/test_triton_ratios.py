@@ -163,7 +163,9 @@ def test_sums_up_to_each_token(monkeypatch, clamp, place):
             for x, y in zip(got, want, strict=True):
                 torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
     averaged = ratio.averaged(logp, old, None, torch.tensor(ratio.bounds()))
+    torch.use_deterministic_algorithms(True)  # what nothing has written is NaN
     found, sums = rows.primitives.ratio(rows.masked, averaged)
+    torch.use_deterministic_algorithms(False)
     low, high = ratio.bounds()
     assert not sums[~rows.keep].any()
     assert found[~rows.keep].eq(torch.zeros(()).clamp(float(low), float(high))).all()
@@ -195,6 +197,21 @@ def test_a_clip_of_sums(against):
         assert (averaged is not None) == (backend == "triton")
     for x, y in zip(*found, strict=True):
         torch.testing.assert_close(x, y, rtol=2e-4, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("ratio", [rw.SequenceRatio(), rw.CumulativeRatio()])
+def test_rows_without_sequences_are_refused(ratio, backend):
+    """A reduction that needs none does not hide it."""
+    spec = rw.methods.dapo().replace(ratio=ratio)
+    with pytest.raises(rw.InvalidCall, match="Ratio needs sequences"):
+        rw.policy_loss(
+            torch.zeros(6, 5, requires_grad=True),
+            torch.zeros(6, dtype=torch.long),
+            1.0,
+            spec=spec,
+            backend=backend,
+        )
 
 
 def test_other_ratios_are_pytorchs():
