@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import reweight_ops as rw
 from reweight_ops._core.backends import select, triton_rows
@@ -239,6 +240,10 @@ def test_what_kernels_do_not_take(launched):
     assert batch.seq_cumsum(x, torch.tensor(0.5, device="cpu").requires_grad_()).requires_grad
     torch.func.vmap(batch.seq_sum)(x.expand(2, N))
     torch.func.vmap(batch.seq_cumsum)(x.expand(2, N))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones(N))
+        for statistic in (batch.sum, batch.seq_cumsum):
+            assert forward_ad.unpack_dual(statistic(dual)).tangent is not None
     assert not launched
     # one number for all rows, and rows with gaps
     assert batch.sum(torch.tensor(2.0))[0] == 2 * batch._rows.keep.sum()
