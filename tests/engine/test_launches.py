@@ -290,6 +290,18 @@ def test_statistics_of_a_batch_take_few_launches(meta, name, layout):
         assert found.beside == STATISTICS[name], found
 
 
+def test_numbers_of_another_device_are_pytorchs(meta):
+    """PyTorch takes a tensor of one number from the host, and no kernel may read it."""
+    one = torch.tensor(0.5)
+    with Counted() as found:
+        call = trl_call(False, spec=DAPO, ref_per_token_logps=None)
+        batch = BatchStatistics(rw.policy_loss(**call)._call.rows)
+        found.kernels.clear()
+        batch.seq_cumsum(rows_of(128), one)
+        batch.sum(one)
+    assert not found.kernels, found
+
+
 @pytest.mark.parametrize("tensors", [False, True], ids=["numbers", "tensors"])
 @pytest.mark.parametrize("place", PACKED)
 @pytest.mark.parametrize(

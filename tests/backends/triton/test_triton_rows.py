@@ -145,15 +145,21 @@ def test_other_losses(name):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     "name, shape",
-    [("centred", SHAPE), ("batch mean", SHAPE), ("segments", SHAPE), ("segments", (1, 5))],
+    [
+        ("centred", SHAPE),
+        ("batch mean", SHAPE),
+        ("unclamped batch mean", SHAPE),
+        ("segments", SHAPE),
+    ],
 )
 def test_ratios_that_pytorch_forms(name, shape, masked):
     """Their metrics take the stored loss, and count the rows without a gradient like
-    PyTorch. The ratio of one segment is an expanded number.
+    PyTorch. An unclamped mean of the batch is an expanded number.
     """
     ratio = {
         "centred": rw.CenteredRatio(scale="std"),
         "batch mean": rw.BatchMeanRatio(),
+        "unclamped batch mean": rw.BatchMeanRatio(clamp=float("inf")),
         "segments": rw.SegmentRatio(),
     }[name]
     # a tight clip, and a penalty of the log-prob without the ratio
