@@ -42,6 +42,18 @@ def span(OFFSETS, s, length, total, RUNS: tl.constexpr):
 
 
 @triton.jit
+def span_or_rest(OFFSETS, s, length, total, sequences, RUNS: tl.constexpr):
+    """Do what :func:`span` does, where packed rows of no sequence are one more sequence
+    after the last.
+    """
+    if RUNS == BY_OFFSETS:
+        begin = tl.maximum(tl.load(OFFSETS + s).to(tl.int64), 0)
+        end = tl.load(OFFSETS + s + 1, mask=s < sequences, other=0).to(tl.int64)
+        return begin, tl.where(s < sequences, tl.minimum(end, total), total)
+    return span(OFFSETS, s, length, total, RUNS)
+
+
+@triton.jit
 def own(INDEX, row, end, s, RUNS: tl.constexpr):
     """Return which rows before ``end`` are those of sequence ``s``."""
     inside = row < end

@@ -3,6 +3,7 @@ from the host and waits for nothing.
 """
 
 import functools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from reweight_ops._core.backends.mean_logit import MEAN_LOGIT
 from reweight_ops._core.backends.shards import VocabShards
 from reweight_ops._core.calls.specs import METHODS
 from reweight_ops._core.rows import constants
+from reweight_ops._core.rows.batch import BatchStatistics
 from reweight_ops.testing import make_batch
 
 
@@ -145,6 +147,12 @@ GOALS = {
     "two passes, a penalty, means of sequences": (GRPO, "two_pass", {}, 7),
     "sequence level": (rw.methods.gspo(), "auto", {}, 9),
     "sequence level, clipped tokens": (rw.methods.gmpo(), "auto", {}, 9),
+    "sums up to each token": (
+        DAPO.replace(ratio=rw.CumulativeRatio(clamp=(-math.inf, 10.0))),
+        "auto",
+        {},
+        9,
+    ),
 }
 
 
@@ -162,6 +170,22 @@ def test_few_launches(meta, name, tensors):
     assert 0 < found.beside <= most, found
     found, more = launches(call, metrics=True)
     assert 0 < more <= 6, found
+
+
+#: Losses that PyTorch forms in part, and the maxima of their launches before the
+#: metrics and for them.
+IN_PART = {
+    "grpo_guard": (rw.methods.grpo_guard(epsilon=0.2), 25, 32),
+    "ctpo": (rw.methods.ctpo(), 203, 469),
+}
+
+
+@pytest.mark.parametrize("name", IN_PART)
+def test_launches_of_losses_that_pytorch_forms_in_part(meta, name):
+    spec, most, of_metrics = IN_PART[name]
+    options = {"ref_per_token_logps": None}
+    found, more = launches(trl_call(False, spec=spec, **options), metrics=True)
+    assert 0 < found.beside - more <= most and more <= of_metrics, found
 
 
 def rows_of(*shape, dtype=torch.float32):
@@ -233,6 +257,49 @@ PACKED = {
     "offsets": lambda: {"cu_seqlens": rows_of(5, dtype=torch.int32)},
     "ids": lambda: {"sequence_ids": rows_of(1, 128, dtype=torch.long), "num_sequences": 4},
 }
+
+
+#: Statistics of a weight, and how many launches each takes.
+STATISTICS = {
+    **dict.fromkeys(("sum", "mean", "min", "max"), 2),
+    **dict.fromkeys(("seq_sum", "seq_mean", "seq_min", "seq_max"), 1),
+    **dict.fromkeys(("seq_cumsum", "seq_suffix_sum"), 1),
+}
+
+
+@pytest.mark.parametrize("layout", ["padded", *PACKED])
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_of_a_batch_take_few_launches(meta, name, layout):
+    call = trl_call(False, spec=DAPO, ref_per_token_logps=None)
+    if layout != "padded":
+        call = {
+            name: x.reshape(1, 128, *x.shape[2:]) if torch.is_tensor(x) and x.dim() > 1 else x
+            for name, x in call.items()
+        } | {"advantages": 1.0, **PACKED[layout]()}
+    with Counted():
+        batch, x = BatchStatistics(rw.policy_loss(**call)._call.rows), rows_of(128)
+    for decay in (
+        ((0.9,), (torch.empty((), device="meta"),))
+        if name.startswith(("seq_c", "seq_suf"))
+        else ((),)
+    ):
+        with Counted():
+            getattr(batch, name)(x, *decay)  # the first use fills a vector with the decay
+        with Counted() as found:
+            getattr(batch, name)(x, *decay)
+        assert found.beside == STATISTICS[name], found
+
+
+def test_numbers_of_another_device_are_pytorchs(meta):
+    """PyTorch takes a tensor of one number from the host, and no kernel may read it."""
+    one = torch.tensor(0.5)
+    with Counted() as found:
+        call = trl_call(False, spec=DAPO, ref_per_token_logps=None)
+        batch = BatchStatistics(rw.policy_loss(**call)._call.rows)
+        found.kernels.clear()
+        batch.seq_cumsum(rows_of(128), one)
+        batch.sum(one)
+    assert not found.kernels, found
 
 
 @pytest.mark.parametrize("tensors", [False, True], ids=["numbers", "tensors"])

@@ -14,6 +14,7 @@ SPECS = {
     "dapo": rw.methods.dapo(),
     "grpo": rw.methods.grpo(beta=0.04),
     "gspo": rw.methods.gspo(),
+    "ctpo": rw.methods.ctpo(),  # bounds and a ratio that run along sequences
 }
 OPTIONS = {"unused": "ignore"}
 

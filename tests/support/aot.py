@@ -482,6 +482,27 @@ def row_kernels(target: str) -> list[Compiled]:
                 for adv in (None, rows[2]):
                     averaged = Averaged(rows[0], rows[1], PARAMS, adv=adv)
                     ratio, means = triton_rows.ratio(found, averaged)
+                for statistic in ("sum", "mean", "max", "min"):
+                    triton_rows.total(found, rows[0], statistic, True)
+                triton_rows.total(found, 1.0, "sum", True, rows[5])
+                for values, decay, reverse in (
+                    (1.0, 1.0, False),
+                    (rows[0], 1.0, True),
+                    (rows[0], 0.9, False),
+                    (rows[0], torch.ones(()), True),
+                ):
+                    triton_rows.along(found, values, decay, reverse)
+                averaged = Averaged(rows[0], rows[1], PARAMS, along=True)
+                found_along = triton_rows.ratio(found, averaged)
+                triton_rows.adjoint(found, averaged, found_along[1], rows[2], rows[5])
+            for values, statistic in (
+                (rows[0], "sum"),
+                (rows[0], "mean"),
+                (rows[0], "max"),
+                (rows[0], "min"),
+                (1.0, "sum"),
+            ):
+                triton_rows.total(masked, values, statistic, False)
             leaves = dict(
                 zip(
                     ("logp", "old_logp", "adv", "entropy", "ref_logp", "sampling_logp"),

@@ -1,5 +1,5 @@
-"""Rows in Triton: masks, weights, sequence ratios, and a loss program on stored rows,
-one launch each.
+"""Rows in Triton: masks, weights, statistics, sequence ratios, and a loss program on
+stored rows, one launch each.
 """
 
 from __future__ import annotations
@@ -9,12 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...triton_kernels import along as along_kernels
+from ...triton_kernels import batch as batch_kernels
 from ...triton_kernels import metrics as metric_kernels
 from ...triton_kernels import rows as kernels
 from ...triton_kernels.config import Launch
 from ..formula.loss_program import ONE_PASS, Program
 from ..formula.monitor import Monitor
-from ..rows.primitives import METRICS, Averaged, Masked, RowPrimitives, Runs, Weighing
+from ..rows.constants import parameter_vector
+from ..rows.primitives import (
+    METRICS,
+    Averaged,
+    Masked,
+    RowPrimitives,
+    Runs,
+    Statistic,
+    Weighing,
+)
 from . import triton_launch
 from .triton_cache import monitor_function, program_function
 
@@ -24,6 +35,11 @@ _WEIGHED = 1024
 #: Rows of packed sequences that are taken at a time. It does not depend on their
 #: lengths, which differ from batch to batch.
 _PACKED = 1024
+#: The most rows that a sum along a sequence takes at a time. A thread holds two fp64
+#: numbers of each.
+_SCANNED = 1024
+#: Rows of the call of which one program finds a part of a statistic.
+_PART = 1024
 
 #: There are few rows, and a thread holds many numbers of each. It needs more registers
 #: than a sweep may have, or they spill.
@@ -218,6 +234,8 @@ def spread(masked: Masked, values: Tensor) -> Tensor:
 
 
 def ratio(masked: Masked, averaged: Averaged) -> tuple[Tensor, Tensor]:
+    if averaged.along:
+        return _prefix(masked, averaged)
     runs, logp = masked.runs, averaged.logp
     found, means = (
         torch.empty_like(logp),
@@ -249,6 +267,21 @@ def adjoint(
     masked: Masked, averaged: Averaged, means: Tensor, d_ratio: Tensor, d_logp: Tensor
 ) -> None:
     runs = masked.runs
+    if averaged.along:
+        _launch(
+            along_kernels.prefix_adjoint_kernel,
+            -(-runs.rows // _PART),
+            d_logp.device,
+            averaged.logp,
+            d_ratio,
+            d_logp,
+            masked.keep,
+            averaged.params,
+            means,
+            runs.rows,
+            BLOCK=_PART,
+        )
+        return
     _launch(
         kernels.adjoint_kernel,
         runs.sequences,
@@ -278,6 +311,145 @@ def _drifts(averaged: Averaged) -> list[Tensor]:
     """
     logp = averaged.logp
     return [logp, *(logp if t is None else t for t in (averaged.old_logp, averaged.adv))]
+
+
+def _prefix(masked: Masked, averaged: Averaged) -> tuple[Tensor, Tensor]:
+    runs, logp = masked.runs, averaged.logp
+    found, sums = torch.empty_like(logp), torch.empty_like(logp)
+    _launch(
+        along_kernels.prefix_kernel,
+        _all_sequences(runs),
+        logp.device,
+        logp,
+        logp if averaged.old_logp is None else averaged.old_logp,
+        masked.keep,
+        *_places(runs, masked.keep),
+        averaged.params,
+        found,
+        sums,
+        runs.length,
+        runs.rows,
+        runs.sequences,
+        RUNS=_way(runs).value,
+        HAS_OLD=averaged.old_logp is not None,
+        BLOCK=min(_SCANNED, _block_of(runs)),
+    )
+    return found, sums
+
+
+def _all_sequences(runs: Runs) -> int:
+    """Return the number of sequences. Packed rows of none are one more."""
+    return runs.sequences + (not runs.length)
+
+
+def _values(
+    masked: Masked, values: Tensor | float, into: Tensor | None
+) -> tuple[Tensor, float, Tensor]:
+    """Return values as a kernel receives them, a tensor and a number of which one is
+    read, and the memory of its result.
+    """
+    if into is None:
+        into = torch.empty(masked.runs.rows, dtype=torch.float32, device=masked.keep.device)
+    return (values, 0.0, into) if isinstance(values, Tensor) else (into, float(values), into)
+
+
+_STATISTICS = {
+    "sum": batch_kernels.SUM,
+    "mean": batch_kernels.MEAN,
+    "max": batch_kernels.LARGEST,
+    "min": batch_kernels.LEAST,
+}
+
+
+def total(
+    masked: Masked,
+    values: Tensor | float,
+    statistic: Statistic,
+    per_sequence: bool,
+    into: Tensor | None = None,
+) -> Tensor:
+    runs, kind = masked.runs, _STATISTICS[statistic].value
+    given, number, out = _values(masked, values, into)
+    if per_sequence:
+        _launch(
+            batch_kernels.sequence_total_kernel,
+            _all_sequences(runs),
+            out.device,
+            given,
+            masked.keep,
+            *_places(runs, masked.keep),
+            out,
+            number,
+            runs.length,
+            runs.rows,
+            runs.sequences,
+            RUNS=_way(runs).value,
+            STATISTIC=kind,
+            GIVEN=isinstance(values, Tensor),
+            BLOCK=_block_of(runs),
+        )
+        return out
+    blocks = -(-runs.rows // _PART)
+    parts = torch.empty((2, blocks), dtype=torch.float64, device=out.device)
+    _launch(
+        batch_kernels.parts_kernel,
+        blocks,
+        out.device,
+        given,
+        masked.keep,
+        parts,
+        number,
+        runs.rows,
+        STATISTIC=kind,
+        GIVEN=isinstance(values, Tensor),
+        BLOCK=_PART,
+    )
+    _launch(
+        batch_kernels.total_kernel,
+        blocks,
+        out.device,
+        parts,
+        out,
+        runs.rows,
+        blocks,
+        STATISTIC=kind,
+        BLOCK=_PART,
+    )
+    return out
+
+
+def along(
+    masked: Masked,
+    values: Tensor | float,
+    decay: float | Tensor,
+    reverse: bool,
+    into: Tensor | None = None,
+) -> Tensor:
+    runs, decays = masked.runs, isinstance(decay, Tensor) or decay != 1
+    given, number, out = _values(masked, values, into)
+    if not isinstance(decay, Tensor):
+        # in fp64, because its error grows with every power
+        decay = parameter_vector((decay,), torch.float64, out.device) if decays else out
+    _launch(
+        along_kernels.along_kernel,
+        _all_sequences(runs),
+        out.device,
+        given,
+        decay,
+        masked.keep,
+        *_places(runs, masked.keep),
+        out,
+        number,
+        runs.length,
+        runs.rows,
+        runs.sequences,
+        RUNS=_way(runs).value,
+        GIVEN=isinstance(values, Tensor),
+        DECAYS=decays,
+        REVERSE=reverse,
+        BLOCK=min(_SCANNED, _block_of(runs)),
+    )
+    return out
 
 
 #: The leaves of a formula in the order in which the kernels take them.
@@ -345,9 +517,8 @@ def metrics(
     parts = torch.empty(
         (metric_kernels.SUMS.value, sequences), dtype=torch.float32, device=like.device
     )
-    stored = [
-        leaves.get(name, like) for name in (*_ORDER, "d_logp", "d_entropy", "factor", "table")
-    ]
+    names_in_order = (*_ORDER, "d_logp", "d_entropy", "factor", "table")
+    stored = [leaves.get(name, like).contiguous() for name in names_in_order]
     _launch(
         metric_kernels.sums_kernel,
         sequences,
@@ -394,4 +565,6 @@ PRIMITIVES = RowPrimitives(
     adjoint=adjoint,
     metrics=metrics,
     evaluate=evaluate_rows,
+    total=total,
+    along=along,
 )

@@ -315,7 +315,10 @@ class LossCall:
         """Return what the backend's kernel averages to the ratio of ``logp``, or None
         if only :meth:`log_ratio` can form it. ``params`` are those of the call.
         """
-        if self.rows.primitives is None or self.rows.primitives.ratio is None:
+        rows = self.rows
+        if rows.primitives is None or rows.primitives.ratio is None:
+            return None
+        if rows.sequences is None:  # log_ratio says what is missing
             return None
         old = self.ref_logp if self.spec.ratio.against == "ref" else self.old_logp
         return self.spec.ratio.averaged(logp, old, self.adv, params)

@@ -24,6 +24,8 @@ from .distillation import DistillationLossOutput
 from .metrics import Metrics, policy_metrics
 from .versions import Versions
 
+Derivatives = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class TokenStats:
@@ -75,10 +77,10 @@ class PolicyLossOutput:
     _call: LossCall = field(repr=False)
     _leaves: dict[str, Tensor] = field(repr=False)  # [N], detached
     _loss: Tensor = field(repr=False)  # [N], detached
-    #: The loss's derivatives by logp and entropy, or what computes them.
-    _by: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]] | None = field(repr=False)
+    #: The loss's derivatives by logp and entropy if known, or what finds them.
+    _by: Derivatives | Callable[[], Derivatives] | None = field(repr=False)
     #: More metrics (sums), from the loss's derivatives by logp and entropy.
-    _more: Callable[[tuple[Tensor, Tensor]], dict[str, Any]] | None = field(repr=False)
+    _more: Callable[[Derivatives], dict[str, Any]] | None = field(repr=False)
     #: The versions of the tensors that the properties read, and of those that only the
     #: derivatives read.
     _versions: tuple[Versions, Versions] | None = field(repr=False)
@@ -141,9 +143,9 @@ class PolicyLossOutput:
         return rows.unflatten(nothing if clipped is None else (clipped[0] | clipped[1]) & rows.keep)
 
     @computed_once
-    def _derivatives(self) -> tuple[Tensor, Tensor]:
+    def _derivatives(self) -> Derivatives:
         if self._by is not None:
-            return self._by if isinstance(self._by, tuple) else self._by()
+            return self._by() if callable(self._by) else self._by
         if torch.compiler.is_exporting():
             raise self._call.rows.unsupported(
                 "torch.export has no derivatives of two_pass, so there is no coef: return the "

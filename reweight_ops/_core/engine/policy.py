@@ -12,7 +12,7 @@ from ..calls.policy import LossCall
 from ..detached import marked
 from ..formula.trace import trace_weight
 from .inputs import with_derivatives
-from .output import PolicyLossOutput
+from .output import Derivatives, PolicyLossOutput
 from .plan import Choice
 from .source import MoreMetrics, PolicyWork, SourceInfo
 from .stored import evaluate_stored
@@ -128,7 +128,7 @@ class PolicyObjective:
         leaves: dict[str, Tensor],
         loss: Tensor,
         per_row: Tensor,
-        by: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]] | None,
+        by: Derivatives | Callable[[], Derivatives] | None,
         choice: Choice,
         more: MoreMetrics | None,
         table: Tensor | None = None,

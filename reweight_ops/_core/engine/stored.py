@@ -23,6 +23,7 @@ from ..formula.loss_program import Program, loss_graph
 from ..rows.primitives import is_traced
 from . import again
 from .coupled import at_this_point
+from .output import Derivatives
 from .versions import Versions, arguments_of
 
 #: The statistics by which a loss is differentiated. They name the outputs of its
@@ -121,7 +122,7 @@ class Evaluated(NamedTuple):
 
     loss: Tensor
     per_row: Tensor
-    by: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]]
+    by: Derivatives | Callable[[], Derivatives]
     table: Tensor | None
 
 
@@ -171,7 +172,7 @@ def evaluate_stored(
     return Evaluated(loss, table[1], by, rows_table)
 
 
-def _through_ratio(call: LossCall, logp: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+def _through_ratio(call: LossCall, logp: Tensor, table: Tensor) -> Derivatives:
     """Return the derivatives by logp and entropy, with the path through a ratio that
     PyTorch forms.
     """

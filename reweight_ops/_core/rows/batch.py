@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall
+from ..transforms import in_transform
 from .groups import Groups
 from .ordered import Ordered
+from .primitives import RowPrimitives, Statistic, is_traced
 from .rows import NO_ORDER, Rows
 
 
@@ -37,6 +39,33 @@ def _over_ranks(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return function(of_all, across.gather(x.expand(self._rows.count))[0], *rows)[own]
 
     return evaluated
+
+
+def _by_kernel(
+    statistic: Statistic,
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Evaluate a function by the backend's kernel of a statistic, where it has one.
+
+    A function whose name begins with ``seq_`` is over each row's sequence.
+    """
+
+    def decorated(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        per_sequence = function.__name__.startswith("seq_")
+
+        @functools.wraps(function)
+        def evaluated(self: BatchStatistics, x: Any) -> Tensor:
+            total = None if self._kernels is None else self._kernels.total
+            values = None if total is None else self._stored(x)
+            if total is None or values is None:
+                return function(self, x)
+            if per_sequence:
+                self._sequences()
+            assert self._rows.masked is not None
+            return total(self._rows.masked, values, statistic, per_sequence)
+
+        return evaluated
+
+    return decorated
 
 
 #: Functions that compare the rows of the call, whatever their sequences.
@@ -58,12 +87,34 @@ class BatchStatistics:
     * over each row's prompt, given by the call's ``group_ids``:
       ``group_sum group_mean group_min group_max``.
 
-    A place in an order has no gradient. Everything else has one.
+    A place in an order has no gradient. Everything else has one. Where no gradient is
+    asked for, a backend's kernels find sums, means and extrema, and write those of the
+    call to ``[N]``, one for each row.
     ``batch.seq_cumsum(1.0)`` counts tokens.
     """
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
+
+    @property
+    def _kernels(self) -> RowPrimitives | None:
+        """Return the backend's primitives for the call's rows, or None where PyTorch's
+        operations are traced or transformed.
+        """
+        rows = self._rows
+        if rows.masked is None or rows.dtype != torch.float32:
+            return None
+        return None if is_traced(rows.keep) or in_transform() else rows.primitives
+
+    def _stored(self, x: Any) -> Tensor | float | None:
+        """Return values as a kernel takes them, or None if it does not."""
+        if isinstance(x, (int, float)):
+            return float(x)
+        rows = self._rows
+        if x.dtype != rows.dtype or x.device != rows.device or _moves(x):
+            return None
+        values: Tensor = x.expand(rows.count).contiguous()
+        return values
 
     def _only(self, x: Any, other: float, where: Tensor | None = None) -> Tensor:
         """Return ``x`` in the valid rows (with ``where``) and ``other`` in the rest."""
@@ -88,9 +139,11 @@ class BatchStatistics:
             )
         return self._rows.prompts
 
+    @_by_kernel("sum")
     def sum(self, x: Any) -> Tensor:
         return self._rows.total(self._only(x, 0))
 
+    @_by_kernel("mean")
     def mean(self, x: Any) -> Tensor:
         # The mean is in fp64, so that the mean of equal numbers is exactly that number.
         # What remains of them after the mean is subtracted is then 0, without the sign
@@ -111,9 +164,11 @@ class BatchStatistics:
             [own if across is None else across.gather(own)[0], x.new_full((1,), other)]
         )
 
+    @_by_kernel("min")
     def min(self, x: Tensor) -> Tensor:
         return self._ended(x, math.inf).min()
 
+    @_by_kernel("max")
     def max(self, x: Tensor) -> Tensor:
         return self._ended(x, -math.inf).max()
 
@@ -295,20 +350,24 @@ class BatchStatistics:
             index = torch.arange(keep.numel(), device=keep.device) // max(groups.length, 1)
         return torch.where(keep, index, groups.count)
 
+    @_by_kernel("sum")
     def seq_sum(self, x: Any) -> Tensor:
         """Return ``[N]``: every row gets the sum of its sequence."""
         return self._sequences().spread(self._sequences().sum(self._only(x, 0)))
 
+    @_by_kernel("mean")
     def seq_mean(self, x: Any) -> Tensor:
         counts = self._sequences().sum(self._rows.keep.to(self._rows.dtype)).clamp(min=1)
         return self._sequences().spread(self._sequences().sum(self._only(x, 0)) / counts)
 
+    @_by_kernel("max")
     @_over_ranks
     def seq_max(self, x: Tensor) -> Tensor:
         return self._only(
             self._sequences().spread(self._sequences().max(self._only(x, -math.inf))), 0
         )
 
+    @_by_kernel("min")
     def seq_min(self, x: Tensor) -> Tensor:
         return -self.seq_max(-x)
 
@@ -332,10 +391,21 @@ class BatchStatistics:
             )
         what = "batch.seq_suffix_sum" if reverse else "batch.seq_cumsum"
         self._rows.refuse_across(what, NO_ORDER)
+        if (found := self._along_by_kernel(x, decay, reverse)) is not None:
+            return found
         groups, rows = self._sequences(), self._rows.keep.numel()
         return Ordered.by(self._owner()).cumsum(
             self._only(x, 0), decay, groups.length if groups.index is None else rows, reverse
         )
+
+    def _along_by_kernel(self, x: Any, decay: Any, reverse: bool) -> Tensor | None:
+        along, rows = None if self._kernels is None else self._kernels.along, self._rows
+        if along is None or rows.sequences is None or rows.masked is None:
+            return None
+        if isinstance(decay, Tensor) and (_moves(decay) or decay.device != rows.device):
+            return None
+        values = self._stored(x)
+        return None if values is None else along(rows.masked, values, decay, reverse)
 
     # --- over each row's prompt -------------------------------------------------------
     def _by_prompt(self, x: Tensor) -> Tensor:
@@ -361,6 +431,11 @@ class BatchStatistics:
 
     def group_min(self, x: Tensor) -> Tensor:
         return -self.group_max(-x)
+
+
+def _moves(x: Tensor) -> bool:
+    """Return whether autograd follows what is computed from ``x``."""
+    return x.requires_grad and torch.is_grad_enabled()
 
 
 def _between(below: Tensor, above: Tensor, share: Tensor) -> Tensor:

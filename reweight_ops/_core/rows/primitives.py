@@ -91,6 +91,10 @@ class Averaged(NamedTuple):
 
     With ``shared`` the gradient flows through the mean to every row of the sequence.
     Otherwise each row gets its own, clipped or not.
+
+    With ``along`` it is the sum of the sequence up to each row that is clamped. Each
+    row gets its own gradient, and a log-prob that is not finite none. The other options
+    do not apply.
     """
 
     logp: Tensor
@@ -99,7 +103,11 @@ class Averaged(NamedTuple):
     normalize: bool = True
     shared: bool = True
     adv: Tensor | None = None
+    along: bool = False
 
+
+#: What :attr:`RowPrimitives.total` finds.
+Statistic = Literal["sum", "mean", "max", "min"]
 
 #: The metrics that :attr:`RowPrimitives.metrics` can find, in this order: means over
 #: rows; sums and extrema; means over sequences of the shares of their rows.
@@ -139,6 +147,34 @@ class Weigh(Protocol):
     ) -> Tensor: ...
 
 
+class Total(Protocol):
+    """The primitive that finds a statistic: ``total`` of :class:`RowPrimitives`."""
+
+    def __call__(
+        self,
+        masked: Masked,
+        values: Tensor | float,
+        statistic: Statistic,
+        per_sequence: bool,
+        into: Tensor | None = None,
+        /,
+    ) -> Tensor: ...
+
+
+class Along(Protocol):
+    """The primitive that sums along sequences: ``along`` of :class:`RowPrimitives`."""
+
+    def __call__(
+        self,
+        masked: Masked,
+        values: Tensor | float,
+        decay: float | Tensor,
+        reverse: bool,
+        into: Tensor | None = None,
+        /,
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class RowPrimitives:
     """The row primitives of the backend ``name``.
@@ -153,7 +189,8 @@ class RowPrimitives:
       its sequence in fp32, 0 in a row of no sequence, and adds ``masked.trust``.
       ``values`` ``[S]`` have any stride and dtype.
     * ``ratio(masked, averaged) -> (log_ratio [N], means [S])`` gives all rows of a
-      sequence its clamped mean. ``means`` are not clamped.
+      sequence its clamped mean. ``means`` are not clamped. With ``averaged.along`` they
+      are the sums ``[N]`` up to each row.
     * ``adjoint(masked, averaged, means, d_ratio, d_logp)`` adds to ``d_logp`` the part
       of ``d_ratio`` that flows through the ratio.
     * ``metrics(masked, monitor, params, leaves, names) -> (sums [M, 2], values [M])``
@@ -162,12 +199,25 @@ class RowPrimitives:
       formula, and ``d_logp``, ``d_entropy``, ``factor``, and the ``table`` ``[R, N]``
       of the monitor's parameters of rows. A missing ``log_ratio`` is
       formed in the row, as a loss program forms it.
+    * ``total(masked, values, statistic, per_sequence, into=None) -> [N]`` gives every
+      row the :data:`Statistic` of the kept rows of its sequence, or of the call.
+      ``values`` are fp32 ``[N]``, contiguous, or one number. ``into`` is the memory of
+      the result, fp32 ``[N]``, new by default. What an ignored row holds does not
+      matter, and a NaN in a kept row is the result. Without kept rows a sum and a mean
+      are 0, a maximum is ``-inf`` and a minimum ``inf``. An ignored row gets what the
+      others get, but 0 from the extremum of its sequence. A row of no sequence gets 0
+      from every statistic of sequences.
+    * ``along(masked, values, decay, reverse, into=None) -> [N]`` is ``Σ decay^d·x``
+      over a row and the kept rows before it in its sequence (with ``reverse`` after
+      it), ``d`` kept rows away. ``decay`` is a number or a 0-d tensor. An ignored row
+      gets 0. A value of inf or NaN reaches the rows from there on, and a sum of inf
+      stays inf where a power of ``decay`` is 0.
 
     * ``evaluate`` is ``evaluate_rows`` of
       :class:`~reweight_ops._core.backends.base.Backend`.
 
-    PyTorch computes each of the last five that is None. ``ratio`` and ``adjoint`` are
-    both given or both None.
+    ``mask`` and ``weigh`` are always there. PyTorch computes each of the others that is
+    None. ``ratio`` and ``adjoint`` are both given or both None.
     """
 
     name: str
@@ -181,3 +231,5 @@ class RowPrimitives:
         | None
     ) = None
     evaluate: Callable[..., Tensor] | None = None
+    total: Total | None = None
+    along: Along | None = None

@@ -203,6 +203,13 @@ class CumulativeRatio(Ratio):
         own = torch.where(logp.isfinite(), logp, 0)
         return self._clamped(total + (own - own.detach()))
 
+    def averaged(
+        self, logp: Tensor, old_logp: Tensor | None, adv: Tensor | None, params: Tensor
+    ) -> Averaged | None:
+        if type(self) is not CumulativeRatio:  # a subclass may sum something else
+            return None
+        return Averaged(logp, old_logp, params, along=True)
+
 
 @ranged
 @dataclass(frozen=True)

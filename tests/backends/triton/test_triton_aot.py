@@ -166,8 +166,9 @@ def test_scaling_compiles_twice_a_dtype_and_streams_16_bytes_at_a_time(aot, targ
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_kernels_on_rows_compile_without_spills(aot, target):
     """Once for each option, for all lengths of sequences: four row weights, two
-    evaluations, two sums, and two ratios (the drifts clipped or not). Those that know
-    sequences do so once for each of the three ways in which these are given.
+    evaluations, two sums, and two ratios (the drifts clipped or not); four statistics
+    and one of a number; four sums along sequences. Those that know sequences do so once
+    for each of the three ways in which these are given.
     """
     compiled = aot("rows", target)
     names = [k["kernel"] for k in compiled]
@@ -178,6 +179,12 @@ def test_kernels_on_rows_compile_without_spills(aot, target):
         "weigh_kernel": 8,
         "ratio_kernel": 6,
         "adjoint_kernel": 6,
+        "sequence_total_kernel": 15,
+        "parts_kernel": 5,
+        "total_kernel": 4,
+        "along_kernel": 12,
+        "prefix_kernel": 3,
+        "prefix_adjoint_kernel": 1,
         "evaluate_kernel": 2,
         "sums_kernel": 4,
         "metrics_kernel": 2,

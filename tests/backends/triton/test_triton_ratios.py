@@ -3,12 +3,13 @@ interpreter).
 """
 
 import itertools
+import math
 
 import pytest
 import torch
 
 import reweight_ops as rw
-from reweight_ops._core.backends import select
+from reweight_ops._core.backends import select, triton_rows
 from reweight_ops._core.rows.resolve import resolve_rows
 from reweight_ops.testing import make_batch
 
@@ -131,12 +132,98 @@ def test_gmpo(against):
         torch.testing.assert_close(x, y, rtol=2e-4, atol=1e-6, equal_nan=True)
 
 
+#: Clamps of the sum up to each token. DRIFTS are exact sums of few bits, and reach 1.5
+#: and 0.75 exactly.
+CLAMPS = {
+    "wide": 20.0,
+    "at sums": (0.75, 1.5),
+    "below only": (-math.inf, 1.25),
+    "none": math.inf,
+    "tensors": (torch.tensor(0.5), torch.tensor(1.375).double()),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("clamp", CLAMPS)
+def test_sums_up_to_each_token(monkeypatch, clamp, place):
+    """In blocks of four rows, on-policy too, and with log-probs that are not finite."""
+    monkeypatch.setattr(triton_rows, "_SCANNED", 4)
+    ratio = rw.CumulativeRatio(clamp=CLAMPS[clamp])
+    old, upstream = -torch.arange(N) / 8, torch.arange(1.0, N + 1)
+    for masked, bad in itertools.product((False, True), (None, -math.inf, math.nan)):
+        mask = torch.ones(N)
+        mask[1::3] = not masked
+        rows = rows_of(place, mask)
+        logp = old + DRIFTS
+        logp[[4, 6]] = logp[[4, 6]] if bad is None else bad
+        for before in (old, None):
+            d_ratio = torch.where(rows.keep, upstream, 0)
+            got = by_kernels(rows, ratio, logp, before, None, d_ratio)
+            want = by_autograd(rows, ratio, logp, before, None, d_ratio)
+            for x, y in zip(got, want, strict=True):
+                torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+    averaged = ratio.averaged(logp, old, None, torch.tensor(ratio.bounds()))
+    torch.use_deterministic_algorithms(True)  # what nothing has written is NaN
+    found, sums = rows.primitives.ratio(rows.masked, averaged)
+    torch.use_deterministic_algorithms(False)
+    low, high = ratio.bounds()
+    assert not sums[~rows.keep].any()
+    assert found[~rows.keep].eq(torch.zeros(()).clamp(float(low), float(high))).all()
+
+
+def test_the_gradient_of_sums_at_their_bounds():
+    """It is that of torch.clamp, which has one at its bounds."""
+    rows, ratio = rows_of("equal"), rw.CumulativeRatio(clamp=(0.75, 1.5))
+    found, by = by_kernels(rows, ratio, DRIFTS, torch.zeros(N), None, torch.ones(N))
+    assert found.tolist() == [0.75, 1.25, 1.5, 1.25, *[0.75] * 4, 0.75, 0.75, 0.75, 0.75]
+    assert by.tolist() == [1, 1, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("against", ["old", "ref"])
+def test_a_clip_of_sums(against):
+    """The public call: its loss, gradient, second derivatives and metrics."""
+    ratio = rw.CumulativeRatio(clamp=0.5, against=against)
+    spec = rw.methods.grpo(beta=0.05).replace(ratio=ratio)
+    batch, found = make_batch(spec, (3, 5), 13), []
+    batch["completion_mask"] = batch["completion_mask"].clone()
+    batch["completion_mask"][-1] = 0
+    for backend in ("triton", "reference"):
+        z = batch["logits"].detach().clone().requires_grad_()
+        out = rw.policy_loss(**{**batch, "logits": z}, spec=spec, backend=backend, unused="ignore")
+        (grad,) = torch.autograd.grad(out.loss, z, create_graph=True)
+        (second,) = torch.autograd.grad(grad.square().sum(), z)
+        found.append((out.loss, grad, second, out.metrics.sums, out.ratio))
+        averaged = out._call.averaged(out.per_token_logps, out._call.params)
+        assert (averaged is not None) == (backend == "triton")
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-4, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("ratio", [rw.SequenceRatio(), rw.CumulativeRatio()])
+def test_rows_without_sequences_are_refused(ratio, backend):
+    """A reduction that needs none does not hide it."""
+    spec = rw.methods.dapo().replace(ratio=ratio)
+    with pytest.raises(rw.InvalidCall, match="Ratio needs sequences"):
+        rw.policy_loss(
+            torch.zeros(6, 5, requires_grad=True),
+            torch.zeros(6, dtype=torch.long),
+            1.0,
+            spec=spec,
+            backend=backend,
+        )
+
+
 def test_other_ratios_are_pytorchs():
     class Own(rw.SequenceRatio):
         """A ratio of a user, who changes what is averaged."""
 
+    class Along(rw.CumulativeRatio):
+        """The same of a sum."""
+
     for ratio in (
         Own(),
+        Along(),
         rw.SegmentRatio(),
         rw.GeometricMeanRatio(epsilon_low=torch.rand(N)),
         rw.GeometricMeanRatio(epsilon_low=torch.tensor(0.25, requires_grad=True)),

@@ -142,6 +142,42 @@ def test_other_losses(name):
     assert_same(batch_of(spec), spec=spec, plan="two_pass")
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("centred", SHAPE),
+        ("batch mean", SHAPE),
+        ("unclamped batch mean", SHAPE),
+        ("segments", SHAPE),
+    ],
+)
+def test_ratios_that_pytorch_forms(name, shape, masked):
+    """Their metrics take the stored loss, and count the rows without a gradient like
+    PyTorch. An unclamped mean of the batch is an expanded number.
+    """
+    ratio = {
+        "centred": rw.CenteredRatio(scale="std"),
+        "batch mean": rw.BatchMeanRatio(),
+        "unclamped batch mean": rw.BatchMeanRatio(clamp=float("inf")),
+        "segments": rw.SegmentRatio(),
+    }[name]
+    # a tight clip, and a penalty of the log-prob without the ratio
+    spec = rw.methods.grpo(epsilon_low=0.01, epsilon_high=0.01, beta=0.05).replace(ratio=ratio)
+    batch = batch_of(spec, shape)
+    batch["completion_mask"][0] = 1
+    if masked:
+        batch["completion_mask"][0, 1] = 0
+    if name == "segments":
+        batch["segment_ids"] = torch.zeros(shape, dtype=torch.long)
+    results = both(batch, spec=spec)
+    assert list(results[0][2]) == list(results[1][2]) and "rows_skipped" in results[0][2]
+    assert_same(batch, spec=spec)
+    # without a penalty, clipped rows are skipped
+    bare = rw.methods.dapo(epsilon_low=0.01, epsilon_high=0.01).replace(ratio=ratio)
+    assert_same({**batch, "ref_per_token_logps": None}, spec=bare)
+
+
 @pytest.mark.parametrize("given", [False, True], ids=["ratio", "given ratio"])
 def test_random_losses_on_stored_rows(given):
     """Values, and derivatives by every leaf and row weight."""
