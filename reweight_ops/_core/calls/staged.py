@@ -49,7 +49,6 @@ class Table:
             formula = self._formulas[i]
             given = rows.flatten_per_token(f"{formula.name}.{name}", getattr(formula, name))
             table[row].copy_(given)
-        batch = BatchStatistics(rows)
         for stage in self._staged.stages:
             if stage.program is not None:
                 count = len(stage.program.terms)
@@ -66,8 +65,11 @@ class Table:
                 operands = [self._operand(x) for x in statistic.operands]
                 first = len(operands) - len(statistic.keywords)
                 keywords = dict(zip(statistic.keywords, operands[first:], strict=True))
-                found = getattr(batch, statistic.name)(*operands[:first], **keywords)
-                table[statistic.row].copy_(found)
+                row = table[statistic.row]
+                compute = getattr(BatchStatistics(rows, row), statistic.name)
+                found = compute(*operands[:first], **keywords)
+                if found is not row:  # of PyTorch, which may be one number
+                    row.copy_(found)
         return table
 
     def _operand(self, x: Operand) -> Any:

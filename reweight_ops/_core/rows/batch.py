@@ -61,7 +61,7 @@ def _by_kernel(
             if per_sequence:
                 self._sequences()
             assert self._rows.masked is not None
-            return total(self._rows.masked, values, statistic, per_sequence)
+            return total(self._rows.masked, values, statistic, per_sequence, self._into)
 
         return evaluated
 
@@ -93,8 +93,9 @@ class BatchStatistics:
     ``batch.seq_cumsum(1.0)`` counts tokens.
     """
 
-    def __init__(self, rows: Rows) -> None:
-        self._rows = rows
+    def __init__(self, rows: Rows, into: Tensor | None = None) -> None:
+        """``into`` ``[N]`` is memory for the result of a kernel, new by default."""
+        self._rows, self._into = rows, into
 
     @property
     def _kernels(self) -> RowPrimitives | None:
@@ -405,7 +406,9 @@ class BatchStatistics:
         if isinstance(decay, Tensor) and (_moves(decay) or decay.device != rows.device):
             return None
         values = self._stored(x)
-        return None if values is None else along(rows.masked, values, decay, reverse)
+        if values is None:
+            return None
+        return along(rows.masked, values, decay, reverse, self._into)
 
     # --- over each row's prompt -------------------------------------------------------
     def _by_prompt(self, x: Tensor) -> Tensor:
