@@ -120,16 +120,14 @@ class LossCall:
 
         ``statistics`` are needed only if a reduction is over a weight.
         """
-        if self.rows.primitives is not None and (fused := self._fused_row_weights()) is not None:
-            return fused
+        if self.rows.primitives is not None:
+            fused = self._fused_row_weights(statistics)
+            if fused is not None:
+                return fused
         found: dict[int, Tensor] = {}
         for k in set(self.spec.reduction_of_term):
             reduction = self.spec.reductions[k]
-            u = (
-                None
-                if reduction.weight is None
-                else self._evaluate_weight(reduction.weight, statistics)
-            )
+            u = self._token_weight(reduction, statistics)
             w = reduction.row_weights(self.rows, self.divisors, u).to(self.rows.dtype)
             # A coupled reduction is scaled afterwards, because it is not linear.
             found[k] = w * self._scale if self._is_scaled and not reduction.coupled else w
@@ -155,7 +153,13 @@ class LossCall:
         found = reduction.row_weights(self.rows, self.divisors).to(self.rows.dtype)
         return found * self._scale if self._is_scaled else found
 
-    def _fused_row_weights(self) -> Tensor | None:
+    def _token_weight(
+        self, reduction: Reduction, statistics: dict[str, Tensor] | None
+    ) -> Tensor | None:
+        weight = reduction.weight
+        return None if weight is None else self._evaluate_weight(weight, statistics)
+
+    def _fused_row_weights(self, statistics: dict[str, Tensor] | None = None) -> Tensor | None:
         """Return the row weights, or None if a kernel cannot form one of them.
 
         Terms one after the other with the same reduction take one launch.
@@ -177,11 +181,15 @@ class LossCall:
         ):
             return None
         weigh, count = rows.primitives.weigh, len(terms)
+        measured = {
+            k: terms[k].measured(rows, self._token_weight(terms[k], statistics)) for k in plans
+        }
         if len(plans) == 1:
-            (plan,) = plans.values()
+            (k,) = plans
+            plan = plans[k]
             assert plan is not None
             alike = 1 if self.factor is None else count
-            found = weigh(rows.masked, plan, self.loss_scale, self.factor, alike)
+            found = weigh(measured[k], plan, self.loss_scale, self.factor, alike)
             return found.expand(count, -1)
         found = torch.empty((count, rows.count), dtype=rows.dtype, device=rows.device)
         for k, run in itertools.groupby(range(count), own.__getitem__):
@@ -189,7 +197,7 @@ class LossCall:
             assert plan is not None
             factor = self.factor if at[0] == 0 else None
             into = found[at[0] : at[-1] + 1]
-            weigh(rows.masked, plan, self.loss_scale, factor, len(at), into)
+            weigh(measured[k], plan, self.loss_scale, factor, len(at), into)
         return found
 
     @property
