@@ -166,9 +166,7 @@ def weigh(
         divide = kernels.BY_TENSOR if stored else kernels.BY_VALUE
     times, stored = _number(scale)
     scaled = kernels.BY_TENSOR if stored else kernels.UNDIVIDED if times == 1 else kernels.BY_VALUE
-    pointers = [
-        t if isinstance(t, Tensor) else w for t in (masked.weight, divisor, scale, factor)
-    ]
+    pointers = [t if isinstance(t, Tensor) else w for t in (masked.weight, divisor, scale, factor)]
     _launch(
         kernels.weigh_kernel,
         -(-n // _WEIGHED),

@@ -66,8 +66,8 @@ class Reduction:
         return None
 
     def measured(self, rows: Rows, weight: Tensor | None) -> Masked:
-        """Return the rows and lengths of the :meth:`weighing`: those of the call if that
-        is not ``measured``. ``weight`` is the value of the token weight.
+        """Return the rows and lengths of the :meth:`weighing`, those of the call if it is
+        not ``measured``. ``weight`` has the values of the token weight.
         """
         assert rows.masked is not None
         return rows.masked
