@@ -181,9 +181,11 @@ class LossCall:
         ):
             return None
         weigh, count = rows.primitives.weigh, len(terms)
-        measured = {
-            k: terms[k].measured(rows, self._token_weight(terms[k], statistics)) for k in plans
-        }
+        measured = dict.fromkeys(plans, rows.masked)
+        for k, plan in plans.items():
+            if plan is not None and plan.measured:
+                u = self._token_weight(terms[k], statistics)
+                measured[k] = terms[k].measured(rows, u)
         if len(plans) == 1:
             (k,) = plans
             plan = plans[k]

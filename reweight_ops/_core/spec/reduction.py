@@ -66,11 +66,11 @@ class Reduction:
         return None
 
     def measured(self, rows: Rows, weight: Tensor | None) -> Masked:
-        """Return the rows and lengths of the :meth:`weighing`, those of the call if it is
-        not ``measured``. ``weight`` has the values of the token weight.
+        """Return the rows and lengths of a ``measured`` :meth:`weighing`.
+
+        ``weight`` has the values of the token weight.
         """
-        assert rows.masked is not None
-        return rows.masked
+        raise NotImplementedError(f"{type(self).__name__} defines no measured(self, rows, weight)")
 
     def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
         """Return ``[N]`` in the row dtype. It is 0 in an ignored row."""
@@ -100,12 +100,10 @@ def _can_measure(rows: Rows) -> bool:
 
 
 def _with_weight(rows: Rows, weight: Tensor | None) -> Masked:
-    """Return the rows of the call, which count ``weight`` each if there is one."""
+    """Return the rows of the call, which count ``weight`` each."""
     primitives, masked = rows.primitives, rows.masked
-    assert primitives is not None and masked is not None
-    if weight is None:
-        return masked
-    assert primitives.measure is not None
+    assert primitives is not None and primitives.measure is not None
+    assert masked is not None and weight is not None
     return primitives.measure(masked, weight)
 
 
