@@ -165,17 +165,20 @@ def test_scaling_compiles_twice_a_dtype_and_streams_16_bytes_at_a_time(aot, targ
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_kernels_on_rows_compile_without_spills(aot, target):
-    """Once for each option, for all lengths of sequences: four row weights, two
-    evaluations, two sums, and two ratios (the drifts clipped or not). Those that know
-    sequences do so once for each of the three ways in which these are given.
+    """Once for each option, for all lengths of sequences: four row weights, two of a
+    token weight, two evaluations, two sums, two ratios (the drifts clipped or not), and
+    the prompts of padded and of packed rows. Those that know sequences do so once for
+    each of the three ways in which these are given.
     """
     compiled = aot("rows", target)
     names = [k["kernel"] for k in compiled]
     assert {name: names.count(name) for name in names} == {
         "mask_kernel": 1,
         "pack_kernel": 2,
+        "regroup_kernel": 2,
+        "measure_kernel": 3,
         "spread_kernel": 1,
-        "weigh_kernel": 8,
+        "weigh_kernel": 12,
         "ratio_kernel": 6,
         "adjoint_kernel": 6,
         "evaluate_kernel": 2,
