@@ -127,7 +127,7 @@ class LossCall:
         found: dict[int, Tensor] = {}
         for k in set(self.spec.reduction_of_term):
             reduction = self.spec.reductions[k]
-            u = self._token_weight(reduction, statistics)
+            u = None if reduction.weight is None else self._reduction_weight(k, statistics)
             w = reduction.row_weights(self.rows, self.divisors, u).to(self.rows.dtype)
             # A coupled reduction is scaled afterwards, because it is not linear.
             found[k] = w * self._scale if self._is_scaled and not reduction.coupled else w
@@ -153,11 +153,9 @@ class LossCall:
         found = reduction.row_weights(self.rows, self.divisors).to(self.rows.dtype)
         return found * self._scale if self._is_scaled else found
 
-    def _token_weight(
-        self, reduction: Reduction, statistics: dict[str, Tensor] | None
-    ) -> Tensor | None:
-        weight = reduction.weight
-        return None if weight is None else self._evaluate_weight(weight, statistics)
+    def _reduction_weight(self, k: int, statistics: dict[str, Tensor] | None) -> Tensor:
+        """Return the weight ``[N]`` over which the reduction of term ``k`` is."""
+        return self._evaluate_weight(self.spec.reductions[k].weight, statistics)
 
     def _fused_row_weights(self, statistics: dict[str, Tensor] | None = None) -> Tensor | None:
         """Return the row weights, or None if a kernel cannot form one of them.
@@ -184,7 +182,8 @@ class LossCall:
         measured = dict.fromkeys(plans, rows.masked)
         for k, plan in plans.items():
             if plan is not None and plan.measured:
-                u = self._token_weight(terms[k], statistics)
+                has_weight = terms[k].weight is not None
+                u = self._reduction_weight(k, statistics) if has_weight else None
                 measured[k] = terms[k].measured(rows, u)
         if len(plans) == 1:
             (k,) = plans
