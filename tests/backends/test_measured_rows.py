@@ -304,7 +304,7 @@ def test_malformed_offsets_that_nobody_reads(kernels, monkeypatch, bad):
 
 
 def test_too_many_prompts_to_look_for_are_pytorchs(kernels, monkeypatch):
-    monkeypatch.setattr(resolve, "_MOST_SEARCHED", 4 * 3 - 1)
+    monkeypatch.setattr(resolve, "_MOST_SEARCHED", RUN * 3 - 1)
     ids = torch.tensor([0, 2, 2, 0])
     for count, fused in ((2, True), (3, False)):
         groups = {"group_ids": ids.clamp(max=count - 1), "num_groups": count}

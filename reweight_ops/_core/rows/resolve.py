@@ -445,7 +445,8 @@ def _with_prompts(
     )
     prompts, by_prompt = None, None
     if ids is not None and count is not None:
-        if regroup is None or found.runs.sequences * count > _MOST_SEARCHED:
+        # a kernel looks for the sequences of each prompt, for RUN of them at a time
+        if regroup is None or max(found.runs.sequences, RUN) * count > _MOST_SEARCHED:
             prompts = _prompts(tensors, structure)
         else:
             by_prompt, index = regroup(found, ids, count)
