@@ -354,7 +354,9 @@ def test_losses(kernels, name, plan):
         out = rw.policy_loss(backend=backend, **call)
         results.append((out, *torch.autograd.grad(out.loss, z)))
     (got, grad), (want, expected) = results
-    assert got._call.rows.primitives is kernels and want._call.rows.primitives is None
+    rows = got._call.rows
+    assert rows.primitives is kernels and want._call.rows.primitives is None
+    assert (rows.by_prompt is not None) == spec.reads_groups, "a result keeps them"
     torch.testing.assert_close(got.loss, want.loss, rtol=2e-5, atol=1e-6)
     torch.testing.assert_close(grad, expected, rtol=2e-4, atol=1e-6)
     sums = want.metrics.as_floats()
