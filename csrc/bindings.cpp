@@ -63,10 +63,20 @@ std::pair<int64_t, int64_t> mask_rows_of(const std::array<int64_t, 5>& ids, cons
                       at<bool>(counted), at<int32_t>(lengths)});
 }
 
-void weigh_rows_of(Address keep, Address lengths, const std::array<int64_t, 4>& runs, int divide, float divisor, bool per_length, float horizon,
-                   float scale, Address factor, int terms, Address out) {
-    weigh_rows({at<const bool>(keep), at<const int32_t>(lengths), runs_of(runs), static_cast<Divide>(divide), divisor, per_length, horizon, scale,
-                at<const float>(factor), terms, at(out)});
+void regroup_rows_of(const std::array<int64_t, 5>& ids, Address lengths, const std::array<int64_t, 4>& runs, int64_t prompts, Address prompt_of,
+                     Address index, Address out_lengths) {
+    regroup_rows(
+        {row_numbers(ids), at<const int32_t>(lengths), runs_of(runs), prompts, at<int64_t>(prompt_of), at<int64_t>(index), at<int32_t>(out_lengths)});
+}
+
+void measure_rows_of(Address weight, Address keep, const std::array<int64_t, 4>& runs, Address lengths) {
+    measure_rows({at<const float>(weight), at<const bool>(keep), runs_of(runs), at(lengths)});
+}
+
+void weigh_rows_of(Address keep, Address lengths, Address weight, const std::array<int64_t, 4>& runs, int divide, float divisor, bool per_length,
+                   float horizon, float scale, Address factor, int terms, Address out) {
+    weigh_rows({at<const bool>(keep), at<const void>(lengths), at<const float>(weight), runs_of(runs), static_cast<Divide>(divide), divisor,
+                per_length, horizon, scale, at<const float>(factor), terms, at(out)});
 }
 
 /// Makes a prepared loss: the arguments that do not change between calls.
@@ -81,7 +91,7 @@ OnePass make_one_pass(const Call& common, const ProgramTable& table, std::vector
     call.loss.row_weights_step = shared ? 0 : common.rows;
     const Runs runs{common.rows, (common.rows + run - 1) / run, run, nullptr};
     call.mask = {row_numbers(masks.at(0)), row_numbers(masks.at(1)), row_numbers(masks.at(2)), runs, nullptr, nullptr, nullptr, nullptr};
-    call.weigh = {nullptr, nullptr, runs, static_cast<Divide>(divide), 1, per_length, horizon, 1, nullptr, terms, nullptr};
+    call.weigh = {nullptr, nullptr, nullptr, runs, static_cast<Divide>(divide), 1, per_length, horizon, 1, nullptr, terms, nullptr};
     for (int k = 0; k < OnePass::kInputs; ++k) {
         const std::vector<int64_t>& from = inputs.at(k);
         call.inputs[k] = {from.at(0), from.at(1), from.at(2) != 0, from.at(3) != 0};
@@ -180,8 +190,11 @@ PYBIND11_MODULE(_C, m) {
         py::arg("keep"), py::arg("outputs"), py::arg("out"), py::arg("rows"), py::arg("threads"));
     m.def("mask_rows", &mask_rows_of, py::arg("ids"), py::arg("mask"), py::arg("denominator"), py::arg("runs"), py::arg("out_ids"), py::arg("keep"),
           py::arg("counted"), py::arg("lengths"));
-    m.def("weigh_rows", &weigh_rows_of, py::arg("keep"), py::arg("lengths"), py::arg("runs"), py::arg("divide"), py::arg("divisor"),
-          py::arg("per_length"), py::arg("horizon"), py::arg("scale"), py::arg("factor"), py::arg("terms"), py::arg("out"));
+    m.def("regroup_rows", &regroup_rows_of, py::arg("ids"), py::arg("lengths"), py::arg("runs"), py::arg("prompts"), py::arg("prompt_of"),
+          py::arg("index"), py::arg("out_lengths"));
+    m.def("measure_rows", &measure_rows_of, py::arg("weight"), py::arg("keep"), py::arg("runs"), py::arg("lengths"));
+    m.def("weigh_rows", &weigh_rows_of, py::arg("keep"), py::arg("lengths"), py::arg("weight"), py::arg("runs"), py::arg("divide"),
+          py::arg("divisor"), py::arg("per_length"), py::arg("horizon"), py::arg("scale"), py::arg("factor"), py::arg("terms"), py::arg("out"));
     py::class_<OnePass>(m, "OnePass", py::module_local())
         .def(py::init(&make_one_pass), py::arg("call"), py::arg("table"), py::arg("params"), py::arg("reads_p_sq"), py::arg("entropy_gradient"),
              py::arg("run"), py::arg("masks"), py::arg("inputs"), py::arg("divide"), py::arg("per_length"), py::arg("horizon"), py::arg("terms"),

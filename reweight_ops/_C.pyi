@@ -113,9 +113,20 @@ def mask_rows(
     counted: int,
     lengths: int,
 ) -> tuple[int, int]: ...
+def regroup_rows(
+    ids: tuple[int, int, int, int, int],
+    lengths: int,
+    runs: tuple[int, int, int, int],
+    prompts: int,
+    prompt_of: int,
+    index: int,
+    out_lengths: int,
+) -> None: ...
+def measure_rows(weight: int, keep: int, runs: tuple[int, int, int, int], lengths: int) -> None: ...
 def weigh_rows(
     keep: int,
     lengths: int,
+    weight: int,
     runs: tuple[int, int, int, int],
     divide: int,
     divisor: float,

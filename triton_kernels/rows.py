@@ -220,15 +220,106 @@ def pack_kernel(
         tl.store(TRUST, tl.where(tl.max(bad, 0) > 0, float("nan"), 0.0))
 
 
+@kernel
+def regroup_kernel(
+    IDS,
+    INDEX,
+    LENGTHS,
+    TRUST,
+    OUT_PROMPTS,
+    OUT_INDEX,
+    OUT_LENGTHS,
+    OUT_TRUST,
+    length: tl.int64,
+    total: tl.int64,
+    sequences: tl.int64,
+    prompts: tl.int64,
+    step: tl.int64,
+    PACKED: tl.constexpr,
+    HAS_TRUST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the rows of prompts, which are the sequences with the same id in IDS.
+
+    OUT_PROMPTS ``[S]`` and OUT_INDEX ``[N]`` have the prompt of each sequence and row,
+    ``prompts`` for none. OUT_LENGTHS ``[2, prompts]`` sums LENGTHS. OUT_TRUST is TRUST,
+    or NaN for an id out of range. The first programs sum the lengths of one prompt
+    each, the next ones take BLOCK rows each, and the last one takes the sequences.
+    """
+    p = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(total, BLOCK)
+    zero = tl.zeros((BLOCK,), tl.int32)
+    if p < prompts:
+        kept, counted = zero, zero
+        for start in range(0, sequences, BLOCK):
+            s = start + tl.arange(0, BLOCK)
+            mine = tl.load(IDS + s * step, mask=s < sequences, other=-1) == p
+            kept += tl.load(LENGTHS + s, mask=mine, other=0)
+            counted += tl.load(LENGTHS + sequences + s, mask=mine, other=0)
+        tl.store(OUT_LENGTHS + p, tl.sum(kept, 0))
+        tl.store(OUT_LENGTHS + prompts + p, tl.sum(counted, 0))
+    elif p < prompts + blocks:
+        row = (p - prompts) * BLOCK + tl.arange(0, BLOCK)
+        inside = row < total
+        s = tl.load(INDEX + row, mask=inside, other=0) if PACKED else row // length
+        g = tl.load(IDS + s * step, mask=inside & (s < sequences), other=-1).to(tl.int64)
+        g = tl.where((g >= 0) & (g < prompts), g, prompts)
+        tl.store(OUT_INDEX + row, g, mask=inside)
+    else:
+        bad = zero
+        for start in range(0, sequences, BLOCK):
+            s = start + tl.arange(0, BLOCK)
+            g = tl.load(IDS + s * step, mask=s < sequences, other=0).to(tl.int64)
+            is_known = (g >= 0) & (g < prompts)
+            tl.store(OUT_PROMPTS + s, tl.where(is_known, g, prompts), mask=s < sequences)
+            bad |= ((s < sequences) & (is_known == 0)).to(tl.int32)
+        trust = tl.where(tl.max(bad, 0) > 0, float("nan"), 0.0)
+        if HAS_TRUST:
+            trust += tl.load(TRUST)
+        tl.store(OUT_TRUST, trust)
+
+
+@kernel
+def measure_kernel(
+    WEIGHT,
+    KEEP,
+    OFFSETS,
+    INDEX,
+    LENGTHS,
+    length: tl.int64,
+    total: tl.int64,
+    RUNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write each sequence's sum of WEIGHT over the rows in KEEP to both rows of
+    ``LENGTHS [2, S]``.
+
+    The sum is in fp64, because it costs nothing beside the loads, and then no divisor
+    depends on how rows are cut into blocks.
+    """
+    s = tl.program_id(0).to(tl.int64)
+    begin, end = span(OFFSETS, s, length, total, RUNS)
+    found = tl.zeros((BLOCK,), tl.float64)
+    for start in range(begin, end, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        mine = own(INDEX, row, end, s, RUNS)
+        keep = tl.load(KEEP + row, mask=mine, other=0) != 0
+        found += tl.load(WEIGHT + row, mask=keep, other=0.0).to(tl.float64)
+    sum = tl.sum(found, 0).to(tl.float32)
+    tl.store(LENGTHS + s, sum)
+    tl.store(LENGTHS + tl.num_programs(0) + s, sum)
+
+
 @triton.jit
 def _divisor(LENGTHS, sequences, SEQUENCES: tl.constexpr, BLOCK: tl.constexpr):
-    """The number of rows, or of sequences with a row; at least 1."""
-    found = tl.zeros((BLOCK,), tl.int64)
+    """The sum of the lengths, or the number of positive ones; at least 1."""
+    found = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, sequences, BLOCK):
         s = start + tl.arange(0, BLOCK)
         n = tl.load(LENGTHS + sequences + s, mask=s < sequences, other=0)
-        found += ((n > 0) if SEQUENCES else n).to(tl.int64)
-    return tl.maximum(tl.sum(found, 0), 1).to(tl.float32)
+        found += ((n > 0) if SEQUENCES else n).to(tl.float64)
+    sum = tl.sum(found, 0)
+    return tl.where(sum < 1, 1.0, sum).to(tl.float32)  # keeps NaN
 
 
 @kernel
@@ -237,6 +328,7 @@ def weigh_kernel(
     LENGTHS,
     INDEX,
     TRUST,
+    WEIGHT,
     DIVISOR,
     SCALE,
     FACTOR,
@@ -253,32 +345,35 @@ def weigh_kernel(
     SCALE_BY: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_TRUST: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     TERMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write ``W [TERMS, N]``: ``1 / divisor / (the sequence's length | horizon) *
-    scale``.
+    """Write ``W [TERMS, N]``: ``(WEIGHT | 1) / divisor / (the sequence's length |
+    horizon) * scale``.
 
     Term 0 is also multiplied by FACTOR. W is 0 where a row is ignored. A program takes
     BLOCK rows, whatever their sequences.
     """
     zero = tl.full((), 0.0, tl.float32)
-    w = zero + 1.0
-    if DIVIDE == BY_VALUE:
-        w = tl.div_rn(w, zero + divisor)
-    elif DIVIDE == BY_TENSOR:
-        w = tl.div_rn(w, tl.load(DIVISOR).to(tl.float32))
-    elif DIVIDE != UNDIVIDED:
-        w = tl.div_rn(w, _divisor(LENGTHS, sequences, DIVIDE == BY_SEQUENCES, BLOCK))
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < total
     keep = tl.load(KEEP + row, mask=inside, other=0) != 0
-    rows = tl.zeros((BLOCK,), tl.float32) + w
+    rows = tl.zeros((BLOCK,), tl.float32) + 1.0
+    if HAS_WEIGHT:
+        rows = tl.load(WEIGHT + row, mask=keep, other=0.0)
+    if DIVIDE == BY_VALUE:
+        rows = tl.div_rn(rows, zero + divisor)
+    elif DIVIDE == BY_TENSOR:
+        rows = tl.div_rn(rows, tl.load(DIVISOR).to(tl.float32))
+    elif DIVIDE != UNDIVIDED:
+        rows = tl.div_rn(rows, _divisor(LENGTHS, sequences, DIVIDE == BY_SEQUENCES, BLOCK))
     if PER_LENGTH:
         s = tl.load(INDEX + row, mask=keep, other=0) if PACKED else row // length
-        counted = tl.load(LENGTHS + sequences + s, mask=keep, other=1)
-        rows = tl.div_rn(rows, tl.maximum(counted, 1).to(tl.float32))
+        # a kept row of no prompt has the number after the last
+        n = tl.load(LENGTHS + sequences + s, mask=keep & (s < sequences), other=1)
+        rows = tl.div_rn(rows, tl.where(n > 0, n, 1).to(tl.float32))
     if HORIZON:
         rows = tl.div_rn(rows, zero + horizon)
     if SCALE_BY == BY_VALUE:

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 namespace reweight_ops {
 namespace {
@@ -71,30 +72,66 @@ std::pair<int64_t, int64_t> mask_rows(const MaskCall& call) {
     return low > high ? std::pair<int64_t, int64_t>{0, -1} : std::pair<int64_t, int64_t>{low, high};
 }
 
-void weigh_rows(const WeighCall& call) {
-    const int64_t n = call.runs.rows, sequences = call.runs.count;
-    const int32_t* const lengths = call.lengths + sequences;
-    float whole = 1.0f;
-    if (call.divide == Divide::by_value) {
-        whole /= call.divisor;
-    } else if (call.divide != Divide::by_nothing) {
-        int64_t count = 0;
-        for (int64_t s = 0; s < sequences; ++s) count += call.divide == Divide::by_rows ? lengths[s] : lengths[s] > 0;
-        whole /= float(std::max<int64_t>(count, 1));
+void regroup_rows(const RegroupCall& call) {
+    const int64_t sequences = call.runs.count, prompts = call.prompts;
+    const auto put = [&](int64_t s, int64_t id) { call.prompt_of[s] = 0 <= id && id < prompts ? id : prompts; };
+    call.ids.bytes == 4 ? each<int32_t>(call.ids, 0, sequences, put) : each<int64_t>(call.ids, 0, sequences, put);
+    std::fill(call.out_lengths, call.out_lengths + 2 * prompts, 0);
+    for (int64_t s = 0; s < sequences; ++s) {
+        const int64_t prompt = call.prompt_of[s];
+        if (prompt == prompts) continue;
+        call.out_lengths[prompt] += call.lengths[s];
+        call.out_lengths[prompts + prompt] += call.lengths[sequences + s];
     }
-    // a row of no sequence is not kept, and the length of any sequence serves for it
-    const auto weight_of = [&](int64_t s) {
-        const float w = call.per_length ? whole / float(std::max(lengths[std::min(s, sequences - 1)], 1)) : whole;
-        return w / call.horizon * call.scale;
+    for (int64_t i = 0; i < call.runs.rows; ++i) {
+        const int64_t s = call.runs.of(i);
+        call.index[i] = s < sequences ? call.prompt_of[s] : prompts;
+    }
+}
+
+void measure_rows(const MeasureCall& call) {
+    const int64_t sequences = call.runs.count;
+    std::vector<double> sums(sequences, 0.0);
+    for (int64_t i = 0; i < call.runs.rows; ++i) {
+        if (call.keep[i]) sums[call.runs.of(i)] += call.weight[i];  // a kept row is in a sequence
+    }
+    for (int64_t s = 0; s < sequences; ++s) call.lengths[s] = call.lengths[sequences + s] = float(sums[s]);
+}
+
+namespace {
+
+/// Weighs rows whose sequences have lengths of type `Length`.
+template <class Length>
+void weigh_by(const Length* const lengths, const WeighCall& call) {
+    const int64_t n = call.runs.rows, sequences = call.runs.count;
+    float divisor = 1.0f;
+    if (call.divide == Divide::by_value) {
+        divisor = call.divisor;
+    } else if (call.divide != Divide::by_nothing) {
+        std::conditional_t<std::is_integral_v<Length>, int64_t, double> total = 0;
+        for (int64_t s = 0; s < sequences; ++s) total += call.divide == Divide::by_rows ? lengths[s] : Length(lengths[s] > 0);
+        divisor = total < 1 ? 1.0f : float(total);  // keeps NaN
+    }
+    // a row of no sequence divides by 1
+    const auto weight_of = [&](float weight, int64_t s) {
+        const float w = weight / divisor;
+        return (call.per_length && s < sequences && lengths[s] > 0 ? w / float(lengths[s]) : w) / call.horizon * call.scale;
     };
-    const int64_t run = call.runs.index ? 1 : call.runs.length;
+    const int64_t run = call.runs.index || call.weight ? 1 : call.runs.length;
     for (int64_t begin = 0; begin < n; begin += run) {
-        const float w = weight_of(call.runs.of(begin));
+        const float w = weight_of(call.weight ? call.weight[begin] : 1.0f, call.runs.of(begin));
         for (int64_t i = begin; i < std::min(begin + run, n); ++i) {
             call.out[i] = !call.keep[i] ? 0.0f : call.factor ? w * call.factor[i] : w;
             for (int k = 1; k < call.terms; ++k) call.out[k * n + i] = call.keep[i] ? w : 0.0f;
         }
     }
+}
+
+}  // namespace
+
+void weigh_rows(const WeighCall& call) {
+    const int64_t sequences = call.runs.count;
+    call.weight ? weigh_by((const float*)call.lengths + sequences, call) : weigh_by((const int32_t*)call.lengths + sequences, call);
 }
 
 OnePass::Layout OnePass::layout() const {

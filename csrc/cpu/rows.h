@@ -41,13 +41,38 @@ struct MaskCall {
 /// Returns the smallest and the largest id of the kept rows; (0, -1) if there are none.
 std::pair<int64_t, int64_t> mask_rows(const MaskCall& call);
 
+/// Makes one sequence of all sequences of a prompt. `ids` are `[1, sequences]`, int32 or int64. An
+/// id outside of `[0, prompts)` is `prompts`: the sequence is of no prompt.
+struct RegroupCall {
+    RowNumbers ids;
+    const int32_t* lengths;  // [2, sequences]
+    Runs runs;
+    int64_t prompts;
+    int64_t *prompt_of, *index;  // [sequences], [rows]: their prompts
+    int32_t* out_lengths;        // [2, prompts]
+};
+
+void regroup_rows(const RegroupCall& call);
+
+/// Fills both rows of `lengths [2, sequences]` with the sums of the kept rows' `weight`. They are
+/// rounded once.
+struct MeasureCall {
+    const float* weight;
+    const bool* keep;
+    Runs runs;
+    float* lengths;
+};
+
+void measure_rows(const MeasureCall& call);
+
 enum class Divide : int { by_nothing = 0, by_value = 1, by_rows = 2, by_sequences = 3 };
 
-/// Fills `out [terms, rows]` with `1 / divisor / the sequence's length / horizon * scale`, in term
-/// 0 times `factor`. It is 0 where a row is ignored.
+/// Fills `out [terms, rows]` with `weight / divisor / the sequence's length / horizon * scale`, in
+/// term 0 times `factor`. It is 0 where a row is ignored. Without `weight` it is 1, and lengths count.
 struct WeighCall {
     const bool* keep;
-    const int32_t* lengths;
+    const void* lengths;  // [2, sequences]: float with a weight, else int32_t
+    const float* weight;  // or null
     Runs runs;
     Divide divide;
     float divisor;

@@ -27,6 +27,9 @@ SPECS = {
     "gspo": rw.methods.gspo(),
     "cispo": rw.methods.cispo(),
     "reinforce": rw.methods.reinforce(),
+    "vapo": rw.methods.vapo(),
+    "grad_diff": rw.methods.grad_diff(0.5),
+    "runs of a prompt": rw.methods.scale_rl(group_size=3),
 }
 OPTIONS = [
     {},
@@ -87,6 +90,31 @@ def test_kept_calls_of_packed_sequences(kept_calls, name, place):
     with pytest.raises(rw.InvalidCall, match=rf"{place}\[\d+\].* is 16"):
         result(data | {place: bad}, spec=spec, **options)
     assert_equal(result(data, spec=spec, **options), want)
+
+
+@pytest.mark.parametrize("place", [None, *PLACES])
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+def test_kept_calls_of_prompts(kept_calls, plan, place):
+    """The prompts of sequences are data, and their number is not."""
+    spec, shape, rows = rw.methods.scale_rl(), SHAPE, {}
+    groups = [torch.tensor(x) for x in ([0, 1, 0], [2, 2, 2], [1, 0, 3])]
+    if place is not None:
+        shape, groups = (1, 15), [x[:2] for x in groups]
+        rows = {place: PLACES[place][0]} | ({"num_sequences": 2} if "ids" in place else {})
+    options = {"spec": spec, "plan": plan, "num_groups": 4}
+    batches = [batch_of(spec, seed, shape) | rows for seed in (1, 2, 3)]
+    for ids, batch in zip(groups, batches, strict=True):
+        data = batch | {"advantages": torch.tensor([[0.5], [-0.3], [0.1]])[: len(ids)]}
+        found = result(data, group_ids=ids, **options)
+        assert len(kept_calls) == 1, "the same signature"
+        assert_equal(
+            found,
+            fresh(kept_calls, lambda d=data, i=ids: result(d, group_ids=i, **options)),
+        )
+    with pytest.raises(rw.InvalidCall, match=r"group_ids\[1\] \(flat\) is 4, .*logits"):
+        result(data, group_ids=torch.tensor([0, 4, 1])[: len(ids)], **options)
+    result(data, group_ids=ids, **{**options, "num_groups": 5})
+    assert len(kept_calls) == 2
 
 
 def from_logps(batch, **options):

@@ -15,6 +15,12 @@ SPECS = {
     "grpo": rw.methods.grpo(beta=0.04),
     "gspo": rw.methods.gspo(),
     "ctpo": rw.methods.ctpo(),  # bounds and a ratio that run along sequences
+    "runs of a prompt": rw.methods.scale_rl(group_size=2),
+    "prompts": rw.methods.scale_rl(),
+    "vapo": rw.methods.vapo(),
+    "weighted sequences": rw.methods.dapo().replace(
+        reduction=rw.SequenceMean(weight=rw.weights.SignWeight(positive=2.0, negative=0.5))
+    ),
 }
 OPTIONS = {"unused": "ignore"}
 
@@ -30,6 +36,7 @@ def padded(place, vocab):
         "completion_mask": torch.arange(shape[1]) < lengths[:, None],
         "old_per_token_logps": -2 - torch.rand(shape, generator=g),
         "ref_per_token_logps": -2 - torch.rand(shape, generator=g),
+        "group_ids": torch.tensor([1, 0, 1, 2]),
     }
     advantages = torch.randn(len(lengths), 1, generator=g)
     return lengths, {k: v.to(place.device) for k, v in batch.items()}, advantages.to(place.device)
@@ -38,14 +45,19 @@ def padded(place, vocab):
 def packed(batch, lengths, after=2):
     """The same rows without padding, and ``after`` rows of no sequence."""
     keep = batch["completion_mask"]
-    rows = {k: v[keep][None] for k, v in batch.items() if k != "completion_mask"}
+    per_row = [k for k in batch if k not in ("completion_mask", "group_ids")]
+    rows = {k: batch[k][keep][None] for k in per_row}
     rows = {k: torch.cat([v, v[:, :after]], 1) for k, v in rows.items()}
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int()
-    return rows | {"cu_seqlens": offsets.to(keep.device)}
+    return rows | {"cu_seqlens": offsets.to(keep.device), "group_ids": batch["group_ids"]}
 
 
 def run(place, spec, batch, advantages, logps=None):
     data = {**batch, "advantages": advantages, "spec": SPECS[spec], **OPTIONS}
+    if SPECS[spec].reads_groups:
+        data["num_groups"] = 4
+    else:
+        del data["group_ids"]
     if logps is None:
         z = data.pop("logits").detach().requires_grad_()
         out = rw.policy_loss(z, backend=place.backend, **data)

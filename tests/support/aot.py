@@ -478,6 +478,17 @@ def row_kernels(target: str) -> list[Compiled]:
             ):
                 weights = triton_rows.weigh(masked, weighing, torch.ones(()), rows[0], 2)
                 triton_rows.weigh(packed[0], weighing, torch.ones(()), rows[0], 2)
+            groups = torch.zeros(sequences + 1, dtype=torch.int64)
+            by_prompt = [
+                triton_rows.regroup(masked, groups[1:], 5)[0],
+                triton_rows.regroup(packed[0], where[:sequences], 1)[0],
+            ]
+            measured = [triton_rows.measure(found, rows[0]) for found in (*packed, masked)]
+            for weighing in (Weighing("rows"), Weighing("sequences", True)):
+                for found in (measured[0], measured[-1]):
+                    triton_rows.weigh(found, weighing, torch.ones(()), rows[0], 2)
+            for found in by_prompt:  # they are packed rows
+                triton_rows.weigh(found, Weighing("sequences", True), torch.ones(()), rows[0], 2)
             for found in (*packed, masked):
                 for adv in (None, rows[2]):
                     averaged = Averaged(rows[0], rows[1], PARAMS, adv=adv)

@@ -1,4 +1,5 @@
-"""The row primitives of the C++ backend: masks and row weights in one pass each.
+"""The row primitives of the C++ backend: masks, prompts and row weights in one pass
+each.
 
 The module checks nothing, so everything is checked here.
 """
@@ -34,7 +35,7 @@ _BY_VALUE = 1
 
 
 class CpuPrimitives:
-    """``mask`` and ``weigh`` of
+    """``mask``, ``regroup``, ``measure`` and ``weigh`` of
     :class:`~reweight_ops._core.rows.primitives.RowPrimitives`, by a module of kernels.
     """
 
@@ -42,7 +43,14 @@ class CpuPrimitives:
         self.module = module
 
     def primitives(self, evaluate: Callable[..., Tensor]) -> RowPrimitives:
-        return RowPrimitives(name="cpu", mask=self.mask, weigh=self.weigh, evaluate=evaluate)
+        return RowPrimitives(
+            name="cpu",
+            mask=self.mask,
+            weigh=self.weigh,
+            regroup=self.regroup,
+            measure=self.measure,
+            evaluate=evaluate,
+        )
 
     def mask(
         self,
@@ -72,7 +80,7 @@ class CpuPrimitives:
         lengths = result((2, runs.sequences), torch.int32)
         bounds = self.module.mask_rows(
             *[self._where(t, run) for t in given],
-            (n, runs.sequences, runs.length, 0 if runs.owner is None else runs.owner.data_ptr()),
+            _numbers(runs),
             out.data_ptr(),
             keep.data_ptr(),
             0 if denominator is None else counted.data_ptr(),
@@ -85,6 +93,36 @@ class CpuPrimitives:
         layout = number_layout(t, run)
         assert layout is not None
         return layout if t is None else (t.data_ptr(), *layout[1:])
+
+    def regroup(self, masked: Masked, ids: Tensor, count: int) -> tuple[Masked, Tensor]:
+        runs = masked.runs
+        is_int = ids.dtype in (torch.int32, torch.int64)
+        if not is_int or ids.shape != (runs.sequences,) or ids.device.type != "cpu":
+            raise InvalidCall(
+                f"regroup: ids are {tuple(ids.shape)} {ids.dtype} {ids.device}, expected "
+                f"({runs.sequences},) int32 or int64 on the CPU."
+            )
+        index, owner = result((runs.sequences,), torch.int64), result((runs.rows,), torch.int64)
+        lengths = result((2, count), torch.int32)
+        self.module.regroup_rows(
+            self._where(ids, runs.sequences),
+            masked.lengths.data_ptr(),
+            _numbers(runs),
+            count,
+            index.data_ptr(),
+            owner.data_ptr(),
+            lengths.data_ptr(),
+        )
+        return masked._replace(lengths=lengths, runs=Runs(runs.rows, count, owner=owner)), index
+
+    def measure(self, masked: Masked, weight: Tensor) -> Masked:
+        runs = masked.runs
+        weight = weight.to("cpu", torch.float32).expand(runs.rows).contiguous()
+        lengths = result((2, runs.sequences), torch.float32)
+        self.module.measure_rows(
+            weight.data_ptr(), masked.keep.data_ptr(), _numbers(runs), lengths.data_ptr()
+        )
+        return masked._replace(lengths=lengths, weight=weight)
 
     def weigh(
         self,
@@ -113,7 +151,8 @@ class CpuPrimitives:
         self.module.weigh_rows(
             masked.keep.data_ptr(),
             masked.lengths.data_ptr(),
-            (n, runs.sequences, runs.length, 0 if runs.owner is None else runs.owner.data_ptr()),
+            0 if masked.weight is None else masked.weight.data_ptr(),
+            _numbers(runs),
             divide,
             number,
             weighing.per_length,
@@ -126,6 +165,12 @@ class CpuPrimitives:
         if masked.trust is not None:  # only where nothing may be read, so never in a call
             w += torch.where(masked.keep, masked.trust, 0)
         return w
+
+
+def _numbers(runs: Runs) -> tuple[int, int, int, int]:
+    """Return how rows form sequences for the module."""
+    owner = 0 if runs.owner is None else runs.owner.data_ptr()
+    return runs.rows, runs.sequences, runs.length, owner
 
 
 def _owner(runs: Runs) -> Tensor:

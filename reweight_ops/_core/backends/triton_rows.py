@@ -182,7 +182,7 @@ def weigh(
         divide = kernels.BY_TENSOR if stored else kernels.BY_VALUE
     times, stored = _number(scale)
     scaled = kernels.BY_TENSOR if stored else kernels.UNDIVIDED if times == 1 else kernels.BY_VALUE
-    pointers = [t if isinstance(t, Tensor) else w for t in (divisor, scale, factor)]
+    pointers = [t if isinstance(t, Tensor) else w for t in (masked.weight, divisor, scale, factor)]
     _launch(
         kernels.weigh_kernel,
         -(-n // _WEIGHED),
@@ -205,11 +205,64 @@ def weigh(
         SCALE_BY=scaled.value,
         PACKED=not runs.length,
         HAS_TRUST=trust is not None,
+        HAS_WEIGHT=masked.weight is not None,
         HAS_FACTOR=factor is not None,
         TERMS=terms,
         BLOCK=_WEIGHED,
     )
     return w
+
+
+def regroup(masked: Masked, ids: Tensor, count: int) -> tuple[Masked, Tensor]:
+    runs, trust, device = masked.runs, masked.trust, masked.keep.device
+    n, sequences = runs.rows, runs.sequences
+    index = torch.empty(sequences, dtype=torch.int64, device=device)
+    owner = torch.empty(n, dtype=torch.int64, device=device)
+    lengths = torch.empty((2, count), dtype=torch.int32, device=device)
+    found = torch.empty((), dtype=torch.float32, device=device)
+    _launch(
+        kernels.regroup_kernel,
+        count + -(-n // _PACKED) + 1,
+        device,
+        ids,
+        _places(runs, masked.keep)[1],
+        masked.lengths,
+        found if trust is None else trust,
+        index,
+        owner,
+        lengths,
+        found,
+        runs.length,
+        n,
+        sequences,
+        count,
+        ids.stride(0),
+        PACKED=not runs.length,
+        HAS_TRUST=trust is not None,
+        BLOCK=_PACKED,
+    )
+    by_prompt = Runs(n, count, owner=owner)
+    return masked._replace(lengths=lengths, runs=by_prompt, trust=found), index
+
+
+def measure(masked: Masked, weight: Tensor) -> Masked:
+    runs = masked.runs
+    weight = weight.float().expand(runs.rows).contiguous()
+    lengths = torch.empty((2, runs.sequences), dtype=torch.float32, device=weight.device)
+    _launch(
+        kernels.measure_kernel,
+        runs.sequences,
+        weight.device,
+        weight,
+        masked.keep,
+        *_places(runs, masked.keep),
+        lengths,
+        runs.length,
+        runs.rows,
+        RUNS=_way(runs).value,
+        BLOCK=_block_of(runs),
+    )
+    return masked._replace(lengths=lengths, weight=weight)
 
 
 def spread(masked: Masked, values: Tensor) -> Tensor:
@@ -560,6 +613,8 @@ PRIMITIVES = RowPrimitives(
     name="triton",
     mask=mask,
     weigh=weigh,
+    regroup=regroup,
+    measure=measure,
     spread=spread,
     ratio=ratio,
     adjoint=adjoint,

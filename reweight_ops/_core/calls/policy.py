@@ -126,11 +126,10 @@ class LossCall:
         ``statistics`` are needed only if a reduction is over a weight. ``into`` is the
         memory of the result, new by default.
         """
-        if (
-            self.rows.primitives is not None
-            and (fused := self._fused_row_weights(into)) is not None
-        ):
-            return fused
+        if self.rows.primitives is not None:
+            fused = self._fused_row_weights(statistics, into)
+            if fused is not None:
+                return fused
         found = self._formed_row_weights(statistics)
         return found if into is None else into.copy_(found)
 
@@ -201,7 +200,9 @@ class LossCall:
         found: Tensor = evaluate(program, params, leaves, filled, ("d_w0",), self.rows.keep)
         return found[0]
 
-    def _fused_row_weights(self, into: Tensor | None = None) -> Tensor | None:
+    def _fused_row_weights(
+        self, statistics: dict[str, Tensor] | None = None, into: Tensor | None = None
+    ) -> Tensor | None:
         """Return the row weights, or None if a kernel cannot form one of them.
 
         Terms one after the other with the same reduction take one launch.
@@ -223,11 +224,18 @@ class LossCall:
         ):
             return None
         weigh, count = rows.primitives.weigh, len(terms)
+        measured = dict.fromkeys(plans, rows.masked)
+        for k, plan in plans.items():
+            if plan is not None and plan.measured:
+                has_weight = terms[k].weight is not None
+                u = self._reduction_weight(k, statistics) if has_weight else None
+                measured[k] = terms[k].measured(rows, u)
         if len(plans) == 1:
-            (plan,) = plans.values()
+            (k,) = plans
+            plan = plans[k]
             assert plan is not None
             alike = 1 if self.factor is None and into is None else count
-            found = weigh(rows.masked, plan, self.loss_scale, self.factor, alike, into)
+            found = weigh(measured[k], plan, self.loss_scale, self.factor, alike, into)
             return found.expand(count, -1)
         found = (
             torch.empty((count, rows.count), dtype=rows.dtype, device=rows.device)
@@ -239,7 +247,7 @@ class LossCall:
             assert plan is not None
             factor = self.factor if at[0] == 0 else None
             part = found[at[0] : at[-1] + 1]
-            weigh(rows.masked, plan, self.loss_scale, factor, len(at), part)
+            weigh(measured[k], plan, self.loss_scale, factor, len(at), part)
         return found
 
     @property

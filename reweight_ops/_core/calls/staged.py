@@ -65,11 +65,11 @@ class Table:
                 operands = [self._operand(x) for x in statistic.operands]
                 first = len(operands) - len(statistic.keywords)
                 keywords = dict(zip(statistic.keywords, operands[first:], strict=True))
-                row = table[statistic.row]
-                compute = getattr(BatchStatistics(rows, row), statistic.name)
+                into = table[statistic.row]
+                compute = getattr(BatchStatistics(rows, into), statistic.name)
                 found = compute(*operands[:first], **keywords)
-                if found is not row:  # of PyTorch, which may be one number
-                    row.copy_(found)
+                if found is not into:  # of PyTorch, which may be one number
+                    into.copy_(found)
         return table
 
     def _operand(self, x: Operand) -> Any:

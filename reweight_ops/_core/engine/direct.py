@@ -144,6 +144,7 @@ def direct_loss(
     if (
         not all(isinstance(x, (int, float)) for x in numbers)
         or weighing is None
+        or weighing.measured
         or any(r is not spec.reduction for r in spec.reductions)
     ):
         return None

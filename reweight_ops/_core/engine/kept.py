@@ -196,7 +196,7 @@ class KeptLoss:
             rows.primitives is None
             or rows.masked is None
             or rows.segments is not None
-            or rows.prompts is not None
+            or (rows.prompts is not None and rows.by_prompt is None)
             or any(
                 r.coupled or r.weighing(rows, call.divisors) is None for r in call.spec.reductions
             )

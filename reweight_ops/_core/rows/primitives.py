@@ -55,6 +55,9 @@ class Masked(NamedTuple):
     sequence. ``bounds`` is the least and the largest id of the kept rows, from a
     backend that knows them on the host. ``trust`` ``[]`` is 0, or NaN if the device
     finds offsets or indices malformed; it is None if the host has checked them.
+
+    With ``weight`` ``[N]`` fp32 a kept row counts that much instead of 1. ``lengths``
+    are then fp32, and both rows of them are the sums over the kept rows.
     """
 
     ids: Tensor | None
@@ -64,19 +67,26 @@ class Masked(NamedTuple):
     runs: Runs
     bounds: tuple[int, int] | None = None
     trust: Tensor | None = None
+    weight: Tensor | None = None
 
 
 class Weighing(NamedTuple):
-    """A row weight: ``keep / divisor / (the sequence's counted rows if per_length) /
+    """A row weight: ``keep * weight / divisor / (the sequence's length if per_length) /
     horizon``.
 
-    ``divisor`` is a number, a 0-d tensor, all counted rows, all sequences that have
-    one, or None. Each count is at least 1.
+    ``divisor`` is a number, a 0-d tensor, the sum of all lengths, the number of
+    sequences with a positive length, or None. A length counts rows, or sums the
+    ``weight`` of the rows if they have one. Each count and sum of all is at least 1,
+    and a length that is not positive divides by 1.
+
+    ``measured`` says that these are not the rows of the call, but what the reduction
+    measures of them: it joins the sequences of a prompt, or has a token weight.
     """
 
     divisor: float | Tensor | Literal["rows", "sequences"] | None = None
     per_length: bool = False
     horizon: float | None = None
+    measured: bool = False
 
 
 class Averaged(NamedTuple):
@@ -185,6 +195,13 @@ class RowPrimitives:
       multiplies by ``scale`` (a number or a 0-d tensor), and in term 0 also by
       ``factor``. ``into`` is the memory of the result, new by default. It is NaN in the
       kept rows if ``masked.trust`` is NaN.
+    * ``regroup(masked, ids, count) -> (masked, index [S])`` makes one sequence of all
+      sequences of a prompt. ``ids`` ``[S]`` int32 or int64 with any stride name the
+      prompts, ``0`` to ``count - 1``. Any other id is ``count`` in the int64 ``index``:
+      the sequence is of no prompt. A backend that checks the ids on the device adds
+      NaN to ``trust`` for such an id; another one leaves ``trust`` as it is.
+    * ``measure(masked, weight) -> masked`` gives the rows a ``weight``: any number of
+      ``[N]``, or one for all rows. The sums are rounded once.
     * ``spread(masked, values) -> [N]`` gives each row of packed sequences the value of
       its sequence in fp32, 0 in a row of no sequence, and adds ``masked.trust``.
       ``values`` ``[S]`` have any stride and dtype.
@@ -223,6 +240,8 @@ class RowPrimitives:
     name: str
     mask: Callable[[Tensor | None, Tensor | None, Tensor | None, Runs, torch.device], Masked]
     weigh: Weigh
+    regroup: Callable[[Masked, Tensor, int], tuple[Masked, Tensor]] | None = None
+    measure: Callable[[Masked, Tensor], Masked] | None = None
     spread: Callable[[Masked, Tensor], Tensor] | None = None
     ratio: Callable[[Masked, Averaged], tuple[Tensor, Tensor]] | None = None
     adjoint: Callable[[Masked, Averaged, Tensor, Tensor, Tensor], None] | None = None

@@ -60,6 +60,7 @@ class RowLayout(NamedTuple):
         tensors: dict[str, Any],
         segments: Groups | None = None,
         prompts: Groups | None = None,
+        by_prompt: Masked | None = None,
     ) -> Rows:
         return Rows(
             self.op,
@@ -76,6 +77,7 @@ class RowLayout(NamedTuple):
             self.primitives,
             found,
             found.trust,
+            by_prompt=by_prompt,
         )
 
     def sequences(self, found: Masked) -> Groups | None:
@@ -116,15 +118,14 @@ def resolve_rows(
             check_ids(op, found.ids, vocab_total, validate, tensors, found.bounds)
         sequences = layout.sequences(found)
         segments = _segments(op, shape, device, sequences, tensors, structure)
-        prompts = _prompts(op, device, sequences, tensors, structure)
-        rows = layout.rows(found, tensors, segments, prompts)
-        trust = structure.trust(dtype)
-        return rows if trust is None else rows.also_trusted(trust)
+        _check_prompts(op, device, sequences, tensors, structure)
+        return _with_prompts(layout, found, tensors, structure, tensors, segments)
     sequences = _sequences(shape, device, tensors, structure)
     if over is not None and sequences is not None:
         sequences = Groups(sequences.count, sequences.length, sequences.index, over)
     segments = _segments(op, shape, device, sequences, tensors, structure)
-    prompts = _prompts(op, device, sequences, tensors, structure)
+    _check_prompts(op, device, sequences, tensors, structure)
+    prompts = _prompts(tensors, structure)
     ids = tensors.get("completion_ids")
     masks = []
     if tensors.get("completion_mask") is not None:
@@ -179,7 +180,9 @@ def bind_rows(layout: RowLayout, tensors: Mapping[str, Any], vocab_total: int) -
     assert found is not None, "the masks are where those of the first call were"
     if found.ids is not None:
         check_ids(layout.op, found.ids, vocab_total, False, {}, found.bounds)
-    return layout.rows(found, {})
+    if tensors.get("group_ids") is None:
+        return layout.rows(found, {})
+    return _with_prompts(layout, found, tensors, Structure(layout.op, {}, False), {})
 
 
 def _check_kinds(op: str, tensors: Mapping[str, Any]) -> None:
@@ -397,13 +400,14 @@ def _segments(
     return Groups(n, index=start.cumsum(0) - 1)
 
 
-def _prompts(
+def _check_prompts(
     op: str,
     device: torch.device,
     sequences: Groups | None,
     tensors: dict[str, Any],
     structure: Structure,
-) -> Groups | None:
+) -> None:
+    """Check the shape and dtype of the prompts' ids, not their values."""
     ids, count = tensors.get("group_ids"), tensors.get("num_groups")
     if (ids is None) != (count is None):
         raise InvalidCall(
@@ -411,7 +415,7 @@ def _prompts(
             f"GPU). {describe(tensors)}"
         )
     if ids is None or count is None:
-        return None
+        return
     structure.tensor("group_ids", ids, device)
     structure.count("num_groups", count)
     total = 0 if sequences is None else sequences.count
@@ -420,6 +424,46 @@ def _prompts(
             f"{op}: group_ids must be of shape [S], one for each of the {total} sequences. "
             f"{describe(tensors)}"
         )
+
+
+def _with_prompts(
+    layout: RowLayout,
+    found: Masked,
+    tensors: Mapping[str, Any],
+    structure: Structure,
+    shown: dict[str, Any],
+    segments: Groups | None = None,
+) -> Rows:
+    """Return the rows of a call with its prompts, which one launch finds where it can.
+
+    They are trusted as far as every group is. Messages describe the tensors ``shown``.
+    """
+    ids, count, regroup = (
+        tensors.get("group_ids"),
+        tensors.get("num_groups"),
+        layout.primitives.regroup,
+    )
+    prompts, by_prompt = None, None
+    if ids is not None and count is not None:
+        # a kernel looks for the sequences of each prompt, for RUN of them at a time
+        if regroup is None or max(found.runs.sequences, RUN) * count > _MOST_SEARCHED:
+            prompts = _prompts(tensors, structure)
+        else:
+            by_prompt, index = regroup(found, ids, count)
+            if by_prompt.trust is found.trust or structure.reads(ids):
+                structure.indices("group_ids", ids, count, "num_groups")
+                by_prompt = by_prompt._replace(trust=found.trust)
+            prompts, found = Groups(count, index=index), found._replace(trust=by_prompt.trust)
+    rows = layout.rows(found, shown, segments, prompts, by_prompt)
+    trust = structure.trust(layout.dtype)
+    return rows if trust is None else rows.also_trusted(trust)
+
+
+def _prompts(tensors: Mapping[str, Any], structure: Structure) -> Groups | None:
+    """Return the prompts of a call, as PyTorch finds them."""
+    ids, count = tensors.get("group_ids"), tensors.get("num_groups")
+    if ids is None or count is None:
+        return None
     structure.indices("group_ids", ids, count, "num_groups")
     index = ids.long()
     return Groups(count, index=torch.where((index >= 0) & (index < count), index, count))

@@ -53,6 +53,7 @@ class Rows:
     # nothing waits for it. Everything that depends on them is a sum with it.
     trust: Tensor | None = None
     across: Across | None = None  # ranks that have more tokens of the same sequences
+    by_prompt: Masked | None = None  # the primitives' rows with a sequence for each prompt
 
     @property
     def count(self) -> int:
@@ -85,6 +86,7 @@ class Rows:
                 self.masked,
                 self.trust,
                 self.across,
+                self.by_prompt,
             )
         )
 
@@ -143,8 +145,11 @@ class Rows:
     def also_trusted(self, trust: Tensor) -> Rows:
         """Return the same rows with a further :attr:`trust`."""
         both = trust if self.trust is None else self.trust + trust
-        masked = None if self.masked is None else self.masked._replace(trust=both)
-        return dataclasses.replace(self, trust=both, masked=masked)
+        masked, by_prompt = (
+            None if found is None else found._replace(trust=both)
+            for found in (self.masked, self.by_prompt)
+        )
+        return dataclasses.replace(self, trust=both, masked=masked, by_prompt=by_prompt)
 
     def need_sequences(self, why: str) -> Groups:
         if self.sequences is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...errors import InvalidCall
 from ..formula.base import TokenWeight
 from ..ranges import Count, Positive, ranged
-from ..rows.primitives import Weighing
+from ..rows.primitives import Masked, Runs, Weighing
 from ..rows.rows import Rows
 from .parts import require_part
 
@@ -65,6 +65,13 @@ class Reduction:
         """
         return None
 
+    def measured(self, rows: Rows, weight: Tensor | None) -> Masked:
+        """Return the rows and lengths of a ``measured`` :meth:`weighing`.
+
+        ``weight`` has the values of the token weight.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no measured(self, rows, weight)")
+
     def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
         """Return ``[N]`` in the row dtype. It is 0 in an ignored row."""
         raise NotImplementedError(
@@ -86,6 +93,33 @@ class Reduction:
 def _need_weight(reduction: Reduction) -> None:
     if reduction.weight is not None:
         require_part(type(reduction).__name__, "weight", reduction.weight, TokenWeight)
+
+
+def _can_measure(rows: Rows) -> bool:
+    return rows.primitives is not None and rows.primitives.measure is not None
+
+
+def _with_weight(rows: Rows, weight: Tensor | None) -> Masked:
+    """Return the rows of the call, which count ``weight`` each."""
+    primitives, masked = rows.primitives, rows.masked
+    assert primitives is not None and primitives.measure is not None
+    assert masked is not None and weight is not None
+    return primitives.measure(masked, weight)
+
+
+def _joined(masked: Masked, size: int) -> Masked:
+    """Return the rows with one sequence for every ``size`` consecutive ones."""
+    runs = masked.runs
+    return masked._replace(
+        lengths=masked.lengths.view(2, -1, size).sum(-1, dtype=torch.int32),
+        runs=Runs(
+            runs.rows,
+            runs.sequences // size,
+            runs.length * size,
+            None if runs.offsets is None else runs.offsets[::size],
+            None if runs.owner is None else runs.owner // size,  # of none: S, so S / size
+        ),
+    )
 
 
 def _over(numerator: Tensor, divisor: Any) -> Tensor:
@@ -115,9 +149,12 @@ class TokenMean(Reduction):
 
     def weighing(self, rows: Rows, divisors: Divisors) -> Weighing | None:
         if self.weight is not None:
-            return None
+            return Weighing("rows", measured=True) if _can_measure(rows) else None
         given = None if self.per_call else divisors.num_items_in_batch
         return Weighing("rows" if given is None else given)
+
+    def measured(self, rows: Rows, weight: Tensor | None) -> Masked:
+        return _with_weight(rows, weight)
 
     def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
         keep = rows.keep.to(rows.dtype)
@@ -190,20 +227,25 @@ class SequenceMean(Reduction):
             )
 
     def weighing(self, rows: Rows, divisors: Divisors) -> Weighing | None:
-        if self.weight is not None:
+        measured = self.weight is not None
+        if measured and not _can_measure(rows):
             return None
         sequences = rows.need_sequences("SequenceMean")
         given: Literal["rows", "sequences"] | float | Tensor | None = (
             divisors.num_sequences_in_batch
         )
         if given is None:
-            given = max(sequences.count, 1) if self.count == "all" else "sequences"
+            every = self.count == "all" and not measured
+            given = max(sequences.count, 1) if every else "sequences"
         horizon = (
             (sequences.length if self.horizon is None else self.horizon)
             if self.per == "constant"
             else None
         )
-        return Weighing(given, self.per == "token_mean", horizon)
+        return Weighing(given, self.per == "token_mean", horizon, measured)
+
+    def measured(self, rows: Rows, weight: Tensor | None) -> Masked:
+        return _with_weight(rows, weight)
 
     def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
         sequences = rows.need_sequences("SequenceMean")
@@ -247,6 +289,17 @@ class PromptMean(Reduction):
 
     def check(self, rows: Rows) -> None:
         rows.need_prompts("PromptMean", self.group_size)
+
+    def weighing(self, rows: Rows, divisors: Divisors) -> Weighing | None:
+        known = self.group_size is not None or rows.by_prompt is not None
+        return Weighing("sequences", True, measured=True) if known else None
+
+    def measured(self, rows: Rows, weight: Tensor | None) -> Masked:
+        if self.group_size is None:
+            assert rows.by_prompt is not None
+            return rows.by_prompt
+        assert rows.masked is not None
+        return _joined(rows.masked, self.group_size)
 
     def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
         sequences = rows.need_sequences("PromptMean")

@@ -165,18 +165,21 @@ def test_scaling_compiles_twice_a_dtype_and_streams_16_bytes_at_a_time(aot, targ
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_kernels_on_rows_compile_without_spills(aot, target):
-    """Once for each option, for all lengths of sequences: four row weights, two
-    evaluations, two sums, and two ratios (the drifts clipped or not); four statistics
-    and one of a number; four sums along sequences. Those that know sequences do so once
-    for each of the three ways in which these are given.
+    """Once for each option, for all lengths of sequences: four row weights, two of a
+    token weight, three evaluations, two sums, two ratios (the drifts clipped or not),
+    and the prompts of padded and of packed rows; four statistics and one of a number;
+    four sums along sequences. Those that know sequences do so once for each of the
+    three ways in which these are given.
     """
     compiled = aot("rows", target)
     names = [k["kernel"] for k in compiled]
     assert {name: names.count(name) for name in names} == {
         "mask_kernel": 1,
         "pack_kernel": 2,
+        "regroup_kernel": 2,
+        "measure_kernel": 3,
         "spread_kernel": 1,
-        "weigh_kernel": 8,
+        "weigh_kernel": 12,
         "ratio_kernel": 6,
         "adjoint_kernel": 6,
         "sequence_total_kernel": 15,
@@ -185,8 +188,8 @@ def test_kernels_on_rows_compile_without_spills(aot, target):
         "along_kernel": 12,
         "prefix_kernel": 3,
         "prefix_adjoint_kernel": 1,
-        "evaluate_kernel": 2,
-        "sums_kernel": 4,
+        "evaluate_kernel": 3,
+        "sums_kernel": 5,
         "metrics_kernel": 2,
     }
     assert_sound(compiled, {})
