@@ -1,7 +1,7 @@
 """A sum, mean or extremum of values over the kept rows of each sequence, or of the
-call.
+call, and a quantile of the call.
 
-It is found in fp64, so that the mean of equal numbers is exactly that number.
+Sums are found in fp64, so that the mean of equal numbers is exactly that number.
 """
 
 import triton
@@ -147,5 +147,41 @@ def total_kernel(
         found = _joined(found, tl.load(PARTS + p, mask=p < parts, other=other), STATISTIC)
         count += tl.load(PARTS + parts + p, mask=p < parts, other=0.0).to(tl.int32)
     result = _finished(_of_all(found, STATISTIC), tl.sum(count, 0), STATISTIC).to(tl.float32)
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(OUT + row, tl.zeros((BLOCK,), tl.float32) + result, mask=row < total)
+
+
+@kernel
+def quantile_kernel(
+    ORDERED,
+    LENGTHS,
+    OUT,
+    q,
+    total: tl.int64,
+    sequences: tl.int64,
+    NEAREST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write ``OUT [N]``: each row gets the quantile ``q`` of the call's kept rows.
+    ORDERED begins with their values.
+
+    It is between two order statistics, or the nearest of them, of which a half rounds
+    to the even one. Every program finds it, and writes BLOCK rows.
+    """
+    kept = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, sequences, BLOCK):
+        s = start + tl.arange(0, BLOCK)
+        kept += tl.load(LENGTHS + s, mask=s < sequences, other=0).to(tl.int64)
+    at = q * tl.maximum(tl.sum(kept, 0) - 1, 0).to(tl.float32)
+    first = at.to(tl.int64)  # at is not negative
+    share = at - first.to(tl.float32)
+    if NEAREST:
+        upper = (share > 0.5) | ((share == 0.5) & (first % 2 == 1))
+        result = tl.load(ORDERED + first + upper.to(tl.int64))
+    else:
+        below = tl.load(ORDERED + first)
+        above = tl.load(ORDERED + first + (share > 0).to(tl.int64))
+        gap = tl.where(tl.abs(below) == float("inf"), 0.0, above - below)  # not inf - inf
+        result = below + share * gap
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(OUT + row, tl.zeros((BLOCK,), tl.float32) + result, mask=row < total)

@@ -514,6 +514,8 @@ def row_kernels(target: str) -> list[Compiled]:
                 (1.0, "sum"),
             ):
                 triton_rows.total(masked, values, statistic, False)
+            for nearest in (False, True):
+                triton_rows.quantile(masked, rows[0], 0.3, nearest)
             leaves = dict(
                 zip(
                     ("logp", "old_logp", "adv", "entropy", "ref_logp", "sampling_logp"),

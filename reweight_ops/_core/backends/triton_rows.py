@@ -471,6 +471,27 @@ def total(
     return out
 
 
+def quantile(
+    masked: Masked, ordered: Tensor, q: float, nearest: bool, into: Tensor | None = None
+) -> Tensor:
+    runs = masked.runs
+    out = torch.empty_like(ordered) if into is None else into
+    _launch(
+        batch_kernels.quantile_kernel,
+        -(-runs.rows // _PART),
+        out.device,
+        ordered,
+        masked.lengths,
+        out,
+        q,
+        runs.rows,
+        runs.sequences,
+        NEAREST=nearest,
+        BLOCK=_PART,
+    )
+    return out
+
+
 def along(
     masked: Masked,
     values: Tensor | float,
@@ -622,4 +643,5 @@ PRIMITIVES = RowPrimitives(
     evaluate=evaluate_rows,
     total=total,
     along=along,
+    quantile=quantile,
 )

@@ -185,6 +185,8 @@ class BatchStatistics:
         With ``where`` it is the quantile of the valid rows with it, and inf if there
         are none. It takes any number of rows and reads no value on the host.
         """
+        if where is None and (found := self._quantile_by_kernel(x, q, False)) is not None:
+            return found
         ordered, at = self._order_statistics(x, q, where)
         below, above = (
             ordered.gather(0, k.long().view(1)).view(()) for k in (at.floor(), at.ceil())
@@ -197,9 +199,21 @@ class BatchStatistics:
 
         A half rounds to the even one.
         """
+        if (found := self._quantile_by_kernel(x, q, True)) is not None:
+            return found
         ordered, at = self._order_statistics(x, q)
         result: Tensor = ordered.gather(0, at.round().long().view(1)).view(())
         return result
+
+    def _quantile_by_kernel(self, x: Tensor, q: Any, nearest: bool) -> Tensor | None:
+        kernels, masked = self._kernels, self._rows.masked
+        if kernels is None or kernels.quantile is None or not isinstance(q, (int, float)):
+            return None
+        values = self._stored(x)
+        if not isinstance(values, Tensor) or masked is None:
+            return None
+        ordered = self._only(values, math.inf).sort().values
+        return kernels.quantile(masked, ordered, float(q), nearest, self._into)
 
     def top(self, x: Tensor, fraction: Any, where: Tensor) -> Tensor:
         """Return 1.0 for the ``max(1, ceil(fraction·n))`` largest ``x`` among the n

@@ -185,6 +185,20 @@ class Along(Protocol):
     ) -> Tensor: ...
 
 
+class Quantile(Protocol):
+    """The primitive that finds a quantile: ``quantile`` of :class:`RowPrimitives`."""
+
+    def __call__(
+        self,
+        masked: Masked,
+        ordered: Tensor,
+        q: float,
+        nearest: bool,
+        into: Tensor | None = None,
+        /,
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class RowPrimitives:
     """The row primitives of the backend ``name``.
@@ -229,6 +243,10 @@ class RowPrimitives:
       it), ``d`` kept rows away. ``decay`` is a number or a 0-d tensor. An ignored row
       gets 0. A value of inf or NaN reaches the rows from there on, and a sum of inf
       stays inf where a power of ``decay`` is 0.
+    * ``quantile(masked, ordered, q, nearest, into=None) -> [N]`` gives every row the
+      quantile ``q`` of the call's kept rows, between two order statistics or the
+      nearest. ``ordered`` fp32 ``[N]`` begins with their values, sorted, and goes on
+      with ``inf``.
 
     * ``evaluate`` is ``evaluate_rows`` of
       :class:`~reweight_ops._core.backends.base.Backend`.
@@ -252,3 +270,4 @@ class RowPrimitives:
     evaluate: Callable[..., Tensor] | None = None
     total: Total | None = None
     along: Along | None = None
+    quantile: Quantile | None = None

@@ -168,8 +168,8 @@ def test_kernels_on_rows_compile_without_spills(aot, target):
     """Once for each option, for all lengths of sequences: four row weights, two of a
     token weight, three evaluations, two sums, two ratios (the drifts clipped or not),
     and the prompts of padded and of packed rows; four statistics and one of a number;
-    four sums along sequences. Those that know sequences do so once for each of the
-    three ways in which these are given.
+    two quantiles; four sums along sequences. Those that know sequences do so once for
+    each of the three ways in which these are given.
     """
     compiled = aot("rows", target)
     names = [k["kernel"] for k in compiled]
@@ -185,6 +185,7 @@ def test_kernels_on_rows_compile_without_spills(aot, target):
         "sequence_total_kernel": 15,
         "parts_kernel": 5,
         "total_kernel": 4,
+        "quantile_kernel": 2,
         "along_kernel": 12,
         "prefix_kernel": 3,
         "prefix_adjoint_kernel": 1,

@@ -278,3 +278,40 @@ def test_losses(name):
         found.append((out.loss.detach(), grad, out.metrics.sums, out.ratio))
     for x, y in zip(*found, strict=True):
         torch.testing.assert_close(x, y, rtol=2e-4, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("q", [0.0, 0.1, 0.25, 0.5, 0.75, 0.99, 1.0])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("place", PLACES)
+def test_quantiles(launched, place, mask, q):
+    got, exact = both(place, mask)
+    x = values(got._rows.keep)
+    for name in ("quantile", "quantile_nearest"):
+        launched.clear()
+        found, want = getattr(got, name)(x, q), getattr(exact, name)(x.double(), q)
+        assert launched == ["quantile_kernel"] and found.shape == (N,)
+        torch.testing.assert_close(found.double(), want.expand(N), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 7])
+def test_a_quantile_at_a_half_and_of_infinite_values(launched, count):
+    """A half rounds to the even order statistic. Beside -inf nothing is between."""
+    mask = (torch.arange(N) < count).long()
+    got, exact = both("equal", mask)
+    x = torch.arange(N).float().flip(0)
+    x[0], x[1] = math.inf, -math.inf
+    for q in (0.0, 0.25, 0.5, 0.75, 1.0):
+        for name in ("quantile", "quantile_nearest"):
+            found, want = getattr(got, name)(x, q), getattr(exact, name)(x.double(), q)
+            torch.testing.assert_close(found.double(), want.expand(N), rtol=1e-6, atol=0)
+
+
+def test_a_quantile_that_is_a_tensor_or_of_some_rows_is_pytorchs(launched):
+    got, exact = both("equal", "some")
+    x = values(got._rows.keep)
+    launched.clear()
+    found = got.quantile(x, torch.tensor(0.3)), got.quantile(x, 0.3, x > 0)
+    assert not launched
+    wanted = exact.quantile(x.double(), 0.3), exact.quantile(x.double(), 0.3, x > 0)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
