@@ -29,7 +29,8 @@ from ..rows.primitives import (
 from . import triton_launch
 from .triton_cache import monitor_function, program_function
 
-_LARGEST = 4096
+#: The most rows of a padded sequence that are taken at a time. With 4096 the masks spilled.
+_LARGEST = 2048
 _EVALUATED = 256
 _WEIGHED = 1024
 #: Rows of packed sequences that are taken at a time. It does not depend on their
