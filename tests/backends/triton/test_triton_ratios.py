@@ -62,6 +62,7 @@ OPTIONS = {
     "tokens' own gradient": {"gradient": "token"},
     "a tight clamp": {"clamp": 0.0625},
     "unclamped, unclipped above": {"clamp": float("inf"), "epsilon_high": float("inf")},
+    "a NaN below": {"epsilon_low": torch.tensor(float("nan"))},
     "tensors": {"epsilon_low": torch.tensor(0.25), "epsilon_high": torch.tensor(0.5).double()},
 }
 
@@ -84,7 +85,7 @@ def test_clipped_means(name, place, sign):
         got = by_kernels(rows, ratio, logp, before, adv, upstream)
         want = by_autograd(rows, ratio, logp, before, adv, upstream)
         for x, y in zip(got, want, strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 def test_a_tie_has_half_of_the_gradient():
