@@ -12,6 +12,7 @@ import reweight_ops as rw
 from reweight_ops._core.backends import select
 from reweight_ops._core.formula.base import RULES
 from reweight_ops._core.formula.loss_program import loss_graph
+from reweight_ops._core.rows.primitives import Runs, Weighing
 from reweight_ops._core.rows.resolve import RUN
 from reweight_ops.testing import make_batch
 
@@ -109,6 +110,26 @@ def test_masks_of_any_dtype_and_strides(dtype):
         batch | wide | {"completion_ids": wide["completion_ids"].to(torch.int32)}, spec=spec
     )
     assert_same(batch | {name: t.t().contiguous().t() for name, t in wide.items()}, spec=spec)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.bfloat16])
+def test_any_number_but_0_keeps_a_row(dtype):
+    """As a mask or in a denominator, and whether rows are packed or not."""
+    numbers = torch.tensor([1, 0, -1, 2, 0, -3]).to(dtype)
+    equal, packed = Runs(6, 2, 3), Runs(6, 2, offsets=torch.tensor([0, 3, 6]))
+    for runs, mask in ((equal, numbers.view(2, 3)), (packed, numbers)):
+        found = select.load("triton").rows.mask(None, mask, mask, runs, mask.device)
+        assert torch.equal(found.keep, numbers != 0) and torch.equal(found.counted, found.keep)
+        assert found.lengths.tolist() == [[2, 2], [2, 2]]
+
+
+def test_a_sequence_of_which_no_row_counts():
+    """Its rows in the loss are divided by 1."""
+    counted = torch.tensor([[False, False], [True, True]])
+    found = select.load("triton").rows.mask(None, None, counted, Runs(4, 2, 2), counted.device)
+    assert select.load("triton").rows.weigh(
+        found, Weighing(per_length=True), 1.0, None, 1
+    ).tolist() == [[1, 1, 0.5, 0.5]]
 
 
 def test_rows_without_sequences_and_with_two_dimensions_of_them():
