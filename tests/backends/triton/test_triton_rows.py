@@ -114,8 +114,8 @@ def test_masks_of_any_dtype_and_strides(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.bfloat16])
 def test_any_number_but_0_keeps_a_row(dtype):
-    """As a mask or in a denominator, and whether rows are packed or not."""
-    numbers = torch.tensor([1, 0, -1, 2, 0, -3]).to(dtype)
+    """As a mask or in a denominator, in packed rows too, and with any stride."""
+    numbers = torch.tensor([[1, 0], [0, 1], [-1, 0], [2, 0], [0, 1], [-3, 0]]).to(dtype)[:, 0]
     equal, packed = Runs(6, 2, 3), Runs(6, 2, offsets=torch.tensor([0, 3, 6]))
     for runs, mask in ((equal, numbers.view(2, 3)), (packed, numbers)):
         found = select.load("triton").rows.mask(None, mask, mask, runs, mask.device)
@@ -142,6 +142,20 @@ def test_rows_without_sequences_and_with_two_dimensions_of_them():
         if torch.is_tensor(t) and t.dim() and t.size(0) == 4
     }
     assert_same(batch | reshaped, spec=spec)
+
+
+@pytest.mark.parametrize("case", ["no row", "a NaN"])
+def test_metrics_of_no_number(case):
+    spec = rw.methods.dapo()
+    batch = batch_of(spec)
+    if case == "no row":
+        batch["completion_mask"][:] = 0
+    else:
+        batch["old_per_token_logps"] = batch["old_per_token_logps"].clone()
+        batch["old_per_token_logps"][0, 1] = float("nan")
+    (_, _, metrics, *_), (_, _, want, *_) = both(batch, spec=spec)
+    assert metrics == pytest.approx(want, rel=1e-4, abs=1e-6, nan_ok=True)
+    assert metrics["ratio/max"] != metrics["ratio/max"]
 
 
 @pytest.mark.parametrize(
