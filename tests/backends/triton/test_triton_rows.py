@@ -123,13 +123,16 @@ def test_any_number_but_0_keeps_a_row(dtype):
         assert found.lengths.tolist() == [[2, 2], [2, 2]]
 
 
-def test_a_sequence_of_which_no_row_counts():
-    """Its rows in the loss are divided by 1."""
-    counted = torch.tensor([[False, False], [True, True]])
-    found = select.load("triton").rows.mask(None, None, counted, Runs(4, 2, 2), counted.device)
-    assert select.load("triton").rows.weigh(
-        found, Weighing(per_length=True), 1.0, None, 1
-    ).tolist() == [[1, 1, 0.5, 0.5]]
+def test_rows_of_which_none_counts():
+    """Those in the loss are divided by 1."""
+    primitives, counted = select.load("triton").rows, torch.tensor([[False] * 2, [True] * 2])
+    some = primitives.mask(None, None, counted, Runs(4, 2, 2), counted.device)
+    weights = primitives.weigh(some, Weighing(per_length=True), 1.0, None, 1)
+    assert weights.tolist() == [[1, 1, 0.5, 0.5]]
+    none = primitives.mask(None, None, counted & False, Runs(4, 2, 2), counted.device)
+    for divisor in ("rows", "sequences"):
+        weights = primitives.weigh(none, Weighing(divisor), 1.0, None, 1)
+        assert weights.tolist() == [[1] * 4]
 
 
 def test_rows_without_sequences_and_with_two_dimensions_of_them():
