@@ -147,6 +147,14 @@ def test_rows_without_sequences_and_with_two_dimensions_of_them():
     assert_same(batch | reshaped, spec=spec)
 
 
+@pytest.mark.parametrize("far", [-9.0, 9.0])
+def test_metrics_of_clamped_ratios(far):
+    spec = rw.methods.dapo().replace(ratio=rw.TokenRatio(clamp=0.5))
+    batch = batch_of(spec)
+    batch["old_per_token_logps"] = batch["old_per_token_logps"] + far
+    assert_same(batch, spec=spec)
+
+
 @pytest.mark.parametrize("case", ["no row", "a NaN"])
 def test_metrics_of_no_number(case):
     spec = rw.methods.dapo()
