@@ -147,6 +147,14 @@ def test_rows_without_sequences_and_with_two_dimensions_of_them():
     assert_same(batch | reshaped, spec=spec)
 
 
+def test_rows_with_only_the_gradient_of_an_entropy():
+    """They are not among the rows without a gradient."""
+    spec = rw.methods.dapo().with_penalty(rw.Penalty(RULES["entropy_bonus"](), 0.1))
+    batch = batch_of(spec)
+    batch["advantages"] = torch.zeros_like(batch["advantages"])
+    assert_same(batch, spec=spec)
+
+
 @pytest.mark.parametrize("far", [-9.0, 9.0])
 def test_metrics_of_clamped_ratios(far):
     spec = rw.methods.dapo().replace(ratio=rw.TokenRatio(clamp=0.5))
