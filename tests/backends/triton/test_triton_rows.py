@@ -213,3 +213,16 @@ def test_random_losses_on_stored_rows(given):
         judged += drawn.check(got, names, leaves, 2.0**-24, 1.0)
         asked += got.numel()
     assert judged > 0.6 * asked, "most values are finite and have a bound"
+
+
+def test_ignored_rows_of_a_loss_on_stored_rows():
+    """They are 0, and the others have their bits."""
+    drawn = Drawn(0)
+    rows = {name: x.float() for name, x in drawn.leaves.items()}
+    names, weights = loss_graph(drawn.program, False).names, drawn.row_weights.float()
+    keep = torch.arange(weights.size(-1)) % 3 > 0
+    evaluate = select.load("triton").evaluate_rows
+    want = evaluate(drawn.program, drawn.params.float(), rows, weights, names)
+    got = evaluate(drawn.program, drawn.params.float(), rows, weights, names, keep)
+    assert (want[:, ~keep] != 0).any()
+    torch.testing.assert_close(got, want.where(keep, 0), rtol=0, atol=0, equal_nan=True)
