@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import math
-from .kernels import kernel
+from .kernels import OUT_OF_LOSS, kernel
 from .sweep import (
     LN2,
     LOWEST,
@@ -722,7 +722,7 @@ def partial_divergence_kernel(
     pid = tl.program_id(0)
     row = pid // segments
     start = (pid % segments) * SEGMENT
-    if tl.load(IDS + row) != -100:
+    if tl.load(IDS + row) != OUT_OF_LOSS:
         X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
         Y = tl.multiple_of(
             Y + row_offset(row, per_batch, other_batch_stride, other_row_stride), ALIGN
@@ -809,7 +809,7 @@ def divergence_kernel(
         chunks = tl.cdiv(width, SEGMENT)
         row, start = pid // chunks, (pid % chunks) * SEGMENT
         stop = tl.minimum(width, start + SEGMENT)
-    keep = tl.load(IDS + row) != -100
+    keep = tl.load(IDS + row) != OUT_OF_LOSS
     X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
     Y = tl.multiple_of(Y + row_offset(row, per_batch, other_batch_stride, other_row_stride), ALIGN)
     G = TABLE + row

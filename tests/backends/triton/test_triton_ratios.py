@@ -47,6 +47,7 @@ def by_kernels(rows, ratio, logp, old, adv, d_ratio):
     found, means = rows.primitives.ratio(rows.masked, averaged)
     d_logp = torch.full((N,), 3.0)
     rows.primitives.adjoint(rows.masked, averaged, means, d_ratio, d_logp)
+    assert (d_logp[~rows.keep] == 3).all(), "an ignored row is not written"
     return torch.where(rows.keep, found, 0), torch.where(rows.keep, d_logp - 3, 0)
 
 
@@ -63,6 +64,7 @@ OPTIONS = {
     "tokens' own gradient": {"gradient": "token"},
     "a tight clamp": {"clamp": 0.0625},
     "unclamped, unclipped above": {"clamp": float("inf"), "epsilon_high": float("inf")},
+    "a NaN below": {"epsilon_low": torch.tensor(float("nan"))},
     "tensors": {"epsilon_low": torch.tensor(0.25), "epsilon_high": torch.tensor(0.5).double()},
 }
 
@@ -85,7 +87,7 @@ def test_clipped_means(name, place, sign):
         got = by_kernels(rows, ratio, logp, before, adv, upstream)
         want = by_autograd(rows, ratio, logp, before, adv, upstream)
         for x, y in zip(got, want, strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 def test_a_tie_has_half_of_the_gradient():
@@ -109,6 +111,36 @@ def test_drifts_that_are_not_finite(bad):
         want = by_autograd(rows, ratio, logp, torch.zeros(N), adv, d_ratio)
         for x, y in zip(got, want, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_an_infinite_upstream():
+    """A clipped row still has no gradient."""
+    ratio = rw.GeometricMeanRatio(epsilon_low=0.25, epsilon_high=0.5)
+    rows, d_ratio = rows_of("equal"), torch.full((N,), float("inf"))
+    got = by_kernels(rows, ratio, DRIFTS, torch.zeros(N), torch.ones(N), d_ratio)
+    want = by_autograd(rows, ratio, DRIFTS, torch.zeros(N), torch.ones(N), d_ratio)
+    assert torch.equal(got[1], want[1]) and got[1].unique().tolist() == [0, float("inf")]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_mean_at_its_bound(sign):
+    """It has the gradient of a mean between the bounds, as torch.clamp has it."""
+    ratio, rows, d_ratio = rw.SequenceRatio(clamp=0.25), rows_of("equal"), torch.arange(1.0, N + 1)
+    logp = torch.arange(N) // 4 * 0.125 * sign  # means of 0, an eighth and the bound
+    got = by_kernels(rows, ratio, logp, torch.zeros(N), None, d_ratio)
+    want = by_autograd(rows, ratio, logp, torch.zeros(N), None, d_ratio)
+    assert got[0][-1] == 0.25 * sign and got[1][-1] == 10.5
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+
+def test_a_sequence_of_ignored_rows():
+    """Its mean is 0."""
+    ratio, rows = rw.SequenceRatio(), rows_of("equal", (torch.arange(N) >= 4).float())
+    averaged = ratio.averaged(DRIFTS, torch.zeros(N), None, torch.tensor(ratio.bounds()))
+    found, means = rows.primitives.ratio(rows.masked, averaged)
+    assert means[0] == 0 and (found[:4] == 0).all()
+    assert means[1] != 0 != means[2]
 
 
 @pytest.mark.parametrize("against", ["old", "ref"])

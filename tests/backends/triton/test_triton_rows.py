@@ -12,6 +12,7 @@ import reweight_ops as rw
 from reweight_ops._core.backends import select
 from reweight_ops._core.formula.base import RULES
 from reweight_ops._core.formula.loss_program import loss_graph
+from reweight_ops._core.rows.primitives import Runs, Weighing
 from reweight_ops._core.rows.resolve import RUN
 from reweight_ops.testing import make_batch
 
@@ -111,6 +112,29 @@ def test_masks_of_any_dtype_and_strides(dtype):
     assert_same(batch | {name: t.t().contiguous().t() for name, t in wide.items()}, spec=spec)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.bfloat16])
+def test_any_number_but_0_keeps_a_row(dtype):
+    """As a mask or in a denominator, in packed rows too, and with any stride."""
+    numbers = torch.tensor([[1, 0], [0, 1], [-1, 0], [2, 0], [0, 1], [-3, 0]]).to(dtype)[:, 0]
+    equal, packed = Runs(6, 2, 3), Runs(6, 2, offsets=torch.tensor([0, 3, 6]))
+    for runs, mask in ((equal, numbers.view(2, 3)), (packed, numbers)):
+        found = select.load("triton").rows.mask(None, mask, mask, runs, mask.device)
+        assert torch.equal(found.keep, numbers != 0) and torch.equal(found.counted, found.keep)
+        assert found.lengths.tolist() == [[2, 2], [2, 2]]
+
+
+def test_rows_of_which_none_counts():
+    """Those in the loss are divided by 1."""
+    primitives, counted = select.load("triton").rows, torch.tensor([[False] * 2, [True] * 2])
+    some = primitives.mask(None, None, counted, Runs(4, 2, 2), counted.device)
+    weights = primitives.weigh(some, Weighing(per_length=True), 1.0, None, 1)
+    assert weights.tolist() == [[1, 1, 0.5, 0.5]]
+    none = primitives.mask(None, None, counted & False, Runs(4, 2, 2), counted.device)
+    for divisor in ("rows", "sequences"):
+        weights = primitives.weigh(none, Weighing(divisor), 1.0, None, 1)
+        assert weights.tolist() == [[1] * 4]
+
+
 def test_rows_without_sequences_and_with_two_dimensions_of_them():
     spec = rw.methods.dapo()
     assert_same(batch_of(spec, (RUN + 3,)), spec=spec)
@@ -121,6 +145,36 @@ def test_rows_without_sequences_and_with_two_dimensions_of_them():
         if torch.is_tensor(t) and t.dim() and t.size(0) == 4
     }
     assert_same(batch | reshaped, spec=spec)
+
+
+def test_rows_with_only_the_gradient_of_an_entropy():
+    """They are not among the rows without a gradient."""
+    spec = rw.methods.dapo().with_penalty(rw.Penalty(RULES["entropy_bonus"](), 0.1))
+    batch = batch_of(spec)
+    batch["advantages"] = torch.zeros_like(batch["advantages"])
+    assert_same(batch, spec=spec)
+
+
+@pytest.mark.parametrize("far", [-9.0, 9.0])
+def test_metrics_of_clamped_ratios(far):
+    spec = rw.methods.dapo().replace(ratio=rw.TokenRatio(clamp=0.5))
+    batch = batch_of(spec)
+    batch["old_per_token_logps"] = batch["old_per_token_logps"] + far
+    assert_same(batch, spec=spec)
+
+
+@pytest.mark.parametrize("case", ["no row", "a NaN"])
+def test_metrics_of_no_number(case):
+    spec = rw.methods.dapo()
+    batch = batch_of(spec)
+    if case == "no row":
+        batch["completion_mask"][:] = 0
+    else:
+        batch["old_per_token_logps"] = batch["old_per_token_logps"].clone()
+        batch["old_per_token_logps"][0, 1] = float("nan")
+    (_, _, metrics, *_), (_, _, want, *_) = both(batch, spec=spec)
+    assert metrics == pytest.approx(want, rel=1e-4, abs=1e-6, nan_ok=True)
+    assert metrics["ratio/max"] != metrics["ratio/max"]
 
 
 @pytest.mark.parametrize(
@@ -195,3 +249,16 @@ def test_random_losses_on_stored_rows(given):
         judged += drawn.check(got, names, leaves, 2.0**-24, 1.0)
         asked += got.numel()
     assert judged > 0.6 * asked, "most values are finite and have a bound"
+
+
+def test_ignored_rows_of_a_loss_on_stored_rows():
+    """They are 0, and the others have their bits."""
+    drawn = Drawn(0)
+    rows = {name: x.float() for name, x in drawn.leaves.items()}
+    names, weights = loss_graph(drawn.program, False).names, drawn.row_weights.float()
+    keep = torch.arange(weights.size(-1)) % 3 > 0
+    evaluate = select.load("triton").evaluate_rows
+    want = evaluate(drawn.program, drawn.params.float(), rows, weights, names)
+    got = evaluate(drawn.program, drawn.params.float(), rows, weights, names, keep)
+    assert (want[:, ~keep] != 0).any()
+    torch.testing.assert_close(got, want.where(keep, 0), rtol=0, atol=0, equal_nan=True)
