@@ -29,7 +29,8 @@ from ..rows.primitives import (
 from . import triton_launch
 from .triton_cache import monitor_function, program_function
 
-#: The most rows of a padded sequence that are taken at a time. With 4096 the masks spilled.
+#: The most rows of a padded sequence that are taken at a time. With 4096 the kernel of
+#: masks spilled.
 _LARGEST = 2048
 _EVALUATED = 256
 _WEIGHED = 1024

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..formula.base import Formula
 from ..formula.interpret import interpret_number
 from ..formula.stages import Operand, Staged, formulas_of, values_of
-from ..rows.batch import BatchStatistics
+from ..rows.batch import statistics_into
 from ..rows.constants import parameter_vector
 from ..rows.rows import Rows
 
@@ -56,7 +56,7 @@ class Table:
                     stage.program,
                     self.params(stage.values),
                     self._leaves,
-                    table[: stage.program.table_rows],
+                    table[: stage.program.table_rows()],
                     tuple([f"d_w{k}" for k in range(count)]),
                     rows.keep,
                     table[stage.begin : stage.begin + count],
@@ -66,7 +66,7 @@ class Table:
                 first = len(operands) - len(statistic.keywords)
                 keywords = dict(zip(statistic.keywords, operands[first:], strict=True))
                 into = table[statistic.row]
-                compute = getattr(BatchStatistics(rows, into), statistic.name)
+                compute = getattr(statistics_into(rows, into), statistic.name)
                 found = compute(*operands[:first], **keywords)
                 if found is not into:  # of PyTorch, which may be one number
                     into.copy_(found)

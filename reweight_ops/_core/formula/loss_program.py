@@ -68,7 +68,6 @@ class Program(NamedTuple):
         terms = tuple(write_formula(trace_rule(c)) for c in classes)
         return cls(terms, tuple((write_formula(trace_weight(c)), scope) for c, scope in scoped))
 
-    @property
     def table_rows(self) -> int:
         """Return how many rows of the table of row weights the program has."""
         return max(len(self.terms), *(1 + row for _, row in self.rows), 1)
@@ -118,7 +117,7 @@ class LossGraph:
     def __init__(self, program: Program, given_ratio: bool = False) -> None:
         self.graph = g = Graph()
         self.terms = len(program.terms)
-        self.table_rows = program.table_rows
+        self.table_rows = program.table_rows()
         rows = dict(program.rows)
         self._found: dict[str, Expr] = {}
         numbers = itertools.count()

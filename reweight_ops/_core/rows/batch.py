@@ -93,9 +93,11 @@ class BatchStatistics:
     ``batch.seq_cumsum(1.0)`` counts tokens.
     """
 
-    def __init__(self, rows: Rows, into: Tensor | None = None) -> None:
-        """``into`` ``[N]`` is memory for the result of a kernel, new by default."""
-        self._rows, self._into = rows, into
+    #: Memory ``[N]`` for the result of a kernel, new by default.
+    _into: Tensor | None = None
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
 
     @property
     def _kernels(self) -> RowPrimitives | None:
@@ -448,6 +450,13 @@ class BatchStatistics:
 
     def group_min(self, x: Tensor) -> Tensor:
         return -self.group_max(-x)
+
+
+def statistics_into(rows: Rows, into: Tensor) -> BatchStatistics:
+    """Return statistics of which a kernel writes one to ``into`` ``[N]``."""
+    found = BatchStatistics(rows)
+    found._into = into
+    return found
 
 
 def _moves(x: Tensor) -> bool:
