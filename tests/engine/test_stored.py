@@ -37,10 +37,24 @@ def test_coupled_reductions_of_unusual_rows(name):
     broken = batch_of(spec)
     broken["logits"] = broken["logits"].clone()
     broken["logits"][2, 3] = math.nan
-    loss, grad, _ = found(spec, broken, "cpu", torch.float32)
-    _, want, _ = found(spec, broken, "reference", torch.float64)
+    loss, grad, *_ = found(spec, broken, "cpu", torch.float32)
+    _, want, *_ = found(spec, broken, "reference", torch.float64)
     assert loss.isnan() and grad[2, 3].isnan().all()
     assert torch.equal(grad.isnan().any(-1), want.isnan().any(-1))
+
+
+def test_a_rule_that_does_not_show_a_nan_under_a_coupled_reduction():
+    """A clip compares, and no comparison with NaN is true. Its prompt has one side."""
+    coupled = rw.GroupContrast(group_size=2)
+    spec = rw.methods.grpo().replace(reduction=coupled)
+    broken = batch_of(spec)
+    broken["logits"] = broken["logits"].clone()
+    broken["logits"][4, 3] = math.nan  # both of its prompt have positive advantages
+    loss, grad, rows, _ = found(spec, broken, "cpu", torch.float32)
+    want, slope, expected, _ = found(spec, broken, "reference", torch.float64)
+    assert loss.isnan() and want.isnan() and grad[4, 3].isnan().all()
+    assert torch.equal(grad.isnan().any(-1), slope.isnan().any(-1))
+    assert torch.equal(rows[:2].isnan(), expected[:2].isnan())
 
 
 def test_a_penalty_beside_a_coupled_term():
@@ -139,3 +153,39 @@ def test_what_only_autograd_can_do():
         rw.methods.dapo().replace(**{"surrogate.epsilon_low": learnt}),
     ):
         assert spec.staged is None and spec.stored_program is None
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("ratio", [rw.TokenRatio(), rw.SequenceRatio()], ids=["token", "sequence"])
+def test_a_statistic_of_the_ratio_itself(ratio):
+    """The kernel forms the ratio of a token in the row, that of a sequence before."""
+
+    @rw.weight
+    class BelowMean(rw.TokenWeight):
+        def weight(self, xp, t, batch):
+            return xp.where(t.log_ratio <= batch.mean(t.log_ratio), 1.5, 0.5)
+
+    spec = rw.methods.grpo().replace(ratio=ratio).with_weight(BelowMean())
+    assert spec.staged is not None
+    same(spec, batch_of(spec))
+
+
+@pytest.mark.usefixtures("registry")
+def test_what_a_statistic_is_of_keeps_its_gradient_in_the_rule():
+    """The rule and its hyper-parameter have a part in common."""
+
+    @rw.weight
+    class MeanProbability(rw.TokenWeight):
+        def weight(self, xp, t, batch):
+            return batch.seq_mean(xp.exp(t.logp)) + xp.exp(t.logp)
+
+    @rw.rule
+    class Likelihood(rw.Rule):
+        scale: float = 1.0
+
+        def loss(self, xp, t):
+            return -t.adv * self.scale * xp.exp(t.logp)
+
+    spec = rw.PolicyLossSpec(surrogate=Likelihood(scale=MeanProbability()), name="likelihood")
+    assert spec.staged is not None and spec.staged.rows == 3
+    same(spec, batch_of(spec))

@@ -14,6 +14,7 @@ import reweight_ops as rw
 from reweight_ops._core.calls.specs import METHODS
 from reweight_ops._core.calls.staged import Table
 from reweight_ops._core.formula.base import WEIGHTS
+from reweight_ops._core.formula.interpret import interpret_number
 from reweight_ops._core.formula.program import evaluate_rows
 from reweight_ops._core.formula.stages import staged
 from reweight_ops._core.formula.trace import trace_weight
@@ -124,3 +125,36 @@ def test_drawn_weights(seed, depth, layout):
     weight = drawn_statistics(100 * depth + seed, depth)()
     got, want = evaluated(weight, batch_of(own_loss(weight), layout, torch.float64))
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.usefixtures("registry")
+def test_operands_with_names_and_computed_numbers():
+    @rw.weight
+    class Named(rw.TokenWeight):
+        share: float = 0.4
+
+        def weight(self, xp, t, batch):
+            decayed = batch.seq_cumsum(t.adv, decay=xp.exp(-xp.maximum(self.share, 0.1)))
+            low = batch.quantile(decayed * t.adv, where=t.adv > 0, q=1 - self.share)
+            return xp.where(decayed * t.adv < low, batch.top(-t.adv, 0.5, where=t.adv < 0), low)
+
+    weight = Named()
+    got, want = evaluated(weight, batch_of(own_loss(weight), "padded", torch.float64))
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+    assert len(want.unique()) > 2
+
+
+@pytest.mark.parametrize(
+    "text, values, want",
+    [
+        ("2 $0 $1 min:0:1", (3.0, 0.5), 0.5),
+        ("2 $0 $1 max:0:1", (3.0, 0.5), 3.0),
+        ("1 $0 neg:0 exp:1", (0.7,), math.exp(-0.7)),
+        ("1 #1.0 $0 sub:0:1 clip:2:0:0", (0.3,), 1.0),
+        ("1 #0.5 $0 lt:0:1 where:2:1:0", (0.7,), 0.7),
+    ],
+)
+def test_a_formula_of_numbers(text, values, want):
+    assert interpret_number(text, values, torch.float64) == pytest.approx(want, rel=1e-15)
+    tensors = [torch.tensor(v, dtype=torch.float64) for v in values]
+    assert interpret_number(text, tensors, torch.float64).item() == pytest.approx(want, rel=1e-15)

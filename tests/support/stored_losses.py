@@ -28,16 +28,17 @@ def found(spec, batch, backend, dtype, upstream=None):
     }
     out = rw.policy_loss(**{**data, "logits": z}, spec=spec, backend=backend, unused="ignore")
     (grad,) = torch.autograd.grad(out.loss, z, upstream)
-    return out.loss.detach(), grad, out.metrics.as_floats()
+    rows = torch.stack([out.per_token_loss, out.coef, out.is_clipped.to(dtype)])
+    return out.loss.detach(), grad, rows.detach(), out.metrics.as_floats()
 
 
 def same(spec, batch, upstream=None, backend="cpu"):
     """The row kernels of a backend give what autograd gives in fp64."""
-    loss, grad, metrics = found(spec, batch, backend, torch.float32, upstream)
+    *tensors, metrics = found(spec, batch, backend, torch.float32, upstream)
     up = None if upstream is None else upstream.double()
-    want, slope, wanted = found(spec, batch, "reference", torch.float64, up)
-    torch.testing.assert_close(loss.double(), want, rtol=3e-4, atol=3e-6, equal_nan=True)
-    torch.testing.assert_close(grad.double(), slope, rtol=3e-4, atol=3e-6, equal_nan=True)
+    *wanted_tensors, wanted = found(spec, batch, "reference", torch.float64, up)
+    for got, want in zip(tensors, wanted_tensors, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=3e-4, atol=3e-6, equal_nan=True)
     common = {name: metrics[name] for name in wanted}
     assert common == pytest.approx(wanted, rel=1e-3, abs=1e-5, nan_ok=True)
     assert "rows_skipped" in metrics, "the row kernels did not evaluate the loss"

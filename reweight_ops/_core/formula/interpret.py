@@ -71,10 +71,8 @@ def interpret_number(text: str, parameters: Sequence[Any], dtype: torch.dtype) -
             values[x.index] = parameters[int(x.args[0])]
         elif x.op == "const":
             values[x.index] = x.args[0]
-        elif x.op in ("min", "max") and not any(isinstance(v, Tensor) for v in operands):
-            values[x.index] = (min if x.op == "min" else max)(operands)
         else:
-            names_of_xp = {"min": "minimum", "max": "maximum"}
-            compute = getattr(xp, names_of_xp.get(x.op, x.op), None) or _OPERATIONS[x.op]
+            name = {"min": "minimum", "max": "maximum"}.get(x.op, x.op)
+            compute = getattr(xp, name, None) or _OPERATIONS[x.op]
             values[x.index] = compute(*operands)
     return values[root.index]

@@ -119,10 +119,14 @@ class TorchNamespace:
         device = (a if isinstance(a, Tensor) else b).device
         return self._lift(a, device), self._lift(b, device)
 
-    def minimum(self, a: Any, b: Any) -> Tensor:
+    def minimum(self, a: Any, b: Any) -> Any:
+        if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+            return min(a, b)  # hyper-parameters that are numbers
         return a.clamp(max=b) if isinstance(b, (int, float)) else torch.minimum(*self._pair(a, b))
 
-    def maximum(self, a: Any, b: Any) -> Tensor:
+    def maximum(self, a: Any, b: Any) -> Any:
+        if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+            return max(a, b)
         return a.clamp(min=b) if isinstance(b, (int, float)) else torch.maximum(*self._pair(a, b))
 
     def clip(self, x: Any, low: Any, high: Any) -> Any:

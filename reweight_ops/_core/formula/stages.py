@@ -194,10 +194,8 @@ class _Composer:
         for i in self._roots:
             if i < self._terms:
                 written.add(None)
-            formula = self._formulas[i]
-            own = [f"{i}.{name}" for name in formula.parameters()]
-            result = self._detached(self._results[i], isinstance(formula, TokenWeight))
-            texts.append(written.text(result, own))
+            is_weight = isinstance(self._formulas[i], TokenWeight)
+            texts.append(written.text(self._detached(self._results[i], free=is_weight)))
         scoped = tuple(zip(texts[self._terms :], self._scopes, strict=True))
         program = Program(tuple(texts[: self._terms]), scoped, tuple(written.rows))
         values = tuple(written.values)
@@ -309,17 +307,13 @@ class _Parameters:
     def add(self, value: Any) -> None:
         self.values.append(value)
 
-    def text(self, x: Expr, own: Sequence[str] = ()) -> str:
-        """Return the text of a formula, and add its parameters.
-
-        ``own`` parameters come first, read or not.
-        """
+    def text(self, x: Expr) -> str:
+        """Return the text of a formula, and add its parameters."""
         nodes = walk(x)
-        read = [y.args[0] for y in nodes if y.op == "param"]
-        names = (*own, *[name for name in read if name not in own])
+        names = tuple(y.args[0] for y in nodes if y.op == "param")
         for name in names:
             if name in self._row_of:
                 self.rows.append((_BOUNDS + len(self.values), self._row_of[name]))
-            self.add(self._fields.get(name, 0.0))
+            self.add(self._fields.get(name, 0.0))  # a row has no number
         leaves = frozenset(y.args[0] for y in nodes if y.op == "leaf")
         return write_formula(Traced(x, leaves, names, frozenset()))
