@@ -43,6 +43,14 @@ def test_coupled_reductions_of_unusual_rows(name):
     assert torch.equal(grad.isnan().any(-1), want.isnan().any(-1))
 
 
+@pytest.mark.parametrize("name", COUPLED)
+def test_coupled_reductions_with_weights(name):
+    spec = METHODS[name].build()
+    spec = spec.with_weight(rw.weights.CurrentAdvantageReweighting(scope="all"))
+    spec = spec.with_weight(rw.weights.SequenceTruncatedImportance())
+    same(spec, batch_of(spec))
+
+
 def test_a_rule_that_does_not_show_a_nan_under_a_coupled_reduction():
     """A clip compares, and no comparison with NaN is true. Its prompt has one side."""
     coupled = rw.GroupContrast(group_size=2)
@@ -144,6 +152,27 @@ def test_a_reduction_over_a_weight_of_the_batch():
     same(spec, batch_of(spec))
 
 
+@pytest.mark.usefixtures("registry")
+def test_a_reduction_over_the_ratio_of_sequences():
+    """Autograd evaluates a loss whose advantages require grad, not its row weights."""
+
+    @rw.weight
+    class Ratio(rw.TokenWeight):
+        def weight(self, xp, t, batch):
+            return xp.exp(t.log_ratio)
+
+    over = rw.TokenMean(weight=Ratio())
+    spec = rw.methods.grpo().replace(ratio=rw.SequenceRatio(), reduction=over)
+    same(spec, batch_of(spec))
+    grads = []
+    for backend in ("cpu", "reference"):
+        batch = batch_of(spec)
+        batch["advantages"] = batch["advantages"].clone().requires_grad_()
+        out = rw.policy_loss(**batch, spec=spec, backend=backend, unused="ignore")
+        grads.append(torch.autograd.grad(out.loss, batch["advantages"])[0])
+    torch.testing.assert_close(*grads)
+
+
 def test_what_only_autograd_can_do():
     """A weight with a gradient, and a hyper-parameter with one."""
     own = dataclasses.replace(rw.weights.OffPolicySequenceMask(threshold=0.1), detach=False)
@@ -189,3 +218,75 @@ def test_what_a_statistic_is_of_keeps_its_gradient_in_the_rule():
     spec = rw.PolicyLossSpec(surrogate=Likelihood(scale=MeanProbability()), name="likelihood")
     assert spec.staged is not None and spec.staged.rows == 3
     same(spec, batch_of(spec))
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_statistic_takes_another_as_its_number():
+    @rw.weight
+    class Between(rw.TokenWeight):
+        def weight(self, xp, t, batch):
+            share = batch.mean(xp.where(t.adv > 0, 0.6, 0.3))
+            return xp.where(t.logp < batch.quantile(t.logp, share), 0.5, 1.5) + batch.seq_cumsum(
+                t.adv, share
+            )
+
+    @rw.weight
+    class Computed(rw.TokenWeight):
+        def weight(self, xp, t, batch):
+            return batch.quantile(t.adv, 1 - batch.mean(xp.exp(-t.entropy)))
+
+    spec = rw.methods.dapo().with_weight(Between())
+    assert spec.staged is not None
+    same(spec, batch_of(spec))
+    computed = rw.methods.dapo().with_weight(Computed())
+    assert computed.staged is None  # PyTorch's
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_hyper_parameter_of_rows_that_nothing_reads():
+    @rw.weight
+    class Unread(rw.TokenWeight):
+        a: float = 1.0
+
+        def weight(self, xp, t, batch):
+            return xp.exp(0.1 * t.adv)
+
+    weight = Unread(a=PER_ROW)
+    for spec in (
+        rw.methods.dapo().with_weight(weight),
+        rw.methods.dapo().replace(reduction=rw.TokenMean(weight=weight)),
+    ):
+        same(spec, batch_of(spec))
+
+
+def test_a_nan_advantage_in_a_prompt_that_adds_nothing():
+    spec = METHODS["disco"].build()
+    batch = batch_of(spec, advantages=torch.ones(len(LENGTHS), 8))
+    batch["advantages"][2, 1] = math.nan
+    got, want = (
+        found(spec, batch, b, d) for b, d in (("cpu", torch.float32), ("reference", torch.float64))
+    )
+    for a, b in zip(got[:2], want[:2], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=3e-4, atol=3e-6, equal_nan=True)
+
+
+def test_a_ratio_that_the_rule_does_not_read():
+    spec = rw.methods.reinforce().replace(ratio=rw.CenteredRatio(scale="std"))
+    batch = batch_of(spec)
+    batch["logits"] = batch["logits"].clone()
+    batch["logits"][2, 3] = math.nan
+    out = rw.policy_loss(**batch, spec=spec, backend="cpu", unused="ignore")
+    assert int(out.coef.isnan().sum()) == 1
+
+
+def test_inference_mode_has_no_derivatives():
+    spec = METHODS["real"].build()
+    batch = batch_of(spec)
+    with torch.inference_mode():
+        out = rw.policy_loss(**batch, spec=spec, unused="ignore")
+        assert out.loss.isfinite() and "rows_skipped" not in out.metrics
+        with pytest.raises(rw.UnsupportedRequest, match="use torch.no_grad"):
+            out.coef  # noqa: B018
+    with torch.no_grad():
+        out = rw.policy_loss(**batch, spec=spec, unused="ignore")
+        assert out.coef.abs().sum() > 0 and "rows_skipped" in out.metrics

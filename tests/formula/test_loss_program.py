@@ -180,7 +180,7 @@ def test_a_log_prob_that_is_nan_has_a_nan_derivative(backend):
     )
     assert got[:, 0].isnan().all() and got[0, 1].isnan()
     unselected = load(backend).evaluate_rows(
-        program, params, leaves, torch.zeros(1, 2), ("weighted_loss", "d_logp"), None
+        program, params, leaves, torch.zeros(1, 2), ("weighted_loss", "d_logp", "own0"), None
     )
     assert (unselected == 0).all()
 

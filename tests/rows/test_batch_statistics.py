@@ -306,3 +306,10 @@ def test_a_quantile_of_some_rows_is_theirs():
     by = [torch.autograd.grad(y, x)[0].nan_to_num() for y in (got, want)]
     assert by[0].count_nonzero() == 2 and by[0].sum() == pytest.approx(1)
     assert batch.quantile(x, 0.3, torch.zeros_like(where)).item() == math.inf
+
+
+def test_a_quantile_of_sequences_with_a_share_of_each_row():
+    values, q = torch.tensor([[3.0, 1.0, 2.0, 0.0]]).double(), [0.0, 1 / 3, 2 / 3, 1.0]
+    rows = resolve_logps("test", values, {"completion_mask": torch.ones(1, 4)})
+    found = BatchStatistics(rows).seq_quantile(values.view(-1), torch.tensor(q).double())
+    torch.testing.assert_close(found, torch.tensor([0.0, 1.0, 2.0, 3.0]).double())

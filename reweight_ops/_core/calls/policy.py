@@ -19,7 +19,6 @@ from ..formula.leaves import Leaves, safe_where
 from ..formula.namespace import TorchNamespace
 from ..formula.stages import formulas_of, values_of
 from ..formula.terms import Term, TermResult, Terms, combine_terms
-from ..formula.trace import trace_weight
 from ..rows.batch import BatchStatistics
 from ..rows.constants import parameter_vector
 from ..rows.primitives import Averaged
@@ -189,14 +188,14 @@ class LossCall:
         leaves = {name: t.detach() for name, t in {**self.stored(), **known}.items()}
         if "logp" in leaves:
             leaves.setdefault("old_logp", leaves["logp"])
-            if self.spec.ratio.one_pass_unsupported_reason is None:
-                leaves.pop("log_ratio", None)
-            elif "log_ratio" not in leaves and "log_ratio" in trace_weight(type(weight)).leaves:
+            # the program forms a token's ratio
+            formed = self.spec.ratio.one_pass_unsupported_reason is None or "log_ratio" in leaves
+            if not formed and "log_ratio" in self.spec.requires:
                 leaves["log_ratio"] = self.log_ratio(leaves["logp"]).detach()
         bounds, evaluate = self.spec.ratio.bounds(), primitives.evaluate
         table = Table(self.rows, staged, [weight], leaves, bounds, evaluate)
         program, params = staged.program, table.params((1.0, *staged.values[1:]))
-        filled = table.fill()
+        filled = table.fill()[: program.table_rows()]
         found: Tensor = evaluate(program, params, leaves, filled, ("d_w0",), self.rows.keep)
         return found[0]
 

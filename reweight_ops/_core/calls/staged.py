@@ -75,6 +75,8 @@ class Table:
     def _operand(self, x: Operand) -> Any:
         if x.row is not None:
             row = self.values[x.row]
+            if x.is_of_call:
+                return row[0]
             return row != 0 if x.is_condition else row
         if x.leaf is not None:
             return self._leaves[x.leaf]

@@ -52,7 +52,8 @@ def at_this_point(
             (slope,) = torch.autograd.grad(contributions.sum(), x)
         total = total + coefficient * contributions.detach()
         slopes[k] = weights[k] * slope
-    unknown = loss.isnan()  # whatever a rule's comparisons make of a NaN
+    # like the sum over rows: whatever a rule's comparisons make of a NaN
+    unknown = (loss.isnan() & leaves["logp"].isnan()) | total.isnan()
     return AtThisPoint(
         torch.where(unknown, math.nan, torch.stack(slopes)),
         torch.where(unknown, math.nan, total),

@@ -144,6 +144,11 @@ class PolicyLossOutput:
 
     @computed_once
     def _derivatives(self) -> Derivatives:
+        if torch.is_inference_mode_enabled() and not isinstance(self._by, tuple):
+            raise self._call.rows.unsupported(
+                "autograd does not run in inference_mode, so there is no coef of this loss: "
+                "use torch.no_grad()."
+            )
         if self._by is not None:
             return self._by() if callable(self._by) else self._by
         if torch.compiler.is_exporting():
@@ -161,7 +166,12 @@ class PolicyLossOutput:
     @computed_once
     def metrics(self) -> Metrics:
         self._unchanged("metrics", derivatives=True)
-        by = None if self._by is None and torch.compiler.is_exporting() else self._derivatives
+        known = isinstance(self._by, tuple)
+        unknown = not known and (
+            torch.is_inference_mode_enabled()
+            or (self._by is None and torch.compiler.is_exporting())
+        )
+        by = None if unknown else self._derivatives
         more = {} if self._more is None or by is None else self._more(by)
         return policy_metrics(self._call, self._leaves, by, more, self._table)
 

@@ -140,7 +140,10 @@ def evaluate_stored(
     leaves.setdefault("old_logp", detached["logp"])
     inputs, params = dict(statistics), call.params
     pointwise = call.spec.ratio.one_pass_unsupported_reason is None
-    averaged = call.averaged(detached["logp"], params)
+    # Without a reduction each row has its own upstream. Autograd takes it through the
+    # ratio.
+    scalar = call.spec.reduction.scalar
+    averaged = call.averaged(detached["logp"], params) if scalar else None
     if averaged is not None:
         primitives, masked = call.rows.primitives, call.rows.masked
         assert primitives is not None and primitives.ratio is not None and masked is not None
@@ -149,7 +152,8 @@ def evaluate_stored(
         inputs["log_ratio"] = call.log_ratio(statistics["logp"])
         # one sequence may be an expanded number
         leaves["log_ratio"] = inputs["log_ratio"].detach().contiguous()
-    weights, coupled = call.stored_weights(leaves, evaluate), None
+    filled, coupled = call.stored_weights(leaves, evaluate), None
+    weights = filled[: program.table_rows()]  # a formula may not read all that it is given
     if call.spec.is_coupled:
         coupled = at_this_point(call, program, params, leaves, weights, evaluate)
         weights = coupled.weights
@@ -165,8 +169,8 @@ def evaluate_stored(
         moves = moves | {"logp"}
     moving = tuple([name in inputs and name in moves for name in _BY])
     loss = _StoredRows.apply(table, moving, call, *[inputs.get(name) for name in _BY])  # type: ignore[no-untyped-call]
-    rows_table = None if call.spec.staged is None else weights
-    if pointwise or averaged is not None:
+    rows_table = None if call.spec.staged is None else filled
+    if pointwise or averaged is not None or "log_ratio" not in moves:
         return Evaluated(loss, table[1], (table[2], table[3]), rows_table)
     by = functools.partial(_through_ratio, call.without_inputs(), detached["logp"], table)
     return Evaluated(loss, table[1], by, rows_table)

@@ -29,11 +29,13 @@ Field = tuple[int, str]
 class Operand(NamedTuple):
     """An operand of a statistic: a row of the table, a leaf, or a number.
 
-    A row may hold a condition, 1 or 0. A number is the text of a formula of fields.
+    A row may hold a condition, 1 or 0, or one number of the call. A number is the text
+    of a formula of fields.
     """
 
     row: int | None = None
     is_condition: bool = False
+    is_of_call: bool = False
     leaf: str | None = None
     number: str = ""
     fields: tuple[Field | float, ...] = ()
@@ -111,6 +113,14 @@ def staged(rules: Sequence[Formula], weights: Sequence[TokenWeight], given_ratio
     the log-ratio is a leaf like any other.
     """
     return _Composer(rules, weights, given_ratio).staged()
+
+
+#: Statistics that are one number of the call.
+_OF_CALL = frozenset({"sum", "mean", "min", "max", "quantile", "quantile_nearest"})
+
+
+def _is_of_call(x: Expr) -> bool:
+    return x.op == "batch" and x.args[0] in _OF_CALL
 
 
 def _traced(formula: Formula) -> Traced:
@@ -255,7 +265,17 @@ class _Composer:
     def _needs_row(self, x: Expr) -> bool:
         if x.index in self._known or not self._varies(x):
             return False
+        if self._is_of_call(x):
+            raise CannotStage("a statistic takes a number that is computed from others")
         return not (x.op == "param" or (x.op == "leaf" and self._has(x.args[0])))
+
+    def _is_of_call(self, x: Expr) -> bool:
+        """Return whether a node is one number of the call."""
+        if x.op in ("leaf", "batch"):
+            return _is_of_call(x)
+        if x.op == "param":
+            return x.args[0] not in self._row_of
+        return all(map(self._is_of_call, x.operands))
 
     def _has(self, leaf: str) -> bool:
         """Return whether a leaf is a tensor of the call."""
@@ -265,7 +285,7 @@ class _Composer:
         known = self._known.get(x.index)
         if known is not None:
             row = known.args[0] if x.is_bool else known  # a condition is row != 0
-            return Operand(self._row_of[row.args[0]], is_condition=x.is_bool)
+            return Operand(self._row_of[row.args[0]], x.is_bool, _is_of_call(x))
         if x.op == "leaf":
             return Operand(leaf=x.args[0])
         if x.op == "param" and x.args[0] in self._row_of:

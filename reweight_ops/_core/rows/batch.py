@@ -349,6 +349,8 @@ class BatchStatistics:
         """Return ``[N]``: the :meth:`quantile` of the row's sequence."""
         ordered = Ordered.by(self._owner(), x)
         values = self._only(x, 0)[ordered.order]
+        if isinstance(q, Tensor) and q.dim():  # one for each row
+            q = q.expand(values.numel())[ordered.order]
         at = q * (ordered.count() - 1).to(values.dtype)
         below, above = (values[ordered.start() + k.long()] for k in (at.floor(), at.ceil()))
         return self._only(ordered.back(_between(below, above, at - at.floor())), 0)

@@ -37,3 +37,14 @@ def test_metrics_read_hyper_parameters_of_rows():
     )
     assert spec.monitor is not None and len(spec.monitor.rows) >= 1
     same(spec, batch_of(spec), backend="triton")
+
+
+@pytest.mark.parametrize(
+    "ratio",
+    [rw.SequenceRatio(), rw.SequenceRatio(gradient="token"), rw.CumulativeRatio()],
+    ids=["sequence", "own token", "prefix"],
+)
+def test_an_upstream_for_each_row(ratio):
+    spec = rw.methods.grpo(beta=0.1).replace(reduction=rw.NoReduction(), ratio=ratio)
+    upstream = torch.randn(len(LENGTHS), 8, generator=torch.Generator().manual_seed(1))
+    same(spec, batch_of(spec), upstream, backend="triton")
