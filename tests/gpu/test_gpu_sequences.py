@@ -15,9 +15,8 @@ SPECS = {
     "grpo": rw.methods.grpo(beta=0.04),
     "gspo": rw.methods.gspo(),
     "ctpo": rw.methods.ctpo(),  # bounds and a ratio that run along sequences
-    "opsm": rw.methods.opsm(),  # a weight of sequences
+    "opsm": rw.methods.opsm(threshold=0.05),  # a weight of sequences
     "m2po": rw.methods.m2po(),  # bounds of the whole batch, by its order
-    "disco": rw.methods.disco(),  # a coupled reduction
     "runs of a prompt": rw.methods.scale_rl(group_size=2),
     "prompts": rw.methods.scale_rl(),
     "vapo": rw.methods.vapo(),
