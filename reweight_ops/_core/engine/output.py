@@ -144,7 +144,7 @@ class PolicyLossOutput:
 
     @computed_once
     def _derivatives(self) -> Derivatives:
-        if torch.is_inference_mode_enabled() and not isinstance(self._by, tuple):
+        if _without_autograd() and not isinstance(self._by, tuple):
             raise self._call.rows.unsupported(
                 "autograd does not run in inference_mode, so there is no coef of this loss: "
                 "use torch.no_grad()."
@@ -168,8 +168,7 @@ class PolicyLossOutput:
         self._unchanged("metrics", derivatives=True)
         known = isinstance(self._by, tuple)
         unknown = not known and (
-            torch.is_inference_mode_enabled()
-            or (self._by is None and torch.compiler.is_exporting())
+            _without_autograd() or (self._by is None and torch.compiler.is_exporting())
         )
         by = None if unknown else self._derivatives
         more = {} if self._more is None or by is None else self._more(by)
@@ -189,6 +188,11 @@ class PolicyLossOutput:
             )
         self._unchanged("diagnostics", derivatives=True)
         return policy_diagnostics(self._call, self._leaves, self._derivatives)
+
+
+def _without_autograd() -> bool:
+    # torch.compile does not trace the question, and no graph runs in that mode
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
 
 def coefficients(call: LossCall, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

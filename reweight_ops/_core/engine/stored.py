@@ -109,6 +109,8 @@ def _is_evaluated(call: LossCall, logp: Tensor, backend: str) -> bool:
         or is_traced(logp)
         # autograd differentiates a coupled reduction
         or (torch.is_inference_mode_enabled() and call.spec.is_coupled)
+        # a rank without rows has no kernels, and must sum over ranks as often as others
+        or (rows.across is not None and (call.spec.is_coupled or call.spec.staged is not None))
     )
 
 
