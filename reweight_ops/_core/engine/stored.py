@@ -1,5 +1,5 @@
-"""The middle of two_pass as one launch: a pointwise loss on stored row statistics, by a
-backend's ``evaluate_rows``.
+"""The middle of two_pass: a loss on stored row statistics, by a backend's
+``evaluate_rows``. It is one launch, after those of the statistics of the batch.
 
 It gives the same numbers as
 :meth:`~reweight_ops._core.calls.policy.LossCall.token_losses`, which PyTorch

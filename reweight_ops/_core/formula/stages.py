@@ -119,7 +119,7 @@ def staged(rules: Sequence[Formula], weights: Sequence[TokenWeight], given_ratio
 _OF_CALL = frozenset({"sum", "mean", "min", "max", "quantile", "quantile_nearest"})
 
 
-def _is_of_call(x: Expr) -> bool:
+def _is_statistic_of_call(x: Expr) -> bool:
     return x.op == "batch" and x.args[0] in _OF_CALL
 
 
@@ -272,7 +272,7 @@ class _Composer:
     def _is_of_call(self, x: Expr) -> bool:
         """Return whether a node is one number of the call."""
         if x.op in ("leaf", "batch"):
-            return _is_of_call(x)
+            return _is_statistic_of_call(x)
         if x.op == "param":
             return x.args[0] not in self._row_of
         return all(map(self._is_of_call, x.operands))
@@ -285,7 +285,7 @@ class _Composer:
         known = self._known.get(x.index)
         if known is not None:
             row = known.args[0] if x.is_bool else known  # a condition is row != 0
-            return Operand(self._row_of[row.args[0]], x.is_bool, _is_of_call(x))
+            return Operand(self._row_of[row.args[0]], x.is_bool, _is_statistic_of_call(x))
         if x.op == "leaf":
             return Operand(leaf=x.args[0])
         if x.op == "param" and x.args[0] in self._row_of:
