@@ -503,9 +503,13 @@ def row_kernels(target: str) -> list[Compiled]:
                     (rows[0], torch.ones(()), True),
                 ):
                     triton_rows.along(found, values, decay, reverse)
-                averaged = Averaged(rows[0], rows[1], PARAMS, along=True)
+                averaged = Averaged(rows[0], rows[1], PARAMS, over="prefix")
                 found_along = triton_rows.ratio(found, averaged)
                 triton_rows.adjoint(found, averaged, found_along[1], rows[2], rows[5])
+            for by_deviation in (False, True):
+                averaged = Averaged(rows[0], rows[1], PARAMS, by_deviation, over="call")
+                _, centre = triton_rows.ratio(masked, averaged)
+                triton_rows.adjoint(masked, averaged, centre, rows[2], rows[5])
             for values, statistic in (
                 (rows[0], "sum"),
                 (rows[0], "mean"),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...triton_kernels import along as along_kernels
 from ...triton_kernels import batch as batch_kernels
+from ...triton_kernels import centred as centred_kernels
 from ...triton_kernels import metrics as metric_kernels
 from ...triton_kernels import rows as kernels
 from ...triton_kernels.config import Launch
@@ -289,8 +290,8 @@ def spread(masked: Masked, values: Tensor) -> Tensor:
 
 
 def ratio(masked: Masked, averaged: Averaged) -> tuple[Tensor, Tensor]:
-    if averaged.along:
-        return _prefix(masked, averaged)
+    if averaged.over != "sequence":
+        return (_prefix if averaged.over == "prefix" else _centred)(masked, averaged)
     runs, logp = masked.runs, averaged.logp
     found, means = (
         torch.empty_like(logp),
@@ -322,7 +323,23 @@ def adjoint(
     masked: Masked, averaged: Averaged, means: Tensor, d_ratio: Tensor, d_logp: Tensor
 ) -> None:
     runs = masked.runs
-    if averaged.along:
+    if averaged.over == "call":
+        _launch(
+            centred_kernels.centre_adjoint_kernel,
+            -(-runs.rows // _PART),
+            d_logp.device,
+            *_drifts(averaged)[:2],
+            d_ratio,
+            d_logp,
+            masked.keep,
+            averaged.params,
+            means,
+            runs.rows,
+            HAS_OLD=averaged.old_logp is not None,
+            BLOCK=_PART,
+        )
+        return
+    if averaged.over == "prefix":
         _launch(
             along_kernels.prefix_adjoint_kernel,
             -(-runs.rows // _PART),
@@ -390,6 +407,40 @@ def _prefix(masked: Masked, averaged: Averaged) -> tuple[Tensor, Tensor]:
         BLOCK=min(_SCANNED, _block_of(runs)),
     )
     return found, sums
+
+
+def _centred(masked: Masked, averaged: Averaged) -> tuple[Tensor, Tensor]:
+    rows, logp = masked.runs.rows, averaged.logp
+    blocks, drifts = -(-rows // _PART), _drifts(averaged)[:2]
+    parts = torch.empty((3, blocks), dtype=torch.float64, device=logp.device)
+    found, centre = torch.empty_like(logp), logp.new_empty(2)
+    kinds = {"HAS_OLD": averaged.old_logp is not None, "BLOCK": _PART}
+    _launch(
+        centred_kernels.moments_kernel,
+        blocks,
+        logp.device,
+        *drifts,
+        masked.keep,
+        parts,
+        rows,
+        **kinds,
+    )
+    _launch(
+        centred_kernels.centre_kernel,
+        blocks,
+        logp.device,
+        *drifts,
+        masked.keep,
+        parts,
+        averaged.params,
+        found,
+        centre,
+        rows,
+        blocks,
+        BY_DEVIATION=averaged.normalize,
+        **kinds,
+    )
+    return found, centre
 
 
 def _all_sequences(runs: Runs) -> int:

@@ -325,8 +325,8 @@ class LossCall:
         rows = self.rows
         if rows.primitives is None or rows.primitives.ratio is None:
             return None
-        if rows.sequences is None:  # log_ratio says what is missing
-            return None
+        if rows.sequences is None and self.spec.ratio.level != "batch":
+            return None  # log_ratio says what is missing
         old = self.ref_logp if self.spec.ratio.against == "ref" else self.old_logp
         return self.spec.ratio.averaged(logp, old, self.adv, params)
 

@@ -89,6 +89,11 @@ class Weighing(NamedTuple):
     measured: bool = False
 
 
+#: The rows over which a ratio sums the drifts: those of its sequence, those up to its
+#: own, or those of the call.
+Over = Literal["sequence", "prefix", "call"]
+
+
 class Averaged(NamedTuple):
     """What a ratio averages over each sequence, and how.
 
@@ -102,9 +107,13 @@ class Averaged(NamedTuple):
     With ``shared`` the gradient flows through the mean to every row of the sequence.
     Otherwise each row gets its own, clipped or not.
 
-    With ``along`` it is the sum of the sequence up to each row that is clamped. Each
-    row gets its own gradient, and a log-prob that is not finite none. The other options
-    do not apply.
+    ``over="prefix"``: the sum of the sequence up to each row is clamped. Each row gets
+    its own gradient, and a log-prob that is not finite none. The other options do not
+    apply.
+
+    ``over="call"``: the drift less the mean of the call's drifts is clamped, times
+    ``params[2]``; with ``normalize`` over their standard deviation, which is at least
+    ``params[2]``. Mean and deviation are constants for the gradient.
     """
 
     logp: Tensor
@@ -113,7 +122,7 @@ class Averaged(NamedTuple):
     normalize: bool = True
     shared: bool = True
     adv: Tensor | None = None
-    along: bool = False
+    over: Over = "sequence"
 
 
 #: What :attr:`RowPrimitives.total` finds.
@@ -220,8 +229,8 @@ class RowPrimitives:
       its sequence in fp32, 0 in a row of no sequence, and adds ``masked.trust``.
       ``values`` ``[S]`` have any stride and dtype.
     * ``ratio(masked, averaged) -> (log_ratio [N], means [S])`` gives all rows of a
-      sequence its clamped mean. ``means`` are not clamped. With ``averaged.along`` they
-      are the sums ``[N]`` up to each row.
+      sequence its clamped mean. ``means`` are not clamped. Over a prefix they are the
+      sums ``[N]`` up to each row, and over the call ``[2]``, the mean and the factor.
     * ``adjoint(masked, averaged, means, d_ratio, d_logp)`` adds to ``d_logp`` the part
       of ``d_ratio`` that flows through the ratio.
     * ``metrics(masked, monitor, params, leaves, names) -> (sums [M, 2], values [M])``

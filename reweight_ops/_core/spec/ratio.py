@@ -208,7 +208,7 @@ class CumulativeRatio(Ratio):
     ) -> Averaged | None:
         if type(self) is not CumulativeRatio:  # a subclass may sum something else
             return None
-        return Averaged(logp, old_logp, params, along=True)
+        return Averaged(logp, old_logp, params, over="prefix")
 
 
 @ranged
@@ -242,12 +242,9 @@ class GeometricMeanRatio(SequenceRatio):
     def averaged(
         self, logp: Tensor, old_logp: Tensor | None, adv: Tensor | None, params: Tensor
     ) -> Averaged | None:
-        bounds = (*self.bounds(), self.epsilon_low, self.epsilon_high)
-        if type(self) is not GeometricMeanRatio or adv is None:
+        vector = _vector((*self.bounds(), self.epsilon_low, self.epsilon_high), params)
+        if type(self) is not GeometricMeanRatio or adv is None or vector is None:
             return None
-        if any(isinstance(x, Tensor) and (x.dim() or x.requires_grad) for x in bounds):
-            return None  # one for each row, or one with a gradient
-        vector = parameter_vector(bounds, params.dtype, params.device)
         return Averaged(logp, old_logp, vector, self.normalize, self.gradient == "sequence", adv)
 
 
@@ -299,4 +296,26 @@ class CenteredRatio(Ratio):
         if not isinstance(self.scale, str):
             return self._clamped(self.scale * centred)
         variance = rows.total(torch.where(rows.keep, centred.detach(), 0).square()) / count
-        return self._clamped(centred / variance.sqrt().clamp(min=1e-6))
+        return self._clamped(centred / variance.sqrt().clamp(min=_LEAST_DEVIATION))
+
+    def averaged(
+        self, logp: Tensor, old_logp: Tensor | None, adv: Tensor | None, params: Tensor
+    ) -> Averaged | None:
+        by_deviation = isinstance(self.scale, str)
+        vector = _vector((*self.bounds(), _LEAST_DEVIATION if by_deviation else self.scale), params)
+        if type(self) is not CenteredRatio or vector is None:
+            return None
+        return Averaged(logp, old_logp, vector, normalize=by_deviation, over="call")
+
+
+#: The least standard deviation by which :class:`CenteredRatio` divides.
+_LEAST_DEVIATION = 1e-6
+
+
+def _vector(numbers: tuple[Any, ...], like: Tensor) -> Tensor | None:
+    """Return parameters of a kernel, or None if one has a gradient or differs between
+    rows.
+    """
+    if any(isinstance(x, Tensor) and (x.dim() or x.requires_grad) for x in numbers):
+        return None
+    return parameter_vector(numbers, like.dtype, like.device)

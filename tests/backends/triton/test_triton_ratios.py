@@ -19,14 +19,16 @@ TRITON = select.unsupported_reason(
 )
 pytestmark = pytest.mark.skipif(TRITON is not None, reason=str(TRITON))
 
-#: Three ways to cut twelve rows into sequences. The packed ones have an empty sequence
-#: and rows of none.
+#: Three ways to cut twelve rows into sequences, and rows without. The packed ones have
+#: an empty sequence and rows of none.
 N, S = 12, 3
 PLACES = {
     "equal": ((3, 4), {}),
     "offsets": ((1, N), {"cu_seqlens": torch.tensor([0, 6, 6, 10])}),
     "ids": ((1, N), {"sequence_ids": torch.tensor([[2, 0, 0, 2, 0, 0, 2, 2, 0, 2, -1, 5]]), "num_sequences": S}),
+    "no sequences": ((N,), {}),
 }  # fmt: skip
+WITH_SEQUENCES = ("equal", "offsets", "ids")
 #: Drifts on both sides of their bounds of 0.25 and 0.5, exactly at them, and not
 #: finite. Numbers of few bits make the ties exact.
 DRIFTS = torch.tensor([0.75, 0.5, 0.25, -0.25, -0.5, 0.125, 0.5, -0.25, 0.75, -0.75, 0.25, 0.125])
@@ -70,7 +72,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("sign", ["one sign", "a token's own"])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", WITH_SEQUENCES)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_clipped_means(name, place, sign):
     ratio = rw.GeometricMeanRatio(**{"epsilon_low": 0.25, "epsilon_high": 0.5, **OPTIONS[name]})
@@ -175,7 +177,7 @@ CLAMPS = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", WITH_SEQUENCES)
 @pytest.mark.parametrize("clamp", CLAMPS)
 def test_sums_up_to_each_token(monkeypatch, clamp, place):
     """In blocks of four rows, on-policy too, and with log-probs that are not finite."""
@@ -212,9 +214,10 @@ def test_the_gradient_of_sums_at_their_bounds():
 
 
 @pytest.mark.parametrize("against", ["old", "ref"])
-def test_a_clip_of_sums(against):
+@pytest.mark.parametrize("kind", [rw.CumulativeRatio, rw.CenteredRatio])
+def test_a_clip_of_sums(kind, against):
     """The public call: its loss, gradient, second derivatives and metrics."""
-    ratio = rw.CumulativeRatio(clamp=0.5, against=against)
+    ratio = kind(clamp=0.5, against=against)
     spec = rw.methods.grpo(beta=0.05).replace(ratio=ratio)
     batch, found = make_batch(spec, (3, 5), 13), []
     batch["completion_mask"] = batch["completion_mask"].clone()
@@ -229,6 +232,85 @@ def test_a_clip_of_sums(against):
         assert (averaged is not None) == (backend == "triton")
     for x, y in zip(*found, strict=True):
         torch.testing.assert_close(x, y, rtol=2e-4, atol=1e-6, equal_nan=True)
+
+
+SCALES = {
+    "one": {},
+    "a scale": {"scale": 2.5},
+    "tensors": {"scale": torch.tensor(0.5), "clamp": (torch.tensor(-0.5), torch.tensor(0.25))},
+    "a deviation": {"scale": "std"},
+    "a deviation, clamped": {"scale": "std", "clamp": 0.5},
+    "unclamped": {"scale": "std", "clamp": math.inf},
+    "a scale, unclamped": {"scale": 2.5, "clamp": math.inf},
+}
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", SCALES)
+def test_centred_drifts(monkeypatch, name, place, offset):
+    """In blocks of two rows, of which some are ignored, and far from 0, where squares
+    about 0 would cancel.
+    """
+    monkeypatch.setattr(triton_rows, "_PART", 2)
+    ratio = rw.CenteredRatio(**SCALES[name])
+    mask, old, upstream = torch.ones(N), -torch.arange(N) / 8, torch.arange(1.0, N + 1)
+    mask[[1, *range(4, 8)]] = 0
+    rows = rows_of(place, mask)
+    d_ratio = torch.where(rows.keep, upstream, 0)
+    for values in (old + DRIFTS, old):
+        got = by_kernels(rows, ratio, values + offset, old, None, d_ratio)
+        want = by_autograd(rows, ratio, values + offset, old, None, d_ratio)
+        for x, y in zip(got, want, strict=True):
+            torch.testing.assert_close(x, y, rtol=3e-6, atol=3e-6, equal_nan=True)
+    torch.use_deterministic_algorithms(True)  # what nothing has written is NaN
+    on_policy = by_kernels(rows, ratio, old, None, None, d_ratio)[0]
+    torch.use_deterministic_algorithms(False)
+    assert not on_policy.any()
+    nothing = rows_of(place, torch.zeros(N))
+    averaged = ratio.averaged(old, old, None, torch.tensor(ratio.bounds()))
+    assert not nothing.primitives.ratio(nothing.masked, averaged)[0].any()
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("name", SCALES)
+def test_centred_drifts_that_are_not_finite(name, bad):
+    """An ignored one does not matter. With a kept one there is no mean."""
+    ratio, old = rw.CenteredRatio(**SCALES[name]), -torch.arange(N) / 8
+    mask = torch.ones(N)
+    mask[0] = 0
+    rows, upstream = rows_of("equal", mask), torch.arange(1.0, N + 1)
+    d_ratio = torch.where(rows.keep, upstream, 0)
+    for row in (0, 5):
+        logp = old + DRIFTS
+        logp[row] = bad
+        got = by_kernels(rows, ratio, logp, old, None, d_ratio)
+        want = by_autograd(rows, ratio, logp, old, None, d_ratio)
+        assert got[0].isfinite().all() == (row == 0 or want[0].isfinite().all())
+        for x, y in zip(got, want, strict=True):
+            torch.testing.assert_close(x, y, rtol=3e-6, atol=3e-6, equal_nan=True)
+
+
+def test_the_gradient_of_centred_drifts_at_their_bounds():
+    """It is that of torch.clamp, which has one at its bounds."""
+    rows, ratio = rows_of("equal"), rw.CenteredRatio(clamp=(-0.5, 0.25))
+    drifts = torch.tensor([0.25, -0.25, 0.5, -0.5, 0.75, -0.75, 0.375, -0.375] * 2)[:-4]
+    found, by = by_kernels(rows, ratio, drifts, torch.zeros(N), None, torch.ones(N))
+    assert found.tolist() == [
+        0.25,
+        -0.25,
+        0.25,
+        -0.5,
+        0.25,
+        -0.5,
+        0.25,
+        -0.375,
+        0.25,
+        -0.25,
+        0.25,
+        -0.5,
+    ]
+    assert by.tolist() == [1, 1, 0, 1, 0, 0, 0, 1, 1, 1, 0, 1]
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
@@ -253,9 +335,14 @@ def test_other_ratios_are_pytorchs():
     class Along(rw.CumulativeRatio):
         """The same of a sum."""
 
+    class Centred(rw.CenteredRatio):
+        """The same of a mean."""
+
     for ratio in (
         Own(),
         Along(),
+        Centred(),
+        rw.CenteredRatio(scale=torch.tensor(2.0, requires_grad=True)),
         rw.SegmentRatio(),
         rw.GeometricMeanRatio(epsilon_low=torch.rand(N)),
         rw.GeometricMeanRatio(epsilon_low=torch.tensor(0.25, requires_grad=True)),
