@@ -5,13 +5,34 @@ gradient reaches: an option without effect is an error.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from ...errors import InvalidCall
 from ..formula.base import Formula, Rule, TokenWeight
-from ..formula.trace import COMPARISONS, Expr, Traced
+from ..formula.trace import COMPARISONS, Expr, Traced, trace_rule, trace_weight
+from .ratio import Ratio
+from .reduction import Reduction
+
+
+class SpecParts(Protocol):
+    """The parts of a policy loss's spec; see ``PolicyLossSpec``."""
+
+    @property
+    def rules(self) -> tuple[Rule, ...]: ...
+    @property
+    def penalties(self) -> tuple[Any, ...]: ...
+    @property
+    def weights(self) -> tuple[TokenWeight, ...]: ...
+    @property
+    def all_weights(self) -> tuple[TokenWeight, ...]: ...
+    @property
+    def ratio(self) -> Ratio: ...
+    @property
+    def reduction(self) -> Reduction: ...
+    @property
+    def reductions(self) -> tuple[Reduction, ...]: ...
 
 
 def tensors_of(node: Any, path: str = "") -> dict[str, Tensor]:
@@ -42,7 +63,45 @@ def refuse(owner: str, tensors: dict[str, Tensor], why: str) -> None:
             )
 
 
-def stopped_in(formula: Rule | TokenWeight, traced: Traced, path: str) -> dict[str, Tensor]:
+def refuse_learnt(spec: SpecParts) -> None:
+    """Raise for a hyper-parameter of a spec that requires grad but would get no
+    gradient.
+    """
+    paths = ("surrogate", *[f"penalties.{at}.rule" for at in range(len(spec.penalties))])
+    for path, rule in zip(paths, spec.rules, strict=True):
+        refuse(
+            "PolicyLossSpec",
+            _stopped_in(rule, trace_rule(type(rule)), path),
+            "the formula detaches it",
+        )
+    for at, w in enumerate(spec.weights):
+        path = f"weights.{at}"
+        if w.detach:
+            refuse(
+                "PolicyLossSpec",
+                tensors_of(w, path),
+                "the weight is detached, unless detach=False",
+            )
+        else:
+            refuse(
+                "PolicyLossSpec",
+                _stopped_in(w, trace_weight(type(w)), path),
+                "the formula detaches it",
+            )
+    for reduction in spec.reductions:
+        owner = type(reduction).__name__
+        refuse(owner, tensors_of(reduction.weight, "weight"), "a reduction's weight is detached")
+        for name in reduction.detaches:
+            refuse(owner, tensors_of(getattr(reduction, name), name), "the reduction detaches it")
+    for formula in (*spec.rules, *spec.all_weights):
+        refuse(
+            "PolicyLossSpec",
+            _detached_formula(formula),
+            "a formula in the place of a number is detached",
+        )
+
+
+def _stopped_in(formula: Rule | TokenWeight, traced: Traced, path: str) -> dict[str, Tensor]:
     """The tensors among a formula's hyper-parameters that its result has no gradient
     by.
     """
@@ -54,7 +113,7 @@ def stopped_in(formula: Rule | TokenWeight, traced: Traced, path: str) -> dict[s
     }
 
 
-def detached_formula(formula: Formula) -> dict[str, Tensor]:
+def _detached_formula(formula: Formula) -> dict[str, Tensor]:
     """The tensors of formulas that stand for hyper-parameters."""
     inner = {n: v for n, v in formula.parameters().items() if isinstance(v, TokenWeight)}
     return {
