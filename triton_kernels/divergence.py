@@ -22,6 +22,7 @@ from .sweep import (
     high,
     low,
     pack,
+    peeled,
     rest_of_slot,
     row_offset,
     slot_dot,
@@ -539,10 +540,69 @@ def _gradient_run(
 
 
 @triton.jit
+def _single_columns(
+    X,
+    Y,
+    OUT,
+    first,
+    stop,
+    V,
+    p_center,
+    p_rest,
+    kp,
+    q_center,
+    q_rest,
+    kq,
+    w_const,
+    w_log,
+    w_ratio,
+    w_q,
+    p_cap,
+    q_cap,
+    SLOTS: tl.constexpr,
+    P_CAP: tl.constexpr,
+    Q_CAP: tl.constexpr,
+    LOGS: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """Write the gradient of at most SLOTS columns from ``first`` on, one by one."""
+    column = first + tl.arange(0, SLOTS)
+    there = column < tl.minimum(stop, V)
+    z = tl.load(X + column, mask=there, other=float("-inf"), eviction_policy="evict_first")
+    v = tl.load(Y + column, mask=there, other=float("-inf"), eviction_policy="evict_first")
+    g = _gradient_columns(
+        z.to(tl.float32),
+        v.to(tl.float32),
+        p_center,
+        p_rest,
+        kp,
+        q_center,
+        q_rest,
+        kq,
+        w_const,
+        w_log,
+        w_ratio,
+        w_q,
+        p_cap,
+        q_cap,
+        P_CAP,
+        Q_CAP,
+        LOGS,
+    )
+    tl.store(
+        OUT + column,
+        round_to(tl.where(there, g, 0.0), OUT.dtype.element_ty, EMULATE),
+        mask=column < stop,
+        eviction_policy="evict_first",
+    )
+
+
+@triton.jit
 def _row_gradient(
     X,
     Y,
     OUT,
+    head,
     start,
     stop,
     V,
@@ -566,9 +626,11 @@ def _row_gradient(
     Q_CAP: tl.constexpr,
     LOGS: tl.constexpr,
     ALIGN: tl.constexpr,
+    PEEL: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
-    """Write the gradient of columns ``start`` to ``stop``, last tile first.
+    """Write the gradient of columns ``start`` to ``stop``, last tile first, and of the
+    columns that :func:`.sweep.peeled` left before them.
 
     L2 still holds what was read last.
     """
@@ -624,16 +686,13 @@ def _row_gradient(
         )
     # the rest of a vector, and padding
     for first in range(tl.maximum(start, last // E * E), stop, SLOTS):
-        column = first + tl.arange(0, SLOTS)
-        z = tl.load(
-            X + column, mask=column < V, other=float("-inf"), eviction_policy="evict_first"
-        ).to(tl.float32)
-        v = tl.load(
-            Y + column, mask=column < V, other=float("-inf"), eviction_policy="evict_first"
-        ).to(tl.float32)
-        g = _gradient_columns(
-            z,
-            v,
+        _single_columns(
+            X,
+            Y,
+            OUT,
+            first,
+            stop,
+            V,
             p_center,
             p_rest,
             kp,
@@ -646,13 +705,37 @@ def _row_gradient(
             w_q,
             p_cap,
             q_cap,
+            SLOTS,
             P_CAP,
             Q_CAP,
             LOGS,
+            EMULATE,
         )
-        g = tl.where(column < V, g, 0.0)
-        tl.store(
-            OUT + column, round_to(g, p, EMULATE), mask=column < stop, eviction_policy="evict_first"
+    if PEEL:
+        _single_columns(
+            X,
+            Y,
+            OUT,
+            -tl.where(start == 0, head, 0),
+            0,
+            V,
+            p_center,
+            p_rest,
+            kp,
+            q_center,
+            q_rest,
+            kq,
+            w_const,
+            w_log,
+            w_ratio,
+            w_q,
+            p_cap,
+            q_cap,
+            SLOTS,
+            P_CAP,
+            Q_CAP,
+            LOGS,
+            EMULATE,
         )
     for i in range((full - start) // BLOCK):
         first = full - (i + 1) * BLOCK
@@ -795,6 +878,8 @@ def divergence_kernel(
     P_CAP: tl.constexpr,
     Q_CAP: tl.constexpr,
     ALIGN: tl.constexpr,
+    GRAD_ALIGN: tl.constexpr,
+    PEEL: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
     """Compute a row: STATS writes ``TABLE [8, N]``, GRAD writes ``OUT``.
@@ -863,15 +948,17 @@ def divergence_kernel(
         OUT = tl.multiple_of(
             OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride), ALIGN
         )
+        G, OUT, head, stop, columns = peeled(X, OUT, start, stop, V, width, PEEL)
         has_gradient = keep & ((d_forward != 0.0) | (d_reverse != 0.0) | (d_entropy != 0.0))
         if has_gradient:
             _row_gradient(
-                X,
-                Y,
+                G,
+                Y + head,
                 OUT,
+                head,
                 start,
                 stop,
-                V,
+                columns,
                 t,
                 u,
                 p_cap,
@@ -891,8 +978,9 @@ def divergence_kernel(
                 P_CAP,
                 Q_CAP,
                 LOGS,
-                ALIGN,
+                GRAD_ALIGN,
+                PEEL,
                 EMULATE,
             )
         else:
-            zero_sweep(OUT, start, stop, SLOTS * VECTORS * E, E)
+            zero_sweep(OUT, head, start, stop, SLOTS * VECTORS * E, E, PEEL)

@@ -7,7 +7,9 @@ Every kernel takes the strides of the rows (``per_batch, batch_stride, row_strid
 the ``V`` columns of the softmax, the shard (``vocab_start``) and the size of the whole
 vocabulary (``vocab_total``). None of these, nor ``N``, nor an address, causes a
 recompilation. ``ALIGN`` is the alignment of all rows in bytes, by class: 16, 4, or the
-element's size.
+element's size. ``PEEL`` says that it is not 16: whole vectors of the gradient begin at
+the first multiple of 16 bytes of each row, and ``GRAD_ALIGN`` is the alignment of the
+logits there.
 """
 
 import inspect
@@ -24,6 +26,8 @@ from .sweep import (
     gradient_sweep,
     load_last_tiles,
     merged_row,
+    own_column,
+    peeled,
     row_offset,
     segment_slots,
     store_slots,
@@ -410,6 +414,8 @@ def loss_grad_kernel(
     CAP: tl.constexpr,
     ALIGN: tl.constexpr,
     AHEAD: tl.constexpr,
+    GRAD_ALIGN: tl.constexpr,
+    PEEL: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
     """Compute statistics, ``PROGRAM`` and gradient of a row in one program.
@@ -422,6 +428,7 @@ def loss_grad_kernel(
     y, keep, bad, inside = _target(IDS, row, vocab_start, vocab_total, V)
     X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
     OUT = tl.multiple_of(OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride), ALIGN)
+    G, OUT, head, stop, columns = peeled(X, OUT, start, stop, V, width, PEEL)
     zero = tl.full((), 0.0, tl.float32)
     logp, entropy, weighted, loss, d_logp, d_entropy = zero, zero, zero, zero, zero, zero
     has_gradient = y != y
@@ -455,7 +462,7 @@ def loss_grad_kernel(
                 "evict_last",
             )
             z_y = _target_logit(X, y, inside)
-        tiles = load_last_tiles(X, start, stop, V, SLOTS, VECTORS, E, ALIGN)
+        tiles = load_last_tiles(G, start, stop, columns, SLOTS, VECTORS, E, GRAD_ALIGN)
         w_y, slope = capped(z_y, softcap, CAP)
         # every thread has it before one overwrites it with the gradient
         tl.debug_barrier()
@@ -482,14 +489,15 @@ def loss_grad_kernel(
                 P_SQ,
             )
             c, b = _reference_point(top, math.log1p(rest), zero, t, k)
-            column = tl.where(inside, y, -1).to(tl.int32)
+            column = tl.where(inside, y, -1).to(tl.int32) - head
             gradient_sweep(
-                X,
+                G,
                 OUT,
                 tiles,
+                head,
                 start,
                 stop,
-                V,
+                columns,
                 column,
                 at_target,
                 c,
@@ -505,11 +513,12 @@ def loss_grad_kernel(
                 CAP,
                 ENTROPY,
                 P_SQ,
-                ALIGN,
+                GRAD_ALIGN,
+                PEEL,
                 EMULATE,
             )
     if has_gradient == 0:
-        zero_sweep(OUT, start, stop, SLOTS * VECTORS * E, E)
+        zero_sweep(OUT, head, start, stop, SLOTS * VECTORS * E, E, PEEL)
     if start == 0:
         R = ROWS + row
         tl.store(R, tl.where(bad, float("nan"), logp))
@@ -555,6 +564,8 @@ def gradient_kernel(
     E: tl.constexpr,
     CAP: tl.constexpr,
     ALIGN: tl.constexpr,
+    GRAD_ALIGN: tl.constexpr,
+    PEEL: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
     """Write the gradient from given statistics, one program per row or (SPLIT) per
@@ -566,7 +577,10 @@ def gradient_kernel(
     """
     row, start, stop = _columns(width, SPLIT, CHUNK)
     y, keep, bad, inside = _target(IDS, row, vocab_start, vocab_total, V)
+    X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
     OUT = tl.multiple_of(OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride), ALIGN)
+    G, OUT, head, stop, V = peeled(X, OUT, start, stop, V, width, PEEL)
+    column = tl.where(inside, y, -1).to(tl.int32) - head
     zero = tl.full((), 0.0, tl.float32)
     d_logp = tl.load(D_LOGP + row) if GIVEN[0] else zero
     d_entropy = tl.load(D_H + row) if GIVEN[1] else zero
@@ -577,9 +591,9 @@ def gradient_kernel(
         & (bad == 0)
         & ((d_logp != 0.0) | (d_entropy != 0.0) | (d_lse != 0.0) | (d_p_sq != 0.0))
     ):
-        X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
-        tiles = load_last_tiles(X, start, stop, V, SLOTS, VECTORS, E, ALIGN)
-        w_y, slope = capped(_target_logit(X, y, inside & (y >= start) & (y < stop)), softcap, CAP)
+        tiles = load_last_tiles(G, start, stop, V, SLOTS, VECTORS, E, GRAD_ALIGN)
+        mine = inside & own_column(column, head, start, stop, PEEL)
+        w_y, slope = capped(_target_logit(X, y, mine), softcap, CAP)
         # every thread has it before one overwrites it with the gradient
         tl.debug_barrier()
         t, logp, lse = tl.load(T + row * t_stride), tl.load(LOGP + row), tl.load(LSE + row)
@@ -601,11 +615,11 @@ def gradient_kernel(
             GIVEN[3],
         )
         c, b = _reference_point(zero, lse, tl.load(LSE_LOW + row) if LOW else zero, t, k)
-        column = tl.where(inside, y, -1).to(tl.int32)
         gradient_sweep(
-            X,
+            G,
             OUT,
             tiles,
+            head,
             start,
             stop,
             V,
@@ -624,8 +638,9 @@ def gradient_kernel(
             CAP,
             GIVEN[1],
             GIVEN[3],
-            ALIGN,
+            GRAD_ALIGN,
+            PEEL,
             EMULATE,
         )
     else:
-        zero_sweep(OUT, start, stop, SLOTS * VECTORS * E, E)
+        zero_sweep(OUT, head, start, stop, SLOTS * VECTORS * E, E, PEEL)

@@ -8,7 +8,15 @@ written.
 import triton.language as tl
 
 from .kernels import OUT_OF_LOSS, _finish, _gradient_row, _reference_point, _target_logit, kernel
-from .sweep import base2_scale, capped, gradient_sweep, load_last_tiles, swept_row, zero_sweep
+from .sweep import (
+    base2_scale,
+    capped,
+    gradient_sweep,
+    load_last_tiles,
+    peeled,
+    swept_row,
+    zero_sweep,
+)
 
 
 @kernel
@@ -95,6 +103,7 @@ def packed_gradient_kernel(
     E: tl.constexpr,
     CAP: tl.constexpr,
     ALIGN: tl.constexpr,
+    GRAD_ALIGN: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
     """Like :func:`.kernels.gradient_kernel`; OUT has X's layout and is
@@ -106,13 +115,14 @@ def packed_gradient_kernel(
         V = (tl.load(BOUNDS + N + row) - begin).to(tl.int32)
         X = tl.multiple_of(X + begin, ALIGN)
         OUT = tl.multiple_of(OUT + begin, ALIGN)
+        G, OUT, head, stop, width = peeled(X, OUT, 0, V, V, V, True)
         zero = tl.full((), 0.0, tl.float32)
         d_logp = tl.load(D_LOGP + row) if GIVEN[0] else zero
         d_entropy = tl.load(D_H + row) if GIVEN[1] else zero
         d_lse = tl.load(D_LSE + row) if GIVEN[2] else zero
         d_p_sq = tl.load(D_P_SQ + row) if GIVEN[3] else zero
         if (d_logp != 0.0) | (d_entropy != 0.0) | (d_lse != 0.0) | (d_p_sq != 0.0):
-            tiles = load_last_tiles(X, 0, V, V, SLOTS, VECTORS, E, ALIGN)
+            tiles = load_last_tiles(G, 0, stop, width, SLOTS, VECTORS, E, GRAD_ALIGN)
             w_y, slope = capped(_target_logit(X, y, y >= 0), softcap, CAP)
             t, logp, lse = tl.load(T + row * t_stride), tl.load(LOGP + row), tl.load(LSE + row)
             entropy = tl.load(H + row) if GIVEN[1] else zero
@@ -134,13 +144,14 @@ def packed_gradient_kernel(
             )
             c, b = _reference_point(zero, lse, tl.load(LSE_LOW + row) if LOW else zero, t, k)
             gradient_sweep(
-                X,
+                G,
                 OUT,
                 tiles,
+                head,
                 0,
-                V,
-                V,
-                y.to(tl.int32),
+                stop,
+                width,
+                y.to(tl.int32) - head,
                 at_target,
                 c,
                 k,
@@ -155,8 +166,9 @@ def packed_gradient_kernel(
                 CAP,
                 GIVEN[1],
                 GIVEN[3],
-                ALIGN,
+                GRAD_ALIGN,
+                True,
                 EMULATE,
             )
         else:
-            zero_sweep(OUT, 0, V, SLOTS * VECTORS * E, E)
+            zero_sweep(OUT, head, 0, stop, SLOTS * VECTORS * E, E, True)

@@ -520,6 +520,31 @@ def gradient_tile(
 
 
 @triton.jit
+def peeled(X, OUT, start, stop, V, width, PEEL: tl.constexpr):
+    """A row from its first multiple of 16 bytes on: ``(X, OUT, head, stop, V)``.
+
+    Whole vectors of the gradient begin there, wherever the logits do. The first program
+    of a row also writes the ``head`` columns before it, which are counted below 0.
+    Programs divide the others, from ``start`` to ``stop``.
+    """
+    if PEEL:
+        size: tl.constexpr = OUT.dtype.element_ty.primitive_bitwidth // 8
+        head = tl.minimum(((-OUT.to(tl.int64, bitcast=True)) & 15).to(tl.int32) // size, width)
+        OUT = tl.multiple_of(OUT + head, 16)
+        return X + head, OUT, head, tl.minimum(stop, width - head), V - head
+    else:
+        return X, OUT, 0, stop, V
+
+
+@triton.jit
+def own_column(y, head, start, stop, PEEL: tl.constexpr):
+    """Whether a program of :func:`peeled` writes column ``y``."""
+    if PEEL:
+        start -= tl.where(start == 0, head, 0)
+    return (y >= start) & (y < stop)
+
+
+@triton.jit
 def _whole_tiles(start, stop, V, BLOCK: tl.constexpr):
     """The column after the last whole tile of the softmax in ``start`` to ``stop``."""
     return start + tl.maximum(tl.minimum(stop, V) - start, 0) // BLOCK * BLOCK
@@ -652,10 +677,44 @@ def _gradient_store(
 
 
 @triton.jit
+def _gradient_columns(
+    X,
+    OUT,
+    first,
+    stop,
+    V,
+    c,
+    k,
+    b,
+    A,
+    B,
+    C,
+    softcap,
+    SLOTS: tl.constexpr,
+    CAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    P_SQ: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """Write the gradient of at most SLOTS columns from ``first`` on, one by one."""
+    column = first + tl.arange(0, SLOTS)
+    there = column < tl.minimum(stop, V)
+    w = tl.load(X + column, mask=there, other=float("-inf"), eviction_policy="evict_first")
+    g = gradient_tile(w.to(tl.float32), c, k, b, A, B, C, softcap, CAP, ENTROPY, P_SQ)
+    tl.store(
+        OUT + column,
+        round_to(tl.where(there, g, 0.0), OUT.dtype.element_ty, EMULATE),
+        mask=column < stop,
+        eviction_policy="evict_first",
+    )
+
+
+@triton.jit
 def gradient_sweep(
     X,
     OUT,
     tiles,
+    head,
     start,
     stop,
     V,
@@ -675,14 +734,16 @@ def gradient_sweep(
     ENTROPY: tl.constexpr,
     P_SQ: tl.constexpr,
     ALIGN: tl.constexpr,
+    PEEL: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
     """Write the gradient of columns ``start`` (a multiple of a tile) to ``stop``, last
-    tile first.
+    tile first, and of the columns that :func:`peeled` left before them.
 
     L2 still holds what was read last. ``tiles`` is the result of
     :func:`load_last_tiles`. Columns from ``V`` on are outside the softmax and get
-    zeros. The target's column ``y`` (-1 for none) is overwritten at the end.
+    zeros. The target's column ``y`` is overwritten at the end by the program whose it
+    is.
     """
     BLOCK: tl.constexpr = SLOTS * VECTORS * E
     dtype: tl.constexpr = X.dtype.element_ty
@@ -712,18 +773,13 @@ def gradient_sweep(
         )
     # the rest of a vector, and padding
     for first in range(tl.maximum(start, last // E * E), stop, SLOTS):
-        column = first + tl.arange(0, SLOTS)
-        w = tl.load(
-            X + column, mask=column < V, other=float("-inf"), eviction_policy="evict_first"
-        ).to(tl.float32)
-        g = tl.where(
-            column < V, gradient_tile(w, c, k, b, A, B, C, softcap, CAP, ENTROPY, P_SQ), 0.0
+        _gradient_columns(
+            X, OUT, first, stop, V, c, k, b, A, B, C, softcap, SLOTS, CAP, ENTROPY, P_SQ, EMULATE
         )
-        tl.store(
-            OUT + column,
-            round_to(g, dtype, EMULATE),
-            mask=column < stop,
-            eviction_policy="evict_first",
+    if PEEL:
+        before = tl.where(start == 0, head, 0)
+        _gradient_columns(
+            X, OUT, -before, 0, V, c, k, b, A, B, C, softcap, SLOTS, CAP, ENTROPY, P_SQ, EMULATE
         )
     for i in range((full - start) // BLOCK - 1):
         first = full - (i + 1) * BLOCK
@@ -770,14 +826,20 @@ def gradient_sweep(
             EMULATE,
             dtype,
         )
-    if (y >= start) & (y < stop):
+    if own_column(y, head, start, stop, PEEL):
         tl.debug_barrier()  # another thread has just written this column
         tl.store(OUT + y, round_to(at_target, dtype, EMULATE))
 
 
 @triton.jit
-def zero_sweep(OUT, start, stop, BLOCK: tl.constexpr, E: tl.constexpr):
-    """Write exact zeros without reading anything."""
+def zero_sweep(OUT, head, start, stop, BLOCK: tl.constexpr, E: tl.constexpr, PEEL: tl.constexpr):
+    """Write exact zeros without reading anything, to the columns of
+    :func:`gradient_sweep`.
+    """
+    if PEEL:
+        before = tl.where(start == 0, head, 0)
+        nothing = tl.zeros([8], OUT.dtype.element_ty)
+        tl.store(OUT - before + tl.arange(0, 8), nothing, mask=tl.arange(0, 8) < before)
     cols = tl.arange(0, BLOCK // E)[:, None] * E + tl.arange(0, E)[None, :]
     zero = tl.zeros([BLOCK // E, E], OUT.dtype.element_ty)
     full = start + (stop - start) // BLOCK * BLOCK

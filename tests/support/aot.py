@@ -172,9 +172,14 @@ def call_all(
     rows: int = 4,
     softcap: float = float("inf"),
     program: Program = PROGRAM,
+    out_vocab: int = 0,
 ) -> None:
-    """Call every primitive once, on tensors that are described and never read."""
+    """Call every primitive once, on tensors that are described and never read.
+
+    The gradient is in place, or has rows of ``out_vocab`` columns.
+    """
     logits = torch.empty(rows, vocab, dtype=dtype)
+    out = torch.empty(rows, out_vocab, dtype=dtype)[:, :vocab] if out_vocab else logits
     ids, temperature, softmax = (
         torch.zeros(rows, dtype=torch.int64),
         torch.ones(1),
@@ -185,10 +190,10 @@ def call_all(
         name: torch.zeros(rows) for name in ("logp", "lse", "lse_low", "entropy", "log_sum_p_sq")
     }
     backend.token_grad(
-        logits, ids, temperature, softmax, stats, dict.fromkeys(DERIVATIVES, stats["logp"]), logits
+        logits, ids, temperature, softmax, stats, dict.fromkeys(DERIVATIVES, stats["logp"]), out
     )
     inputs = RowInputs(torch.ones(len(program.terms), rows), *(stats["logp"] for _ in range(4)))
-    backend.token_loss_grad(logits, ids, temperature, softmax, inputs, program, PARAMS, logits)
+    backend.token_loss_grad(logits, ids, temperature, softmax, inputs, program, PARAMS, out)
 
 
 def compile_all(
@@ -222,8 +227,17 @@ def split_and_capped(target: str) -> list[Compiled]:
 
 
 def unaligned(target: str) -> list[Compiled]:
-    """Compile whole rows that start anywhere."""
-    return compile_all(target, (torch.bfloat16,), vocab=50257)
+    """Compile whole rows that start anywhere, and their gradients over them and
+    elsewhere.
+    """
+    return [
+        *compile_all(target, (torch.bfloat16,), vocab=50257),
+        *[
+            k
+            for k in compile_all(target, (torch.bfloat16,), vocab=50257, out_vocab=50258)
+            if k.kernel != "stats_kernel"
+        ],
+    ]
 
 
 def every_shape(target: str) -> list[Compiled]:

@@ -46,6 +46,9 @@ class _Call:
             "wave": wave,
         }
 
+        alike = x.dtype == y.dtype and all(triton_launch.begin_alike(t, self.out) for t in (x, y))
+        self.grad_align = 16 if alike else self.meta["ALIGN"]
+
     def partial(self) -> Tensor:
         """The slots of every segment."""
         two = self.two
@@ -107,6 +110,8 @@ class _Call:
             GRAD=grad,
             LOGS=logs,
             SPLIT=self.split,
+            GRAD_ALIGN=self.grad_align if grad else 16,
+            PEEL=grad and self.meta["ALIGN"] < 16,
             EMULATE=triton_launch.interpreted() and two.logits.dtype == torch.bfloat16,
             **self.meta,
         )

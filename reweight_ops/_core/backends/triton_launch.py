@@ -95,6 +95,15 @@ def options(shape: Launch, wave: int, hip: bool) -> dict[str, Any]:
     )
 
 
+def begin_alike(a: Tensor, b: Tensor) -> bool:
+    """Return whether a row of ``a`` begins as far from a multiple of 16 bytes as that
+    of ``b``, which has the same shape and dtype.
+    """
+    apart = [x - y for x, y in zip(a.stride()[:-1], b.stride()[:-1], strict=True)]
+    addresses = [a.data_ptr() - b.data_ptr(), *[x * a.element_size() for x in apart]]
+    return all(x % 16 == 0 for x in addresses)
+
+
 def alignment(*tensors: Tensor) -> int:
     """Return the bytes to which every row of every tensor is aligned: 16, 4, or the
     size of an element.

@@ -93,6 +93,9 @@ def packed_grad(
         SLOTS=_LAUNCH.threads,
         VECTORS=call.config.vectors,
         **call.tile,
+        GRAD_ALIGN=16
+        if triton_launch.begin_alike(rows.values, out)
+        else rows.values.element_size(),
         EMULATE=triton_launch.interpreted() and rows.values.dtype == torch.bfloat16,
         shape=_LAUNCH,
         wave=call.wave,

@@ -36,6 +36,8 @@ class _Call:
             "E": self.config.vector,
         }
         self.align = triton_launch.alignment(logits, *([] if out is None else [out]))
+        alike = out is not None and triton_launch.begin_alike(logits, out)
+        self.grad_align = 16 if alike else self.align
         self.t_stride = 0 if temperature.numel() == 1 else 1
         self.emulate = triton_launch.interpreted() and logits.dtype == torch.bfloat16
         self.device = (
@@ -225,8 +227,10 @@ def token_grad(
         CHUNK=call.config.segment,
         **call.tile | {"SLOTS": call.config.grad.threads, "VECTORS": call.config.grad_vectors},
         ALIGN=call.align,
+        GRAD_ALIGN=call.grad_align,
+        PEEL=call.align < 16,
         EMULATE=call.emulate,
-        shape=call.shape(call.config.grad),
+        shape=call.config.grad if call.grad_align == 16 else call.config.grad.shifting(),
         wave=call.wave,
     )
 
@@ -287,6 +291,8 @@ def token_loss_grad(
         **call.tile,
         ALIGN=call.align,
         AHEAD=call.shape(call.config.one_pass).ahead,
+        GRAD_ALIGN=call.grad_align,
+        PEEL=call.align < 16,
         EMULATE=call.emulate,
         shape=call.config.one_pass.alone() if call.split else call.shape(call.config.one_pass),
         wave=call.wave,

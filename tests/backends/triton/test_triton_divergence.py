@@ -143,3 +143,55 @@ def test_splitting_rows_changes_no_bit(dtypes, in_place, monkeypatch):
     assert launched == [*pair, "divergence_kernel", *pair, "divergence_kernel"]
     for one, other in zip(whole, cut, strict=True):
         assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (BF16, BF16),
+        pytest.param((F32, F32), marks=pytest.mark.slow),
+        pytest.param((F32, BF16), marks=pytest.mark.slow),
+        pytest.param((F16, F32), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_gradient_has_the_same_bits_at_every_address(dtypes, split, monkeypatch):
+    """Both tensors and the gradient begin anywhere. A row has columns before the first
+    multiple of 16 bytes, a vector that is not whole, and padding.
+    """
+    monkeypatch.setattr(tokens, "processors", lambda device: 10**6 if split else 0)
+    n, width = 3, 300
+    g = torch.Generator().manual_seed(1)
+    rows = [(4 * torch.randn(n, width, generator=g)).to(dtype) for dtype in dtypes]
+    ids, t = torch.tensor([0, IGNORE_INDEX, 0]), torch.linspace(0.5, 1.5, n)
+    derivatives = torch.tensor([[1.0, 0, -1], [0.5, 1, 0], [1, 1, 1]])
+    softmax = SoftmaxParams(width - 23)
+
+    def placed(values, start):
+        memory = torch.full((n, width + 24), math.nan, dtype=values.dtype)
+        at = memory[:, start : start + width]
+        at.copy_(values)
+        return memory, at
+
+    def gradients(x_start, y_start, out_start):
+        found = []
+        for fused in (False, True):
+            memory, x = placed(rows[0], x_start)
+            y = placed(rows[1], y_start)[1]
+            out_memory, out = (memory, x) if out_start is None else placed(rows[0], out_start)
+            two = DivergenceInputs(x, y, ids, t, t.flip(0).contiguous(), softmax, softmax)
+            if fused:
+                backend.divergence_loss_grad(two, torch.ones(3), derivatives[0], out)
+            else:
+                backend.divergence_grad(two, backend.divergence_stats(two), derivatives, out)
+            start = x_start if out_start is None else out_start
+            assert out_memory[:, :start].isnan().all()
+            assert out_memory[:, start + width :].isnan().all()
+            found.append(out)
+        return torch.stack(found)
+
+    want = gradients(0, 0, 0)
+    assert not want[:, 1].any() and not want[..., softmax.vocab_size :].any()
+    for place in ((3, 3, 3), (3, 3, None), (1, 2, 3), (0, 0, 1), (2, 0, 0)):
+        assert torch.equal(gradients(*place), want), place

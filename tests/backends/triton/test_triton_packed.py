@@ -58,3 +58,15 @@ def test_corners():
 @slow
 def test_sure_rows():
     packed_rows.check_sure_rows(triton)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_without_derivatives_get_zeros(dtype):
+    """From their first column on, wherever they begin."""
+    rows = packed_rows.AsLogits(triton)
+    z, ids = torch.randn(7, 33).to(DTYPES[dtype]), torch.arange(7)
+    zero, out = torch.zeros(7), torch.full((7, 33), float("nan"), dtype=DTYPES[dtype])
+    stats = dict.fromkeys(("logp", "lse", "entropy", "log_sum_p_sq"), zero)
+    softmax = packed_rows.SoftmaxParams(33)
+    rows.token_grad(z, ids, torch.ones(1), softmax, stats, {"logp": zero}, out)
+    assert not out.any()
