@@ -97,3 +97,42 @@ def test_a_row_of_a_prompt_that_adds_something():
     batch = broken(spec, at=NAN_ROW)
     assert batch["advantages"][2, 0] > 0 > batch["advantages"][3, 0]
     assert nan_rows(spec, batch) == {(2, t) for t in range(8)}
+
+
+def test_an_unlikely_sum_of_infinite_terms():
+    """Two terms of a row of log-prob -inf are inf and -inf, in a prompt of one side."""
+    contrast = rw.GroupContrast(group_size=2)
+    spec = rw.methods.sft().replace(reduction=contrast)
+    penalty = rw.Penalty(rw.rules.penalties.K1(), 0.2, reduction=rw.TokenMean())
+    spec = spec.with_penalty(penalty)
+    batch = batch_of(spec)
+    batch["logits"] = batch["logits"].clone()
+    batch["logits"][4, 1, batch["completion_ids"][4, 1]] = -math.inf
+    assert nan_rows(spec, batch) == {(4, 1)}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_token_that_dppo_drops_at_any_ratio(backend):
+    """A truncation at inf keeps a ratio of inf, and nothing multiplies it by 0."""
+    rule = rw.rules.surrogates.DppoTV(ratio_max=math.inf)
+    spec = rw.PolicyLossSpec(surrogate=rule, ratio=rw.TokenRatio(clamp=math.inf))
+    batch = batch_of(spec, advantages=torch.ones(6, 8))
+    old = rw.token_logps(batch["logits"].detach(), batch["completion_ids"])
+    batch["old_per_token_logps"] = old - 100.0
+    out = rw.policy_loss(**batch, spec=spec, backend=backend, plan="two_pass", unused="ignore")
+    dropped = out.is_clipped
+    assert 3 < dropped.sum() < batch["completion_mask"].sum()
+    assert out.per_token_loss[~dropped].isinf().any()
+    assert (out.per_token_loss[dropped] == 0).all() and (out.coef[dropped] == 0).all()
+
+
+def test_a_nan_advantage_beside_a_ratio_of_all_rows():
+    """The minimum of a clip is NaN, and so is its derivative by the ratio, which is
+    outside of the bounds.
+    """
+    spec = rw.methods.dapo().replace(ratio=rw.BatchMeanRatio())
+    batch = broken(spec, "advantages")
+    batch["old_per_token_logps"] = batch["old_per_token_logps"] - 2.0
+    assert nan_rows(spec, batch) == {
+        tuple(row) for row in batch["completion_mask"].nonzero().tolist()
+    }

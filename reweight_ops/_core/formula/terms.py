@@ -72,7 +72,8 @@ def combine_terms(
             scoped[w.scope] = u if so_far is None else so_far * u
 
     weighted = loss = torch.zeros_like(leaves["logp"])
-    chosen = dropped = torch.zeros_like(keep)
+    chosen = torch.zeros_like(keep)
+    coupled: list[Tensor] = []  # weighted losses that a reduction couples
     for k, term in enumerate(terms.terms):
         us = [u for u in (scoped["all"], scoped["surrogate"] if k == 0 else None) if u is not None]
         factor: Any = functools.reduce(operator.mul, us, term.coef)
@@ -87,7 +88,7 @@ def combine_terms(
                 selected, functools.reduce(operator.mul, us, row_weights[k]) * value, 0
             )
             weighted = weighted + term.coef * term.contributions(own)
-            dropped = dropped | own.isnan()  # by the reduction, perhaps
+            coupled.append(own)
         chosen = chosen | selected
     # A NaN in a counted row must become the row's loss and gradient. Every comparison
     # with NaN is false, so a clip would have stopped the gradient. What flows through a
@@ -96,7 +97,9 @@ def combine_terms(
     # would alarm autograd's anomaly mode.
     logp = leaves["logp"]
     unknown = chosen & logp.isnan()
-    is_nan = unknown | dropped | (keep & weighted.isnan())
+    is_nan = unknown | (keep & weighted.isnan())
+    if coupled:  # the reduction may drop a NaN
+        is_nan = is_nan | torch.stack([loss, *coupled]).isnan().any(0)
     spoiled = logp * torch.ones_like(logp).masked_fill(is_nan, math.nan)
     return TermResult(
         weighted + torch.where(is_nan, spoiled, 0), torch.where(unknown, math.nan, loss)

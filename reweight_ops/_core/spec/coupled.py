@@ -118,8 +118,8 @@ class GroupContrast(Reduction):
             min=1
         )
         per_sequence = torch.where(positive, -gain, 0) + torch.where(negative, loss, 0)
-        by = torch.where(total.isnan(), math.nan, lengths.clamp(min=1))
-        spread = sequences.spread(per_sequence / by) / count
+        per_sequence = torch.where(total.isnan(), math.nan, per_sequence)
+        spread = sequences.spread(per_sequence / lengths.clamp(min=1)) / count
         return torch.where(rows.keep, spread, 0)
 
     def _omega(self, rows: Rows, sequences: Groups, lengths: Tensor) -> Tensor:
@@ -210,8 +210,9 @@ class GroupClassification(Reduction):
         # A prompt's loss is split equally among its sequences, and a sequence's share
         # among its tokens.
         share = total / prompts.sum(present.to(rows.dtype)).clamp(min=1) / count
-        by = torch.where(advantages.isnan(), math.nan, lengths.clamp(min=1))
-        return torch.where(rows.keep, sequences.spread(prompts.spread(share) / by), 0)
+        per_sequence = prompts.spread(share) / lengths.clamp(min=1)
+        per_sequence = torch.where(advantages.isnan(), math.nan, per_sequence)
+        return torch.where(rows.keep, sequences.spread(per_sequence), 0)
 
     def _log_one_plus(self, prompts: Groups, side: Tensor, x: Tensor) -> Tensor:
         """Return ``[P]``: ``log(1 + Σ exp(x))`` over the sequences of a side."""
