@@ -259,6 +259,31 @@ def test_a_hyper_parameter_of_rows_that_nothing_reads():
         same(spec, batch_of(spec))
 
 
+@pytest.mark.usefixtures("registry")
+def test_weights_that_are_a_number():
+    @rw.weight
+    class Own(rw.TokenWeight):
+        a: float = 0.75
+
+        def weight(self, xp, t, batch):
+            return self.a
+
+    @rw.weight
+    class Half(rw.TokenWeight):
+        def weight(self, xp, t, batch):
+            return 0.5
+
+    spec = rw.methods.dapo()
+    for changed in (
+        spec.with_weight(Half()),
+        spec.with_weight(Own()).with_weight(rw.weights.TopEntropy()),
+        spec.with_weight(Own(a=Half())),
+        spec.replace(reduction=rw.SequenceMean(weight=Own())),
+        spec.replace(**{"surrogate.epsilon_high": Own(a=0.3)}),
+    ):
+        same(changed, batch_of(changed))
+
+
 def test_a_ratio_that_the_rule_does_not_read():
     spec = rw.methods.reinforce().replace(ratio=rw.CenteredRatio(scale="std"))
     batch = batch_of(spec)

@@ -369,10 +369,11 @@ class LossCall:
             else Leaves(safe_where(self.rows.keep, self.stored()))
         )
         with torch.no_grad():
-            u: Tensor = self.bound(weight, statistics).weight(
+            u = self.bound(weight, statistics).weight(
                 TorchNamespace(self.rows.dtype), leaves, BatchStatistics(self.rows)
             )
-        return u.detach()
+        # a formula may return a number
+        return torch.as_tensor(u, dtype=self.rows.dtype, device=self.rows.device).detach()
 
     def stored(self) -> dict[str, Tensor]:
         """Return the leaves that the call was given."""
