@@ -293,6 +293,15 @@ def test_a_ratio_that_the_rule_does_not_read():
     assert int(out.coef.isnan().sum()) == 1
 
 
+@pytest.mark.parametrize(
+    "ratio", [rw.GeometricMeanRatio(token_advantages=True), rw.BatchMeanRatio(negative_only=True)]
+)
+def test_a_ratio_that_alone_reads_advantages(ratio):
+    spec = rw.methods.sft().replace(ratio=ratio)
+    assert "adv" in spec.requires
+    same(spec, batch_of(spec))
+
+
 def test_inference_mode_has_no_derivatives():
     spec = METHODS["real"].build()
     batch = batch_of(spec)

@@ -329,7 +329,7 @@ class PolicyLossSpec:
         )
 
     def _find_requires(self) -> frozenset[str]:
-        found: set[str] = set()
+        found = set(self.ratio.requires)
         for r in self.rules:
             found |= trace_rule(type(r)).leaves
         for w in (*self.all_weights, *self._inner_formulas()):
