@@ -105,7 +105,7 @@ def sums_kernel(
         )
         largest = tl.maximum(largest, tl.where(keep, ratio, float("-inf")))
     P = OUT + s
-    n = tl.num_programs(0)
+    n = tl.num_programs(0).to(tl.int64)
     tl.store(P, tl.sum(entropies, 0))
     tl.store(P + n, tl.sum(kls, 0))
     tl.store(P + 2 * n, tl.sum(lows, 0))

@@ -143,8 +143,9 @@ class DppoTV(Rule):
     def loss(self, xp, t):
         low, high = self._outside(xp, t)
         ratio = xp.stop_gradient(xp.minimum(xp.exp(t.log_ratio), self.ratio_max))
-        # a dropped token of log-prob -inf is 0, and 0·inf is not
-        return xp.where(low | high, 0.0, -ratio * t.adv * t.logp)
+        # A ratio of inf and a log-prob of -inf are only multiplied where they are kept.
+        kept = xp.where(low | high, 0.0, ratio)
+        return xp.where(low | high, 0.0, -kept * t.adv * t.logp)
 
     def clipped(self, xp, t):
         return self._outside(xp, t)

@@ -259,24 +259,29 @@ def test_a_hyper_parameter_of_rows_that_nothing_reads():
         same(spec, batch_of(spec))
 
 
-@pytest.mark.parametrize("row", [4, 3], ids=["a prompt of one side", "a prompt of two"])
-def test_a_nan_advantage_under_a_coupled_reduction(row):
-    """It matters where its prompt adds to the loss."""
-    spec = rw.methods.grpo().replace(reduction=rw.GroupContrast(group_size=2))
-    batch = batch_of(spec)
-    batch["advantages"] = batch["advantages"].clone()
-    batch["advantages"][4:] = -0.3
-    batch["advantages"][row, 1] = math.nan
-    got, want = (
-        found(spec, batch, "cpu", torch.float32),
-        found(spec, batch, "reference", torch.float64),
-    )
-    torch.testing.assert_close(got[0].double(), want[0], rtol=3e-4, atol=3e-6, equal_nan=True)
-    others = slice(4) if row == 4 else slice(None)  # a clipped token of its prompt may differ
-    torch.testing.assert_close(
-        got[1][others].double(), want[1][others], rtol=3e-4, atol=3e-6, equal_nan=True
-    )
-    assert got[0].isfinite() == (row == 4)
+@pytest.mark.usefixtures("registry")
+def test_weights_that_are_a_number():
+    @rw.weight
+    class Own(rw.TokenWeight):
+        a: float = 0.75
+
+        def weight(self, xp, t, batch):
+            return self.a
+
+    @rw.weight
+    class Half(rw.TokenWeight):
+        def weight(self, xp, t, batch):
+            return 0.5
+
+    spec = rw.methods.dapo()
+    for changed in (
+        spec.with_weight(Half()),
+        spec.with_weight(Own()).with_weight(rw.weights.TopEntropy()),
+        spec.with_weight(Own(a=Half())),
+        spec.replace(reduction=rw.SequenceMean(weight=Own())),
+        spec.replace(**{"surrogate.epsilon_high": Own(a=0.3)}),
+    ):
+        same(changed, batch_of(changed))
 
 
 def test_a_ratio_that_the_rule_does_not_read():
@@ -286,6 +291,15 @@ def test_a_ratio_that_the_rule_does_not_read():
     batch["logits"][2, 3] = math.nan
     out = rw.policy_loss(**batch, spec=spec, backend="cpu", unused="ignore")
     assert int(out.coef.isnan().sum()) == 1
+
+
+@pytest.mark.parametrize(
+    "ratio", [rw.GeometricMeanRatio(token_advantages=True), rw.BatchMeanRatio(negative_only=True)]
+)
+def test_a_ratio_that_alone_reads_advantages(ratio):
+    spec = rw.methods.sft().replace(ratio=ratio)
+    assert "adv" in spec.requires
+    same(spec, batch_of(spec))
 
 
 def test_inference_mode_has_no_derivatives():

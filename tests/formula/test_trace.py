@@ -318,6 +318,21 @@ def test_conventions_at_kinks():
         )
 
 
+@pytest.mark.parametrize("name", ["minimum", "maximum"])
+def test_an_extremum_of_nan_has_a_slope_of_nan(name):
+    """The first argument has the slope. The second is the bound of a clip."""
+
+    def formula(xp, t, s):
+        return getattr(xp, name)(t.logp * t.adv, xp.clip(t.logp, -1.0, 1.0) * t.adv)
+
+    values = {k: torch.full((2,), 2.0, dtype=torch.float64) for k in TOKEN_FIELDS}
+    values["adv"] = torch.tensor([math.nan, -1.0], dtype=torch.float64)
+    cls = rule_of(formula)
+    (slope, _), *_ = evaluate([derive(trace_rule(cls))["logp"]], values)
+    torch.testing.assert_close(slope, autograd(cls, values)[1]["logp"], equal_nan=True)
+    assert slope[0].isnan() and slope[1].isfinite()
+
+
 def test_k3_has_an_accurate_slope_at_small_differences():
     """exp(d) - 1 by expm1: a KL penalty is read mostly near d = 0."""
     traced = trace_rule(RULES["k3"])

@@ -29,6 +29,7 @@ WRONG = {
     "advantages (3,)": (dict(adv=torch.ones(3)), "advantages has shape"),
     "advantages (1, 3)": (dict(adv=torch.ones(1, 3)), "advantages has shape"),
     "advantages missing": (dict(adv=None), "'clip' reads advantages"),
+    "advantages missing for a ratio": (dict(adv=None, spec=rw.methods.sft().replace(ratio=rw.BatchMeanRatio(negative_only=True))), "the spec reads advantages, which is None"),
     "advantages a list": (dict(adv=[1, 2]), "advantages is a list"),
     "one position more": (dict(z=torch.randn(2, 4, 7)), r"logits has 4 positions, completion_ids 3: pass drop_last=True \(no copy in backward\), or logits\[:, :-1\]"),
     "drop_last for nothing": (dict(drop_last=True), "they match already"),

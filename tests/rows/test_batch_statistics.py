@@ -233,6 +233,9 @@ def test_they_fail_loudly():
         BatchStatistics(rows).group_mean(x)
     with pytest.raises(rw.InvalidCall, match="expected one number"):
         BatchStatistics(rows).seq_cumsum(x, torch.full((4,), 0.5))
+    for quantile in (BatchStatistics(rows).quantile, BatchStatistics(rows).quantile_nearest):
+        with pytest.raises(rw.InvalidCall, match=r"quantile.*shape \(4,\), expected one number"):
+            quantile(x, torch.full((4,), 0.5))
 
 
 @pytest.mark.usefixtures("registry")

@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 assert os.environ.get("TRITON_INTERPRET") != "1", (
@@ -73,7 +73,7 @@ class PretendedDriver:
 @dataclass
 class Compiled:
     """A compiled kernel: registers, bytes of stack (NVIDIA) or scratch (AMD), 16-byte
-    loads and stores.
+    loads and stores, and products of the number of programs in 32 bits.
     """
 
     target: str
@@ -84,6 +84,15 @@ class Compiled:
     wide_loads: int
     wide_stores: int
     shared: int
+    narrow: int = 0
+
+
+def narrow_products(kernel) -> int:
+    """Return how often 32 bits are to hold a multiple of the number of programs."""
+    text = kernel.asm["ttir"]
+    counts = re.findall(r"(%\w+) = tt\.get_num_programs", text)
+    products = re.findall(r"arith\.muli (%\w+), (%\w+) : i32", text)
+    return sum(any(x in counts for x in factors) for factors in products)
 
 
 def inspect(target: str, name: str, dtype: str, kernel) -> Compiled:
@@ -581,7 +590,10 @@ def row_kernels(target: str) -> list[Compiled]:
                     known,
                     ("entropy", "low", "largest ratio", "sequence region"),
                 )
-    return [inspect(target, name, "float32", kernel) for name, kernel in recorder.kernels.values()]
+    return [
+        replace(inspect(target, name, "float32", kernel), narrow=narrow_products(kernel))
+        for name, kernel in recorder.kernels.values()
+    ]
 
 
 def oversized(target: str) -> list[Compiled]:

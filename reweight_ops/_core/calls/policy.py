@@ -19,6 +19,7 @@ from ..formula.leaves import Leaves, safe_where
 from ..formula.namespace import TorchNamespace
 from ..formula.stages import formulas_of, values_of
 from ..formula.terms import Term, TermResult, Terms, combine_terms
+from ..formula.trace import trace_rule
 from ..rows.batch import BatchStatistics
 from ..rows.constants import parameter_vector
 from ..rows.primitives import Averaged
@@ -369,10 +370,11 @@ class LossCall:
             else Leaves(safe_where(self.rows.keep, self.stored()))
         )
         with torch.no_grad():
-            u: Tensor = self.bound(weight, statistics).weight(
+            u = self.bound(weight, statistics).weight(
                 TorchNamespace(self.rows.dtype), leaves, BatchStatistics(self.rows)
             )
-        return u.detach()
+        # a formula may return a number
+        return torch.as_tensor(u, dtype=self.rows.dtype, device=self.rows.device).detach()
 
     def stored(self) -> dict[str, Tensor]:
         """Return the leaves that the call was given."""
@@ -423,7 +425,9 @@ def resolve_loss(
         if leaf in requires and getattr(data, name) is None:
             raise rows.error(f"{why} needs {name}.")
     if advantages is None and "adv" in requires:
-        raise rows.error(f"the surrogate {spec.surrogate.name!r} reads advantages, which is None.")
+        own = "adv" in trace_rule(type(spec.surrogate)).leaves
+        reader = f"the surrogate {spec.surrogate.name!r}" if own else "the spec"
+        raise rows.error(f"{reader} reads advantages, which is None.")
     divisors = Divisors(data.num_items_in_batch, data.num_sequences_in_batch)
     _check_divisors(rows, spec, divisors)
     if data.group_ids is not None and not spec.reads_groups:

@@ -40,7 +40,10 @@ def at_this_point(
     spec, count = call.spec, len(call.spec.rules)
     coefficients: tuple[Any, ...] = (1.0, *(p.coef for p in spec.penalties))
     outputs = ("loss", *[f"own{k}" for k in range(count)])
-    loss, *own = evaluate(program, params, leaves, weights, outputs, call.rows.keep).unbind()
+    evaluated = evaluate(program, params, leaves, weights, outputs, call.rows.keep)
+    loss, *own = evaluated.unbind()
+    # Rules may compare a NaN, and a reduction may drop one.
+    unknown = evaluated.isnan().any(0)
     total, slopes = torch.zeros_like(loss), list(weights.unbind())
     for k, (reduction, coefficient) in enumerate(zip(spec.reductions, coefficients, strict=True)):
         if not reduction.coupled:
@@ -52,8 +55,7 @@ def at_this_point(
             (slope,) = torch.autograd.grad(contributions.sum(), x)
         total = total + coefficient * contributions.detach()
         slopes[k] = weights[k] * slope
-    # like the sum over rows: whatever a rule's comparisons make of a NaN
-    unknown = (loss.isnan() & leaves["logp"].isnan()) | total.isnan()
+    unknown = unknown | total.isnan()
     return AtThisPoint(
         torch.where(unknown, math.nan, torch.stack(slopes)),
         torch.where(unknown, math.nan, total),

@@ -9,7 +9,8 @@ slope that is a small difference is not computed as a difference: ``sigmoid'(x) 
 sigmoid(x) * sigmoid(-x)``.
 
 Conventions: ``clip`` passes the gradient on its bounds. ``abs`` has slope 0 at 0. A tie
-of ``minimum`` or ``maximum`` goes to the first argument. A comparison has no slope.
+of ``minimum`` or ``maximum``, or a NaN in it, goes to the first argument. A comparison
+has no slope.
 """
 
 from __future__ import annotations
@@ -169,9 +170,9 @@ class Derivative:
             case "abs", (a,):
                 return select(zero < a, self(a), select(a < zero, simplified_neg(self(a)), zero))
             case "min", (a, b):
-                return select(a <= b, self(a), self(b))
+                return select(b < a, self(b), self(a))
             case "max", (a, b):
-                return select(b <= a, self(a), self(b))
+                return select(a < b, self(b), self(a))
             case "clip", (a, low, high):
                 outside = select(high < g.node("max", a, low), self(high), self(low))
                 return select((low <= a) & (a <= high), self(a), outside)

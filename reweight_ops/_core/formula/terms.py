@@ -7,7 +7,9 @@ evaluates the same loss as a graph in the kernel (:mod:`.loss_program`).
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -64,33 +66,41 @@ def combine_terms(
     if terms.weights:
         inside = Leaves(safe_where(keep, leaves))
         for w in terms.weights:
-            u = w.weight(xp, inside, batch)
+            u = torch.as_tensor(w.weight(xp, inside, batch), dtype=xp.dtype, device=keep.device)
             u = u.detach() if w.detach else u
             so_far = scoped[w.scope]
             scoped[w.scope] = u if so_far is None else so_far * u
 
     weighted = loss = torch.zeros_like(leaves["logp"])
     chosen = torch.zeros_like(keep)
+    coupled: list[Tensor] = []  # weighted losses that a reduction couples
     for k, term in enumerate(terms.terms):
-        factor: Any = term.coef if term.contributions is None else 1.0
-        for u in (scoped["all"], scoped["surrogate"] if k == 0 else None):
-            factor = factor if u is None else factor * u
-        total = row_weights[k] * factor
-        selected = keep if total.requires_grad else keep & (total != 0)
+        us = [u for u in (scoped["all"], scoped["surrogate"] if k == 0 else None) if u is not None]
+        factor: Any = functools.reduce(operator.mul, us, term.coef)
+        share = row_weights[k] * factor
+        selected = keep if share.requires_grad else keep & (share != 0)
         value = term.rule.loss(xp, Leaves(safe_where(selected, leaves)))
-        own = torch.where(selected, total * value, 0)
+        loss = loss + torch.where(selected, factor * value, 0)
         if term.contributions is None:
-            loss, weighted = loss + torch.where(selected, factor * value, 0), weighted + own
+            weighted = weighted + torch.where(selected, share * value, 0)
         else:
-            loss = loss + torch.where(selected, term.coef * factor * value, 0)
+            own = torch.where(
+                selected, functools.reduce(operator.mul, us, row_weights[k]) * value, 0
+            )
             weighted = weighted + term.coef * term.contributions(own)
+            coupled.append(own)
         chosen = chosen | selected
     # A NaN in a counted row must become the row's loss and gradient. Every comparison
-    # with NaN is false, so a clip would have stopped the gradient.
+    # with NaN is false, so a clip would have stopped the gradient. What flows through a
+    # ratio to other rows is as the formula has it.
     # Only NaN rows are multiplied by NaN. In the other rows a NaN, although discarded,
     # would alarm autograd's anomaly mode.
     logp = leaves["logp"]
     unknown = chosen & logp.isnan()
-    is_nan = unknown | weighted.isnan()
+    is_nan = unknown | (keep & weighted.isnan())
+    if coupled:  # the reduction may drop a NaN
+        is_nan = is_nan | torch.stack([loss, *coupled]).isnan().any(0)
     spoiled = logp * torch.ones_like(logp).masked_fill(is_nan, math.nan)
-    return TermResult(torch.where(is_nan, spoiled, weighted), torch.where(unknown, math.nan, loss))
+    return TermResult(
+        weighted + torch.where(is_nan, spoiled, 0), torch.where(unknown, math.nan, loss)
+    )

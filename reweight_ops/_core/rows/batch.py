@@ -128,6 +128,12 @@ class BatchStatistics:
         )
         return torch.where(self._chosen(where), x, other)
 
+    def _one_number(self, x: Any, what: str) -> None:
+        if isinstance(x, Tensor) and x.dim() > 0:
+            raise InvalidCall(
+                f"{self._rows.op}: {what} has shape {tuple(x.shape)}, expected one number."
+            )
+
     def _chosen(self, where: Tensor | None) -> Tensor:
         keep = self._rows.keep
         return keep if where is None else keep & where
@@ -178,6 +184,7 @@ class BatchStatistics:
     def _order_statistics(
         self, x: Tensor, q: Any, where: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        self._one_number(q, "the place of a quantile of the call")
         ordered = self._ended(x, math.inf, where).sort().values
         return ordered, q * (self._rows.total(self._chosen(where)) - 1).clamp(min=0).to(x.dtype)
 
@@ -403,11 +410,7 @@ class BatchStatistics:
         return self._along(x, decay, True)
 
     def _along(self, x: Any, decay: Any, reverse: bool) -> Tensor:
-        if isinstance(decay, Tensor) and decay.dim() > 0:
-            raise InvalidCall(
-                f"{self._rows.op}: the decay of a sum along a sequence has shape "
-                f"{tuple(decay.shape)}, expected one number."
-            )
+        self._one_number(decay, "the decay of a sum along a sequence")
         what = "batch.seq_suffix_sum" if reverse else "batch.seq_cumsum"
         self._rows.refuse_across(what, NO_ORDER)
         if (found := self._along_by_kernel(x, decay, reverse)) is not None:

@@ -37,7 +37,7 @@ class GroupContrast(Reduction):
     ``q+`` are the sequences of prompt q with an advantage (label, reward) above 0, and
     ``q-`` the others. ``ω_i = exp((1 - L_i/L_max)/λ)`` prefers short positives. A
     prompt that has only positives, or only negatives, adds 0. It counts in Q, the
-    number of prompts with a token in the call.
+    number of prompts with a token in the call. An advantage of NaN makes the loss NaN.
 
     With ``preference="advantages"``, ``ω_i = exp(A_i/λ)``, where A are the positives'
     own advantages (rewards). ``temperature=inf`` gives the plain mean over the
@@ -83,13 +83,16 @@ class GroupContrast(Reduction):
         assert adv is not None, "GroupContrast requires 'adv'"
         sequences = rows.need_sequences("GroupContrast")
         prompts = rows.need_prompts("GroupContrast", self.group_size)
-        scores, lengths = -sequences.sum(weighted), sequences.sum(rows.keep.to(rows.dtype))
+        lengths = sequences.sum(rows.keep.to(rows.dtype))
         present = lengths > 0
         total = sequences.sum(torch.where(rows.keep, adv, 0))
         positive = present & (total > 0)
         negative = present & ~positive
         positives, negatives = (prompts.sum(x.to(rows.dtype)) for x in (positive, negative))
+        # A prompt of one side adds 0 and has no gradient, whatever its scores are.
         both = prompts.spread((positives > 0) & (negatives > 0))
+        positive, negative = both & positive, both & negative
+        scores = -sequences.sum(weighted)
         count = (prompts.sum(present.to(rows.dtype)) > 0).sum().clamp(min=1)
 
         if self.preference == "length":
@@ -114,9 +117,8 @@ class GroupContrast(Reduction):
         loss = self._soft_maximum(prompts, scores, negative) / prompts.spread(negatives).clamp(
             min=1
         )
-        per_sequence = torch.where(both & positive, -gain, 0) + torch.where(
-            both & negative, loss, 0
-        )
+        per_sequence = torch.where(positive, -gain, 0) + torch.where(negative, loss, 0)
+        per_sequence = torch.where(total.isnan(), math.nan, per_sequence)
         spread = sequences.spread(per_sequence / lengths.clamp(min=1)) / count
         return torch.where(rows.keep, spread, 0)
 
@@ -167,8 +169,8 @@ class GroupClassification(Reduction):
 
     ``q+`` are the sequences of prompt q with a mean advantage (label, reward) above 0.
     A prompt that has only positives, or only negatives, adds 0. It counts in Q, the
-    number of prompts with a token in the call. Prompts are as in
-    :class:`GroupContrast`. REAL, arXiv:2602.05630.
+    number of prompts with a token in the call. An advantage of NaN makes the loss NaN.
+    Prompts are as in :class:`GroupContrast`. REAL, arXiv:2602.05630.
     """
 
     temperature: Positive[Number] = 0.5
@@ -193,27 +195,23 @@ class GroupClassification(Reduction):
         assert adv is not None, "GroupClassification requires 'adv'"
         sequences = rows.need_sequences("GroupClassification")
         prompts = rows.need_prompts("GroupClassification", self.group_size)
-        scores, lengths = -sequences.sum(weighted), sequences.sum(rows.keep.to(rows.dtype))
+        lengths = sequences.sum(rows.keep.to(rows.dtype))
         present = lengths > 0
-        positive = present & (sequences.sum(torch.where(rows.keep, adv, 0)) > 0)
-        sides = [
-            (positive, -scores / self.temperature),
-            (present & ~positive, scores / self.temperature),
-        ]
-        both = torch.stack([prompts.sum(side.to(rows.dtype)) for side, _ in sides]).amin(0) > 0
-        total = sum(
-            (self._log_one_plus(prompts, side, x) for side, x in sides),
-            torch.zeros_like(both, dtype=rows.dtype),
-        )
+        advantages = sequences.sum(torch.where(rows.keep, adv, 0))
+        positive = present & (advantages > 0)
+        negative = present & ~positive
+        positives, negatives = (prompts.sum(x.to(rows.dtype)) for x in (positive, negative))
+        # A prompt of one side adds 0 and has no gradient, whatever its scores are.
+        both = prompts.spread((positives > 0) & (negatives > 0))
+        scaled = -sequences.sum(weighted) / self.temperature
+        total = self._log_one_plus(prompts, both & negative, scaled)
+        total = total + self._log_one_plus(prompts, both & positive, -scaled)
         count = (prompts.sum(present.to(rows.dtype)) > 0).sum().clamp(min=1)
         # A prompt's loss is split equally among its sequences, and a sequence's share
         # among its tokens.
-        share = (
-            torch.where(both | total.isnan(), total, 0)
-            / prompts.sum(present.to(rows.dtype)).clamp(min=1)
-            / count
-        )
+        share = total / prompts.sum(present.to(rows.dtype)).clamp(min=1) / count
         per_sequence = prompts.spread(share) / lengths.clamp(min=1)
+        per_sequence = torch.where(advantages.isnan(), math.nan, per_sequence)
         return torch.where(rows.keep, sequences.spread(per_sequence), 0)
 
     def _log_one_plus(self, prompts: Groups, side: Tensor, x: Tensor) -> Tensor:

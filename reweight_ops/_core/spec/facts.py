@@ -120,7 +120,7 @@ def _is_given_ratio(spec: SpecParts) -> bool:
 
 
 def _requires(spec: SpecParts) -> frozenset[str]:
-    found: set[str] = set()
+    found = set(spec.ratio.requires)
     for r in spec.rules:
         found |= trace_rule(type(r)).leaves
     for w in (*spec.all_weights, *inner_formulas(spec)):

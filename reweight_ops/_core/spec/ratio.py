@@ -54,6 +54,11 @@ class Ratio:
         return "the ratio is against the reference" if self.against != "old" else None
 
     @property
+    def requires(self) -> tuple[str, ...]:
+        """Return the leaves that it reads beside the log-probs."""
+        return ()
+
+    @property
     def one_advantage(self) -> bool:
         """Return whether the ratio needs one advantage per sequence. One per token is
         then an error.
@@ -76,7 +81,7 @@ class Ratio:
     ) -> Tensor:
         """Return ``[N]`` from ``[N]``. Ignored rows contribute nothing.
 
-        ``adv`` is None for a loss that reads no advantages.
+        ``adv`` may be None unless the ratio :attr:`requires` it.
         """
         return self._clamped(logp - old_logp)
 
@@ -230,11 +235,15 @@ class GeometricMeanRatio(SequenceRatio):
     token_advantages: bool = False
 
     @property
+    def requires(self) -> tuple[str, ...]:
+        return ("adv",)
+
+    @property
     def one_advantage(self) -> bool:
         return not self.token_advantages
 
     def _drift(self, logp: Tensor, old_logp: Tensor, adv: Tensor | None) -> Tensor:
-        assert adv is not None, "the surrogate reads advantages"
+        assert adv is not None, "it is required"
         drift = logp - old_logp
         low, high = number_like(self.epsilon_low, drift), number_like(self.epsilon_high, drift)
         return torch.where(adv > 0, torch.minimum(drift, high), torch.maximum(drift, -low))
@@ -261,12 +270,16 @@ class BatchMeanRatio(Ratio):
 
     negative_only: bool = False
 
+    @property
+    def requires(self) -> tuple[str, ...]:
+        return ("adv",) if self.negative_only else ()
+
     def log_ratio(
         self, rows: Rows, logp: Tensor, old_logp: Tensor, adv: Tensor | None = None
     ) -> Tensor:
         chosen = rows.keep
         if self.negative_only:
-            assert adv is not None, "negative_only reads advantages"
+            assert adv is not None, "it is required"
             chosen = chosen & ~(adv > 0)
         drift = torch.where(chosen, logp - old_logp, 0)
         return self._clamped((rows.total(drift) / rows.total(chosen).clamp(min=1)).expand_as(drift))

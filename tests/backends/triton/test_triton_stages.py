@@ -2,6 +2,8 @@
 its interpreter).
 """
 
+import math
+
 import pytest
 import torch
 from stored_losses import LENGTHS, batch_of, same
@@ -48,3 +50,23 @@ def test_an_upstream_for_each_row(ratio):
     spec = rw.methods.grpo(beta=0.1).replace(reduction=rw.NoReduction(), ratio=ratio)
     upstream = torch.randn(len(LENGTHS), 8, generator=torch.Generator().manual_seed(1))
     same(spec, batch_of(spec), upstream, backend="triton")
+
+
+@pytest.mark.parametrize("name", ["logits", "advantages"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(ratio=rw.BatchMeanRatio(negative_only=True)),
+        dict(reduction=rw.GroupContrast(group_size=2)),
+        dict(reduction=rw.GroupClassification(group_size=2)),
+        dict(reduction=rw.HingeConstraint(bound=-3.0)),
+    ],
+    ids=repr,
+)
+def test_a_row_of_nan(changes, name):
+    """It stands in a prompt of one side, and its advantage is positive."""
+    spec = rw.methods.dapo().replace(**changes)
+    batch = batch_of(spec)
+    batch[name] = batch[name].clone()
+    batch[name][4, 1] = math.nan
+    same(spec, batch, backend="triton")
