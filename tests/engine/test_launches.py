@@ -178,8 +178,8 @@ IN_PART = {
     "a mean of the batch": (DAPO.replace(ratio=rw.BatchMeanRatio()), 24, 29),
     "a formula with a gradient": (
         DAPO.with_weight(rw.weights.AdvantageReweighting(detach=False)),
-        101,
-        254,
+        102,
+        255,
     ),
 }
 
