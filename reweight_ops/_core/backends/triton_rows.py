@@ -13,7 +13,7 @@ from ...triton_kernels import along as along_kernels
 from ...triton_kernels import batch as batch_kernels
 from ...triton_kernels import metrics as metric_kernels
 from ...triton_kernels import rows as kernels
-from ...triton_kernels.config import Launch
+from ...triton_kernels.row_config import row_config
 from ..formula.loss_program import ONE_PASS, Program
 from ..formula.monitor import Monitor
 from ..rows.constants import parameter_vector
@@ -29,37 +29,12 @@ from ..rows.primitives import (
 from . import triton_launch
 from .triton_cache import monitor_function, program_function
 
-#: The most rows of a padded sequence that are taken at a time. With 4096 the kernel of
-#: masks spilled.
-_LARGEST = 2048
-_EVALUATED = 256
-_WEIGHED = 1024
-#: Rows of packed sequences that are taken at a time. It does not depend on their
-#: lengths, which differ from batch to batch.
-_PACKED = 1024
-#: The most rows that a sum along a sequence takes at a time. A thread holds two fp64
-#: numbers of each.
-_SCANNED = 1024
-#: Rows of the call of which one program finds a part of a statistic.
-_PART = 1024
-
-#: There are few rows, and a thread holds many numbers of each. It needs more registers
-#: than a sweep may have, or they spill.
-_REGISTERS = 128
-
-
-def _block(run: int) -> int:
-    """Return how many rows of a sequence are taken at a time."""
-    return min(_LARGEST, max(64, 1 << (run - 1).bit_length()))
-
 
 def _launch(
     kernel: Any, grid: int, device: torch.device, *args: Any, BLOCK: int, **meta: Any
 ) -> None:
-    shape = Launch(min(256, max(64, BLOCK // 8)), _REGISTERS)
-    triton_launch.launch(
-        kernel, grid, *args, BLOCK=BLOCK, **meta, shape=shape, wave=triton_launch.wave(device)
-    )
+    shape, wave = row_config().launch(BLOCK), triton_launch.wave(device)
+    triton_launch.launch(kernel, grid, *args, BLOCK=BLOCK, **meta, shape=shape, wave=wave)
 
 
 def _strides(t: Tensor | None, run: int) -> tuple[int, int]:
@@ -92,7 +67,6 @@ def mask(
     }
     if runs.length:
         strides = [x for t in (ids, mask, denominator) for x in _strides(t, runs.length)]
-        block = _block(runs.length)
         _launch(
             kernels.mask_kernel,
             runs.sequences,
@@ -104,17 +78,17 @@ def mask(
             n,
             *strides,
             **kinds,
-            BLOCK=block,
+            BLOCK=row_config().block(runs.length),
         )
         return Masked(out, keep, counted, lengths, runs)
     offsets = None if runs.offsets is None else runs.offsets.contiguous()
     where = runs.owner if offsets is None else offsets
     assert where is not None
     owner = torch.empty(n, dtype=torch.int64, device=device)
-    trust = torch.empty((), dtype=torch.float32, device=device)
+    trust, block = torch.empty((), dtype=torch.float32, device=device), row_config().packed
     _launch(
         kernels.pack_kernel,
-        runs.sequences + -(-n // _PACKED) + 1,
+        runs.sequences + -(-n // block) + 1,
         device,
         *given,
         where.contiguous(),
@@ -128,7 +102,7 @@ def mask(
         runs.sequences.bit_length(),
         RUNS=_way(runs).value,
         **kinds,
-        BLOCK=_PACKED,
+        BLOCK=block,
     )
     found = runs._replace(offsets=offsets, owner=owner)
     return Masked(out, keep, counted, lengths, found, trust=trust)
@@ -139,10 +113,6 @@ def _way(runs: Runs) -> Any:
     if runs.length:
         return kernels.EQUAL
     return kernels.BY_INDEX if runs.offsets is None else kernels.BY_OFFSETS
-
-
-def _block_of(runs: Runs) -> int:
-    return _block(runs.length) if runs.length else _PACKED
 
 
 def _places(runs: Runs, other: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,7 +138,7 @@ def weigh(
     terms: int,
     into: Tensor | None = None,
 ) -> Tensor:
-    runs, trust = masked.runs, masked.trust
+    runs, trust, block = masked.runs, masked.trust, row_config().weighed
     n, sequences = runs.rows, runs.sequences
     w = (
         torch.empty((terms, n), dtype=torch.float32, device=masked.keep.device)
@@ -187,7 +157,7 @@ def weigh(
     pointers = [t if isinstance(t, Tensor) else w for t in (masked.weight, divisor, scale, factor)]
     _launch(
         kernels.weigh_kernel,
-        -(-n // _WEIGHED),
+        -(-n // block),
         w.device,
         masked.keep,
         masked.lengths,
@@ -210,7 +180,7 @@ def weigh(
         HAS_WEIGHT=masked.weight is not None,
         HAS_FACTOR=factor is not None,
         TERMS=terms,
-        BLOCK=_WEIGHED,
+        BLOCK=block,
     )
     return w
 
@@ -221,10 +191,10 @@ def regroup(masked: Masked, ids: Tensor, count: int) -> tuple[Masked, Tensor]:
     index = torch.empty(sequences, dtype=torch.int64, device=device)
     owner = torch.empty(n, dtype=torch.int64, device=device)
     lengths = torch.empty((2, count), dtype=torch.int32, device=device)
-    found = torch.empty((), dtype=torch.float32, device=device)
+    found, block = torch.empty((), dtype=torch.float32, device=device), row_config().packed
     _launch(
         kernels.regroup_kernel,
-        count + -(-n // _PACKED) + 1,
+        count + -(-n // block) + 1,
         device,
         ids,
         _places(runs, masked.keep)[1],
@@ -241,7 +211,7 @@ def regroup(masked: Masked, ids: Tensor, count: int) -> tuple[Masked, Tensor]:
         ids.stride(0),
         PACKED=not runs.length,
         HAS_TRUST=trust is not None,
-        BLOCK=_PACKED,
+        BLOCK=block,
     )
     by_prompt = Runs(n, count, owner=owner)
     return masked._replace(lengths=lengths, runs=by_prompt, trust=found), index
@@ -262,18 +232,18 @@ def measure(masked: Masked, weight: Tensor) -> Masked:
         runs.length,
         runs.rows,
         RUNS=_way(runs).value,
-        BLOCK=_block_of(runs),
+        BLOCK=row_config().block(runs.length),
     )
     return masked._replace(lengths=lengths, weight=weight)
 
 
 def spread(masked: Masked, values: Tensor) -> Tensor:
-    runs, trust = masked.runs, masked.trust
+    runs, trust, block = masked.runs, masked.trust, row_config().packed
     assert runs.owner is not None
     out = torch.empty(runs.rows, dtype=torch.float32, device=values.device)
     _launch(
         kernels.spread_kernel,
-        -(-runs.rows // _PACKED),
+        -(-runs.rows // block),
         values.device,
         values,
         runs.owner,
@@ -283,7 +253,7 @@ def spread(masked: Masked, values: Tensor) -> Tensor:
         runs.sequences,
         values.stride(0),
         HAS_TRUST=trust is not None,
-        BLOCK=_PACKED,
+        BLOCK=block,
     )
     return out
 
@@ -313,7 +283,7 @@ def ratio(masked: Masked, averaged: Averaged) -> tuple[Tensor, Tensor]:
         HAS_OLD=averaged.old_logp is not None,
         CLIPPED=averaged.adv is not None,
         NORMALIZE=averaged.normalize,
-        BLOCK=_block_of(runs),
+        BLOCK=row_config().block(runs.length),
     )
     return found, means
 
@@ -323,9 +293,10 @@ def adjoint(
 ) -> None:
     runs = masked.runs
     if averaged.along:
+        block = row_config().part
         _launch(
             along_kernels.prefix_adjoint_kernel,
-            -(-runs.rows // _PART),
+            -(-runs.rows // block),
             d_logp.device,
             averaged.logp,
             d_ratio,
@@ -334,7 +305,7 @@ def adjoint(
             averaged.params,
             means,
             runs.rows,
-            BLOCK=_PART,
+            BLOCK=block,
         )
         return
     _launch(
@@ -356,7 +327,7 @@ def adjoint(
         CLIPPED=averaged.adv is not None,
         NORMALIZE=averaged.normalize,
         SHARED=averaged.shared,
-        BLOCK=_block_of(runs),
+        BLOCK=row_config().block(runs.length),
     )
 
 
@@ -387,9 +358,15 @@ def _prefix(masked: Masked, averaged: Averaged) -> tuple[Tensor, Tensor]:
         runs.sequences,
         RUNS=_way(runs).value,
         HAS_OLD=averaged.old_logp is not None,
-        BLOCK=min(_SCANNED, _block_of(runs)),
+        BLOCK=_scanned(runs),
     )
     return found, sums
+
+
+def _scanned(runs: Runs) -> int:
+    """Return how many rows a sum along a sequence takes at a time."""
+    sizes = row_config()
+    return min(sizes.scanned, sizes.block(runs.length))
 
 
 def _all_sequences(runs: Runs) -> int:
@@ -441,10 +418,11 @@ def total(
             RUNS=_way(runs).value,
             STATISTIC=kind,
             GIVEN=isinstance(values, Tensor),
-            BLOCK=_block_of(runs),
+            BLOCK=row_config().block(runs.length),
         )
         return out
-    blocks = -(-runs.rows // _PART)
+    block = row_config().part
+    blocks = -(-runs.rows // block)
     parts = torch.empty((2, blocks), dtype=torch.float64, device=out.device)
     _launch(
         batch_kernels.parts_kernel,
@@ -457,7 +435,7 @@ def total(
         runs.rows,
         STATISTIC=kind,
         GIVEN=isinstance(values, Tensor),
-        BLOCK=_PART,
+        BLOCK=block,
     )
     _launch(
         batch_kernels.total_kernel,
@@ -468,7 +446,7 @@ def total(
         runs.rows,
         blocks,
         STATISTIC=kind,
-        BLOCK=_PART,
+        BLOCK=block,
     )
     return out
 
@@ -476,11 +454,11 @@ def total(
 def quantile(
     masked: Masked, ordered: Tensor, q: float, nearest: bool, into: Tensor | None = None
 ) -> Tensor:
-    runs = masked.runs
+    runs, block = masked.runs, row_config().part
     out = torch.empty_like(ordered) if into is None else into
     _launch(
         batch_kernels.quantile_kernel,
-        -(-runs.rows // _PART),
+        -(-runs.rows // block),
         out.device,
         ordered,
         masked.lengths,
@@ -489,7 +467,7 @@ def quantile(
         runs.rows,
         runs.sequences,
         NEAREST=nearest,
-        BLOCK=_PART,
+        BLOCK=block,
     )
     return out
 
@@ -523,7 +501,7 @@ def along(
         GIVEN=isinstance(values, Tensor),
         DECAYS=decays,
         REVERSE=reverse,
-        BLOCK=min(_SCANNED, _block_of(runs)),
+        BLOCK=_scanned(runs),
     )
     return out
 
@@ -550,7 +528,7 @@ def evaluate_rows(
     keep: Tensor | None = None,
     into: Tensor | None = None,
 ) -> Tensor:
-    n, given = row_weights.size(-1), "log_ratio" in leaves
+    n, given, block = row_weights.size(-1), "log_ratio" in leaves, row_config().evaluated
     out = (
         torch.empty((len(outputs), n), dtype=torch.float32, device=params.device)
         if into is None
@@ -563,7 +541,7 @@ def evaluate_rows(
     stored = [leaves[name].contiguous() if name in leaves else weights for name in _ORDER]
     _launch(
         kernels.evaluate_kernel,
-        -(-n // _EVALUATED),
+        -(-n // block),
         out.device,
         *stored,
         weights,
@@ -576,7 +554,7 @@ def evaluate_rows(
         GIVEN=given,
         HAS_KEEP=keep is not None,
         OUTPUTS=len(outputs),
-        BLOCK=_EVALUATED,
+        BLOCK=block,
     )
     return out
 
@@ -588,7 +566,7 @@ def metrics(
     leaves: dict[str, Tensor],
     names: tuple[str, ...],
 ) -> tuple[Tensor, Tensor]:
-    runs, trust, like = masked.runs, masked.trust, leaves["logp"]
+    runs, trust, like, sizes = masked.runs, masked.trust, leaves["logp"], row_config()
     n, sequences = runs.rows, runs.sequences
     parts = torch.empty(
         (metric_kernels.SUMS.value, sequences), dtype=torch.float32, device=like.device
@@ -610,7 +588,7 @@ def metrics(
         RUNS=_way(runs).value,
         PROGRAM=monitor_function(monitor),
         GIVEN="log_ratio" in leaves,
-        BLOCK=min(_EVALUATED, _block_of(runs)),
+        BLOCK=min(sizes.evaluated, sizes.block(runs.length)),
     )
     sums = torch.empty((len(names), 2), dtype=torch.float32, device=like.device)
     values = torch.empty(len(names), dtype=torch.float32, device=like.device)
@@ -627,7 +605,7 @@ def metrics(
         len(names),
         HAS_TRUST=trust is not None,
         AT=tuple(names.index(name) if name in names else -1 for name in METRICS),
-        BLOCK=_EVALUATED,
+        BLOCK=sizes.evaluated,
     )
     return sums, values
 

@@ -14,6 +14,7 @@ from reweight_ops._core.backends import select, triton_rows
 from reweight_ops._core.rows.batch import BatchStatistics
 from reweight_ops._core.rows.resolve import resolve_rows
 from reweight_ops.testing import make_batch
+from reweight_ops.triton_kernels import row_config
 
 pytest.importorskip("triton")
 TRITON = select.unsupported_reason(
@@ -59,9 +60,8 @@ def launched(monkeypatch):
         launch(kernel, *args, **meta)
 
     monkeypatch.setattr(triton_rows, "_launch", recorded)
-    monkeypatch.setattr(triton_rows, "_block_of", lambda runs: 16)
-    monkeypatch.setattr(triton_rows, "_SCANNED", 8)
-    monkeypatch.setattr(triton_rows, "_PART", 16)
+    small = row_config.RowConfig(padded=16, packed=16, scanned=8, part=16)
+    monkeypatch.setattr(row_config, "_current", small)
     yield names
     torch.use_deterministic_algorithms(False)
 
