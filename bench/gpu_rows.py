@@ -251,6 +251,7 @@ def timer(device: str, job: Job) -> Callable[[], float]:
     """A function that returns the microseconds of one run."""
     if device == "cpu":
         return lambda: clock(device, job)[0] * 1e3
+    job()  # what is loaded at a first launch
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     # not torch.cuda.graph, which collects garbage for each of hundreds of graphs

@@ -59,7 +59,7 @@ class RowConfig(NamedTuple):
 VARIANTS = {
     "default": RowConfig(),
     "half": RowConfig(1024, 512, 512, 512, 512, 128),
-    "wide": RowConfig(4096, 2048, 2048, 2048, 2048, threads=512),
+    "wide": RowConfig(4096, 2048, 2048, 2048, 2048, registers=255),
     "four rows": RowConfig(evaluated=512, per_thread=4, threads=512),
 }
 

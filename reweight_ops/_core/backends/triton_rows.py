@@ -366,7 +366,8 @@ def _prefix(masked: Masked, averaged: Averaged) -> tuple[Tensor, Tensor]:
 def _scanned(runs: Runs) -> int:
     """Return how many rows a sum along a sequence takes at a time."""
     sizes = row_config()
-    return min(sizes.scanned, sizes.block(runs.length))
+    block: int = min(sizes.scanned, sizes.block(runs.length))
+    return block
 
 
 def _all_sequences(runs: Runs) -> int:
