@@ -10,6 +10,7 @@ import shutil
 import pytest
 import torch
 from cuda_emulation.build import compiler
+from launches import Counted, NoHostCopies
 from paths import ROOT
 
 from bench import (
@@ -176,6 +177,26 @@ def test_a_table_changes_the_order_of_additions_alone(table, layout):
         assert gpu_rows.fault(got, want, gpu_rows.allowed(shape, table) if adds else 0.0) is None, (
             name
         )
+
+
+@pytest.mark.parametrize("shape", gpu_rows.SHAPES, ids=lambda shape: shape.name)
+def test_jobs_on_rows_can_be_captured(shape):
+    """After its first run a job is its kernels alone: no operation of PyTorch, nothing
+    from the host.
+    """
+    pytest.importorskip("triton")
+    lengths = shape.lengths()
+    assert sum(lengths) == shape.rows and max(lengths) == shape.longest and min(lengths) > 0
+    with Counted():
+        data = gpu_rows.Data.make(shape, "meta")
+        jobs = data.jobs()
+        for _, job in jobs.values():
+            job()
+    for name, (_, job) in jobs.items():
+        with Counted() as counted, NoHostCopies():
+            job()
+        launches = 2 if name in ("metrics", "mean of the call") else 1
+        assert counted.kernels.total() == launches and not counted.operations, name
 
 
 @pytest.mark.parametrize("planted", ["a row too few", "bits", "NaN", "an error"])
