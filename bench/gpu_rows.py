@@ -257,9 +257,11 @@ def timer(device: str, job: Job) -> Callable[[], float]:
     # not torch.cuda.graph, which collects garbage for each of hundreds of graphs
     with torch.cuda.stream(torch.cuda.Stream()):
         graph.capture_begin()
-        for _ in range(REPEATS):
-            job()
-        graph.capture_end()
+        try:
+            for _ in range(REPEATS):
+                job()
+        finally:
+            graph.capture_end()
     return lambda: clock(device, graph.replay)[0] * 1e3 / REPEATS
 
 
