@@ -76,6 +76,7 @@ gpu gpu-test gpu-bench:
 
 # The first variants (a minute by prediction); VARIANTS=--all, or names and settings of csrc/cuda/variants.h, or a table of triton_kernels/config.py:
 # make gpu-kernels VARIANTS='"direct=RING_DIRECT=1" "few=STATS_BLOCKS=2" "three=TRITON_SHAPES=three programs"'
+# VARIANTS=--rows: Triton's kernels on rows alone, in every table of triton_kernels/row_config.py; builds nothing.
 VARIANTS ?=
 gpu-kernels:           ## times compile-time variants of the CUDA kernels, and Triton's launch shapes, against what is shipped; needs nvcc, no built extension
 	@$(PYTHON) -c "import torch" 2>/dev/null || $(MAKE) setup

@@ -67,7 +67,10 @@ NVCC_FLAGS = [
 NVCC_FLAGS += ["-Xptxas=-warn-spills,-warn-lmem-usage,-Werror"]
 BENCH, IN_A_CHECKOUT = (
     "reweight_ops.bench",
-    ("gpu", "gpu_divergence", "gpu_kernels", "gpu_variants", "page", "scaling", "test_bench"),
+    (
+        *("gpu", "gpu_divergence", "gpu_kernels", "gpu_rows", "gpu_search", "gpu_variants"),
+        *("page", "scaling", "test_bench", "triton_shapes"),
+    ),
 )
 # GCC 12 warns about its own AVX-512 header, and about the ABI of vectors that never
 # leave their file.

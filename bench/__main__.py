@@ -257,7 +257,7 @@ def measure(options: argparse.Namespace) -> None:
         p
         for p in [
             *providers(backends),
-            *linear_providers(backends),
+            *linear_providers(backends, tuple(options.chunk_rows)),
             *divergence_providers(backends),
             *distill_providers(backends),
             *rows_providers(backends),
@@ -368,6 +368,13 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
         "--providers",
         help="words in the names of baselines to run in addition to ours, comma-separated, or "
         "none; default: all",
+    )
+    parser.add_argument(
+        "--chunk-rows",
+        nargs="*",
+        type=int,
+        default=[],
+        help="also from hidden states in one pass with chunks of so many rows, beside the default",
     )
     parser.add_argument(
         "--pages",

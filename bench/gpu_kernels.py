@@ -12,6 +12,12 @@ python -m bench.gpu_kernels "direct=RING_DIRECT=1" "few=STATS_BLOCKS=2"
 python -m bench.gpu_kernels "three=TRITON_SHAPES=three programs"
                                             the released defaults, and a table of
                                             triton_kernels/config.py
+python -m bench.gpu_kernels --rows          Triton's kernels on rows alone, in all
+                                            tables of triton_kernels/row_config.py:
+                                            needs no build (bench/gpu_rows.py and
+                                            bench/gpu_search.py)
+python -m bench.gpu_kernels "wide=TRITON_ROWS=wide"
+                                            the same, in the default table and this one
 python -m bench.gpu_kernels --dry-run       on the CPU, emulated, in tiny shapes: shows
                                             that the script and the variants work
 
@@ -50,7 +56,7 @@ from reweight_ops._core.backends.picked import top_ids
 from reweight_ops._core.formula.loss_program import Program
 from reweight_ops.testing.criterion import ERROR_FLOOR, gradient_errors, value_error
 
-from . import gpu_divergence, gpu_variants, triton_shapes
+from . import gpu_divergence, gpu_rows, gpu_search, gpu_variants, triton_shapes
 from .device import FLUSH_BYTES, GPU_SHAPES, clock
 
 #: The rows of the last shape do not start at multiples of 16 bytes.
@@ -374,6 +380,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--all", action="store_true", help="run every variant, without a limit")
     parser.add_argument(
+        "--rows", action="store_true", help="run the tables of the Triton kernels on rows instead"
+    )
+    parser.add_argument(
         "--out", default=os.environ.get("OUT") or str(gpu_variants.ROOT / "gpu_output")
     )
     parser.add_argument("--rounds", type=int, default=9)
@@ -397,21 +406,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     out = Path(options.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    every = gpu_variants.VARIANTS | triton_shapes.VARIANTS
+    every = gpu_variants.VARIANTS | triton_shapes.VARIANTS | gpu_rows.VARIANTS
     settings = (
         gpu_variants.parse(options.variants)
         if options.variants
+        else gpu_rows.VARIANTS
+        if options.rows
         else every
         if options.all
         else {name: every[name] for name in gpu_variants.FIRST}
     )
+    tables_of_rows = gpu_rows.tables(settings)
+    others = {name: text for name, text in settings.items() if name not in tables_of_rows}
+    if tables_of_rows and others.keys() <= {"shipped"}:
+        others = {}  # they are compared with the default table, which needs no build
     seconds = options.seconds
     if seconds is None:
-        seconds = math.inf if options.all or options.variants or options.dry_run else SECONDS
-    tables = {name: triton_shapes.table_of(text) for name, text in settings.items()}
-    of_cuda = {name: text for name, text in settings.items() if tables[name] is None}
-    made = (
-        emulated(of_cuda)
+        limited = not (options.all or options.rows or options.variants or options.dry_run)
+        seconds = SECONDS if limited else math.inf
+    tables = {name: triton_shapes.table_of(text) for name, text in others.items()}
+    of_cuda = {name: text for name, text in others.items() if tables[name] is None}
+    made: dict[str, Kernels] = (
+        {}
+        if not of_cuda
+        else emulated(of_cuda)
         if options.dry_run
         else compiled(of_cuda, gpu_variants.ROOT / "build" / "variants")
     )
@@ -425,13 +443,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     of_one = {name: made[name] for name in made if files.get(name) != ("divergence",)}
     # The tables of launch shapes do not change Triton's kernel on two tensors.
     of_triton = [name for name, table in tables.items() if table is not None]
-    of_two = {
-        name: made[name]
-        for name in ("shipped", *(n for n in files if "divergence" in files[n]), *of_triton[:1])
-    }
+    with_two = [name for name in files if name == "shipped" or "divergence" in files[name]]
+    of_two = {name: made[name] for name in (*with_two, *of_triton[:1])}
     device = "cpu" if options.dry_run else "cuda"
     rounds = 1 if options.dry_run else options.rounds
-    shapes, pairs, left_out = [], [], []
+    shapes, pairs, of_rows, left_out = [], [], [], []
 
     def in_time(what: str) -> bool:
         if time.monotonic() - began <= seconds:
@@ -439,14 +455,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         left_out.append(what)
         return False
 
-    for rows, vocab in TINY_SHAPES if options.dry_run else SHAPES:
+    shapes_of_one = TINY_SHAPES if options.dry_run else SHAPES
+    for rows, vocab in shapes_of_one if of_one else ():
         if in_time(f"{rows}x{vocab}"):
             shapes.append(time_shape(rows, vocab, of_one, device, rounds))
             torch.cuda.empty_cache()
     few = gpu_divergence.TINY_SHAPES if options.dry_run else gpu_divergence.SHAPES
-    for rows, vocab in few:
+    for rows, vocab in few if of_two else ():
         if in_time(f"two tensors, {rows}x{vocab}"):
             pairs.append(gpu_divergence.time_pairs(rows, vocab, of_two, device, rounds))
+    cut = gpu_rows.TINY_SHAPES if options.dry_run else gpu_rows.SHAPES
+    for shape in cut if tables_of_rows else ():
+        if in_time(shape.name):
+            of_rows.append(gpu_rows.time_rows(shape, tables_of_rows, device, rounds))
+    if tables_of_rows and in_time("rows, looked for"):
+        of_rows.append(gpu_search.time_search(device, rounds, options.dry_run))
     document = {
         "dry_run": options.dry_run,
         "device": "emulated" if options.dry_run else torch.cuda.get_device_name(),
@@ -457,18 +480,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "left_out": left_out,
         "shapes": shapes,
         "two_tensors": pairs,
+        "rows": of_rows,
     }
     (out / "gpu-kernels.json").write_text(json.dumps(document, indent=1) + "\n")
     wrong = {
         f"{s['rows']}x{s['vocab']}, {key}: {why}"
         for s in (*shapes, *pairs)
         for key, why in s["wrong"].items()
-    }
+    } | {f"{s['shape']}, {key}: {why}" for s in of_rows for key, why in s["wrong"].items()}
     print(
         "\n".join(
             [
-                *report(shapes),
-                *report(pairs),
+                *(report(shapes) if shapes else []),
+                *(report(pairs) if pairs else []),
+                *gpu_rows.report(of_rows),
                 *sorted(wrong),
                 *(f"left out: {name}" for name in left_out),
                 f"built in {built:.0f} s; {out / 'gpu-kernels.json'}",

@@ -3,7 +3,7 @@ separate modules.
 
 A variant is a name and settings, for example ``direct=RING_DIRECT=1``. Spaces separate
 several settings; a variant without settings has the released defaults.
-``bench/triton_shapes.py`` has another kind of variant.
+``bench/triton_shapes.py`` and ``bench/gpu_rows.py`` have other kinds of variants.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from . import triton_shapes
+from . import gpu_rows, triton_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -76,7 +76,7 @@ def parse(texts: list[str]) -> dict[str, str]:
     found = {"shipped": ""}
     for text in texts:
         name, _, settings = text.partition("=")
-        if triton_shapes.table_of(settings) is None:
+        if all(kind.table_of(settings) is None for kind in (triton_shapes, gpu_rows)):
             defines(settings)
         if not name or name in found:
             raise ValueError(f"variant {text!r}: expected a unique name before the first =")

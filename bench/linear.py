@@ -248,12 +248,12 @@ def materialised(data: LinearData) -> Job:
     )
 
 
-def ours(backend: str, plan: str) -> Callable[[LinearData], Job]:
+def ours(backend: str, plan: str, chunk_rows: int | None = None) -> Callable[[LinearData], Job]:
     def make(data: LinearData) -> Job:
         import reweight_ops as rw
 
         serving(backend, data.hidden)
-        call = dict(plan=plan, backend=backend, **_call(data))
+        call = dict(plan=plan, backend=backend, chunk_rows=chunk_rows, **_call(data))
         return job_of(
             data, lambda: rw.linear_policy_loss(data.hidden, data.weight, data.ids, **call).loss
         )
@@ -322,7 +322,10 @@ def quack(data: LinearData) -> Job:
     )
 
 
-def linear_providers(backends: tuple[str, ...]) -> list[Provider]:
+def linear_providers(backends: tuple[str, ...], chunk_rows: tuple[int, ...] = ()) -> list[Provider]:
+    """Baselines, and this package: with chunks of its own choice, and of ``chunk_rows``
+    rows.
+    """
     both = ("linear", "linear ce")
     found = [
         Provider("F.linear, then policy_loss", materialised, both),
@@ -337,5 +340,9 @@ def linear_providers(backends: tuple[str, ...]) -> list[Provider]:
         found += [
             Provider(f"{b} {plan}", ours(b, plan), both, ours=True)
             for plan in ("one_pass", "two_pass")
+        ]
+        found += [
+            Provider(f"{b} chunks of {n}", ours(b, "one_pass", n), both, ours=True)
+            for n in chunk_rows
         ]
     return found

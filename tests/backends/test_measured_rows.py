@@ -35,10 +35,10 @@ def kernels(request, monkeypatch):
     if (reason := _missing(request.param)) is not None:
         pytest.skip(str(reason))
     if request.param == "triton":
-        from reweight_ops._core.backends import triton_rows
+        from reweight_ops.triton_kernels import row_config
 
-        for name in ("_LARGEST", "_WEIGHED", "_PACKED"):
-            monkeypatch.setattr(triton_rows, name, 16)
+        small = row_config.RowConfig(padded=16, weighed=16, packed=16)
+        monkeypatch.setattr(row_config, "_current", small)
     return select.load(request.param).rows
 
 

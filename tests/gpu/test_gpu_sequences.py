@@ -17,6 +17,9 @@ SPECS = {
     "ctpo": rw.methods.ctpo(),  # bounds and a ratio that run along sequences
     "opsm": rw.methods.opsm(threshold=0.05),  # a weight of sequences
     "m2po": rw.methods.m2po(),  # bounds of the whole batch, by its order
+    "bounds of rows": rw.methods.opsm(threshold=0.05),  # and a clip bound for each row
+    "disco": rw.methods.disco(),  # reductions that couple the sequences of a prompt
+    "drpo": rw.methods.drpo(max_length=300),
     "runs of a prompt": rw.methods.scale_rl(group_size=2),
     "prompts": rw.methods.scale_rl(),
     "vapo": rw.methods.vapo(),
@@ -24,6 +27,8 @@ SPECS = {
         reduction=rw.SequenceMean(weight=rw.weights.SignWeight(positive=2.0, negative=0.5))
     ),
 }
+#: Losses in stages, whose kernels add in one order.
+STAGED = ["ctpo", "opsm", "m2po", "bounds of rows"]
 OPTIONS = {"unused": "ignore"}
 
 
@@ -38,9 +43,13 @@ def padded(place, vocab):
         "completion_mask": torch.arange(shape[1]) < lengths[:, None],
         "old_per_token_logps": -2 - torch.rand(shape, generator=g),
         "ref_per_token_logps": -2 - torch.rand(shape, generator=g),
+        "bounds": torch.rand(shape, generator=g) / 2,
         "group_ids": torch.tensor([1, 0, 1, 2]),
     }
-    advantages = torch.randn(len(lengths), 1, generator=g)
+    # a prompt has completions of both signs, also after a roll of the lengths
+    advantages = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]]) * torch.rand(
+        len(lengths), 1, generator=g
+    )
     return lengths, {k: v.to(place.device) for k, v in batch.items()}, advantages.to(place.device)
 
 
@@ -56,6 +65,9 @@ def packed(batch, lengths, after=2):
 
 def run(place, spec, batch, advantages, logps=None):
     data = {**batch, "advantages": advantages, "spec": SPECS[spec], **OPTIONS}
+    bounds = data.pop("bounds")
+    if spec == "bounds of rows":
+        data["spec"] = SPECS[spec].replace(**{"surrogate.epsilon_low": bounds})
     if SPECS[spec].reads_groups:
         data["num_groups"] = 4
     else:
@@ -102,14 +114,49 @@ def test_packed_sequences_in_a_graph(place, spec, from_logps):
 
     replay, held = captured(step)
     before = [x.clone() for x in held]
-    rows["cu_seqlens"].copy_(packed(batch, lengths.roll(1))["cu_seqlens"])
+    rows["cu_seqlens"].copy_(packed(batch, lengths.roll(2))["cu_seqlens"])
     advantages.neg_()
+    for per_row in (logps if from_logps else rows["logits"], rows["bounds"]):
+        per_row.mul_(0.9)
     replay()
     synchronize()
     got = [x.clone() for x in held]
-    assert not torch.equal(before[0], got[0])
+    assert got[0] != 0 and not torch.equal(before[0], got[0])
     for a, b in zip(got, step(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize("spec", STAGED)
+def test_steps_of_training_in_a_graph(place, spec):
+    """Loss, backward, metrics and an update in one graph: three replays, each with new
+    data, give the bits of three eager steps.
+    """
+    lengths, batch, advantages = padded(place, sized(4099, 17))
+    rows, first = packed(batch, lengths), advantages.clone()
+    logits = rows["logits"].clone()
+
+    def step():
+        out, grad = run(place, spec, rows, advantages)
+        found = out.loss.detach(), grad, out.metrics.sums
+        rows["logits"].sub_(grad, alpha=50.0)
+        return found
+
+    def steps(one):
+        found = []
+        rows["logits"].copy_(logits)
+        for k in range(3):
+            rows["cu_seqlens"].copy_(packed(batch, lengths.roll(k))["cu_seqlens"])
+            rows["bounds"].copy_(packed(batch, lengths)["bounds"] * (k + 1) / 3)
+            advantages.copy_(first * (-1) ** k)
+            found += [x.clone() for x in one()]
+        synchronize()
+        return [*found, rows["logits"].clone()]
+
+    replay, held = captured(step)
+    got, want = steps(lambda: (replay(), held)[1]), steps(step)
+    assert not torch.equal(got[-1], logits)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.skipif(DRY, reason="the CPU reads offsets, and raises")

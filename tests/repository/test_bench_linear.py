@@ -57,6 +57,25 @@ def test_measures_and_shows(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("cpu one_pass") == 2
 
 
+def test_chunks_of_other_sizes(tmp_path, monkeypatch):
+    """They are timed beside the default, and the op gets them."""
+    seen, op = [], rw.linear_policy_loss
+
+    def recorded(*args, **options):
+        seen.append(options["chunk_rows"])
+        return op(*args, **options)
+
+    monkeypatch.setattr(rw, "linear_policy_loss", recorded)
+    chosen = ("--providers", "none", "--no-memory", "--skip", "zero", "--chunk-rows", "16", "48")
+    (entry,) = bench(monkeypatch, tmp_path, *chosen)["cases"]
+    assert [r["provider"] for r in entry["results"] if r["ms"]] == [
+        *OURS,
+        "cpu chunks of 16",
+        "cpu chunks of 48",
+    ]
+    assert set(seen) == {None, 16, 48}
+
+
 def test_update_keeps_the_other_cases(tmp_path, monkeypatch):
     first = bench(monkeypatch, tmp_path, "--providers", "none", "--no-memory", "--commit", "first")
     again = bench(

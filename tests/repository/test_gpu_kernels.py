@@ -10,9 +10,18 @@ import shutil
 import pytest
 import torch
 from cuda_emulation.build import compiler
+from launches import Counted, NoHostCopies
 from paths import ROOT
 
-from bench import gpu_divergence, gpu_kernels, gpu_variants, triton_shapes
+from bench import (
+    gpu_divergence,
+    gpu_kernels,
+    gpu_rows,
+    gpu_search,
+    gpu_variants,
+    triton_shapes,
+)
+from reweight_ops.triton_kernels import row_config
 
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels")
@@ -127,6 +136,117 @@ def test_triton_beside_cuda(monkeypatch, tmp_path):
     assert "REWEIGHT_OPS_TRITON_SHAPES" not in os.environ
 
 
+def test_tables_of_rows_alone(monkeypatch, tmp_path, capsys):
+    """Nothing is built. Every job has the default table's numbers in every table, with
+    sequences of several blocks, and those that PyTorch has without a search.
+    """
+    pytest.importorskip("triton")
+    monkeypatch.setattr(gpu_kernels, "emulated", None)
+    monkeypatch.setattr(gpu_rows, "TINY_SHAPES", (gpu_rows.Shape("offsets", 3, 1400, 1300),))
+    monkeypatch.setenv("REWEIGHT_OPS_BACKEND", "triton")
+    assert gpu_kernels.main(["--dry-run", "--rows", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "gpu-kernels.json").read_text())
+    assert list(found["variants"]) == [f"rows, {name}" for name in row_config.VARIANTS]
+    assert found["shapes"] == found["two_tensors"] == found["left_out"] == []
+    tables, search = found["rows"]
+    assert tables["wrong"] == search["wrong"] == {}
+    jobs = {key.removeprefix("default: ") for key in tables["us"] if key.startswith("default: ")}
+    others = [f"rows, {name}" for name in row_config.VARIANTS if name != "default"]
+    assert set(tables["us"]) == {
+        "limit: launch",
+        *(f"{name}: {job}" for name in ("default", *others) for job in jobs),
+    }
+    assert len(jobs) == 16 and all(len(us) == 1 for us in tables["us"].values())
+    assert {key.partition(": ")[0] for key in search["us"]} == {"limit", "kernels", "PyTorch"}
+    assert row_config.row_config() is row_config.VARIANTS["default"]
+    assert "decayed sum along" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["padded", "ids"])
+@pytest.mark.parametrize("table", row_config.VARIANTS)
+def test_a_table_changes_the_order_of_additions_alone(table, layout):
+    pytest.importorskip("triton")
+    shape = gpu_rows.Shape(layout, 2, *((5000, 2500) if layout == "padded" else (1300, 1100)))
+    data = gpu_rows.Data.make(shape, "cpu")
+    jobs = data.jobs()
+    del jobs["decayed sum along"]  # the interpreter takes seconds for it
+    for name, (adds, job) in jobs.items():
+        want = data.outcome(job)
+        with row_config.using(row_config.VARIANTS[table]):
+            got = data.outcome(job)
+        assert gpu_rows.fault(got, want, gpu_rows.allowed(shape, table) if adds else 0.0) is None, (
+            name
+        )
+
+
+@pytest.mark.parametrize("shape", gpu_rows.SHAPES, ids=lambda shape: shape.name)
+def test_jobs_on_rows_can_be_captured(shape):
+    """After its first run a job is its kernels alone: no operation of PyTorch, nothing
+    from the host.
+    """
+    pytest.importorskip("triton")
+    lengths = shape.lengths()
+    assert sum(lengths) == shape.rows and max(lengths) == shape.longest and min(lengths) > 0
+    with Counted():
+        data = gpu_rows.Data.make(shape, "meta")
+        jobs = data.jobs()
+        for _, job in jobs.values():
+            job()
+    for name, (_, job) in jobs.items():
+        with Counted() as counted, NoHostCopies():
+            job()
+        launches = 2 if name in ("metrics", "mean of the call") else 1
+        assert counted.kernels.total() == launches and not counted.operations, name
+
+
+@pytest.mark.parametrize("planted", ["a row too few", "bits", "NaN", "an error"])
+def test_a_table_of_rows_with_other_numbers_is_wrong(planted, monkeypatch):
+    pytest.importorskip("triton")
+    from reweight_ops._core.backends import triton_rows
+
+    shape = gpu_rows.Shape("offsets", 3, 300, 200)
+    means, weigh = triton_rows.ratio, triton_rows.weigh
+
+    def is_planted():
+        return row_config.row_config() is row_config.VARIANTS["half"]
+
+    def ratio(masked, averaged):
+        if is_planted() and planted == "an error":
+            raise RuntimeError("planted")
+        if is_planted() and planted == "a row too few":
+            keep = masked.keep.clone()
+            keep[keep.nonzero()[-1]] = False
+            masked = masked._replace(keep=keep)
+        found = means(masked, averaged)
+        if is_planted() and planted == "NaN":
+            found[0][-1] = float("nan")
+        return found
+
+    def weights(*args):
+        found = weigh(*args)
+        return found * (1 + 2**-23) if is_planted() and planted == "bits" else found
+
+    monkeypatch.setattr(triton_rows, "ratio", ratio)
+    monkeypatch.setattr(triton_rows, "weigh", weights)
+    found = gpu_rows.time_rows(shape, {"a": "half", "b": "default"}, "cpu", 1)
+    jobs = {"weights"} if planted == "bits" else {"ratio", "ratio along", "ratio of the call"}
+    assert set(found["wrong"]) == {f"a: {job}" for job in jobs}
+    assert not set(found["wrong"]) & set(found["us"])
+    assert "wrong" in "".join(gpu_rows.report([found]))
+
+
+def test_a_call_that_takes_the_other_way_is_not_timed(monkeypatch):
+    """A call like an earlier one takes its way, whatever the bound is."""
+    case, steps = gpu_search.TINY_CASES[0], gpu_search.steps
+
+    def alike(case, device):
+        return {way: step._replace(scale={}) for way, step in steps(case, device).items()}
+
+    monkeypatch.setattr(gpu_search, "steps", alike)
+    found = gpu_search.time_search("cpu", 1, dry_run=True)
+    assert found["wrong"] == {f"PyTorch: {case.name}": "kernels took the call: not timed"}
+
+
 @pytest.mark.parametrize("planted", ["values", "gradient", "NaN"])
 def test_a_table_with_other_numbers_is_wrong(planted):
     table = gpu_kernels.Table.make(6, 1000, "cpu")
@@ -191,6 +311,9 @@ def test_settings():
         "shipped": "",
         "c": "TRITON_SHAPES=three programs",
     }
+    assert gpu_variants.parse(["d=TRITON_ROWS=wide"])["d"] == "TRITON_ROWS=wide"
+    with pytest.raises(ValueError, match="one of .*'four rows'"):
+        gpu_variants.parse(["d=TRITON_ROWS=five rows"])
     with pytest.raises(ValueError, match="one of .*'three programs'"):
         gpu_variants.parse(["c=TRITON_SHAPES=four programs"])
     assert set(triton_shapes.VARIANTS) == {
@@ -248,6 +371,8 @@ def test_every_variant_has_a_prediction():
     assert first_cells("| variant | predicted |") == of_cuda
     of_triton = first_cells("| shapes (`REWEIGHT_OPS_TRITON_SHAPES`")
     assert [cell.partition(":")[0] for cell in of_triton] == list(triton_shapes.config.VARIANTS)
+    of_rows = first_cells("| sizes (`REWEIGHT_OPS_TRITON_ROWS`")
+    assert [cell.partition(":")[0] for cell in of_rows] == list(row_config.VARIANTS)
 
 
 @pytest.mark.slow

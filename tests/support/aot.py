@@ -39,6 +39,7 @@ from reweight_ops._core.formula.base import RULES  # noqa: E402
 from reweight_ops._core.formula.loss_program import Program  # noqa: E402
 from reweight_ops._core.formula.monitor import Monitor  # noqa: E402
 from reweight_ops._core.rows.primitives import Averaged, Runs, Weighing  # noqa: E402
+from reweight_ops.triton_kernels import row_config  # noqa: E402
 from reweight_ops.triton_kernels.config import VARIANTS, Config, Launch  # noqa: E402
 
 TARGETS = {
@@ -596,6 +597,15 @@ def row_kernels(target: str) -> list[Compiled]:
     ]
 
 
+def row_tables(target: str) -> list[Compiled]:
+    """Compile the kernels on rows in every table of sizes."""
+    result = []
+    for sizes in row_config.VARIANTS.values():
+        with row_config.using(sizes):
+            result += row_kernels(target)
+    return result
+
+
 def oversized(target: str) -> list[Compiled]:
     """Compile the negative control: its tiles are far too large for the registers."""
     threads, slots = (
@@ -633,6 +643,7 @@ if __name__ == "__main__":
             "oversized": oversized,
             "scales": scales,
             "rows": row_kernels,
+            "row tables": row_tables,
             "packed": packed_rows,
             "top": top_ids,
         }[task]

@@ -1,6 +1,4 @@
-"""Rows in Triton: masks, weights, statistics, sequence ratios, and a loss program on
-stored rows, one launch each.
-"""
+"""Rows in Triton: masks, weights, and a loss program on stored rows, a launch each."""
 
 from __future__ import annotations
 
@@ -9,67 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...triton_kernels import along as along_kernels
-from ...triton_kernels import batch as batch_kernels
-from ...triton_kernels import centred as centred_kernels
 from ...triton_kernels import metrics as metric_kernels
 from ...triton_kernels import rows as kernels
-from ...triton_kernels.config import Launch
+from ...triton_kernels.row_config import row_config
 from ..formula.loss_program import ONE_PASS, Program
 from ..formula.monitor import Monitor
-from ..rows.constants import parameter_vector
-from ..rows.primitives import (
-    METRICS,
-    Averaged,
-    Masked,
-    RowPrimitives,
-    Runs,
-    Statistic,
-    Weighing,
-)
-from . import triton_launch
+from ..rows.primitives import METRICS, Masked, RowPrimitives, Runs, Weighing
 from .triton_cache import monitor_function, program_function
-
-#: The most rows of a padded sequence that are taken at a time. With 4096 the kernel of
-#: masks spilled.
-_LARGEST = 2048
-_EVALUATED = 256
-_WEIGHED = 1024
-#: Rows of packed sequences that are taken at a time. It does not depend on their
-#: lengths, which differ from batch to batch.
-_PACKED = 1024
-#: The most rows that a sum along a sequence takes at a time. A thread holds two fp64
-#: numbers of each.
-_SCANNED = 1024
-#: Rows of the call of which one program finds a part of a statistic.
-_PART = 1024
-
-#: There are few rows, and a thread holds many numbers of each. It needs more registers
-#: than a sweep may have, or they spill.
-_REGISTERS = 128
-
-
-def _block(run: int) -> int:
-    """Return how many rows of a sequence are taken at a time."""
-    return min(_LARGEST, max(64, 1 << (run - 1).bit_length()))
-
-
-def _launch(
-    kernel: Any, grid: int, device: torch.device, *args: Any, BLOCK: int, **meta: Any
-) -> None:
-    shape = Launch(min(256, max(64, BLOCK // 8)), _REGISTERS)
-    triton_launch.launch(
-        kernel, grid, *args, BLOCK=BLOCK, **meta, shape=shape, wave=triton_launch.wave(device)
-    )
-
-
-def _strides(t: Tensor | None, run: int) -> tuple[int, int]:
-    """Return the stride between the first rows of two sequences, and the stride between
-    two rows of one.
-    """
-    if t is None:
-        return 0, 0
-    return (t.stride(0) * run, t.stride(0)) if t.dim() == 1 else (t.stride(0), t.stride(1))
+from .triton_ratios import adjoint, ratio
+from .triton_row_launch import launch, places, strides_of, way
+from .triton_statistics import along, quantile, total
 
 
 def mask(
@@ -92,9 +39,8 @@ def mask(
         "HAS_DENOMINATOR": denominator is not None,
     }
     if runs.length:
-        strides = [x for t in (ids, mask, denominator) for x in _strides(t, runs.length)]
-        block = _block(runs.length)
-        _launch(
+        strides = [x for t in (ids, mask, denominator) for x in strides_of(t, runs.length)]
+        launch(
             kernels.mask_kernel,
             runs.sequences,
             device,
@@ -105,17 +51,17 @@ def mask(
             n,
             *strides,
             **kinds,
-            BLOCK=block,
+            BLOCK=row_config().block(runs.length),
         )
         return Masked(out, keep, counted, lengths, runs)
     offsets = None if runs.offsets is None else runs.offsets.contiguous()
     where = runs.owner if offsets is None else offsets
     assert where is not None
     owner = torch.empty(n, dtype=torch.int64, device=device)
-    trust = torch.empty((), dtype=torch.float32, device=device)
-    _launch(
+    trust, block = torch.empty((), dtype=torch.float32, device=device), row_config().packed
+    launch(
         kernels.pack_kernel,
-        runs.sequences + -(-n // _PACKED) + 1,
+        runs.sequences + -(-n // block) + 1,
         device,
         *given,
         where.contiguous(),
@@ -125,35 +71,14 @@ def mask(
         trust,
         n,
         runs.sequences,
-        *[_strides(t, n)[1] for t in (ids, mask, denominator)],
+        *[strides_of(t, n)[1] for t in (ids, mask, denominator)],
         runs.sequences.bit_length(),
-        RUNS=_way(runs).value,
+        RUNS=way(runs).value,
         **kinds,
-        BLOCK=_PACKED,
+        BLOCK=block,
     )
     found = runs._replace(offsets=offsets, owner=owner)
     return Masked(out, keep, counted, lengths, found, trust=trust)
-
-
-def _way(runs: Runs) -> Any:
-    """Return how the rows are cut into sequences, as the kernels receive it."""
-    if runs.length:
-        return kernels.EQUAL
-    return kernels.BY_INDEX if runs.offsets is None else kernels.BY_OFFSETS
-
-
-def _block_of(runs: Runs) -> int:
-    return _block(runs.length) if runs.length else _PACKED
-
-
-def _places(runs: Runs, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the offsets and the owners, or any other tensor for one that is not
-    read.
-    """
-    return (
-        other if runs.offsets is None else runs.offsets,
-        other if runs.owner is None else runs.owner,
-    )
 
 
 def _number(value: Any) -> tuple[float, bool]:
@@ -169,7 +94,7 @@ def weigh(
     terms: int,
     into: Tensor | None = None,
 ) -> Tensor:
-    runs, trust = masked.runs, masked.trust
+    runs, trust, block = masked.runs, masked.trust, row_config().weighed
     n, sequences = runs.rows, runs.sequences
     w = (
         torch.empty((terms, n), dtype=torch.float32, device=masked.keep.device)
@@ -186,13 +111,13 @@ def weigh(
     times, stored = _number(scale)
     scaled = kernels.BY_TENSOR if stored else kernels.UNDIVIDED if times == 1 else kernels.BY_VALUE
     pointers = [t if isinstance(t, Tensor) else w for t in (masked.weight, divisor, scale, factor)]
-    _launch(
+    launch(
         kernels.weigh_kernel,
-        -(-n // _WEIGHED),
+        -(-n // block),
         w.device,
         masked.keep,
         masked.lengths,
-        _places(runs, masked.keep)[1],
+        places(runs, masked.keep)[1],
         w if trust is None else trust,
         *pointers,
         w,
@@ -211,7 +136,7 @@ def weigh(
         HAS_WEIGHT=masked.weight is not None,
         HAS_FACTOR=factor is not None,
         TERMS=terms,
-        BLOCK=_WEIGHED,
+        BLOCK=block,
     )
     return w
 
@@ -222,13 +147,13 @@ def regroup(masked: Masked, ids: Tensor, count: int) -> tuple[Masked, Tensor]:
     index = torch.empty(sequences, dtype=torch.int64, device=device)
     owner = torch.empty(n, dtype=torch.int64, device=device)
     lengths = torch.empty((2, count), dtype=torch.int32, device=device)
-    found = torch.empty((), dtype=torch.float32, device=device)
-    _launch(
+    found, block = torch.empty((), dtype=torch.float32, device=device), row_config().packed
+    launch(
         kernels.regroup_kernel,
-        count + -(-n // _PACKED) + 1,
+        count + -(-n // block) + 1,
         device,
         ids,
-        _places(runs, masked.keep)[1],
+        places(runs, masked.keep)[1],
         masked.lengths,
         found if trust is None else trust,
         index,
@@ -242,7 +167,7 @@ def regroup(masked: Masked, ids: Tensor, count: int) -> tuple[Masked, Tensor]:
         ids.stride(0),
         PACKED=not runs.length,
         HAS_TRUST=trust is not None,
-        BLOCK=_PACKED,
+        BLOCK=block,
     )
     by_prompt = Runs(n, count, owner=owner)
     return masked._replace(lengths=lengths, runs=by_prompt, trust=found), index
@@ -252,29 +177,29 @@ def measure(masked: Masked, weight: Tensor) -> Masked:
     runs = masked.runs
     weight = weight.float().expand(runs.rows).contiguous()
     lengths = torch.empty((2, runs.sequences), dtype=torch.float32, device=weight.device)
-    _launch(
+    launch(
         kernels.measure_kernel,
         runs.sequences,
         weight.device,
         weight,
         masked.keep,
-        *_places(runs, masked.keep),
+        *places(runs, masked.keep),
         lengths,
         runs.length,
         runs.rows,
-        RUNS=_way(runs).value,
-        BLOCK=_block_of(runs),
+        RUNS=way(runs).value,
+        BLOCK=row_config().block(runs.length),
     )
     return masked._replace(lengths=lengths, weight=weight)
 
 
 def spread(masked: Masked, values: Tensor) -> Tensor:
-    runs, trust = masked.runs, masked.trust
+    runs, trust, block = masked.runs, masked.trust, row_config().packed
     assert runs.owner is not None
     out = torch.empty(runs.rows, dtype=torch.float32, device=values.device)
-    _launch(
+    launch(
         kernels.spread_kernel,
-        -(-runs.rows // _PACKED),
+        -(-runs.rows // block),
         values.device,
         values,
         runs.owner,
@@ -284,297 +209,7 @@ def spread(masked: Masked, values: Tensor) -> Tensor:
         runs.sequences,
         values.stride(0),
         HAS_TRUST=trust is not None,
-        BLOCK=_PACKED,
-    )
-    return out
-
-
-def ratio(masked: Masked, averaged: Averaged) -> tuple[Tensor, Tensor]:
-    if averaged.over != "sequence":
-        return (_prefix if averaged.over == "prefix" else _centred)(masked, averaged)
-    runs, logp = masked.runs, averaged.logp
-    found, means = (
-        torch.empty_like(logp),
-        torch.empty(runs.sequences, dtype=torch.float32, device=logp.device),
-    )
-    _launch(
-        kernels.ratio_kernel,
-        runs.sequences,
-        logp.device,
-        *_drifts(averaged),
-        masked.keep,
-        masked.lengths,
-        *_places(runs, masked.keep),
-        averaged.params,
-        found,
-        means,
-        runs.length,
-        runs.rows,
-        RUNS=_way(runs).value,
-        HAS_OLD=averaged.old_logp is not None,
-        CLIPPED=averaged.adv is not None,
-        NORMALIZE=averaged.normalize,
-        BLOCK=_block_of(runs),
-    )
-    return found, means
-
-
-def adjoint(
-    masked: Masked, averaged: Averaged, means: Tensor, d_ratio: Tensor, d_logp: Tensor
-) -> None:
-    runs = masked.runs
-    if averaged.over == "call":
-        _launch(
-            centred_kernels.centre_adjoint_kernel,
-            -(-runs.rows // _PART),
-            d_logp.device,
-            *_drifts(averaged)[:2],
-            d_ratio,
-            d_logp,
-            masked.keep,
-            averaged.params,
-            means,
-            runs.rows,
-            HAS_OLD=averaged.old_logp is not None,
-            BLOCK=_PART,
-        )
-        return
-    if averaged.over == "prefix":
-        _launch(
-            along_kernels.prefix_adjoint_kernel,
-            -(-runs.rows // _PART),
-            d_logp.device,
-            averaged.logp,
-            d_ratio,
-            d_logp,
-            masked.keep,
-            averaged.params,
-            means,
-            runs.rows,
-            BLOCK=_PART,
-        )
-        return
-    _launch(
-        kernels.adjoint_kernel,
-        runs.sequences,
-        d_logp.device,
-        *_drifts(averaged),
-        d_ratio,
-        d_logp,
-        masked.keep,
-        masked.lengths,
-        *_places(runs, masked.keep),
-        averaged.params,
-        means,
-        runs.length,
-        runs.rows,
-        RUNS=_way(runs).value,
-        HAS_OLD=averaged.old_logp is not None,
-        CLIPPED=averaged.adv is not None,
-        NORMALIZE=averaged.normalize,
-        SHARED=averaged.shared,
-        BLOCK=_block_of(runs),
-    )
-
-
-def _drifts(averaged: Averaged) -> list[Tensor]:
-    """Return the log-probs and advantages, or any other tensor for one that is not
-    read.
-    """
-    logp = averaged.logp
-    return [logp, *(logp if t is None else t for t in (averaged.old_logp, averaged.adv))]
-
-
-def _prefix(masked: Masked, averaged: Averaged) -> tuple[Tensor, Tensor]:
-    runs, logp = masked.runs, averaged.logp
-    found, sums = torch.empty_like(logp), torch.empty_like(logp)
-    _launch(
-        along_kernels.prefix_kernel,
-        _all_sequences(runs),
-        logp.device,
-        logp,
-        logp if averaged.old_logp is None else averaged.old_logp,
-        masked.keep,
-        *_places(runs, masked.keep),
-        averaged.params,
-        found,
-        sums,
-        runs.length,
-        runs.rows,
-        runs.sequences,
-        RUNS=_way(runs).value,
-        HAS_OLD=averaged.old_logp is not None,
-        BLOCK=min(_SCANNED, _block_of(runs)),
-    )
-    return found, sums
-
-
-def _centred(masked: Masked, averaged: Averaged) -> tuple[Tensor, Tensor]:
-    rows, logp = masked.runs.rows, averaged.logp
-    blocks, drifts = -(-rows // _PART), _drifts(averaged)[:2]
-    parts = torch.empty((3, blocks), dtype=torch.float64, device=logp.device)
-    found, centre = torch.empty_like(logp), logp.new_empty(2)
-    kinds = {"HAS_OLD": averaged.old_logp is not None, "BLOCK": _PART}
-    _launch(
-        centred_kernels.moments_kernel,
-        blocks,
-        logp.device,
-        *drifts,
-        masked.keep,
-        parts,
-        rows,
-        **kinds,
-    )
-    _launch(
-        centred_kernels.centre_kernel,
-        blocks,
-        logp.device,
-        *drifts,
-        masked.keep,
-        parts,
-        averaged.params,
-        found,
-        centre,
-        rows,
-        blocks,
-        BY_DEVIATION=averaged.normalize,
-        **kinds,
-    )
-    return found, centre
-
-
-def _all_sequences(runs: Runs) -> int:
-    """Return the number of sequences. Packed rows of none are one more."""
-    return runs.sequences + (not runs.length)
-
-
-def _values(
-    masked: Masked, values: Tensor | float, into: Tensor | None
-) -> tuple[Tensor, float, Tensor]:
-    """Return values as a kernel receives them, a tensor and a number of which one is
-    read, and the memory of its result.
-    """
-    if into is None:
-        into = torch.empty(masked.runs.rows, dtype=torch.float32, device=masked.keep.device)
-    return (values, 0.0, into) if isinstance(values, Tensor) else (into, float(values), into)
-
-
-_STATISTICS = {
-    "sum": batch_kernels.SUM,
-    "mean": batch_kernels.MEAN,
-    "max": batch_kernels.LARGEST,
-    "min": batch_kernels.LEAST,
-}
-
-
-def total(
-    masked: Masked,
-    values: Tensor | float,
-    statistic: Statistic,
-    per_sequence: bool,
-    into: Tensor | None = None,
-) -> Tensor:
-    runs, kind = masked.runs, _STATISTICS[statistic].value
-    given, number, out = _values(masked, values, into)
-    if per_sequence:
-        _launch(
-            batch_kernels.sequence_total_kernel,
-            _all_sequences(runs),
-            out.device,
-            given,
-            masked.keep,
-            *_places(runs, masked.keep),
-            out,
-            number,
-            runs.length,
-            runs.rows,
-            runs.sequences,
-            RUNS=_way(runs).value,
-            STATISTIC=kind,
-            GIVEN=isinstance(values, Tensor),
-            BLOCK=_block_of(runs),
-        )
-        return out
-    blocks = -(-runs.rows // _PART)
-    parts = torch.empty((2, blocks), dtype=torch.float64, device=out.device)
-    _launch(
-        batch_kernels.parts_kernel,
-        blocks,
-        out.device,
-        given,
-        masked.keep,
-        parts,
-        number,
-        runs.rows,
-        STATISTIC=kind,
-        GIVEN=isinstance(values, Tensor),
-        BLOCK=_PART,
-    )
-    _launch(
-        batch_kernels.total_kernel,
-        blocks,
-        out.device,
-        parts,
-        out,
-        runs.rows,
-        blocks,
-        STATISTIC=kind,
-        BLOCK=_PART,
-    )
-    return out
-
-
-def quantile(
-    masked: Masked, ordered: Tensor, q: float, nearest: bool, into: Tensor | None = None
-) -> Tensor:
-    runs = masked.runs
-    out = torch.empty_like(ordered) if into is None else into
-    _launch(
-        batch_kernels.quantile_kernel,
-        -(-runs.rows // _PART),
-        out.device,
-        ordered,
-        masked.lengths,
-        out,
-        q,
-        runs.rows,
-        runs.sequences,
-        NEAREST=nearest,
-        BLOCK=_PART,
-    )
-    return out
-
-
-def along(
-    masked: Masked,
-    values: Tensor | float,
-    decay: float | Tensor,
-    reverse: bool,
-    into: Tensor | None = None,
-) -> Tensor:
-    runs, decays = masked.runs, isinstance(decay, Tensor) or decay != 1
-    given, number, out = _values(masked, values, into)
-    if not isinstance(decay, Tensor):
-        # in fp64, because its error grows with every power
-        decay = parameter_vector((decay,), torch.float64, out.device) if decays else out
-    _launch(
-        along_kernels.along_kernel,
-        _all_sequences(runs),
-        out.device,
-        given,
-        decay,
-        masked.keep,
-        *_places(runs, masked.keep),
-        out,
-        number,
-        runs.length,
-        runs.rows,
-        runs.sequences,
-        RUNS=_way(runs).value,
-        GIVEN=isinstance(values, Tensor),
-        DECAYS=decays,
-        REVERSE=reverse,
-        BLOCK=min(_SCANNED, _block_of(runs)),
+        BLOCK=block,
     )
     return out
 
@@ -601,7 +236,7 @@ def evaluate_rows(
     keep: Tensor | None = None,
     into: Tensor | None = None,
 ) -> Tensor:
-    n, given = row_weights.size(-1), "log_ratio" in leaves
+    n, given, block = row_weights.size(-1), "log_ratio" in leaves, row_config().evaluated
     out = (
         torch.empty((len(outputs), n), dtype=torch.float32, device=params.device)
         if into is None
@@ -612,9 +247,9 @@ def evaluate_rows(
     shared = row_weights.size(0) == 1 or row_weights.stride(0) == 0
     weights = row_weights[0].contiguous() if shared else row_weights.contiguous()
     stored = [leaves[name].contiguous() if name in leaves else weights for name in _ORDER]
-    _launch(
+    launch(
         kernels.evaluate_kernel,
-        -(-n // _EVALUATED),
+        -(-n // block),
         out.device,
         *stored,
         weights,
@@ -627,7 +262,7 @@ def evaluate_rows(
         GIVEN=given,
         HAS_KEEP=keep is not None,
         OUTPUTS=len(outputs),
-        BLOCK=_EVALUATED,
+        BLOCK=block,
     )
     return out
 
@@ -639,33 +274,33 @@ def metrics(
     leaves: dict[str, Tensor],
     names: tuple[str, ...],
 ) -> tuple[Tensor, Tensor]:
-    runs, trust, like = masked.runs, masked.trust, leaves["logp"]
+    runs, trust, like, sizes = masked.runs, masked.trust, leaves["logp"], row_config()
     n, sequences = runs.rows, runs.sequences
     parts = torch.empty(
         (metric_kernels.SUMS.value, sequences), dtype=torch.float32, device=like.device
     )
     names_in_order = (*_ORDER, "d_logp", "d_entropy", "factor", "table")
     stored = [leaves.get(name, like).contiguous() for name in names_in_order]
-    _launch(
+    launch(
         metric_kernels.sums_kernel,
         sequences,
         like.device,
         *stored,
         n,
         masked.keep,
-        *_places(runs, masked.keep),
+        *places(runs, masked.keep),
         params,
         parts,
         runs.length,
         n,
-        RUNS=_way(runs).value,
+        RUNS=way(runs).value,
         PROGRAM=monitor_function(monitor),
         GIVEN="log_ratio" in leaves,
-        BLOCK=min(_EVALUATED, _block_of(runs)),
+        BLOCK=min(sizes.evaluated, sizes.block(runs.length)),
     )
     sums = torch.empty((len(names), 2), dtype=torch.float32, device=like.device)
     values = torch.empty(len(names), dtype=torch.float32, device=like.device)
-    _launch(
+    launch(
         metric_kernels.metrics_kernel,
         1,
         like.device,
@@ -678,7 +313,7 @@ def metrics(
         len(names),
         HAS_TRUST=trust is not None,
         AT=tuple(names.index(name) if name in names else -1 for name in METRICS),
-        BLOCK=_EVALUATED,
+        BLOCK=sizes.evaluated,
     )
     return sums, values
 

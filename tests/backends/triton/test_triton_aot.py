@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 import triton
 
 from reweight_ops.triton_kernels.config import config_for
+from reweight_ops.triton_kernels.row_config import VARIANTS
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950")
 #: What a processor of an H200 needs: 4.3 TB/s, 0.8 us, 132 processors.
@@ -204,6 +205,15 @@ def test_kernels_on_rows_compile_without_spills(aot, target):
     assert_sound(compiled, {})
     # there may be a program for each of 2^28 sequences
     assert {k["kernel"] for k in compiled if k["narrow"]} == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_on_rows_compile_without_spills_in_every_table_of_sizes(aot, target):
+    """Also the tables that a benchmark can choose. The default one stands first."""
+    compiled = aot("row tables", target)
+    assert len(compiled) % len(VARIANTS) == 0 and next(iter(VARIANTS)) == "default"
+    assert_sound(compiled, {})
 
 
 @pytest.mark.slow

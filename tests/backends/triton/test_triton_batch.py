@@ -10,10 +10,11 @@ import torch
 from torch.autograd import forward_ad
 
 import reweight_ops as rw
-from reweight_ops._core.backends import select, triton_rows
+from reweight_ops._core.backends import select, triton_launch, triton_rows
 from reweight_ops._core.rows.batch import BatchStatistics
 from reweight_ops._core.rows.resolve import resolve_rows
 from reweight_ops.testing import make_batch
+from reweight_ops.triton_kernels import row_config
 
 pytest.importorskip("triton")
 TRITON = select.unsupported_reason(
@@ -52,16 +53,15 @@ def launched(monkeypatch):
     """
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
-    names, launch = [], triton_rows._launch
+    names, launch = [], triton_launch.launch
 
     def recorded(kernel, *args, **meta):
         names.append(kernel.fn.__name__)
         launch(kernel, *args, **meta)
 
-    monkeypatch.setattr(triton_rows, "_launch", recorded)
-    monkeypatch.setattr(triton_rows, "_block_of", lambda runs: 16)
-    monkeypatch.setattr(triton_rows, "_SCANNED", 8)
-    monkeypatch.setattr(triton_rows, "_PART", 16)
+    monkeypatch.setattr(triton_launch, "launch", recorded)
+    small = row_config.RowConfig(padded=16, packed=16, scanned=8, part=16)
+    monkeypatch.setattr(row_config, "_current", small)
     yield names
     torch.use_deterministic_algorithms(False)
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import reweight_ops as rw
-from reweight_ops._core.backends import select, triton_rows
+from reweight_ops._core.backends import select
 from reweight_ops._core.rows.resolve import resolve_rows
 from reweight_ops.testing import make_batch
+from reweight_ops.triton_kernels import row_config
 
 pytest.importorskip("triton")
 TRITON = select.unsupported_reason(
@@ -181,7 +182,7 @@ CLAMPS = {
 @pytest.mark.parametrize("clamp", CLAMPS)
 def test_sums_up_to_each_token(monkeypatch, clamp, place):
     """In blocks of four rows, on-policy too, and with log-probs that are not finite."""
-    monkeypatch.setattr(triton_rows, "_SCANNED", 4)
+    monkeypatch.setattr(row_config, "_current", row_config.RowConfig(scanned=4))
     ratio = rw.CumulativeRatio(clamp=CLAMPS[clamp])
     old, upstream = -torch.arange(N) / 8, torch.arange(1.0, N + 1)
     for masked, bad in itertools.product((False, True), (None, -math.inf, math.nan)):
@@ -252,7 +253,7 @@ def test_centred_drifts(monkeypatch, name, place, offset):
     """In blocks of two rows, of which some are ignored, and far from 0, where squares
     about 0 would cancel.
     """
-    monkeypatch.setattr(triton_rows, "_PART", 2)
+    monkeypatch.setattr(row_config, "_current", row_config.RowConfig(part=2))
     ratio = rw.CenteredRatio(**SCALES[name])
     mask, old, upstream = torch.ones(N), -torch.arange(N) / 8, torch.arange(1.0, N + 1)
     mask[[1, *range(4, 8)]] = 0
