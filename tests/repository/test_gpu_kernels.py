@@ -156,7 +156,7 @@ def test_tables_of_rows_alone(monkeypatch, tmp_path, capsys):
         "limit: launch",
         *(f"{name}: {job}" for name in ("default", *others) for job in jobs),
     }
-    assert len(jobs) == 16 and all(len(us) == 1 for us in tables["us"].values())
+    assert len(jobs) == 18 and all(len(us) == 1 for us in tables["us"].values())
     assert {key.partition(": ")[0] for key in search["us"]} == {"limit", "kernels", "PyTorch"}
     assert row_config.row_config() is row_config.VARIANTS["default"]
     assert "decayed sum along" in capsys.readouterr().out
@@ -195,7 +195,7 @@ def test_jobs_on_rows_can_be_captured(shape):
     for name, (_, job) in jobs.items():
         with Counted() as counted, NoHostCopies():
             job()
-        launches = 2 if name in ("metrics", "mean of the call") else 1
+        launches = 2 if name in ("metrics", "mean of the call", "ratio of the call") else 1
         assert counted.kernels.total() == launches and not counted.operations, name
 
 
