@@ -39,8 +39,8 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++")
 
 
-#: The status of kernels of a dtype that is left out. The choice between kernels asks them
-#: for clusters, and gets the number that the emulated device runs.
+#: The status of kernels of a dtype that is left out. The choice between kernels asks
+#: them for clusters, and gets the number that the emulated device runs.
 NOT_BUILT = -1
 LEFT_OUT = """
 #include "dispatch.h"
