@@ -95,3 +95,34 @@ def test_a_second_tensor_is_refused(op):
     consume(z, ids)
     with pytest.raises(rw.InvalidCall, match="consumed"):
         SECOND[op](z.detach())
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+def test_a_second_tensor_in_the_same_memory(plan, kind):
+    """The gradient of a row would overwrite another row of a teacher that is a shifted
+    view. It overwrites a teacher that is the same view where it has been read.
+    """
+
+    def gradient(teacher, consume_logits):
+        leaf = torch.randn(4, 7, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        z = leaf * 1
+        rw.distillation_loss(
+            z[:, :6],
+            teacher(z.detach()),
+            kind=kind,
+            plan=plan,
+            teacher_temperature=2.0,
+            consume_logits=consume_logits,
+        ).loss.backward()
+        return leaf.grad
+
+    def shifted(z):
+        return z[:, 1:]
+
+    with pytest.raises(rw.InvalidCall, match=r"would overwrite other_logits.*clone\(\)"):
+        gradient(shifted, True)
+    assert gradient(shifted, False).any()
+    assert torch.equal(gradient(lambda z: shifted(z).clone(), True), gradient(shifted, False))
+    same = gradient(lambda z: z[:, :6], True)
+    assert same.any() and torch.equal(same, gradient(lambda z: z[:, :6].clone(), False))

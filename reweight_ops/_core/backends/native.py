@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -82,7 +82,8 @@ class Native:
         self.program_unsupported_reason = lru_cache(maxsize=256)(
             self._programs.program_unsupported_reason
         )
-        self.compiled = lru_cache(maxsize=256)(self._compile)
+        # none is dropped: a captured CUDA graph reads the table's memory at each replay
+        self.compiled = cache(self._compile)
 
     def _compile(self, program: Program, device: torch.device) -> Compiled:
         reason = self.program_unsupported_reason(program)
@@ -122,6 +123,13 @@ class Native:
         first, size = rows.data_ptr(), 4 * n
         return rows, [first + k * size for k in range(len(names))]
 
+    def _temperature(self, temperature: Tensor, n: int, like: Tensor) -> tuple[int, bool]:
+        """Return the address of the temperatures, and whether each row has its own."""
+        per_row = temperature.numel() != 1
+        # never a copy: its memory would have other contents before a kernel reads it
+        flat = temperature.view(-1) if temperature.is_contiguous() else temperature
+        return self.address("temperature", flat, (n,) if per_row else (1,), like), per_row
+
     def _check_layout(self, name: str, t: Tensor) -> None:
         if (
             t.dim() not in (2, 3)
@@ -147,7 +155,6 @@ class Native:
         n, columns = logits.numel() // max(logits.size(-1), 1), logits.size(-1)
         if not 0 < softmax.vocab_size <= columns:
             raise InvalidCall(f"vocab_size is {softmax.vocab_size}, logits have {columns} columns.")
-        per_row = temperature.numel() != 1
         return self.module.Call(
             DTYPES[logits.dtype],
             logits.data_ptr(),
@@ -157,8 +164,7 @@ class Native:
             (softmax.vocab_size, softmax.vocab_start, softmax.total()),
             softmax.softcap,
             self.address("ids", ids, (n,), logits, torch.int64),
-            self.address("temperature", temperature.reshape(-1), (n,) if per_row else (1,), logits),
-            per_row,
+            *self._temperature(temperature, n, logits),
             **self._place(logits.device),
         )
 
@@ -172,7 +178,7 @@ class Native:
                 f"values are {values.dtype} on {values.device}, expected fp32, bf16 or fp16 on "
                 f"{self.device_type}."
             )
-        n, entries, per_row = ids.numel(), max(values.numel(), 1), temperature.numel() != 1
+        n, entries = ids.numel(), max(values.numel(), 1)
         if entries > _MAX_COLUMNS:
             raise InvalidCall(
                 f"{entries} ids are kept in total, at most {_MAX_COLUMNS} are supported: make "
@@ -187,8 +193,7 @@ class Native:
             (entries, 0, entries),
             rows.softcap,
             self.address("ids", ids, (n,), values, torch.int64),
-            self.address("temperature", temperature.reshape(-1), (n,) if per_row else (1,), values),
-            per_row,
+            *self._temperature(temperature, n, values),
             bounds=self.address("bounds", rows.bounds, (2, n), values, torch.int64),
             **self._place(values.device),
         )
@@ -355,7 +360,8 @@ class Native:
         if spans is None or grad.dtype not in DTYPES:
             scale_in_torch(grad, factor)
             return
-        where = self.address("factor", factor.detach().float(), (), grad)
+        factor = factor.detach().float()  # a copy must outlive the launch
+        where = self.address("factor", factor, (), grad)
         self.check(
             self.module.scale(
                 DTYPES[grad.dtype], grad.data_ptr(), *spans, where, **self._place(grad.device)

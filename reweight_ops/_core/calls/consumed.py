@@ -99,6 +99,20 @@ def is_consumed(logits: Tensor) -> bool:
     return any(_region(logits).overlaps(region) for region in regions)
 
 
+def is_overwritten(other: Tensor, logits: Tensor) -> bool:
+    """Return whether a gradient in place of ``logits`` is written over elements of
+    ``other`` that are still to be read.
+
+    Where both are the same view, every element is read before it is written.
+    """
+    if torch.compiler.is_compiling() or not all(map(torch._C._has_storage, (logits, other))):
+        return False
+    a, b = _region(logits), _region(other)
+    same_view = a.offset == b.offset and a.strides == b.strides and a.shape[-1] == b.shape[-1]
+    in_memory = logits.untyped_storage() is other.untyped_storage()
+    return in_memory and not same_view and a.overlaps(b)
+
+
 def forget(logits: Tensor) -> None:
     """Forget the marks of a storage that has new contents.
 

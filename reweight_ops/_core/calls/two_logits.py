@@ -135,6 +135,11 @@ def resolve_two_logits(
     check_other_logits(
         logits, other, tuple(shape), options.vocab_size, fail, call.shard is not None
     )
+    if call.consume and consumed.is_overwritten(other, call.original):
+        raise fail(
+            "consume_logits=True would overwrite other_logits, which overlap the logits and are "
+            "not the same view of them: pass other_logits.clone()."
+        )
     softmax = SoftmaxParams(call.softmax.vocab_size, resolve_softcap(other_softcap))
     temperature = (
         call.temperature

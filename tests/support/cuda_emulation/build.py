@@ -39,16 +39,18 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++")
 
 
-#: The status of kernels of a dtype that is left out.
+#: The status of kernels of a dtype that is left out. The choice between kernels asks
+#: them for clusters, and gets the number that the emulated device runs.
 NOT_BUILT = -1
 LEFT_OUT = """
 #include "dispatch.h"
 #include "divergence.h"
+#include "platform.h"
 #include "scale.h"
 namespace reweight_ops {{
 const StreamingKernels streaming_{0} = {{[](const StatsCall&) {{ return {1}; }}, [](const TopStatsCall&) {{ return {1}; }}, [](const GradCall&) {{ return {1}; }}, [](const LossGradCall&) {{ return {1}; }}}};
-const RingKernels ring_{0} = {{[](const LossGradCall&, int, int& count) {{ return count = 1, 0; }}, [](const LossGradCall&, int, int64_t) {{ return {1}; }}}};
-const DivergenceKernels divergence_{0} = {{[](const DivergenceCall&) {{ return {1}; }}, [](const DivergenceCall&, int& count) {{ return count = 1, 0; }}, [](const DivergenceCall&) {{ return {1}; }}}};
+const RingKernels ring_{0} = {{[](const LossGradCall&, int, int& count) {{ return count = emulation::clusters(), 0; }}, [](const LossGradCall&, int, int64_t) {{ return {1}; }}}};
+const DivergenceKernels divergence_{0} = {{[](const DivergenceCall&) {{ return {1}; }}, [](const DivergenceCall&, int& count) {{ return count = emulation::clusters(), 0; }}, [](const DivergenceCall&) {{ return {1}; }}}};
 const ScaleLaunch scale_{0} = [](const ScaleCall&) {{ return {1}; }};
 }}
 """
