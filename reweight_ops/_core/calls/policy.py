@@ -369,12 +369,10 @@ class LossCall:
             if statistics is not None
             else Leaves(safe_where(self.rows.keep, self.stored()))
         )
+        xp, bound = TorchNamespace(self.rows.dtype), self.bound(weight, statistics)
         with torch.no_grad():
-            u = self.bound(weight, statistics).weight(
-                TorchNamespace(self.rows.dtype), leaves, BatchStatistics(self.rows)
-            )
-        # a formula may return a number
-        return torch.as_tensor(u, dtype=self.rows.dtype, device=self.rows.device).detach()
+            found = bound.weight(xp, leaves, BatchStatistics(self.rows))
+        return xp.lifted(found, self.rows.device).detach()
 
     def stored(self) -> dict[str, Tensor]:
         """Return the leaves that the call was given."""

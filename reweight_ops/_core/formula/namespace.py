@@ -106,7 +106,10 @@ class TorchNamespace:
             return _Exponential.apply(x, shift)  # type: ignore[no-untyped-call]
         return torch.expm1(x) if shift else torch.exp(x)
 
-    def _lift(self, value: Any, device: torch.device) -> Tensor:
+    def lifted(self, value: Any, device: torch.device) -> Tensor:
+        """Return a number as a 0-d tensor, which the device fills, and a tensor as it
+        is.
+        """
         # Without the dtype, a literal such as 1.05 would be rounded to fp32 inside an
         # fp64 reference.
         return (
@@ -117,7 +120,7 @@ class TorchNamespace:
 
     def _pair(self, a: Any, b: Any) -> tuple[Tensor, Tensor]:
         device = (a if isinstance(a, Tensor) else b).device
-        return self._lift(a, device), self._lift(b, device)
+        return self.lifted(a, device), self.lifted(b, device)
 
     def minimum(self, a: Any, b: Any) -> Any:
         if not isinstance(a, Tensor) and not isinstance(b, Tensor):
@@ -134,14 +137,14 @@ class TorchNamespace:
         if not isinstance(x, Tensor):
             return min(max(x, low), high)
         if isinstance(low, Tensor) or isinstance(high, Tensor):
-            low, high = self._lift(low, x.device), self._lift(high, x.device)
+            low, high = self.lifted(low, x.device), self.lifted(high, x.device)
         return torch.clamp(x, low, high)
 
     def where(self, condition: Any, a: Any, b: Any) -> Any:
         if isinstance(condition, bool):  # the hyper-parameters are numbers
             return a if condition else b
         return torch.where(
-            condition, self._lift(a, condition.device), self._lift(b, condition.device)
+            condition, self.lifted(a, condition.device), self.lifted(b, condition.device)
         )
 
     def stop_gradient(self, x: Any) -> Any:

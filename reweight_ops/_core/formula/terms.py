@@ -66,7 +66,7 @@ def combine_terms(
     if terms.weights:
         inside = Leaves(safe_where(keep, leaves))
         for w in terms.weights:
-            u = torch.as_tensor(w.weight(xp, inside, batch), dtype=xp.dtype, device=keep.device)
+            u = xp.lifted(w.weight(xp, inside, batch), keep.device)
             u = u.detach() if w.detach else u
             so_far = scoped[w.scope]
             scoped[w.scope] = u if so_far is None else so_far * u
