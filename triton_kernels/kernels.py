@@ -6,10 +6,10 @@ sweeps.
 Every kernel takes the strides of the rows (``per_batch, batch_stride, row_stride``),
 the ``V`` columns of the softmax, the shard (``vocab_start``) and the size of the whole
 vocabulary (``vocab_total``). None of these, nor ``N``, nor an address, causes a
-recompilation. ``ALIGN`` is the alignment of all rows in bytes, by class: 16, 4, or the
-element's size. ``PEEL`` says that it is not 16: whole vectors of the gradient begin at
-the first multiple of 16 bytes of each row, and ``GRAD_ALIGN`` is the alignment of the
-logits there.
+recompilation. ``ALIGN`` is the alignment of all rows of logits in bytes, by class: 16,
+4, or the element's size. ``PEEL`` says that not all rows of the gradient begin at a
+multiple of 16 bytes. Its whole vectors begin at the first one of each row, where
+``GRAD_ALIGN`` is the alignment of the logits.
 """
 
 import inspect
@@ -18,21 +18,17 @@ import triton
 import triton.language as tl
 
 from . import math
+from .gradient import gradient_sweep, load_last_tiles, own_column, peeled, zero_sweep
 from .sweep import (
     LN2,
     base2_scale,
     capped,
     first_tiles,
-    gradient_sweep,
-    load_last_tiles,
     merged_row,
-    own_column,
-    peeled,
     row_offset,
     segment_slots,
     store_slots,
     swept_row,
-    zero_sweep,
 )
 
 OUT_OF_LOSS = tl.constexpr(-100)
@@ -347,7 +343,7 @@ def _gradient_row(
     ENTROPY: tl.constexpr,
     P_SQ: tl.constexpr,
 ):
-    """``(A, B, C, at_target)`` of :func:`.sweep.gradient_tile`, divided by T.
+    """``(A, B, C, at_target)`` of :func:`.gradient.gradient_tile`, divided by T.
 
     The gradient is ``p·(d_lse - d_logp - d_entropy·(log p + H) + 2·d_p_sq·(p/Σp² -
     1))``, plus ``d_logp`` in the target's column. There ``1 - p`` comes from ``logp``:
@@ -427,7 +423,7 @@ def loss_grad_kernel(
     row, start, stop = _columns(width, SPLIT, CHUNK)
     y, keep, bad, inside = _target(IDS, row, vocab_start, vocab_total, V)
     X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
-    OUT = tl.multiple_of(OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride), ALIGN)
+    OUT += row_offset(row, per_batch, out_batch_stride, out_row_stride)
     G, OUT, head, stop, columns = peeled(X, OUT, start, stop, V, width, PEEL)
     zero = tl.full((), 0.0, tl.float32)
     logp, entropy, weighted, loss, d_logp, d_entropy = zero, zero, zero, zero, zero, zero
@@ -578,7 +574,7 @@ def gradient_kernel(
     row, start, stop = _columns(width, SPLIT, CHUNK)
     y, keep, bad, inside = _target(IDS, row, vocab_start, vocab_total, V)
     X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
-    OUT = tl.multiple_of(OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride), ALIGN)
+    OUT += row_offset(row, per_batch, out_batch_stride, out_row_stride)
     G, OUT, head, stop, V = peeled(X, OUT, start, stop, V, width, PEEL)
     column = tl.where(inside, y, -1).to(tl.int32) - head
     zero = tl.full((), 0.0, tl.float32)

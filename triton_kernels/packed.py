@@ -7,16 +7,9 @@ written.
 
 import triton.language as tl
 
+from .gradient import gradient_sweep, load_last_tiles, peeled, zero_sweep
 from .kernels import OUT_OF_LOSS, _finish, _gradient_row, _reference_point, _target_logit, kernel
-from .sweep import (
-    base2_scale,
-    capped,
-    gradient_sweep,
-    load_last_tiles,
-    peeled,
-    swept_row,
-    zero_sweep,
-)
+from .sweep import base2_scale, capped, swept_row
 
 
 @kernel
@@ -114,8 +107,7 @@ def packed_gradient_kernel(
         begin = tl.load(BOUNDS + row)
         V = (tl.load(BOUNDS + N + row) - begin).to(tl.int32)
         X = tl.multiple_of(X + begin, ALIGN)
-        OUT = tl.multiple_of(OUT + begin, ALIGN)
-        G, OUT, head, stop, width = peeled(X, OUT, 0, V, V, V, True)
+        G, OUT, head, stop, width = peeled(X, OUT + begin, 0, V, V, V, True)
         zero = tl.full((), 0.0, tl.float32)
         d_logp = tl.load(D_LOGP + row) if GIVEN[0] else zero
         d_entropy = tl.load(D_H + row) if GIVEN[1] else zero

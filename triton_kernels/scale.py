@@ -6,7 +6,8 @@ It does nothing if the factor is exactly 1, and otherwise reads and writes once.
 import triton.language as tl
 
 from .kernels import kernel
-from .sweep import round_to, row_offset
+from .sweep import row_offset
+from .words import round_to
 
 
 @kernel

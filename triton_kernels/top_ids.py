@@ -12,15 +12,7 @@ import triton
 import triton.language as tl
 
 from .kernels import OUT_OF_LOSS, _finish, _target, _target_logit, kernel
-from .sweep import (
-    _tile,
-    base2_scale,
-    capped,
-    merge_slots,
-    no_slots,
-    row_of_slots,
-    row_offset,
-)
+from .sweep import _tile, base2_scale, capped, merge_slots, no_slots, row_of_slots, row_offset
 from .words import load_elements, load_tile, numbers, tile_numbers
 
 #: Below every key.

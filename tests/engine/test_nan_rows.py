@@ -16,6 +16,7 @@ from reweight_ops._core.backends.base import Request
 from reweight_ops._core.backends.select import load, unsupported_reason
 from reweight_ops._core.calls.specs import METHODS
 from reweight_ops._core.formula.trace import trace_weight
+from reweight_ops._core.spec.facts import inner_formulas
 from reweight_ops.rules.penalties import K3
 from reweight_ops.testing import make_batch
 from reweight_ops.weights.entropy import DualLevelDownSampling, TopEntropy
@@ -50,9 +51,7 @@ def test_every_method(name, backend, plan, bad_logit):  # docs/semantics.md: S26
     rows_couple = (
         spec.ratio.level == "batch"
         or any(r.coupled for r in spec.reductions)
-        or any(
-            trace_weight(type(w)).uses_batch for w in (*spec.all_weights, *spec._inner_formulas())
-        )
+        or any(trace_weight(type(w)).uses_batch for w in (*spec.all_weights, *inner_formulas(spec)))
     )
     if backend == "triton" and (
         name not in ("grpo", "advantage_reweighting") or plan == "two_pass"

@@ -27,7 +27,7 @@ class _Call:
         self.config = divergence_config(two.softmax.vocab_size, x.element_size(), y.element_size())
         self.segments = -(-two.softmax.vocab_size // self.config.segment)
         self.split = triton_launch.is_split(self.rows, self.segments, x.device)
-        others, tensors = rows_of(y), (x, y) if out is None else (x, y, out)
+        others, align = rows_of(y), min(triton_launch.alignment(t) for t in (x, y))
         self.where = *rows_of(x), others.batch_stride, others.row_stride
         self.strides = int(two.temperature.numel() > 1), int(two.other_temperature.numel() > 1)
         self.caps = [
@@ -41,13 +41,14 @@ class _Call:
             "E": self.config.vector,
             "P_CAP": two.softmax.softcap != float("inf"),
             "Q_CAP": two.other_softmax.softcap != float("inf"),
-            "ALIGN": min(triton_launch.alignment(t) for t in tensors),
+            "ALIGN": align,
             "shape": self.config.stats,
             "wave": wave,
         }
-
+        self.peel = triton_launch.alignment(self.out) < 16
         alike = x.dtype == y.dtype and all(triton_launch.begin_alike(t, self.out) for t in (x, y))
-        self.grad_align = 16 if alike else self.meta["ALIGN"]
+        whole = alike or (align == 16 and not self.peel)
+        self.grad_align = 16 if whole else min(x.element_size(), y.element_size())
 
     def partial(self) -> Tensor:
         """The slots of every segment."""
@@ -111,7 +112,7 @@ class _Call:
             LOGS=logs,
             SPLIT=self.split,
             GRAD_ALIGN=self.grad_align if grad else 16,
-            PEEL=grad and self.meta["ALIGN"] < 16,
+            PEEL=grad and self.peel,
             EMULATE=triton_launch.interpreted() and two.logits.dtype == torch.bfloat16,
             **self.meta,
         )

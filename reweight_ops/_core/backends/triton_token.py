@@ -35,9 +35,11 @@ class _Call:
             "VECTORS": self.config.vectors,
             "E": self.config.vector,
         }
-        self.align = triton_launch.alignment(logits, *([] if out is None else [out]))
-        alike = out is not None and triton_launch.begin_alike(logits, out)
-        self.grad_align = 16 if alike else self.align
+        self.align = triton_launch.alignment(logits)
+        if out is not None:
+            self.peel = triton_launch.alignment(out) < 16
+            alike = triton_launch.begin_alike(logits, out)
+            self.grad_align = 16 if alike else logits.element_size()
         self.t_stride = 0 if temperature.numel() == 1 else 1
         self.emulate = triton_launch.interpreted() and logits.dtype == torch.bfloat16
         self.device = (
@@ -228,7 +230,7 @@ def token_grad(
         **call.tile | {"SLOTS": call.config.grad.threads, "VECTORS": call.config.grad_vectors},
         ALIGN=call.align,
         GRAD_ALIGN=call.grad_align,
-        PEEL=call.align < 16,
+        PEEL=call.peel,
         EMULATE=call.emulate,
         shape=call.config.grad if call.grad_align == 16 else call.config.grad.shifting(),
         wave=call.wave,
@@ -292,7 +294,7 @@ def token_loss_grad(
         ALIGN=call.align,
         AHEAD=call.shape(call.config.one_pass).ahead,
         GRAD_ALIGN=call.grad_align,
-        PEEL=call.align < 16,
+        PEEL=call.peel,
         EMULATE=call.emulate,
         shape=call.config.one_pass.alone() if call.split else call.shape(call.config.one_pass),
         wave=call.wave,

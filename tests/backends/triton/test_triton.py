@@ -593,15 +593,17 @@ def test_vectors_are_loaded_whole_only_where_gradient_and_logits_begin_alike():
 
     def alignments(z, out):
         call = backend._Call(z, torch.ones(1), SoftmaxParams(z.size(-1)), out)
-        return call.align, call.grad_align
+        return call.align, call.peel, call.grad_align
 
-    assert alignments(odd, odd) == (2, 16)
-    assert alignments(odd, base[1024:2026].view(2, 501)) == (2, 16)
-    assert alignments(odd, base[1025:2027].view(2, 501)) == (2, 2)
-    assert alignments(odd, base[1024:2048].view(2, 512)[:, :501]) == (2, 2)
-    assert alignments(base[2:2050].view(2, 1024), base[4096:6144].view(2, 1024)) == (4, 4)
-    assert alignments(base[:1024].view(2, 512), base[1024:2048].view(2, 512)) == (16, 16)
+    assert alignments(odd, odd) == (2, True, 16)
+    assert alignments(odd, base[1024:2026].view(2, 501)) == (2, True, 16)
+    assert alignments(odd, base[1025:2027].view(2, 501)) == (2, True, 2)
+    assert alignments(odd, base[1024:2048].view(2, 512)[:, :501]) == (2, False, 2)
+    assert alignments(base[1024:2048].view(2, 512)[:, :501], odd) == (16, True, 2)
+    assert alignments(base[2:2050].view(2, 1024), base[4096:6144].view(2, 1024)) == (4, False, 2)
+    even = base[:1024].view(2, 512)
+    assert alignments(even, base[1024:2048].view(2, 512)) == (16, False, 16)
     wide = base.view(2, 2, 2048)
-    assert alignments(wide[..., 1:502], wide[..., 9:510]) == (2, 16)
+    assert alignments(wide[..., 1:502], wide[..., 9:510]) == (2, True, 16)
     shorter = base[:4040].view(2, 2, 1010)
-    assert alignments(wide[..., :502], shorter[..., :502]) == (4, 4)
+    assert alignments(wide[..., :502], shorter[..., :502]) == (16, True, 2)
