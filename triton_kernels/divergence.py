@@ -601,7 +601,8 @@ def divergence_kernel(
     if GRAD:
         B = DERIVATIVES + row
         d_forward, d_reverse, d_entropy = tl.load(B), tl.load(B + N), tl.load(B + 2 * N)
-        OUT += row_offset(row, per_batch, out_batch_stride, out_row_stride)
+        OUT = OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride)
+        OUT = tl.multiple_of(OUT, 1 if PEEL else 16)
         G, OUT, head, stop, columns = peeled(X, OUT, start, stop, V, width, PEEL)
         has_gradient = keep & ((d_forward != 0.0) | (d_reverse != 0.0) | (d_entropy != 0.0))
         if has_gradient:

@@ -40,7 +40,7 @@ def peeled(X, OUT, start, stop, V, width, PEEL: tl.constexpr):
     Whole vectors of the gradient begin there, wherever the logits do. The first program
     of a row also writes the ``head`` columns before it, which are counted below 0.
     Programs divide the others, from ``start`` to ``stop``. Without PEEL, rows of the
-    gradient begin at a multiple.
+    gradient begin at a multiple, and the caller says so of OUT.
     """
     if PEEL:
         size: tl.constexpr = OUT.dtype.element_ty.primitive_bitwidth // 8
@@ -48,7 +48,7 @@ def peeled(X, OUT, start, stop, V, width, PEEL: tl.constexpr):
         OUT = tl.multiple_of(OUT + head, 16)
         return X + head, OUT, head, tl.minimum(stop, width - head), V - head
     else:
-        return X, tl.multiple_of(OUT, 16), 0, stop, V
+        return X, OUT, 0, stop, V
 
 
 @triton.jit

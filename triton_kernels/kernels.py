@@ -423,7 +423,8 @@ def loss_grad_kernel(
     row, start, stop = _columns(width, SPLIT, CHUNK)
     y, keep, bad, inside = _target(IDS, row, vocab_start, vocab_total, V)
     X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
-    OUT += row_offset(row, per_batch, out_batch_stride, out_row_stride)
+    OUT = OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride)
+    OUT = tl.multiple_of(OUT, 1 if PEEL else 16)
     G, OUT, head, stop, columns = peeled(X, OUT, start, stop, V, width, PEEL)
     zero = tl.full((), 0.0, tl.float32)
     logp, entropy, weighted, loss, d_logp, d_entropy = zero, zero, zero, zero, zero, zero
@@ -574,7 +575,8 @@ def gradient_kernel(
     row, start, stop = _columns(width, SPLIT, CHUNK)
     y, keep, bad, inside = _target(IDS, row, vocab_start, vocab_total, V)
     X = tl.multiple_of(X + row_offset(row, per_batch, batch_stride, row_stride), ALIGN)
-    OUT += row_offset(row, per_batch, out_batch_stride, out_row_stride)
+    OUT = OUT + row_offset(row, per_batch, out_batch_stride, out_row_stride)
+    OUT = tl.multiple_of(OUT, 1 if PEEL else 16)
     G, OUT, head, stop, V = peeled(X, OUT, start, stop, V, width, PEEL)
     column = tl.where(inside, y, -1).to(tl.int32) - head
     zero = tl.full((), 0.0, tl.float32)
