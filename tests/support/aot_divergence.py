@@ -73,5 +73,7 @@ if __name__ == "__main__":
         print(json.dumps(count()))
     elif task == "compile":
         print(json.dumps([k for t in targets for k in compile_all(t, [(BF16, BF16), (BF16, F32)])]))
+    elif task == "unaligned":
+        print(json.dumps([k for t in targets for k in compile_all(t, [(BF16, BF16)], vocab=50257)]))
     else:
         print(json.dumps([k for t in targets for k in compile_all(t, [(F16, F16)], softcap=30.0)]))

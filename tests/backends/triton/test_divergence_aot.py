@@ -41,6 +41,16 @@ def test_compiles_without_spills_and_streams_16_bytes_at_a_time(aot, target):
     assert sum(k["wide_stores"] > 0 for k in compiled) >= 2
 
 
+@pytest.mark.parametrize(
+    "target", [pytest.param(t, marks=pytest.mark.slow) for t in ("sm_80", "gfx942")] + ["sm_90"]
+)
+def test_rows_at_any_address_are_stored_16_bytes_at_a_time(aot, target):
+    stats, grad, both = aot("unaligned", target)
+    assert all(kernel["spilled"] == 0 for kernel in (stats, grad, both))
+    assert grad["wide_stores"] >= 4 and both["wide_stores"] >= 4
+    assert stats["wide_loads"] >= 16 and both["wide_loads"] >= 16
+
+
 @pytest.mark.slow
 def test_soft_caps_compile_without_spills(aot):
     assert all(kernel["spilled"] == 0 for kernel in aot("variants", "sm_90"))
