@@ -126,3 +126,31 @@ def test_a_second_tensor_in_the_same_memory(plan, kind):
     assert torch.equal(gradient(lambda z: shifted(z).clone(), True), gradient(shifted, False))
     same = gradient(lambda z: z[:, :6], True)
     assert same.any() and torch.equal(same, gradient(lambda z: z[:, :6].clone(), False))
+
+
+def test_a_batch_of_one_has_any_stride():
+    """A model that puts time first has logits ``[T, 1, V]``. Their transpose has a
+    batch of one, of the stride of a token.
+    """
+
+    def consumed(teacher):
+        leaf = torch.randn(3, 1, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        z = (leaf * 1).transpose(0, 1)
+        assert z.stride(0) == z.stride(1)
+        out = rw.distillation_loss(
+            z[..., :4], teacher(z.detach()), teacher_temperature=2.0, consume_logits=True
+        )
+        out.loss.backward()
+        rw.token_logps(z.detach()[..., 4:], torch.zeros(1, 3).long())  # holds no gradient
+        return leaf.grad
+
+    def same(z):
+        return z.as_strided((1, 3, 4), (24, 8, 1))
+
+    def other_half(z):
+        return z[..., 4:]
+
+    for teacher in (same, other_half):
+        grad = consumed(teacher)
+        assert grad[..., :4].any()
+        assert torch.equal(grad, consumed(lambda z, teacher=teacher: teacher(z).clone()))

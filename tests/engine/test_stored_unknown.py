@@ -136,3 +136,23 @@ def test_a_nan_advantage_beside_a_ratio_of_all_rows():
     assert nan_rows(spec, batch) == {
         tuple(row) for row in batch["completion_mask"].nonzero().tolist()
     }
+
+
+@pytest.mark.parametrize("reduction", [*CONTRASTS, rw.HingeConstraint(bound=-3.0)], ids=repr)
+def test_a_row_beside_a_ratio_of_some_under_a_coupled_reduction(reduction):
+    """The ratio does not average it, so its derivative by the ratio is known, and
+    reaches no other row as NaN.
+    """
+    ratio = rw.BatchMeanRatio(negative_only=True)
+    spec = rw.methods.gspo().replace(ratio=ratio, reduction=reduction)
+    spec = spec.with_penalty(rw.Penalty(rw.rules.penalties.K3(), 0.1, rw.TokenMean()))
+    batch = broken(spec)
+    assert batch["advantages"][NAN_ROW] > 0
+    assert nan_rows(spec, batch) == {NAN_ROW}
+
+
+def test_an_advantage_beside_a_ratio_of_some_under_a_coupled_reduction():
+    """The rule of REAL does not read it, and its reduction drops the whole sequence."""
+    spec = rw.methods.real().replace(ratio=rw.BatchMeanRatio(negative_only=True))
+    batch = broken(spec, "advantages")
+    assert not any(s != NAN_ROW[0] for s, _ in nan_rows(spec, batch))

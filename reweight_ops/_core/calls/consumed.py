@@ -61,12 +61,27 @@ class _Region(NamedTuple):
             or other.offset >= self.end()
         ):
             return False
-        if self.strides != other.strides or self.wraps() or other.wraps():
+        a, b = _beside(self, other)
+        if a.strides != b.strides or a.wraps() or b.wraps():
             return True
         return all(
-            a0 <= b1 and b0 <= a1
-            for (a0, a1), (b0, b1) in zip(self.box(), other.box(), strict=True)
+            a0 <= b1 and b0 <= a1 for (a0, a1), (b0, b1) in zip(a.box(), b.box(), strict=True)
         )
+
+
+def _beside(a: _Region, b: _Region) -> tuple[_Region, _Region]:
+    """Return the regions with strides that can be compared.
+
+    The stride of a dimension of one index addresses nothing, and PyTorch may give any.
+    It becomes that of the other region, or 0 where both have one index.
+    """
+    if len(a.shape) != len(b.shape):
+        return a, b
+    dimensions = list(zip(a.shape, b.shape, a.strides, b.strides, strict=True))
+    return (
+        a._replace(strides=tuple(s if m > 1 else t * (n > 1) for m, n, s, t in dimensions)),
+        b._replace(strides=tuple(t if n > 1 else s * (m > 1) for m, n, s, t in dimensions)),
+    )
 
 
 def _region(logits: Tensor) -> _Region:
@@ -107,7 +122,7 @@ def is_overwritten(other: Tensor, logits: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or not all(map(torch._C._has_storage, (logits, other))):
         return False
-    a, b = _region(logits), _region(other)
+    a, b = _beside(_region(logits), _region(other))
     same_view = a.offset == b.offset and a.strides == b.strides and a.shape[-1] == b.shape[-1]
     in_memory = logits.untyped_storage() is other.untyped_storage()
     return in_memory and not same_view and a.overlaps(b)

@@ -21,11 +21,14 @@ from ..formula.loss_program import Program
 class AtThisPoint(NamedTuple):
     """``weights`` is the table of row weights with which a sum over rows has the loss's
     derivatives. ``weighted_loss`` and ``loss`` ``[N]`` are those of the loss itself.
+    The derivative of an ``unknown`` row by its own log-prob is NaN. What flows through
+    a ratio to other rows is as the formula has it.
     """
 
     weights: Tensor
     weighted_loss: Tensor
     loss: Tensor
+    unknown: Tensor
 
 
 def at_this_point(
@@ -37,6 +40,7 @@ def at_this_point(
     evaluate: Callable[..., Tensor],
 ) -> AtThisPoint:
     """Evaluate a loss with coupled reductions, from the table of its row weights."""
+    pointwise = call.spec.ratio.one_pass_unsupported_reason is None
     spec, count = call.spec, len(call.spec.rules)
     coefficients: tuple[Any, ...] = (1.0, *(p.coef for p in spec.penalties))
     outputs = ("loss", *[f"own{k}" for k in range(count)])
@@ -54,10 +58,17 @@ def at_this_point(
             contributions = call.contributions(reduction)(x)
             (slope,) = torch.autograd.grad(contributions.sum(), x)
         total = total + coefficient * contributions.detach()
+        if not pointwise:
+            # Where the formula makes a NaN of a known log-prob, so are its derivatives,
+            # although the slope may be 0.
+            unfit = own[k].isnan() & ~leaves["logp"].isnan()
+            slope = torch.where(unfit, math.nan, slope)
         slopes[k] = weights[k] * slope
     unknown = unknown | total.isnan()
+    table = torch.stack(slopes)
     return AtThisPoint(
-        torch.where(unknown, math.nan, torch.stack(slopes)),
+        torch.where(unknown, math.nan, table) if pointwise else table,
         torch.where(unknown, math.nan, total),
         loss,
+        unknown,
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -164,6 +165,8 @@ def evaluate_stored(
     if coupled is not None:
         table[0].copy_(coupled.weighted_loss)
         table[1].copy_(coupled.loss)
+        if not pointwise:
+            table[2].masked_fill_(coupled.unknown & call.rows.keep, math.nan)
     moves = _moving(program, not pointwise)
     if averaged is not None:
         assert primitives is not None and primitives.adjoint is not None and masked is not None
