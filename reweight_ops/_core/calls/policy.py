@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..backends.base import RowInputs
 from ..formula.leaves import Leaves, safe_where
-from ..formula.namespace import TorchNamespace
+from ..formula.namespace import TorchNamespace, lifted
 from ..formula.stages import formulas_of, values_of
 from ..formula.terms import Term, TermResult, Terms, combine_terms
 from ..formula.trace import trace_rule
@@ -372,7 +372,7 @@ class LossCall:
         xp, bound = TorchNamespace(self.rows.dtype), self.bound(weight, statistics)
         with torch.no_grad():
             found = bound.weight(xp, leaves, BatchStatistics(self.rows))
-        return xp.lifted(found, self.rows.device).detach()
+        return lifted(found, xp.dtype, self.rows.device).detach()
 
     def stored(self) -> dict[str, Tensor]:
         """Return the leaves that the call was given."""

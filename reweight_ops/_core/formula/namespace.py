@@ -75,6 +75,15 @@ class _StraightThrough(torch.autograd.Function):
         return upstream, None
 
 
+def lifted(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a number as a 0-d tensor, which the device fills, and a tensor as it is.
+
+    Without the dtype, a literal such as 1.05 would be rounded to fp32 inside an fp64
+    reference.
+    """
+    return value if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
+
+
 class TorchNamespace:
     """The reference implementation of ``xp`` in one floating dtype; autograd
     differentiates it.
@@ -106,21 +115,9 @@ class TorchNamespace:
             return _Exponential.apply(x, shift)  # type: ignore[no-untyped-call]
         return torch.expm1(x) if shift else torch.exp(x)
 
-    def lifted(self, value: Any, device: torch.device) -> Tensor:
-        """Return a number as a 0-d tensor, which the device fills, and a tensor as it
-        is.
-        """
-        # Without the dtype, a literal such as 1.05 would be rounded to fp32 inside an
-        # fp64 reference.
-        return (
-            value
-            if isinstance(value, Tensor)
-            else torch.full((), value, dtype=self.dtype, device=device)
-        )
-
     def _pair(self, a: Any, b: Any) -> tuple[Tensor, Tensor]:
         device = (a if isinstance(a, Tensor) else b).device
-        return self.lifted(a, device), self.lifted(b, device)
+        return lifted(a, self.dtype, device), lifted(b, self.dtype, device)
 
     def minimum(self, a: Any, b: Any) -> Any:
         if not isinstance(a, Tensor) and not isinstance(b, Tensor):
@@ -137,15 +134,14 @@ class TorchNamespace:
         if not isinstance(x, Tensor):
             return min(max(x, low), high)
         if isinstance(low, Tensor) or isinstance(high, Tensor):
-            low, high = self.lifted(low, x.device), self.lifted(high, x.device)
+            low, high = (lifted(bound, self.dtype, x.device) for bound in (low, high))
         return torch.clamp(x, low, high)
 
     def where(self, condition: Any, a: Any, b: Any) -> Any:
         if isinstance(condition, bool):  # the hyper-parameters are numbers
             return a if condition else b
-        return torch.where(
-            condition, self.lifted(a, condition.device), self.lifted(b, condition.device)
-        )
+        device = condition.device
+        return torch.where(condition, lifted(a, self.dtype, device), lifted(b, self.dtype, device))
 
     def stop_gradient(self, x: Any) -> Any:
         return x.detach() if isinstance(x, Tensor) else x

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .base import Rule, TokenWeight
 from .leaves import Leaves, safe_where
-from .namespace import TorchNamespace
+from .namespace import TorchNamespace, lifted
 
 
 class Term(NamedTuple):
@@ -66,7 +66,7 @@ def combine_terms(
     if terms.weights:
         inside = Leaves(safe_where(keep, leaves))
         for w in terms.weights:
-            u = xp.lifted(w.weight(xp, inside, batch), keep.device)
+            u = lifted(w.weight(xp, inside, batch), xp.dtype, keep.device)
             u = u.detach() if w.detach else u
             so_far = scoped[w.scope]
             scoped[w.scope] = u if so_far is None else so_far * u

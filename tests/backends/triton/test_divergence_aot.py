@@ -41,9 +41,8 @@ def test_compiles_without_spills_and_streams_16_bytes_at_a_time(aot, target):
     assert sum(k["wide_stores"] > 0 for k in compiled) >= 2
 
 
-@pytest.mark.parametrize(
-    "target", [pytest.param(t, marks=pytest.mark.slow) for t in ("sm_80", "gfx942")] + ["sm_90"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_rows_at_any_address_are_stored_16_bytes_at_a_time(aot, target):
     stats, grad, both = aot("unaligned", target)
     assert all(kernel["spilled"] == 0 for kernel in (stats, grad, both))
