@@ -253,6 +253,9 @@ def token_loss_grad(
         return rows
     call = _Call(logits, temperature, softmax, out)
     graph = loss_graph(program)
+    # vectors that are cut out of two take registers in either sweep
+    whole = call.align == call.grad_align == 16
+    one_pass = call.config.one_pass if whole else call.config.one_pass.shifting()
     partial = call.partial(logits, ids, temperature, softmax, merge=True)
     to, entropy, p_sq = rows_of(out), graph.moves("entropy"), graph.moves("log_sum_p_sq")
     given = [
@@ -292,11 +295,11 @@ def token_loss_grad(
         SEGMENT=call.config.segment,
         **call.tile,
         ALIGN=call.align,
-        AHEAD=call.shape(call.config.one_pass).ahead,
+        AHEAD=one_pass.ahead,
         GRAD_ALIGN=call.grad_align,
         PEEL=call.peel,
         EMULATE=call.emulate,
-        shape=call.config.one_pass.alone() if call.split else call.shape(call.config.one_pass),
+        shape=call.config.one_pass.alone() if call.split else one_pass,
         wave=call.wave,
     )
     return rows

@@ -586,6 +586,22 @@ def test_alignment_classes():
     assert triton_launch.alignment(base.float()[1:1001].view(2, 500)) == 4
 
 
+def test_a_gradient_that_begins_elsewhere_than_aligned_logits_has_registers(monkeypatch):
+    """Its vectors are cut out of two, which few registers would spill."""
+    shapes, v = [], 101
+    batch = make(torch.bfloat16, v=104, softmax=SoftmaxParams(v))
+    n = batch.ids.numel()
+    logits, given = batch.logits[:, :v], (batch.ids, batch.temperature, batch.softmax)
+
+    def record(*args, shape, **meta):
+        shapes.append((shape.registers >= 128, meta["ALIGN"], meta["GRAD_ALIGN"]))
+
+    monkeypatch.setattr(triton_launch, "launch", record)
+    for out in (torch.empty_like(batch.logits)[:, :v], torch.empty(n, v, dtype=torch.bfloat16)):
+        backend.token_loss_grad(logits, *given, batch.inputs, batch.program, batch.params, out)
+    assert shapes == [(False, 16, 16), (True, 16, 2)]
+
+
 def test_vectors_are_loaded_whole_only_where_gradient_and_logits_begin_alike():
     """The interpreter would read a vector at any address; a device would not."""
     base = torch.zeros(8192, dtype=torch.bfloat16)
