@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 CSRC   := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: demo ablations test lint format types tests trainers conformance slow site wheel gpu gpu-test gpu-bench gpu-kernels triton-versions torch-versions setup clean
+.PHONY: demo ablations test lint format types tests trainers conformance slow site wheel gpu gpu-test gpu-bench gpu-kernels gpu-rehearsal triton-versions torch-versions setup clean
 
 demo: setup            ## the main job: TRL's GRPOTrainer on a toy task, stock against fused, then reweighted
 	$(BIN)/python examples/trl_addition.py --out demo_output
@@ -73,6 +73,11 @@ gpu-bench: GPU_ARGS = --only bench
 gpu gpu-test gpu-bench:
 	@$(PYTHON) -c "import torch" 2>/dev/null || $(MAKE) setup
 	@if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m bench.gpu $(GPU_ARGS); else $(BIN)/python -m bench.gpu $(GPU_ARGS); fi
+
+gpu-rehearsal: setup   ## the GPU's tests without a GPU, in their own shapes: kernels compile and compute nothing (10 minutes; PYTEST_ARGS chooses tests)
+	@rm -rf build/rehearsal
+	REWEIGHT_OPS_GPU_TESTS=rehearsal PYTHONPATH=tests/support:tests/gpu TRITON_CACHE_DIR=build/rehearsal \
+	  $(BIN)/python -m pytest -p rehearsal -p no:cacheprovider -p no:xdist -q --tb=no -r N tests/gpu tests/backends/triton/test_triton.py $(PYTEST_ARGS)
 
 # The first variants (a minute by prediction); VARIANTS=--all, or names and settings of csrc/cuda/variants.h, or a table of triton_kernels/config.py:
 # make gpu-kernels VARIANTS='"direct=RING_DIRECT=1" "few=STATS_BLOCKS=2" "three=TRITON_SHAPES=three programs"'

@@ -143,7 +143,7 @@ def stages(
     if dry:
         tests = [*pytest, "tests/gpu", "-k", "not fp16 and not fp32"]
     else:
-        workers = str(max(1, min(8, (os.cpu_count() or 2) // 2)))
+        workers = str(max(1, min(12, (os.cpu_count() or 2) * 3 // 4)))
         parallel = ["-n", workers] if importlib.util.find_spec("xdist") else []
         tests = [
             *pytest,

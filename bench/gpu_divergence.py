@@ -27,6 +27,7 @@ from reweight_ops._core.backends.base import DivergenceInputs, SoftmaxParams
 from reweight_ops._core.backends.native_divergence import NativeDivergence
 from reweight_ops.testing.criterion import value_error
 
+from . import ahead
 from .device import FLUSH_BYTES, clock
 
 #: The last shape is not split by default. The rows of the shape before it start
@@ -188,6 +189,13 @@ def time_pairs(
     orders. "shipped", the released defaults, comes first.
     """
     pairs = Pairs.make(rows, vocab, device)
+
+    def on_meta() -> list[Job]:
+        same = ahead.described(pairs)
+        of_triton = [primitives for module, primitives in variants.values() if module is None]
+        return [job for made in of_triton for _, job in same.jobs(made).values()]
+
+    ahead.compile_ahead(on_meta, device)
     wrong: dict[str, str] = {}
     want: dict[str, list[Tensor]] = {}
     limit_of: dict[str, str] = {}

@@ -2,7 +2,7 @@
 shapes of the Triton kernels.
 
 They run in turns. The first variants take a minute: a build of 25 s and about 10 s for
-each. Triton compiles each table of launch shapes for most of a minute.
+each. Triton compiles its kernels ahead, on all cores (bench/ahead.py).
 
 python -m bench.gpu_kernels                 the first variants of bench/gpu_variants.py
 python -m bench.gpu_kernels --all           all of them, and those of
@@ -56,7 +56,7 @@ from reweight_ops._core.backends.picked import top_ids
 from reweight_ops._core.formula.loss_program import Program
 from reweight_ops.testing.criterion import ERROR_FLOOR, gradient_errors, value_error
 
-from . import gpu_divergence, gpu_rows, gpu_search, gpu_variants, triton_shapes
+from . import ahead, gpu_divergence, gpu_rows, gpu_search, gpu_variants, triton_shapes
 from .device import FLUSH_BYTES, GPU_SHAPES, clock
 
 #: The rows of the last shape do not start at multiples of 16 bytes.
@@ -265,12 +265,19 @@ def time_shape(
     """
     table = Table.make(rows, vocab, device)
     table.restore()
+    of_triton = [variant for variant in variants.values() if variant[0] is None]
+
+    def on_meta() -> list[Callable[[], Any]]:
+        same = [ahead.described(table).jobs(*variant) for variant in of_triton]
+        return [job for found in same for _, job in found.values()]
+
+    ahead.compile_ahead(on_meta, device)
     jobs = {name: table.jobs(*variant) for name, variant in variants.items()}
     for name in variants.keys() - {"shipped"}:
         del jobs[name]["statistics, then ids"]  # PyTorch's search takes most of it
     every = max(1, rows // GATE_ROWS)
     wrong: dict[str, str] = {}
-    truth = Truth(table, every) if any(module is None for module, _ in variants.values()) else None
+    truth = Truth(table, every) if of_triton else None
     for job in jobs["shipped"]:
         want = table.outcome(jobs["shipped"][job][1], every)
         for name in variants:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from places import (
     DRY,
+    REHEARSED,
     as_leaf,
     batch_on,
     captured,
@@ -270,12 +271,12 @@ def test_nothing_is_compiled_twice(place):
     call(4, sized(16, 3), 32000, 1.0, 0.04)
     with compilations() as names:
         call(sized(8, 2), sized(33, 5), 32000, 0.7, 0.1)
-        call(3, sized(17, 4), 31992, 1.3, 0.2)
+        call(5, sized(17, 4), 31992, 1.3, 0.2)
     assert names == []
     with compilations() as names:
         # another launch shape: this one must be seen
         call(4, sized(16, 3), 70000, 1.0, 0.04)
-    assert DRY or names
+    assert names or (DRY and not REHEARSED)
 
 
 def test_memory(place):

@@ -8,6 +8,7 @@ measurements are therefore those of the code that a GPU would run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -628,12 +629,37 @@ def oversized(target: str) -> list[Compiled]:
     return [inspect(target, name, "bfloat16", kernel) for name, kernel in recorder.kernels.values()]
 
 
+def ahead_of_timing(target: str) -> dict[str, int]:
+    """Count compilations before jobs are timed, and those that the jobs then still
+    need.
+    """
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
+    from bench.ahead import compile_ahead, described
+    from bench.gpu_kernels import Table
+    from reweight_ops._core.backends import select
+
+    compiled: list[str] = []
+    triton.knobs.compilation.listener = lambda src, **_: compiled.append(src.name)
+    with Recorder(target):
+        table, triton_backend = Table.make(3, 1000, "cpu"), select.load("triton")
+        compile_ahead(
+            lambda: [job for _, job in described(table).jobs(None, triton_backend).values()], "cpu"
+        )
+        found = {"ahead": len(compiled)}
+        for _, job in table.jobs(None, triton_backend).values():
+            with contextlib.suppress(RuntimeError):  # ids that nothing has written
+                job()
+    return found | {"later": len(compiled) - found["ahead"]}
+
+
 if __name__ == "__main__":
     task, targets = sys.argv[1], sys.argv[2:] or list(TARGETS)
     if task == "loops":
         print(json.dumps([found for target in targets for found in whole_tile_loops(target)]))
     elif task == "count":
         print(json.dumps(count_compilations()))
+    elif task == "ahead":
+        print(json.dumps([ahead_of_timing(target) for target in targets]))
     else:
         run = {
             "compile": compile_all,

@@ -260,3 +260,9 @@ def test_nothing_recompiles_that_need_not(aot):
     """
     counts = aot("count")
     assert counts == {"gradient_kernel": 1, "loss_grad_kernel": 1, "stats_kernel": 1}
+
+
+def test_what_is_timed_was_compiled_ahead(aot):
+    """What meta tensors ask for is what the jobs' own tensors ask for."""
+    (found,) = aot("ahead", "sm_90")
+    assert found["ahead"] >= 6 and found["later"] == 0
