@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 assert os.environ.get("TRITON_INTERPRET") != "1", (
@@ -182,14 +183,16 @@ def call_all(
     rows: int = 4,
     softcap: float = float("inf"),
     program: Program = PROGRAM,
-    out_vocab: int = 0,
+    stride: int = 0,
+    out_stride: int = 0,
 ) -> None:
     """Call every primitive once, on tensors that are described and never read.
 
-    The gradient is in place, or has rows of ``out_vocab`` columns.
+    Rows of logits lie ``vocab`` or ``stride`` elements apart. The gradient is in place,
+    or has rows ``out_stride`` elements apart.
     """
-    logits = torch.empty(rows, vocab, dtype=dtype)
-    out = torch.empty(rows, out_vocab, dtype=dtype)[:, :vocab] if out_vocab else logits
+    logits = torch.empty(rows, stride or vocab, dtype=dtype)[:, :vocab]
+    out = torch.empty(rows, out_stride, dtype=dtype)[:, :vocab] if out_stride else logits
     ids, temperature, softmax = (
         torch.zeros(rows, dtype=torch.int64),
         torch.ones(1),
@@ -244,10 +247,21 @@ def unaligned(target: str) -> list[Compiled]:
         *compile_all(target, (torch.bfloat16,), vocab=50257),
         *[
             k
-            for k in compile_all(target, (torch.bfloat16,), vocab=50257, out_vocab=50258)
+            for k in compile_all(target, (torch.bfloat16,), vocab=50257, out_stride=50258)
             if k.kernel != "stats_kernel"
         ],
     ]
+
+
+def apart(
+    target: str, vocab: int, dtypes=(torch.bfloat16, torch.float16, torch.float32)
+) -> list[Compiled]:
+    """Compile gradients that begin elsewhere than their logits, whose rows are padded
+    and therefore aligned.
+    """
+    stride = -(-vocab // 8) * 8
+    compiled = compile_all(target, dtypes, vocab=vocab, stride=stride, out_stride=vocab)
+    return [k for k in compiled if k.kernel != "stats_kernel"]
 
 
 def every_shape(target: str) -> list[Compiled]:
@@ -646,5 +660,10 @@ if __name__ == "__main__":
             "row tables": row_tables,
             "packed": packed_rows,
             "top": top_ids,
+            "apart in bf16 4001": partial(apart, vocab=4001, dtypes=(torch.bfloat16,)),
+            "apart in bf16 50257": partial(apart, vocab=50257, dtypes=(torch.bfloat16,)),
+            "apart 4001": partial(apart, vocab=4001),
+            "apart 4099": partial(apart, vocab=4099),
+            "apart 50257": partial(apart, vocab=50257),
         }[task]
         print(json.dumps([asdict(compiled) for target in targets for compiled in run(target)]))
