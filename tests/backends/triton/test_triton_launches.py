@@ -145,3 +145,20 @@ def test_vectors_are_loaded_whole_only_where_gradient_and_logits_begin_alike():
     assert alignments(wide[..., 1:502], wide[..., 9:510]) == (2, True, 16)
     shorter = base[:4040].view(2, 2, 1010)
     assert alignments(wide[..., :502], shorter[..., :502]) == (16, True, 2)
+
+
+def test_a_dimension_of_size_one_has_no_alignment():
+    """Its stride addresses nothing: that of a slice of one sequence, or of one row."""
+    base = torch.zeros(8192, dtype=torch.bfloat16)
+    sliced = base[:2004].view(1, 4, 501)[:, :-1]
+    whole = base[4096:5599].view(1, 3, 501)
+    assert triton_launch.begin_alike(sliced, whole) and triton_launch.begin_alike(whole, sliced)
+    assert not triton_launch.begin_alike(sliced[:, 1:], whole[:, :-1])
+    two = base[:4008].view(2, 4, 501)[:, :-1]
+    assert not triton_launch.begin_alike(two, base[:3006].view(2, 3, 501))
+    call = backend._Call(sliced, torch.ones(1), SoftmaxParams(501), whole)
+    assert (call.align, call.peel, call.grad_align) == (2, True, 16)
+    assert triton_launch.alignment(base[: 4 * 515].view(1, 4, 515)[..., :512]) == 2
+    assert triton_launch.alignment(base[: 4 * 515].view(4, 515)[:1, :512]) == 16
+    assert triton_launch.alignment(base[: 4 * 515].view(4, 1, 515)[..., :512]) == 2
+    assert triton_launch.alignment(base.as_strided((1, 3, 512), (1539, 512, 1))) == 16
