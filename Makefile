@@ -91,14 +91,14 @@ TRITONS ?= 3.6.0 3.7.0 3.8.0 3.9.0
 triton-versions: setup ## the Triton backend's tests with every version that it is tested with (fetches them; Triton 3.6's interpreter needs an older numpy)
 	@bad=; for v in $(TRITONS); do \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/triton-$$v triton==$$v 'numpy<2.4' && \
-	  PYTHONPATH=build/triton-$$v $(BIN)/python -m pytest -q -n $(JOBS) tests/backends/triton/test_triton.py tests/backends/triton/test_triton_check.py tests/backends/triton/test_triton_aot.py || bad="$$bad $$v"; \
+	  PYTHONPATH=build/triton-$$v $(BIN)/python -m pytest -q -n $(JOBS) tests/backends/triton/test_triton.py tests/backends/triton/test_triton_launches.py tests/backends/triton/test_triton_check.py tests/backends/triton/test_triton_aot.py || bad="$$bad $$v"; \
 	done; test -z "$$bad" || { echo "failed with Triton$$bad"; exit 1; }
 
 # The oldest that pyproject.toml asks for, and the newest that could be had. PyPI's builds for Linux are CUDA's: 5 to 7 GB of disk each.
 TORCHES ?= 2.10.0 2.14.1
 TORCH_TESTS := $(wildcard tests/engine/test_compile*.py) $(addprefix tests/engine/, test_autograd.py test_anomaly_mode.py test_changed_buffers.py test_data_parallel.py \
   test_detached.py test_export.py test_read_in_a_mode.py test_second_derivatives.py test_transforms.py linear/test_compiled_linear.py linear/test_linear.py) \
-  tests/losses/test_losses.py tests/backends/test_no_driver.py
+  tests/losses/test_losses.py tests/losses/test_coupled_losses.py tests/backends/test_no_driver.py
 torch-versions:        ## PyTorch's parts (autograd, torch.compile, torch.export, transforms) with every version of it that is claimed (fetches gigabytes)
 	@bad=; for v in $(TORCHES); do \
 	  { test -x build/torch-$$v/bin/python || $(PYTHON) -m venv build/torch-$$v; } && \

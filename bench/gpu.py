@@ -150,6 +150,7 @@ def stages(
             *parallel,
             "tests/gpu",
             "tests/backends/triton/test_triton.py",
+            "tests/backends/triton/test_triton_launches.py",
             "tests/backends/cuda/test_cuda_backend.py",
         ]
     found = [

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .kernels import kernel
-from .rows import own, span_or_rest
+from .rows import drift_of, own, span_or_rest
 
 
 @triton.jit
@@ -111,9 +111,7 @@ def prefix_kernel(
         row = start + tl.arange(0, BLOCK)
         mine = own(INDEX, row, end, s, RUNS)
         keep = tl.load(KEEP + row, mask=mine, other=0) != 0
-        logp = tl.load(LOGP + row, mask=keep, other=0.0)
-        drift = logp - (tl.load(OLD + row, mask=keep, other=0.0) if HAS_OLD else logp)
-        drift = tl.where(keep, drift, 0.0).to(tl.float64)
+        drift = drift_of(LOGP, OLD, row, keep, HAS_OLD).to(tl.float64)
         found = tl.where(keep, tl.cumsum(drift, 0) + carry, 0.0).to(tl.float32)
         clamped = tl.where(found < low, low, tl.where(found > high, high, found))  # keeps NaN
         tl.store(SUMS + row, found, mask=mine)

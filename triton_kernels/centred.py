@@ -4,17 +4,10 @@ One launch finds the moments of blocks of rows, and one writes the ratios. Both 
 fp64, and a block's squares are about its own mean, so that nothing cancels.
 """
 
-import triton
 import triton.language as tl
 
 from .kernels import kernel
-
-
-@triton.jit
-def _drift(LOGP, OLD, row, keep, HAS_OLD: tl.constexpr):
-    """Return ``logp - old`` of the kept rows, and 0 of all others."""
-    logp = tl.load(LOGP + row, mask=keep, other=0.0)
-    return logp - (tl.load(OLD + row, mask=keep, other=0.0) if HAS_OLD else logp)
+from .rows import drift_of
 
 
 @kernel
@@ -33,7 +26,7 @@ def moments_kernel(
     p = tl.program_id(0).to(tl.int64)
     row = p * BLOCK + tl.arange(0, BLOCK)
     keep = tl.load(KEEP + row, mask=row < total, other=0) != 0
-    drift = _drift(LOGP, OLD, row, keep, HAS_OLD).to(tl.float64)
+    drift = drift_of(LOGP, OLD, row, keep, HAS_OLD).to(tl.float64)
     count = tl.sum(keep.to(tl.int32), 0).to(tl.float64)
     mean = tl.sum(drift, 0) / tl.maximum(count, 1.0)
     off = tl.where(keep, drift - mean, 0.0)
@@ -87,7 +80,7 @@ def centre_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     keep = tl.load(KEEP + row, mask=row < total, other=0) != 0
     low, high = tl.load(PARAMS), tl.load(PARAMS + 1)
-    found = factor * (_drift(LOGP, OLD, row, keep, HAS_OLD) - mean.to(tl.float32))
+    found = factor * (drift_of(LOGP, OLD, row, keep, HAS_OLD) - mean.to(tl.float32))
     clamped = tl.where(found < low, low, tl.where(found > high, high, found))  # keeps NaN
     tl.store(RATIO + row, clamped, mask=row < total)
     if tl.program_id(0) == 0:
@@ -116,7 +109,7 @@ def centre_adjoint_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     keep = tl.load(KEEP + row, mask=row < total, other=0) != 0
     mean, factor = tl.load(CENTRE), tl.load(CENTRE + 1)
-    found = factor * (_drift(LOGP, OLD, row, keep, HAS_OLD) - mean)
+    found = factor * (drift_of(LOGP, OLD, row, keep, HAS_OLD) - mean)
     zero = tl.zeros((BLOCK,), tl.float32)
     low, high = zero + tl.load(PARAMS), zero + tl.load(PARAMS + 1)
     unbounded = (low == float("-inf")) & (high == float("inf"))

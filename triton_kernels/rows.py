@@ -412,13 +412,19 @@ def spread_kernel(
 
 
 @triton.jit
+def drift_of(LOGP, OLD, row, keep, HAS_OLD: tl.constexpr):
+    """Return ``logp - old`` of the kept rows, and 0 of all others."""
+    logp = tl.load(LOGP + row, mask=keep, other=0.0)
+    return logp - (tl.load(OLD + row, mask=keep, other=0.0) if HAS_OLD else logp)
+
+
+@triton.jit
 def _drift(LOGP, OLD, ADV, PARAMS, row, keep, HAS_OLD: tl.constexpr, CLIPPED: tl.constexpr):
-    """Return ``logp - old`` of the kept rows, and its derivative by ``logp``.
+    """Return :func:`drift_of`, and its derivative by ``logp``.
 
     CLIPPED: it is at most PARAMS[3] where ADV is positive, else at least -PARAMS[2].
     """
-    logp = tl.load(LOGP + row, mask=keep, other=0.0)
-    drift = logp - (tl.load(OLD + row, mask=keep, other=0.0) if HAS_OLD else logp)
+    drift = drift_of(LOGP, OLD, row, keep, HAS_OLD)
     moves = tl.full(drift.shape, 1.0, tl.float32)
     if CLIPPED:
         rises = tl.load(ADV + row, mask=keep, other=0.0) > 0

@@ -29,8 +29,9 @@ TESTS = Path(__file__).resolve().parents[1]
 TRANSCRIBERS = (
     "oracles/*.py", "catalogue/test_advantages.py", "catalogue/test_best_of_k.py", "catalogue/test_every_entry.py",
     "catalogue/test_named_methods.py", "catalogue/test_objectives.py", "catalogue/test_rewards.py", "catalogue/test_sample_weights.py",
-    "catalogue/test_schedules.py", "losses/test_composites.py", "losses/test_divergences.py", "losses/test_losses.py", "losses/test_parity.py",
-    "losses/test_preference.py", "losses/test_preference_combined.py", "losses/test_trainers_methods.py", "spec/test_weights.py",
+    "catalogue/test_schedules.py", "losses/test_composites.py", "losses/test_coupled_losses.py", "losses/test_divergences.py",
+    "losses/test_losses.py", "losses/test_parity.py", "losses/test_preference.py", "losses/test_preference_methods.py",
+    "losses/test_preference_combined.py", "losses/test_trainers_methods.py", "spec/test_weights.py",
     "integrations/verl/test_verl_baselines.py",
 )  # fmt: skip
 #: Papers that are not on arXiv, or whose id no source that could be read prints: blog

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 if sys.argv[2:3] == ["cpu"]:
@@ -126,6 +127,21 @@ def divergence(
     primitives.divergence_loss_grad(two, constants, weights, z)
 
 
+def on_rows(sequences: int, length: int) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Triton's kernels on rows, and on gradients; no other backend has such."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+    from row_calls import STEPS, row_calls
+
+    from reweight_ops._core.backends.triton_scale import scale
+
+    calls = row_calls(sequences, length, options.device)
+    for step in STEPS:
+        yield f"{sequences} sequences of {length}: {step}", partial(next, calls)
+    for shift in (0, 1):
+        grad = rows(sequences, length, torch.bfloat16, shift)
+        yield f"scaling, shift {shift}", partial(scale, grad, torch.ones(()).to(grad.device))
+
+
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     if options.device == "cpu":
         yield "primitives", partial(one, 2, 131, torch.float32)
@@ -134,6 +150,8 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
             partial(one, 2, 131, torch.bfloat16, shift=1, in_place=True, softcap=20.0),
         )
         yield "two tensors", partial(divergence, 2, 131, torch.bfloat16, torch.float32)
+        if options.backend == "triton":
+            yield from on_rows(3, 37)
         return
     for dtype in DTYPES:
         for n, v in ((2, 1), (3, 131), (2, 4099)):
@@ -169,6 +187,8 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
             partial(divergence, 3, 4099, dtype, dtype, (1, 2), 20.0),
         )
         yield f"two tensors, {dtype}, one column", partial(divergence, 2, 1, dtype, dtype)
+    if options.backend == "triton":
+        yield from on_rows(3, 37)
     # More rows than blocks: whatever is used again in a block is.
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     yield "streaming, many rows", partial(one, 5 * processors, 1031, torch.bfloat16, "streaming")

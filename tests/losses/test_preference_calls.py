@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from test_preference import P, T, V, batch
+from pair_rows import P, T, V, batch
 
 import reweight_ops as rw
 from reweight_ops import preference

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 assert os.environ.get("TRITON_INTERPRET") != "1", (
@@ -24,10 +25,11 @@ assert os.environ.get("TRITON_INTERPRET") != "1", (
 
 import torch  # noqa: E402
 import triton  # noqa: E402
+from row_calls import PARAMS, PROGRAM, STEPS, row_calls  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
-from reweight_ops._core.backends import triton_launch, triton_packed, triton_rows, triton_scale  # noqa: E402
+from reweight_ops._core.backends import triton_launch, triton_packed, triton_scale  # noqa: E402
 from reweight_ops._core.backends import triton_token as backend  # noqa: E402
 from reweight_ops._core.backends.base import (  # noqa: E402
     DERIVATIVES,
@@ -36,10 +38,7 @@ from reweight_ops._core.backends.base import (  # noqa: E402
     RowInputs,
     SoftmaxParams,
 )
-from reweight_ops._core.formula.base import RULES  # noqa: E402
 from reweight_ops._core.formula.loss_program import Program  # noqa: E402
-from reweight_ops._core.formula.monitor import Monitor  # noqa: E402
-from reweight_ops._core.rows.primitives import Averaged, Runs, Weighing  # noqa: E402
 from reweight_ops.triton_kernels import row_config  # noqa: E402
 from reweight_ops.triton_kernels.config import VARIANTS, Config, Launch  # noqa: E402
 
@@ -170,27 +169,22 @@ class Recorder:
         self.kernels[id(compiled)] = (kernel.fn.__name__, compiled)
 
 
-PROGRAM = Program.of(("clip", "k3", "entropy_bonus"), (("advantage_reweighting", "surrogate"),))
-PARAMS = torch.zeros(16)
-MONITOR = Monitor.of([RULES["clip"], RULES["k3"]], PROGRAM.terms[:2])
-#: The bounds of the clip are one for each row.
-BOUNDS_OF_ROWS = ((3, 3), (4, 4))
-
-
 def call_all(
     dtype: torch.dtype,
     vocab: int,
     rows: int = 4,
     softcap: float = float("inf"),
     program: Program = PROGRAM,
-    out_vocab: int = 0,
+    stride: int = 0,
+    out_stride: int = 0,
 ) -> None:
     """Call every primitive once, on tensors that are described and never read.
 
-    The gradient is in place, or has rows of ``out_vocab`` columns.
+    Rows of logits lie ``vocab`` or ``stride`` elements apart. The gradient is in place,
+    or has rows ``out_stride`` elements apart.
     """
-    logits = torch.empty(rows, vocab, dtype=dtype)
-    out = torch.empty(rows, out_vocab, dtype=dtype)[:, :vocab] if out_vocab else logits
+    logits = torch.empty(rows, stride or vocab, dtype=dtype)[:, :vocab]
+    out = torch.empty(rows, out_stride, dtype=dtype)[:, :vocab] if out_stride else logits
     ids, temperature, softmax = (
         torch.zeros(rows, dtype=torch.int64),
         torch.ones(1),
@@ -245,10 +239,21 @@ def unaligned(target: str) -> list[Compiled]:
         *compile_all(target, (torch.bfloat16,), vocab=50257),
         *[
             k
-            for k in compile_all(target, (torch.bfloat16,), vocab=50257, out_vocab=50258)
+            for k in compile_all(target, (torch.bfloat16,), vocab=50257, out_stride=50258)
             if k.kernel != "stats_kernel"
         ],
     ]
+
+
+def apart(
+    target: str, vocab: int, dtypes=(torch.bfloat16, torch.float16, torch.float32)
+) -> list[Compiled]:
+    """Compile gradients that begin elsewhere than their logits, whose rows are padded
+    and therefore aligned.
+    """
+    stride = -(-vocab // 8) * 8
+    compiled = compile_all(target, dtypes, vocab=vocab, stride=stride, out_stride=vocab)
+    return [k for k in compiled if k.kernel != "stats_kernel"]
 
 
 def every_shape(target: str) -> list[Compiled]:
@@ -483,115 +488,7 @@ def row_kernels(target: str) -> list[Compiled]:
     """
     with Recorder(target) as recorder:
         for sequences, length in ((4, 5000), (3, 3023)):  # the largest blocks
-            n = sequences * length
-            ids, rows = torch.zeros(sequences, length, dtype=torch.int64), torch.zeros(6, n)
-            device, where = torch.device("cpu"), torch.zeros(n, dtype=torch.int32)
-            runs = [
-                Runs(n, sequences, length),
-                Runs(n, sequences, offsets=where[: sequences + 1]),
-                Runs(n, sequences, owner=where),
-            ]
-            flat = ids.view(-1)
-            packed = [triton_rows.mask(flat, flat, flat.bool(), r, device) for r in runs[1:]]
-            triton_rows.spread(packed[0], rows[0, :sequences])
-            masked = triton_rows.mask(ids, ids, ids.bool(), runs[0], device)
-            for weighing in (
-                Weighing("rows"),
-                Weighing("sequences", True),
-                Weighing(3.0, False, 5.0),
-                Weighing(torch.ones(()), True),
-            ):
-                weights = triton_rows.weigh(masked, weighing, torch.ones(()), rows[0], 2)
-                triton_rows.weigh(packed[0], weighing, torch.ones(()), rows[0], 2)
-            groups = torch.zeros(sequences + 1, dtype=torch.int64)
-            by_prompt = [
-                triton_rows.regroup(masked, groups[1:], 5)[0],
-                triton_rows.regroup(packed[0], where[:sequences], 1)[0],
-            ]
-            measured = [triton_rows.measure(found, rows[0]) for found in (*packed, masked)]
-            for weighing in (Weighing("rows"), Weighing("sequences", True)):
-                for found in (measured[0], measured[-1]):
-                    triton_rows.weigh(found, weighing, torch.ones(()), rows[0], 2)
-            for found in by_prompt:  # they are packed rows
-                triton_rows.weigh(found, Weighing("sequences", True), torch.ones(()), rows[0], 2)
-            for found in (*packed, masked):
-                for adv in (None, rows[2]):
-                    averaged = Averaged(rows[0], rows[1], PARAMS, adv=adv)
-                    ratio, means = triton_rows.ratio(found, averaged)
-                for statistic in ("sum", "mean", "max", "min"):
-                    triton_rows.total(found, rows[0], statistic, True)
-                triton_rows.total(found, 1.0, "sum", True, rows[5])
-                for values, decay, reverse in (
-                    (1.0, 1.0, False),
-                    (rows[0], 1.0, True),
-                    (rows[0], 0.9, False),
-                    (rows[0], torch.ones(()), True),
-                ):
-                    triton_rows.along(found, values, decay, reverse)
-                averaged = Averaged(rows[0], rows[1], PARAMS, over="prefix")
-                found_along = triton_rows.ratio(found, averaged)
-                triton_rows.adjoint(found, averaged, found_along[1], rows[2], rows[5])
-            for by_deviation in (False, True):
-                averaged = Averaged(rows[0], rows[1], PARAMS, by_deviation, over="call")
-                _, centre = triton_rows.ratio(masked, averaged)
-                triton_rows.adjoint(masked, averaged, centre, rows[2], rows[5])
-            for values, statistic in (
-                (rows[0], "sum"),
-                (rows[0], "mean"),
-                (rows[0], "max"),
-                (rows[0], "min"),
-                (1.0, "sum"),
-            ):
-                triton_rows.total(masked, values, statistic, False)
-            for nearest in (False, True):
-                triton_rows.quantile(masked, rows[0], 0.3, nearest)
-            leaves = dict(
-                zip(
-                    ("logp", "old_logp", "adv", "entropy", "ref_logp", "sampling_logp"),
-                    rows,
-                    strict=True,
-                )
-            )
-            table = triton_rows.evaluate_rows(
-                PROGRAM, PARAMS, leaves, torch.cat([weights, weights[:1]]), keep=masked.keep
-            )
-            triton_rows.evaluate_rows(
-                PROGRAM,
-                PARAMS,
-                leaves | {"log_ratio": ratio},
-                torch.cat([weights, weights[:1]]),
-                ("loss", "d_log_ratio"),
-            )
-            bounds_of_rows = torch.zeros(5, n)
-            triton_rows.evaluate_rows(
-                PROGRAM._replace(rows=BOUNDS_OF_ROWS),
-                PARAMS,
-                leaves,
-                bounds_of_rows,
-                ("own0", "d_w1"),
-                masked.keep,
-                torch.empty(2, n),
-            )
-            for found in (*packed, masked):
-                for adv in (None, rows[2]):
-                    averaged = Averaged(rows[0], rows[1], PARAMS, adv=adv)
-                    triton_rows.adjoint(found, averaged, means, table[0], table[1])
-            for monitor, found, known in (
-                (MONITOR, masked, leaves),
-                (
-                    MONITOR._replace(rows=BOUNDS_OF_ROWS),
-                    masked,
-                    leaves | {"table": bounds_of_rows},
-                ),
-                *((MONITOR, found, leaves | {"log_ratio": ratio}) for found in (*packed, masked)),
-            ):
-                triton_rows.metrics(
-                    found,
-                    monitor,
-                    PARAMS,
-                    known,
-                    ("entropy", "low", "largest ratio", "sequence region"),
-                )
+            assert len(list(row_calls(sequences, length))) == len(STEPS)
     return [
         replace(inspect(target, name, "float32", kernel), narrow=narrow_products(kernel))
         for name, kernel in recorder.kernels.values()
@@ -672,5 +569,10 @@ if __name__ == "__main__":
             "row tables": row_tables,
             "packed": packed_rows,
             "top": top_ids,
+            "apart in bf16 4001": partial(apart, vocab=4001, dtypes=(torch.bfloat16,)),
+            "apart in bf16 50257": partial(apart, vocab=50257, dtypes=(torch.bfloat16,)),
+            "apart 4001": partial(apart, vocab=4001),
+            "apart 4099": partial(apart, vocab=4099),
+            "apart 50257": partial(apart, vocab=50257),
         }[task]
         print(json.dumps([asdict(compiled) for target in targets for compiled in run(target)]))

@@ -95,22 +95,27 @@ def options(shape: Launch, wave: int, hip: bool) -> dict[str, Any]:
     )
 
 
+def _row_strides(t: Tensor) -> list[int]:
+    """Return the bytes from row to row in each leading dimension. One of size one
+    addresses nothing, whatever its stride.
+    """
+    size = t.element_size()
+    return [s * size for n, s in zip(t.shape[:-1], t.stride()[:-1], strict=True) if n > 1]
+
+
 def begin_alike(a: Tensor, b: Tensor) -> bool:
     """Return whether a row of ``a`` begins as far from a multiple of 16 bytes as that
     of ``b``, which has the same shape and dtype.
     """
-    apart = [x - y for x, y in zip(a.stride()[:-1], b.stride()[:-1], strict=True)]
-    addresses = [a.data_ptr() - b.data_ptr(), *[x * a.element_size() for x in apart]]
-    return all(x % 16 == 0 for x in addresses)
+    apart = [x - y for x, y in zip(_row_strides(a), _row_strides(b), strict=True)]
+    return all(x % 16 == 0 for x in (a.data_ptr() - b.data_ptr(), *apart))
 
 
 def alignment(*tensors: Tensor) -> int:
     """Return the bytes to which every row of every tensor is aligned: 16, 4, or the
     size of an element.
     """
-    addresses = [
-        a for t in tensors for a in (t.data_ptr(), *(s * t.element_size() for s in t.stride()[:-1]))
-    ]
+    addresses = [a for t in tensors for a in (t.data_ptr(), *_row_strides(t))]
     return next(
         n
         for n in (16, 4, 2)

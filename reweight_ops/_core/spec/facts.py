@@ -15,7 +15,7 @@ from ..formula.loss_program import Program, loss_graph
 from ..formula.monitor import Monitor
 from ..formula.stages import CannotStage, Staged, formulas_of, is_row, staged, values_of
 from ..formula.trace import Expr, trace_rule, trace_weight, walk
-from .learnt import SpecParts
+from .policy_parts import SpecParts
 
 #: ``exp`` of a larger number overflows in fp32, with some margin.
 _LARGEST_EXPONENT = 80.0

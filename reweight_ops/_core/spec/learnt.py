@@ -5,34 +5,14 @@ gradient reaches: an option without effect is an error.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from ...errors import InvalidCall
 from ..formula.base import Formula, Rule, TokenWeight
 from ..formula.trace import COMPARISONS, Expr, Traced, trace_rule, trace_weight
-from .ratio import Ratio
-from .reduction import Reduction
-
-
-class SpecParts(Protocol):
-    """The parts of a policy loss's spec; see ``PolicyLossSpec``."""
-
-    @property
-    def rules(self) -> tuple[Rule, ...]: ...
-    @property
-    def penalties(self) -> tuple[Any, ...]: ...
-    @property
-    def weights(self) -> tuple[TokenWeight, ...]: ...
-    @property
-    def all_weights(self) -> tuple[TokenWeight, ...]: ...
-    @property
-    def ratio(self) -> Ratio: ...
-    @property
-    def reduction(self) -> Reduction: ...
-    @property
-    def reductions(self) -> tuple[Reduction, ...]: ...
+from .policy_parts import SpecParts
 
 
 def tensors_of(node: Any, path: str = "") -> dict[str, Tensor]:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import multiprocessing
-import sys
 
 import pytest
 import torch
@@ -18,9 +16,9 @@ from built_in import own_rules
 
 pytest.importorskip("triton")
 
+from triton_batches import CONDITIONS, DTYPES, ROWS, make
 from triton_oracle import (
     DEVICE,
-    Batch,
     check_grad,
     check_loss_grad,
     check_stats,
@@ -30,30 +28,12 @@ from triton_oracle import (
     small_config,
 )
 
-from reweight_ops._core.backends import triton_cache as triton_programs
 from reweight_ops._core.backends import triton_launch
 from reweight_ops._core.backends import triton_token as backend
-from reweight_ops._core.backends.base import (
-    DERIVATIVES,
-    LOSS_ROWS,
-    STATS,
-    Request,
-    RowInputs,
-    SoftmaxParams,
-)
-from reweight_ops._core.backends.select import load
+from reweight_ops._core.backends.base import DERIVATIVES, LOSS_ROWS, STATS, RowInputs, SoftmaxParams
 from reweight_ops._core.formula.loss_program import Program
-from reweight_ops._core.formula.triton import program_py
 from reweight_ops._core.rows.groups import IGNORE_INDEX
 from reweight_ops.rules import RULES, WEIGHTS, Rule, TokenWeight, rule, weight
-from reweight_ops.triton_kernels.config import VARIANTS, bytes_in_flight, config_for
-
-ROWS = 12
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-RICH = Program.of(
-    ("clip", "k3", "entropy_bonus"),
-    (("current_advantage_reweighting", "surrogate"), ("probability_band", "all")),
-)
 
 
 @pytest.fixture(autouse=True)
@@ -65,91 +45,6 @@ def _cache(tmp_path_factory, monkeypatch):
 def small_tiles(monkeypatch):
     """Several tiles and segments per row, at sizes that suit the interpreter."""
     monkeypatch.setattr(backend, "config_for", small_config)
-
-
-# --- batches --------------------------------------------------------------------------
-
-
-def make(dtype=torch.float32, n=ROWS, v=400, program=RICH, seed=0, **change) -> Batch:
-    """Logits with outliers, targets with real mass, both sides of the clip, and both
-    sides of the clamp.
-    """
-    g = torch.Generator().manual_seed(seed)
-    logits = (torch.randn(n, v, generator=g) * 2.5).to(dtype)
-    ids = torch.randint(0, v, (n,), generator=g)
-    ids[::2] = logits[::2].float().argmax(-1)
-    logits[0, ids[0]] = 40.0  # p = 1 to fp32
-    logits[1] *= 4
-    batch = Batch(
-        logits, ids, torch.tensor([0.8]), SoftmaxParams(v), None, program, default_params(program)
-    )
-    batch = dataclasses.replace(batch, **change)
-    n = batch.ids.numel()
-    logp = torch.nan_to_num(batch.statistics(torch.float32)["logp"], neginf=-30.0)
-    drift = 0.3 * torch.randn(n, generator=g)
-    drift[-2:] = torch.tensor([100.0, -100.0])
-    if batch.inputs is None:
-        adv = torch.randn(n, generator=g)
-        adv[2] = 0.0
-        weights = torch.rand(len(batch.program.terms), n, generator=g) / n
-        weights[0, 3] = 0.0
-        others = (logp + 0.3 * torch.randn(n, generator=g) for _ in range(2))
-        batch.inputs = RowInputs(weights, logp - drift, adv, *others)
-    return batch
-
-
-def strided(dtype) -> Batch:
-    """Two leading dimensions, sliced out of a larger tensor full of NaN, with padding
-    columns, so that every stride matters.
-    """
-    batch = make(dtype)
-    big = torch.full((3, ROWS // 2 + 1, 500), math.nan, dtype=dtype)
-    view = big[1:, : ROWS // 2, 4:444]
-    view[..., :400] = batch.logits.view(2, ROWS // 2, 400)
-    return dataclasses.replace(batch, logits=view)
-
-
-def masked(dtype) -> Batch:
-    batch = make(dtype)
-    batch.ids[[1, 4]] = IGNORE_INDEX
-    batch.ids[5], batch.ids[6] = 400, -7
-    batch.logits[1] = math.nan
-    batch.inputs.adv[1] = math.nan
-    return batch
-
-
-def minus_infinity(dtype) -> Batch:
-    """Whole tiles and the first tile of -inf, single columns, and all but one."""
-    batch = make(dtype)
-    keep = torch.zeros(ROWS, 400, dtype=torch.bool)
-    keep[torch.arange(ROWS), batch.ids] = True
-    masked = torch.rand(ROWS, 400, generator=torch.Generator().manual_seed(3)) < 0.3
-    masked[0, :300] = masked[3, 100:] = masked[7] = True
-    logits = torch.where(masked & ~keep, -math.inf, batch.logits.float()).to(dtype)
-    return make(dtype, logits=logits, ids=batch.ids)
-
-
-CONDITIONS = {
-    "plain": lambda dtype: make(dtype),
-    "strides, padding and poison": strided,
-    "ignored rows": masked,
-    "-inf": minus_infinity,
-    "softcap": lambda dtype: make(dtype, softmax=SoftmaxParams(400, softcap=5.0)),
-    "softcap and -inf": lambda dtype: make(
-        dtype,
-        logits=minus_infinity(dtype).logits,
-        ids=minus_infinity(dtype).ids,
-        softmax=SoftmaxParams(400, softcap=30.0),
-    ),
-    "a temperature each row": lambda dtype: make(dtype, temperature=torch.linspace(0.3, 2.5, ROWS)),
-    "a large common shift": lambda dtype: make(dtype, logits=make(dtype).logits + 300),
-    "a very large common shift": lambda dtype: make(dtype, logits=make(dtype).logits + 3e4),
-    "padded vocabulary": lambda dtype: make(
-        dtype, softmax=SoftmaxParams(350), ids=make(dtype).ids % 350
-    ),
-    "an odd vocabulary": lambda dtype: make(dtype, v=397),
-    "a tiny vocabulary": lambda dtype: make(dtype, v=3),
-}
 
 
 #: A condition in one dtype takes seconds in the interpreter. The others are slow tests.
@@ -500,126 +395,3 @@ def test_a_users_rule_runs_in_one_pass_with_its_derivative(registries, monkeypat
 
     check_loss_grad(make(program=Program.of(("soft_gate",))))
     assert len(list(tmp_path.glob("programs/*.py"))) == 2
-
-
-def test_the_cache_mends_a_short_file_and_serves_many_processes(tmp_path):
-    text = program_py(RICH) + "\n# of this test alone\n"
-    module = triton_programs.load_source(text, tmp_path)
-    path = next(tmp_path.glob("programs/*.py"))
-    path.write_text(text[:40])
-    del sys.modules[module.__name__]
-    assert triton_programs.load_source(text, tmp_path).program is not module.program
-    assert path.read_text() == text
-    path.unlink()
-    del sys.modules[module.__name__]
-    context = multiprocessing.get_context("fork")
-    children = [
-        context.Process(target=triton_programs.load_source, args=(text, tmp_path)) for _ in range(4)
-    ]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(60)
-    assert [child.exitcode for child in children] == [0] * 4
-    assert [p.name for p in (tmp_path / "programs").iterdir() if p.is_file()] == [path.name]
-
-
-def test_cache_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("REWEIGHT_OPS_CACHE", str(tmp_path))
-    assert triton_programs.cache_folder() == tmp_path
-    monkeypatch.delenv("REWEIGHT_OPS_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert triton_programs.cache_folder().name == "reweight_ops"
-
-
-# --- reasons and launch shapes --------------------------------------------------------
-
-
-def test_reasons():
-    request = Request("token_stats", torch.device(DEVICE), torch.float32)
-    assert load("triton").unsupported_reason(request) is None
-    assert "float64" in load("triton").unsupported_reason(request._replace(dtype=torch.float64))
-    assert (
-        "xpu" in load("triton").unsupported_reason(request._replace(device=torch.device("xpu")))
-        or triton_launch.interpreted()
-    )
-
-
-@pytest.mark.parametrize("shapes", sorted(VARIANTS))
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("columns", [1, 1000, 32000, 151936, 1 << 21])
-def test_launch_shapes(columns, itemsize, shapes, monkeypatch):
-    monkeypatch.setenv("REWEIGHT_OPS_TRITON_SHAPES", shapes)
-    for capped in (False, True):
-        config = config_for(columns, itemsize, capped)
-        assert config.vector * itemsize == 16
-        assert config.block & (config.block - 1) == 0
-        assert config.segment % config.block == 0
-        # chunks of a split gradient are whole tiles
-        assert config.segment % (config.grad.threads * config.grad_vectors * config.vector) == 0
-        for launch in (config.stats, config.one_pass, config.grad):
-            assert launch.threads % 64 == 0
-            assert launch.programs() >= 1
-        # More threads than slots would do the same work twice.
-        assert max(config.stats.threads, config.one_pass.threads) <= config.slots
-
-
-@pytest.mark.parametrize(
-    "columns, itemsize", [(32000, 2), (151936, 2), (262144, 2), (32000, 4), (151936, 4)]
-)
-def test_enough_bytes_are_in_flight(columns, itemsize):
-    """An H200 needs 26 KiB a processor (4.3 TB/s, 0.8 us, 132 processors)."""
-    config = config_for(columns, itemsize)
-    needed = 4.3e12 * 0.8e-6 / 132
-    for launch in (config.stats, config.one_pass):
-        assert bytes_in_flight(launch, config.slots, config.vectors) >= needed
-    assert bytes_in_flight(config.grad, config.grad.threads, config.grad_vectors) >= needed
-
-
-def test_alignment_classes():
-    base = torch.zeros(4096, dtype=torch.bfloat16)
-    assert triton_launch.alignment(base.view(4, 1024)) == 16
-    assert triton_launch.alignment(base[2:2050].view(2, 1024)) == 4
-    assert triton_launch.alignment(base[1:2049].view(2, 1024)) == 2
-    assert triton_launch.alignment(base[:1002].view(2, 501)) == 2
-    assert triton_launch.alignment(base[:1000].view(2, 500), base[1:1001].view(2, 500)) == 2
-    assert triton_launch.alignment(base.float()[1:1001].view(2, 500)) == 4
-
-
-def test_a_gradient_that_begins_elsewhere_than_aligned_logits_has_registers(monkeypatch):
-    """Its vectors are cut out of two, which few registers would spill."""
-    shapes, v = [], 101
-    batch = make(torch.bfloat16, v=104, softmax=SoftmaxParams(v))
-    n = batch.ids.numel()
-    logits, given = batch.logits[:, :v], (batch.ids, batch.temperature, batch.softmax)
-
-    def record(*args, shape, **meta):
-        shapes.append((shape.registers >= 128, meta["ALIGN"], meta["GRAD_ALIGN"]))
-
-    monkeypatch.setattr(triton_launch, "launch", record)
-    for out in (torch.empty_like(batch.logits)[:, :v], torch.empty(n, v, dtype=torch.bfloat16)):
-        backend.token_loss_grad(logits, *given, batch.inputs, batch.program, batch.params, out)
-    assert shapes == [(False, 16, 16), (True, 16, 2)]
-
-
-def test_vectors_are_loaded_whole_only_where_gradient_and_logits_begin_alike():
-    """The interpreter would read a vector at any address; a device would not."""
-    base = torch.zeros(8192, dtype=torch.bfloat16)
-    odd = base[:1002].view(2, 501)
-
-    def alignments(z, out):
-        call = backend._Call(z, torch.ones(1), SoftmaxParams(z.size(-1)), out)
-        return call.align, call.peel, call.grad_align
-
-    assert alignments(odd, odd) == (2, True, 16)
-    assert alignments(odd, base[1024:2026].view(2, 501)) == (2, True, 16)
-    assert alignments(odd, base[1025:2027].view(2, 501)) == (2, True, 2)
-    assert alignments(odd, base[1024:2048].view(2, 512)[:, :501]) == (2, False, 2)
-    assert alignments(base[1024:2048].view(2, 512)[:, :501], odd) == (16, True, 2)
-    assert alignments(base[2:2050].view(2, 1024), base[4096:6144].view(2, 1024)) == (4, False, 2)
-    even = base[:1024].view(2, 512)
-    assert alignments(even, base[1024:2048].view(2, 512)) == (16, False, 16)
-    wide = base.view(2, 2, 2048)
-    assert alignments(wide[..., 1:502], wide[..., 9:510]) == (2, True, 16)
-    shorter = base[:4040].view(2, 2, 1010)
-    assert alignments(wide[..., :502], shorter[..., :502]) == (16, True, 2)

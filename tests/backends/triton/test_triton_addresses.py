@@ -122,6 +122,30 @@ def test_a_gradient_has_the_same_bits_at_every_address(dtype, shape, split, star
         assert_only_rows(*where)
 
 
+@pytest.mark.parametrize("dtype", contract.DTYPES)
+def test_a_slice_of_one_sequence_has_the_bits_of_its_rows(dtype, monkeypatch):
+    """``logits[:, :-1]`` of a batch of one begins like its gradient, although the
+    strides of the batch differ.
+    """
+    given = []
+    launch = triton_launch.launch
+    monkeypatch.setattr(
+        triton_launch,
+        "launch",
+        lambda *a, **k: (given.append(k.get("GRAD_ALIGN")), launch(*a, **k)),
+    )
+    dtype, vocab = contract.DTYPES[dtype], 1029
+    rows = (3 * torch.randn(4, vocab, generator=torch.Generator().manual_seed(0))).to(dtype)
+    z, ids = rows[None, :-1], torch.tensor([vocab - 1, 0, 2])
+    want_rows, want = contract.loss_grad(triton_token, rows[:-1].clone(), ids)
+    given.clear()
+    found, grad = contract.loss_grad(
+        triton_token, z, ids, out=torch.empty(1, 3, vocab, dtype=dtype)
+    )
+    assert given == [16]
+    assert torch.equal(grad[0], want) and torch.equal(found, want_rows)
+
+
 @triton.jit
 def _place_kernel(X, OUT, width, FOUND):
     _, OUT, head, stop, columns = peeled(X, OUT, 0, width, width, width, True)

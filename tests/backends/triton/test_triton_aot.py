@@ -104,6 +104,33 @@ def test_rows_at_any_address_are_loaded_and_stored_16_bytes_at_a_time(aot, targe
     assert_sound(compiled, whole)
 
 
+@pytest.mark.parametrize(
+    ("target", "task", "vocab"),
+    [
+        ("sm_90", "apart in bf16", 4001),
+        ("sm_90", "apart in bf16", 50257),
+        *[
+            pytest.param(target, "apart", vocab, marks=pytest.mark.slow)
+            for target in TARGETS
+            for vocab in (4001, 4099, 50257)
+        ],
+    ],
+)
+def test_gradients_that_begin_elsewhere_than_aligned_logits(aot, target, task, vocab):
+    """Padded logits are aligned, and rows of an odd number of columns are not: each
+    vector of the gradient is cut out of two. Each V has a line of the default table.
+    """
+    compiled = aot(f"{task} {vocab}", target)
+    dtypes = sorted({k["dtype"] for k in compiled})
+    assert dtypes == (["bfloat16"] if "bf16" in task else ["bfloat16", "float16", "float32"])
+    assert len(compiled) == 2 * len(dtypes)
+    for dtype in dtypes:
+        config = config_for(vocab, 4 if dtype == "float32" else 2)
+        both, vectors = config.vectors, config.grad_vectors
+        whole = {"gradient_kernel": (2 * vectors, vectors), "loss_grad_kernel": (3 * both, both)}
+        assert_sound([k for k in compiled if k["dtype"] == dtype], whole)
+
+
 @pytest.fixture(scope="module")
 def whole_tiles(aot):
     """The loops over whole tiles in the code for Hopper."""

@@ -2,14 +2,9 @@
 and the dtype of gradient sums.
 """
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from paths import ROOT
+from peaks import peaks, reads_peaks
 from test_linear import BACKENDS, B, D, T, V, from_hidden, from_logits, make, same
 
 import reweight_ops as rw
@@ -377,21 +372,14 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(),
-    reason="the peak of resident memory is read from Linux's /proc",
-)
+@reads_peaks
 def test_memory_is_one_chunk():
     """Memory beyond the gradients is one chunk of eight, in both plans and dtypes, also
     if rows are dropped.
 
     It is all chunks if the budget lets two_pass keep them.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    for name, chunks in json.loads(done.stdout.splitlines()[-1]).items():
+    for name, chunks in peaks(SCRIPT).items():
         if name.startswith("two_pass") and name.endswith("True"):
             assert 7.5 < chunks < 8.5, (name, chunks)
         else:

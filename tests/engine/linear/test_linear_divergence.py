@@ -1,95 +1,37 @@
-"""Divergences and distillation from hidden states, in the memory of one chunk."""
+"""Divergences and distillation from hidden states: the numbers of the logits' ops,
+their gradients, and their rows.
+"""
 
 import itertools
-import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from paths import ROOT
 from test_linear import BACKENDS
+from two_heads import (
+    ALL,
+    INPUTS,
+    B,
+    T,
+    V,
+    grads,
+    make,
+    options_of,
+    same,
+    student,
+    student_logits,
+    teacher,
+    teacher_logits,
+)
 
 import reweight_ops as rw
-from reweight_ops._core.engine import ops as library
-from reweight_ops._core.engine.distillation import KINDS
-from reweight_ops._core.engine.linear import gemms as linear_gemms
-from reweight_ops._core.engine.linear.gemms import Chunk, Gradients
+from reweight_ops._core.engine.linear.gemms import Gradients
 from reweight_ops.testing import ERROR_FLOOR, ERROR_RATIO
-
-B, T, D, E, V = 2, 7, 8, 5, 37
-ALL = (*KINDS, "generalized_jsd")
-INPUTS = ("hidden", "weight", "bias", "a", "b")
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     return request.param
-
-
-def make(dtype=torch.float64, seed=0, v=V):
-    """Student and teacher; the teacher's head is narrower and padded."""
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
-
-    sizes = dict(hidden=(B, T, D), weight=(v, D), bias=(v,), a=(2, D), b=(v, 2))
-    d = {name: normal(*size).requires_grad_() for name, size in sizes.items()}
-    d |= dict(
-        t_hidden=normal(B, T, E),
-        t_weight=normal(v + 3, E),
-        t_bias=normal(v + 3),
-        mask=torch.rand(B, T, generator=g) < 0.7,
-    )
-    row = torch.float64 if dtype == torch.float64 else torch.float32
-    return d | dict(upstream=normal(B, T).to(row), heat=(normal(B, T).abs() + 0.5).to(row))
-
-
-def student(d):
-    return dict(lm_head_bias=d["bias"], lora=rw.Lora(d["a"], d["b"], 0.5), logit_scale=1.3)
-
-
-def teacher(d, as_logits=False):
-    if as_logits:
-        return teacher_logits(d)
-    return rw.HiddenLogits(d["t_hidden"], d["t_weight"], d["t_bias"], 0.7)
-
-
-def student_logits(d):
-    return 1.3 * (
-        d["hidden"] @ d["weight"].T + d["bias"] + 0.5 * (d["hidden"] @ d["a"].T) @ d["b"].T
-    )
-
-
-def teacher_logits(d):
-    return 0.7 * (d["t_hidden"] @ d["t_weight"].T + d["t_bias"])
-
-
-def options_of(d, kind, of="other"):
-    found = dict(
-        kind=kind,
-        completion_mask=d["mask"],
-        temperature=d["heat"],
-        softcap=6.0,
-        vocab_size=d["weight"].size(0) - 1,
-    )
-    return (
-        found
-        | {f"{of}_temperature": 1.1, f"{of}_softcap": 9.0}
-        | ({"beta": 0.3} if kind == "generalized_jsd" else {})
-    )
-
-
-def grads(total, d, **more):
-    return torch.autograd.grad(total, [d[name] for name in INPUTS], **more)
-
-
-def same(found, wanted, **tolerance):
-    for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, **tolerance)
 
 
 # --- the same numbers as from logits --------------------------------------------------
@@ -492,190 +434,3 @@ def test_calls_without_rows(shape, kind):
         out = rw.linear_distillation_loss(h, w, t, kind=kind, plan=plan)
         grad = torch.autograd.grad(out.loss, w)[0]
         assert out.loss == 0 and (grad == 0).all() and out.forward_kl.shape == shape
-
-
-# --- work and memory ------------------------------------------------------------------
-@pytest.fixture
-def gemms(monkeypatch):
-    """Rows and width of every GEMM that computes logits."""
-    seen = []
-    logits = Chunk.logits
-    monkeypatch.setattr(
-        Chunk,
-        "logits",
-        lambda self, hidden: seen.append(tuple(hidden.shape)) or logits(self, hidden),
-    )
-    return seen
-
-
-def test_the_gemms_of_each_plan(gemms):
-    d = make()
-    call = dict(chunk_rows=4, compact_rows=False, vocab_size=V)
-    once = [(4, D), (4, E)] * 3 + [(2, D), (2, E)]
-    rw.linear_distillation_loss(
-        d["hidden"], d["weight"], teacher(d), plan="one_pass", **call
-    ).loss.backward()
-    assert gemms == once
-    for budget, recomputed in ((None, once), (3 * 4 * (2 * V + 3) * 8, once[4:]), (1 << 30, [])):
-        gemms.clear()
-        rw.linear_token_divergence(
-            d["hidden"], d["weight"], teacher(d), memory_budget=budget, **call
-        ).sum().backward()
-        assert gemms == once + recomputed
-
-
-def test_rows_that_do_not_count_reach_no_gemm(gemms):
-    d = make()
-    d["upstream"][0] = 0
-    out = rw.linear_token_divergence(
-        d["hidden"], d["weight"], teacher(d), completion_mask=d["mask"], chunk_rows=3, vocab_size=V
-    )
-    inside = int(d["mask"].sum())
-    assert (
-        sum(n for n, width in gemms if width == D)
-        == sum(n for n, width in gemms if width == E)
-        == inside
-    )
-    gemms.clear()
-    (out * d["upstream"]).sum().backward()
-    assert sum(n for n, width in gemms if width == D) == int(d["mask"][1].sum()) < inside
-
-
-def test_row_index_known_to_the_host():
-    d = make()
-    index = d["mask"].flatten().nonzero()[:, 0].flip(0)
-    want = rw.token_divergence(student_logits(d), teacher_logits(d), **options_of(d, "jeffreys"))
-    for as_logits in (False, True):
-        got = rw.linear_token_divergence(
-            d["hidden"],
-            d["weight"],
-            teacher(d, as_logits),
-            row_index=index,
-            chunk_rows=4,
-            **student(d),
-            **options_of(d, "jeffreys"),
-        )
-        torch.testing.assert_close(got, want)
-        same(
-            grads((got * d["upstream"]).sum(), d),
-            grads((want * d["upstream"]).sum(), d, retain_graph=True),
-        )
-
-
-SCRIPT = """
-import json, torch
-import reweight_ops as rw
-from bench.measure import Memory
-N, D, E, V = 768, 32, 16, 32768
-found = {}
-for dtype in (torch.float32, torch.bfloat16):
-    g = torch.Generator().manual_seed(0)
-    h, w = torch.randn(N, D, generator=g).to(dtype).requires_grad_(), torch.randn(V, D, generator=g).to(dtype).requires_grad_()
-    t = rw.HiddenLogits(torch.randn(N, E, generator=g).to(dtype), torch.randn(V, E, generator=g).to(dtype))
-    memory, rows = Memory("cpu"), 256
-    for kind in ("reverse_kl", "generalized_jsd"):
-        for plan in ("one_pass", "two_pass"):
-            def run():
-                rw.linear_distillation_loss(h, w, t, kind=kind, plan=plan, chunk_rows=rows).loss.backward()
-            run(); h.grad = w.grad = None
-            growth = memory.growth(run) - (h.numel() + w.numel()) * dtype.itemsize
-            h.grad = w.grad = None
-            found[f"{kind} {plan} {dtype}"] = growth / (2 * rows * V * dtype.itemsize)
-print(json.dumps(found))
-"""
-
-
-@pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(),
-    reason="the peak of resident memory is read from Linux's /proc",
-)
-def test_memory_is_one_chunk_of_both_models():
-    """Memory beyond the gradients is one of three chunks of both models' logits."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    for name, chunks in json.loads(done.stdout.splitlines()[-1]).items():
-        assert 0.7 < chunks < 1.6, (name, chunks)
-
-
-def test_the_default_chunk_holds_both_models_logits(monkeypatch):
-    made = []
-    original = Chunk.__init__
-    monkeypatch.setattr(
-        Chunk,
-        "__init__",
-        lambda self, size, *rest: original(self, size, *rest) or made.append(self.data.nbytes),
-    )
-    monkeypatch.setattr(
-        linear_gemms,
-        "empty",
-        lambda shape, dtype, device: torch.empty(1, 1, dtype=dtype).expand(shape),
-    )
-    monkeypatch.setattr(Chunk, "logits", lambda self, hidden: self.data[: hidden.size(0)])
-    monkeypatch.setattr(library, "divergence_stats", lambda z, *rest: torch.zeros(8, z.size(0)))
-    with torch.no_grad():
-        h, w = torch.zeros(4000, 2), torch.zeros(20000, 2)
-        rw.linear_token_divergence(h, w, rw.HiddenLogits(h, torch.zeros(20000, 2)))
-    assert len(made) == 2 and 0.9 * (96 << 20) < sum(made) <= 96 << 20
-
-
-# --- refused calls --------------------------------------------------------------------
-WRONG = {
-    "kind": (dict(kind="kl"), "kind is 'kl', expected one of forward_kl, .*generalized_jsd"),
-    "beta": (dict(beta=0.5), "beta belongs to kind='generalized_jsd'"),
-    "beta range": (dict(kind="generalized_jsd", beta=0.0), r"beta is 0.0, expected a number in \(0, 1\)"),
-    "no teacher": (dict(other=None), "other is a NoneType, expected a HiddenLogits, a TopKLogps, or logits"),
-    "columns": (dict(other=rw.HiddenLogits(torch.zeros(2, 3, 4), torch.zeros(9, 4))), "logits have 7 columns, other_logits 9: pass vocab_size"),
-    "logits columns": (dict(other=torch.zeros(2, 3, 9)), "logits have 7 columns, other_logits 9: pass vocab_size"),
-    "vocab_size": (dict(other=torch.zeros(2, 3, 5), vocab_size=6), "vocab_size is 6, other_logits have 5 columns"),
-    "rows": (dict(other=torch.zeros(2, 4, 7)), r"other_logits has shape \(2, 4, 7\), expected \(2, 3\)"),
-    "hidden rows": (dict(other=rw.HiddenLogits(torch.zeros(2, 4, 4), torch.zeros(7, 4))), r"linear_token_divergence, other: hidden has shape \(2, 4, 4\)"),
-    "width": (dict(other=rw.HiddenLogits(torch.zeros(2, 3, 4), torch.zeros(7, 5))), r"other: lm_head_weight has shape \(7, 5\), expected \(V, 4\)"),
-    "grad": (dict(other=rw.HiddenLogits(torch.zeros(2, 3, 4), torch.zeros(7, 4, requires_grad=True))), "other.lm_head_weight requires grad"),
-    "logits grad": (dict(other=torch.zeros(2, 3, 7, requires_grad=True)), "other_logits require grad"),
-    "fp64 beside fp32": (dict(other=rw.HiddenLogits(torch.zeros(2, 3, 4).double(), torch.zeros(7, 4).double())), "fp64 for both or for none"),
-    "softcap": (dict(other_softcap=-1.0), "softcap is -1.0"),
-    "temperature": (dict(other_temperature=0.0), r"other_temperature is 0.0, expected a number in \(0, inf\)"),
-    "consume": (dict(consume_logits=True), "consume_logits is for an op that takes logits"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_calls(case):
-    options, message = WRONG[case]
-    other = rw.HiddenLogits(torch.zeros(2, 3, 4), torch.zeros(7, 4))
-    with pytest.raises(rw.InvalidCall, match=message):
-        rw.linear_token_divergence(
-            torch.zeros(2, 3, 5), torch.zeros(7, 5), **{"other": other, **options}
-        )
-
-
-def test_unknown_keywords_and_no_hidden_states():
-    t = rw.HiddenLogits(h := torch.zeros(2, 3, 5), w := torch.zeros(7, 5))
-    with pytest.raises(TypeError, match="Did you mean teacher_softcap"):
-        rw.linear_distillation_loss(h, w, t, teacher_softcaps=1.0)
-    with pytest.raises(rw.InvalidCall, match=r"hidden must be a tensor R \+ \(D,\)"):
-        rw.linear_token_divergence(None, w, t)
-    with pytest.raises(rw.InvalidCall, match="token_weights require grad"):
-        rw.linear_distillation_loss(h, w, t, token_weights=torch.ones(2, 3, requires_grad=True))
-
-
-def test_explain():
-    h, w = torch.empty(2, 3, 5, device="meta", requires_grad=True), torch.empty(7, 5, device="meta")
-    t = rw.HiddenLogits(torch.empty(2, 3, 4, device="meta"), torch.empty(7, 4, device="meta"))
-    found = rw.explain(rw.linear_distillation_loss, h, w, t, device="cpu", backend="reference")
-    assert (found.plan, found.backend) == ("one_pass", "reference")
-    found = rw.explain(
-        rw.linear_token_divergence,
-        h,
-        w,
-        t,
-        kind="generalized_jsd",
-        device="cpu",
-        backend="reference",
-    )
-    assert (found.plan, found.one_pass_unsupported_reason) == (
-        "two_pass",
-        "there is no loss to fuse: these are statistics",
-    )

@@ -3,15 +3,11 @@
 It is the sum of the two losses, from one set of logits of each model.
 """
 
-import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from paths import ROOT
+from peaks import peaks, reads_peaks
 from test_linear import BACKENDS
 
 import reweight_ops as rw
@@ -318,32 +314,27 @@ found = {}
 for dtype in (torch.float32, torch.bfloat16):
     g = torch.Generator().manual_seed(0)
     h, w = torch.randn(N, D, generator=g).to(dtype).requires_grad_(), torch.randn(V, D, generator=g).to(dtype).requires_grad_()
-    t = rw.HiddenLogits(torch.randn(N, E, generator=g).to(dtype), torch.randn(V, E, generator=g).to(dtype))
+    y, u = torch.randn(N, E, generator=g).to(dtype), torch.randn(V, E, generator=g).to(dtype)
     ids, memory = torch.randint(V, (N,), generator=g), Memory("cpu")
     for plan in ("one_pass", "two_pass"):
-        def run():
-            rw.linear_policy_loss(h, w, ids, 1.0, spec="reinforce", teacher=rw.Teacher(t, 0.5), plan=plan, chunk_rows=R).loss.backward()
-        run(); h.grad = w.grad = None
-        growth = memory.growth(run) - (h.numel() + w.numel()) * dtype.itemsize
+        def run(n):
+            t = rw.HiddenLogits(y[:n], u)
+            rw.linear_policy_loss(h[:n], w, ids[:n], 1.0, spec="reinforce", teacher=rw.Teacher(t, 0.5), plan=plan, chunk_rows=R).loss.backward()
+        run(R)  # what later calls keep
+        h.grad = w.grad = None
+        growth = memory.growth(lambda: run(N)) - (h.numel() + w.numel()) * dtype.itemsize
         h.grad = w.grad = None
         found[f"{plan} {dtype}"] = growth / (R * V * dtype.itemsize)
 print(json.dumps(found))
 """
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(),
-    reason="the peak of resident memory is read from Linux's /proc",
-)
+@reads_peaks
 def test_memory_is_one_chunk_of_both_models():
     """Memory beyond the gradients is one of three chunks of logits of both models, and
     two blocks of 4 MiB (a quarter of bf16's).
     """
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    for name, chunks in json.loads(done.stdout.splitlines()[-1]).items():
+    for name, chunks in peaks(SCRIPT).items():
         assert 2 < chunks < 3, (name, chunks)
 
 
