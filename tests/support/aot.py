@@ -493,26 +493,35 @@ def row_kernels(target: str) -> list[Compiled]:
             flat = ids.view(-1)
             packed = [triton_rows.mask(flat, flat, flat.bool(), r, device) for r in runs[1:]]
             triton_rows.spread(packed[0], rows[0, :sequences])
-            masked = triton_rows.mask(ids, ids, ids.bool(), runs[0], device)
+            values = rows[0].view(sequences, length)
+            masked = triton_rows.mask(ids, ids, ids.bool(), runs[0], device, values)
             for weighing in (
                 Weighing("rows"),
                 Weighing("sequences", True),
                 Weighing(3.0, False, 5.0),
                 Weighing(torch.ones(()), True),
             ):
-                weights = triton_rows.weigh(masked, weighing, torch.ones(()), rows[0], 2)
-                triton_rows.weigh(packed[0], weighing, torch.ones(()), rows[0], 2)
+                weights = triton_rows.weigh(masked, (weighing,) * 2, torch.ones(()), rows[0])
+                triton_rows.weigh(packed[0], (weighing,) * 2, torch.ones(()), rows[0])
             groups = torch.zeros(sequences + 1, dtype=torch.int64)
             by_prompt = [
                 triton_rows.regroup(masked, groups[1:], 5)[0],
                 triton_rows.regroup(packed[0], where[:sequences], 1)[0],
             ]
-            measured = [triton_rows.measure(found, rows[0]) for found in (*packed, masked)]
+            measured = [triton_rows.measure(found, rows[:2]) for found in (*packed, masked)]
             for weighing in (Weighing("rows"), Weighing("sequences", True)):
                 for found in (measured[0], measured[-1]):
-                    triton_rows.weigh(found, weighing, torch.ones(()), rows[0], 2)
+                    over = weighing._replace(weight=0)
+                    triton_rows.weigh(found, (over,) * 2, torch.ones(()), rows[0])
             for found in by_prompt:  # they are packed rows
-                triton_rows.weigh(found, Weighing("sequences", True), torch.ones(()), rows[0], 2)
+                weighing = Weighing("sequences", True)
+                triton_rows.weigh(found, (weighing,) * 2, torch.ones(()), rows[0])
+            for found in (measured[0], measured[-1]):
+                for unlike in (
+                    (Weighing(3.0), Weighing("rows", weight=0)),
+                    (Weighing("rows", weight=1), Weighing("sequences", True, weight=0)),
+                ):
+                    triton_rows.weigh(found, (*unlike, unlike[0]), torch.ones(()), rows[0])
             for found in (*packed, masked):
                 for adv in (None, rows[2]):
                     averaged = Averaged(rows[0], rows[1], PARAMS, adv=adv)
