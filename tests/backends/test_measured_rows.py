@@ -219,7 +219,7 @@ def test_a_term_does_not_depend_on_others(kernels, layout):
     by_rows, by_tensor = Weighing("rows", weight=1), Weighing(torch.tensor(7), True)
     some = (
         (by_rows, Weighing("sequences", True, weight=0), by_rows),
-        (None, Weighing(3.7, horizon=5.3), by_tensor, by_rows, Weighing()),
+        (None, Weighing(3.7, horizon=5.3), by_tensor, by_rows, Weighing(0.9, True, 2.2)),
         (by_tensor, None, Weighing(torch.tensor(0.3)), Weighing("rows", True)),
     )
     for weighings, scale in itertools.product(some, (1, 0.3, torch.tensor(0.7))):
