@@ -143,7 +143,7 @@ class Data:
 
         rows, masked, device = self.rows, self.masked, self.ids.device
         logp, values = rows["logp"], rows["entropy"]
-        weights = kernels.weigh(masked, Weighing("rows"), 1.0, None, 3)
+        weights = kernels.weigh(masked, (Weighing("rows"),) * 3, 1.0, None)
         ordered = torch.where(masked.keep, values, math.inf).sort().values
         count = -(-self.shape.sequences // 8)
         decay = torch.tensor(0.95, device=device)
@@ -172,9 +172,12 @@ class Data:
             return job
 
         def resolved() -> list[Tensor]:
-            found = kernels.mask(self.ids, self.mask, None, self.runs, device)
+            adv = None  # of sequences; packed ones are spread after the masks
+            if self.shape.layout == "padded":
+                adv = rows["adv"][: self.shape.sequences, None].expand_as(self.ids)
+            found = kernels.mask(self.ids, self.mask, None, self.runs, device, adv)
             assert found.ids is not None
-            return [found.ids, found.keep, found.lengths]
+            return [found.ids, found.keep, found.lengths, *([] if adv is None else [found.values])]
 
         def regrouped() -> list[Tensor]:
             found, index = kernels.regroup(masked, self.prompts, count)
@@ -188,12 +191,17 @@ class Data:
         def ratio(over: Over) -> Job:
             return lambda: list(kernels.ratio(masked, averaged(over)))
 
+        two = torch.stack([values, rows["factor"]])
+        measured = kernels.measure(masked, two)
+        means = Weighing("rows", weight=0), Weighing("sequences", True, weight=1)
+
         return {
             "mask": (False, resolved),
             "weights": (
                 False,
-                lambda: [kernels.weigh(masked, Weighing("rows", True), 1.0, rows["factor"], 1)],
+                lambda: [kernels.weigh(masked, (Weighing("rows", True),), 1.0, rows["factor"])],
             ),
+            "weights of two means": (True, lambda: [kernels.weigh(measured, means, 1.0, None)]),
             "evaluate, GRPO": (False, evaluated(GRPO)),
             "evaluate, long": (False, evaluated(LONG)),
             "ratio": (True, ratio("sequence")),
@@ -212,7 +220,7 @@ class Data:
             "adjoint of the call": (True, flowed("call")),
             "quantile": (False, lambda: [kernels.quantile(masked, ordered, 0.3, False)]),
             "regroup": (False, regrouped),
-            "measure": (True, lambda: [kernels.measure(masked, values).lengths]),
+            "measure": (True, lambda: [kernels.measure(masked, two).sums]),
         }
 
     def outcome(self, job: Job) -> list[Tensor]:

@@ -69,8 +69,8 @@ void regroup_rows_of(const std::array<int64_t, 5>& ids, Address lengths, const s
         {row_numbers(ids), at<const int32_t>(lengths), runs_of(runs), prompts, at<int64_t>(prompt_of), at<int64_t>(index), at<int32_t>(out_lengths)});
 }
 
-void measure_rows_of(Address weight, Address keep, const std::array<int64_t, 4>& runs, Address lengths) {
-    measure_rows({at<const float>(weight), at<const bool>(keep), runs_of(runs), at(lengths)});
+void measure_rows_of(Address weight, Address keep, const std::array<int64_t, 4>& runs, Address sums) {
+    measure_rows({at<const float>(weight), at<const bool>(keep), runs_of(runs), at(sums)});
 }
 
 void weigh_rows_of(Address keep, Address lengths, Address weight, const std::array<int64_t, 4>& runs, int divide, float divisor, bool per_length,
@@ -192,7 +192,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("counted"), py::arg("lengths"));
     m.def("regroup_rows", &regroup_rows_of, py::arg("ids"), py::arg("lengths"), py::arg("runs"), py::arg("prompts"), py::arg("prompt_of"),
           py::arg("index"), py::arg("out_lengths"));
-    m.def("measure_rows", &measure_rows_of, py::arg("weight"), py::arg("keep"), py::arg("runs"), py::arg("lengths"));
+    m.def("measure_rows", &measure_rows_of, py::arg("weight"), py::arg("keep"), py::arg("runs"), py::arg("sums"));
     m.def("weigh_rows", &weigh_rows_of, py::arg("keep"), py::arg("lengths"), py::arg("weight"), py::arg("runs"), py::arg("divide"),
           py::arg("divisor"), py::arg("per_length"), py::arg("horizon"), py::arg("scale"), py::arg("factor"), py::arg("terms"), py::arg("out"));
     py::class_<OnePass>(m, "OnePass", py::module_local())

@@ -67,9 +67,11 @@ def mask_kernel(
     IDS,
     MASK,
     DENOMINATOR,
+    VALUES,
     OUT_IDS,
     KEEP,
     COUNTED,
+    OUT_VALUES,
     LENGTHS,
     length: tl.int64,
     total: tl.int64,
@@ -79,15 +81,19 @@ def mask_kernel(
     mask_step: tl.int64,
     den_stride: tl.int64,
     den_step: tl.int64,
+    values_stride: tl.int64,
+    values_step: tl.int64,
     HAS_IDS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_DENOMINATOR: tl.constexpr,
+    HAS_VALUES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write ``OUT_IDS``, ``KEEP`` and ``LENGTHS [2, S]`` of runs of ``length`` rows.
 
     OUT_IDS are the ids, -100 where the mask is 0. KEEP marks the rows of the loss.
-    LENGTHS counts each sequence's rows in the loss and in the denominator.
+    LENGTHS counts each sequence's rows in the loss and in the denominator. OUT_VALUES
+    are VALUES in fp32.
     """
     s = tl.program_id(0).to(tl.int64)
     kept, counted = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
@@ -112,6 +118,12 @@ def mask_kernel(
     rows = tl.sum(kept, 0)
     tl.store(LENGTHS + s, rows)
     tl.store(LENGTHS + tl.num_programs(0) + s, tl.sum(counted, 0) if HAS_DENOMINATOR else rows)
+    if HAS_VALUES:  # in the loop above, the addresses of one more tensor would spill
+        for start in range(0, length, BLOCK):
+            t = start + tl.arange(0, BLOCK)
+            inside = (t < length) & (s * length + t < total)
+            x = tl.load(VALUES + s * values_stride + t * values_step, mask=inside, other=0.0)
+            tl.store(OUT_VALUES + s * length + t, x.to(tl.float32), mask=inside)
 
 
 @triton.jit
@@ -281,33 +293,34 @@ def regroup_kernel(
 
 @kernel
 def measure_kernel(
-    WEIGHT,
+    WEIGHTS,
     KEEP,
     OFFSETS,
     INDEX,
-    LENGTHS,
+    SUMS,
     length: tl.int64,
     total: tl.int64,
+    sequences: tl.int64,
     RUNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write each sequence's sum of WEIGHT over the rows in KEEP to both rows of
-    ``LENGTHS [2, S]``.
+    """Write each sequence's sums of ``WEIGHTS [M, N]`` over the rows in KEEP to
+    ``SUMS [M, S]``, one a program.
 
-    The sum is in fp64, because it costs nothing beside the loads, and then no divisor
+    A sum is in fp64, because it costs nothing beside the loads, and then no divisor
     depends on how rows are cut into blocks.
     """
-    s = tl.program_id(0).to(tl.int64)
+    p = tl.program_id(0).to(tl.int64)
+    weight = p // sequences
+    s = p - weight * sequences
     begin, end = span(OFFSETS, s, length, total, RUNS)
     found = tl.zeros((BLOCK,), tl.float64)
     for start in range(begin, end, BLOCK):
         row = start + tl.arange(0, BLOCK)
         mine = own(INDEX, row, end, s, RUNS)
         keep = tl.load(KEEP + row, mask=mine, other=0) != 0
-        found += tl.load(WEIGHT + row, mask=keep, other=0.0).to(tl.float64)
-    sum = tl.sum(found, 0).to(tl.float32)
-    tl.store(LENGTHS + s, sum)
-    tl.store(LENGTHS + tl.num_programs(0) + s, sum)
+        found += tl.load(WEIGHTS + weight * total + row, mask=keep, other=0.0).to(tl.float64)
+    tl.store(SUMS + p, tl.sum(found, 0).to(tl.float32))
 
 
 @triton.jit
@@ -316,7 +329,7 @@ def _divisor(LENGTHS, sequences, SEQUENCES: tl.constexpr, BLOCK: tl.constexpr):
     found = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, sequences, BLOCK):
         s = start + tl.arange(0, BLOCK)
-        n = tl.load(LENGTHS + sequences + s, mask=s < sequences, other=0)
+        n = tl.load(LENGTHS + s, mask=s < sequences, other=0)
         found += ((n > 0) if SEQUENCES else n).to(tl.float64)
     sum = tl.sum(found, 0)
     return tl.where(sum < 1, 1.0, sum).to(tl.float32)  # keeps NaN
@@ -328,7 +341,8 @@ def weigh_kernel(
     LENGTHS,
     INDEX,
     TRUST,
-    WEIGHT,
+    WEIGHTS,
+    SUMS,
     DIVISOR,
     SCALE,
     FACTOR,
@@ -336,57 +350,64 @@ def weigh_kernel(
     length: tl.int64,
     total: tl.int64,
     sequences: tl.int64,
-    divisor,
-    horizon,
+    divisors,
+    horizons,
     scale,
     DIVIDE: tl.constexpr,
     PER_LENGTH: tl.constexpr,
     HORIZON: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    OF: tl.constexpr,
     SCALE_BY: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_TRUST: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
-    TERMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write ``W [TERMS, N]``: ``(WEIGHT | 1) / divisor / (the sequence's length |
-    horizon) * scale``.
+    """Write ``W [terms, N]``: ``(a row of WEIGHTS | 1) / divisor / (the sequence's
+    length | horizon) * scale``.
 
-    Term 0 is also multiplied by FACTOR. W is 0 where a row is ignored. A program takes
-    BLOCK rows, whatever their sequences.
+    The tuples have what differs between weighings. OF has the weighing of each term,
+    -1 for a term that is not written. WEIGHT has the row of ``WEIGHTS [M, N]``, -1 for
+    none. Lengths are then of ``SUMS [M, S]``, and else the second row of
+    ``LENGTHS [2, S]``. Term 0 is also multiplied by FACTOR. W is 0 where a row is
+    ignored. A program takes BLOCK rows, whatever their sequences.
     """
     zero = tl.full((), 0.0, tl.float32)
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < total
     keep = tl.load(KEEP + row, mask=inside, other=0) != 0
-    rows = tl.zeros((BLOCK,), tl.float32) + 1.0
-    if HAS_WEIGHT:
-        rows = tl.load(WEIGHT + row, mask=keep, other=0.0)
-    if DIVIDE == BY_VALUE:
-        rows = tl.div_rn(rows, zero + divisor)
-    elif DIVIDE == BY_TENSOR:
-        rows = tl.div_rn(rows, tl.load(DIVISOR).to(tl.float32))
-    elif DIVIDE != UNDIVIDED:
-        rows = tl.div_rn(rows, _divisor(LENGTHS, sequences, DIVIDE == BY_SEQUENCES, BLOCK))
-    if PER_LENGTH:
-        s = tl.load(INDEX + row, mask=keep, other=0) if PACKED else row // length
-        # a kept row of no prompt has the number after the last
-        n = tl.load(LENGTHS + sequences + s, mask=keep & (s < sequences), other=1)
-        rows = tl.div_rn(rows, tl.where(n > 0, n, 1).to(tl.float32))
-    if HORIZON:
-        rows = tl.div_rn(rows, zero + horizon)
-    if SCALE_BY == BY_VALUE:
-        rows *= scale
-    elif SCALE_BY == BY_TENSOR:
-        rows *= tl.load(SCALE).to(tl.float32)
-    if HAS_TRUST:
-        rows += tl.load(TRUST)
-    for k in tl.static_range(TERMS):
-        found = rows
-        if HAS_FACTOR and k == 0:
-            found *= tl.load(FACTOR + row, mask=inside, other=0.0)
-        tl.store(W + k * total + row, tl.where(keep, found, 0.0), mask=inside)
+    for j in tl.static_range(len(DIVIDE)):
+        if WEIGHT[j] < 0:
+            rows, lengths = tl.zeros((BLOCK,), tl.float32) + 1.0, LENGTHS + sequences
+        else:
+            rows = tl.load(WEIGHTS + WEIGHT[j] * total + row, mask=keep, other=0.0)
+            lengths = SUMS + WEIGHT[j] * sequences
+        if DIVIDE[j] == BY_VALUE:
+            rows = tl.div_rn(rows, zero + divisors[j])
+        elif DIVIDE[j] == BY_TENSOR:
+            rows = tl.div_rn(rows, tl.load(DIVISOR).to(tl.float32))
+        elif DIVIDE[j] != UNDIVIDED:
+            rows = tl.div_rn(rows, _divisor(lengths, sequences, DIVIDE[j] == BY_SEQUENCES, BLOCK))
+        if PER_LENGTH[j]:
+            s = tl.load(INDEX + row, mask=keep, other=0) if PACKED else row // length
+            # a kept row of no prompt has the number after the last
+            n = tl.load(lengths + s, mask=keep & (s < sequences), other=1)
+            rows = tl.div_rn(rows, tl.where(n > 0, n, 1).to(tl.float32))
+        if HORIZON[j]:
+            rows = tl.div_rn(rows, zero + horizons[j])
+        if SCALE_BY == BY_VALUE:
+            rows *= scale
+        elif SCALE_BY == BY_TENSOR:
+            rows *= tl.load(SCALE).to(tl.float32)
+        if HAS_TRUST:
+            rows += tl.load(TRUST)
+        for k in tl.static_range(len(OF)):
+            if OF[k] == j:
+                found = rows
+                if HAS_FACTOR and k == 0:
+                    found *= tl.load(FACTOR + row, mask=inside, other=0.0)
+                tl.store(W + k * total + row, tl.where(keep, found, 0.0), mask=inside)
 
 
 @kernel

@@ -95,7 +95,7 @@ void measure_rows(const MeasureCall& call) {
     for (int64_t i = 0; i < call.runs.rows; ++i) {
         if (call.keep[i]) sums[call.runs.of(i)] += call.weight[i];  // a kept row is in a sequence
     }
-    for (int64_t s = 0; s < sequences; ++s) call.lengths[s] = call.lengths[sequences + s] = float(sums[s]);
+    for (int64_t s = 0; s < sequences; ++s) call.sums[s] = float(sums[s]);
 }
 
 namespace {
@@ -130,8 +130,7 @@ void weigh_by(const Length* const lengths, const WeighCall& call) {
 }  // namespace
 
 void weigh_rows(const WeighCall& call) {
-    const int64_t sequences = call.runs.count;
-    call.weight ? weigh_by((const float*)call.lengths + sequences, call) : weigh_by((const int32_t*)call.lengths + sequences, call);
+    call.weight ? weigh_by((const float*)call.lengths, call) : weigh_by((const int32_t*)call.lengths, call);
 }
 
 OnePass::Layout OnePass::layout() const {
@@ -181,7 +180,7 @@ bool fill_rows(OnePass& call, const OnePassValues& values) {
     }
     WeighCall& weigh = call.weigh;
     weigh.keep = mask.keep;
-    weigh.lengths = mask.lengths;
+    weigh.lengths = mask.lengths + sequences;  // of the rows that count
     weigh.divisor = values.divisor;
     weigh.scale = values.scale;
     weigh.factor = factor;

@@ -54,13 +54,12 @@ struct RegroupCall {
 
 void regroup_rows(const RegroupCall& call);
 
-/// Fills both rows of `lengths [2, sequences]` with the sums of the kept rows' `weight`. They are
-/// rounded once.
+/// Fills `sums [sequences]` with those of the kept rows' `weight`. They are rounded once.
 struct MeasureCall {
     const float* weight;
     const bool* keep;
     Runs runs;
-    float* lengths;
+    float* sums;
 };
 
 void measure_rows(const MeasureCall& call);
@@ -71,7 +70,7 @@ enum class Divide : int { by_nothing = 0, by_value = 1, by_rows = 2, by_sequence
 /// term 0 times `factor`. It is 0 where a row is ignored. Without `weight` it is 1, and lengths count.
 struct WeighCall {
     const bool* keep;
-    const void* lengths;  // [2, sequences]: float with a weight, else int32_t
+    const void* lengths;  // [sequences]: float with a weight, else int32_t
     const float* weight;  // or null
     Runs runs;
     Divide divide;

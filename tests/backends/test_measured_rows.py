@@ -13,7 +13,7 @@ from reweight_ops._core.calls.keywords import PolicyOptions
 from reweight_ops._core.calls.policy import resolve_loss
 from reweight_ops._core.rows import resolve, structure
 from reweight_ops._core.rows.groups import Groups
-from reweight_ops._core.rows.primitives import Runs
+from reweight_ops._core.rows.primitives import Runs, Weighing
 from reweight_ops._core.rows.resolve import RUN, resolve_rows
 from reweight_ops.testing import make_batch
 
@@ -208,6 +208,32 @@ def test_weights_that_are_not_finite_or_negative(kernels):
             assert_same((4, 3), {"completion_mask": mask}, spec, kernels)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_term_does_not_depend_on_others(kernels, layout):
+    """It has its bits in any company, and a term without a weighing stays as it is."""
+    shape, places = LAYOUTS[layout]
+    rows = rows_of(shape, masked(shape, places, True), kernels, torch.float32)
+    n, g = rows.count, torch.Generator().manual_seed(9)
+    u = torch.stack([selected(shape, seed).view(-1) for seed in (3, 4)])
+    measured, factor = kernels.measure(rows.masked, u), torch.rand(n, generator=g)
+    by_rows, by_tensor = Weighing("rows", weight=1), Weighing(torch.tensor(7), True)
+    some = (
+        (by_rows, Weighing("sequences", True, weight=0), by_rows),
+        (None, Weighing(3.7, horizon=5.3), by_tensor, by_rows, Weighing(0.9, True, 2.2)),
+        (by_tensor, None, Weighing(torch.tensor(0.3)), Weighing("rows", True)),
+    )
+    for weighings, scale in itertools.product(some, (1, 0.3, torch.tensor(0.7))):
+        before = torch.full((len(weighings), n), 9.0)
+        found = kernels.weigh(measured, weighings, scale, factor, before.clone())
+        for k, weighing in enumerate(weighings):
+            own = None if k else factor
+            want = before[k : k + 1]
+            if weighing is not None:
+                want = kernels.weigh(measured, (weighing,), scale, own)
+                assert want.count_nonzero() > 9 and len(set(want[0].tolist())) > 2 - (own is None)
+            assert torch.equal(found[k : k + 1], want)
+
+
 def test_small_weights(kernels):
     """``1 / u`` overflows, and ``u / (u + u + u)`` does not."""
     u = torch.full((2, 3), 2.0**-140)
@@ -223,14 +249,14 @@ def test_sums_are_rounded_once(kernels, shape):
     g = torch.Generator().manual_seed(4)
     u, keep = torch.rand(shape, generator=g), drawn(shape, 5)
     rows = rows_of(shape, {"completion_mask": keep}, kernels, torch.float32)
-    found = kernels.measure(rows.masked, u.view(-1))
+    both = torch.stack([u.view(-1), torch.full((u.numel(),), 0.5)])
+    found = kernels.measure(rows.masked, both)
     run = shape[-1] if len(shape) > 1 else RUN
     want = torch.stack([part.sum() for part in (u.double() * keep).view(-1).split(run)])
-    assert found.lengths.dtype == torch.float32
-    assert torch.equal(found.lengths, want.float().expand(2, -1))
-    assert torch.equal(found.weight, u.view(-1)) and found.runs == rows.masked.runs
-    same = kernels.measure(rows.masked, torch.tensor(0.5, dtype=torch.float64))
-    assert torch.equal(same.lengths[0], rows.masked.lengths[0] / 2)
+    assert found.sums.dtype == torch.float32
+    assert torch.equal(found.sums[0], want.float())
+    assert torch.equal(found.sums[1], rows.masked.lengths[0] / 2)
+    assert found.weights is both and found.lengths is rows.masked.lengths
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -276,11 +302,11 @@ def test_prompts_that_nobody_reads_may_be_out_of_range(kernels, monkeypatch, lay
         assert torch.equal(rows.prompts.index, want.prompts.index)
         assert torch.equal(rows.trust.isnan(), want.trust.isnan())
         # a row of no prompt does not divide by another number
-        alone = call.spec.reduction.measured(rows, None)._replace(trust=None)
+        alone = call.spec.reduction.masked(rows)._replace(trust=None)
         owner = rows.sequences.spread(rows.prompts.index - count) + count
         assert torch.equal(alone.runs.owner, owner)
         plan = call.spec.reduction.weighing(rows, call.divisors)
-        finite = kernels.weigh(alone, plan, 1.0, None, 1)[0]
+        finite = kernels.weigh(alone, (plan,), 1.0, None)[0]
         outside = rows.keep & (alone.runs.owner == count)
         prompts = max(int((alone.lengths[1] > 0).sum()), 1)
         assert torch.equal(finite[outside], torch.full_like(finite[outside], 1 / prompts))

@@ -148,7 +148,7 @@ def test_a_reduction_over_a_weight_of_the_batch():
     spec = dataclasses.replace(
         spec, penalties=penalties, reduction=rw.SequenceMean(weight=over.weight)
     )
-    assert spec.staged_weights[0] is not None and spec.stored_program is not None
+    assert spec.staged_weights is not None and spec.stored_program is not None
     same(spec, batch_of(spec))
 
 

@@ -40,26 +40,33 @@ def row_calls(sequences: int, length: int, where: str = "cpu") -> Iterator[None]
     flat, flat_kept = ids.view(-1), kept.view(-1)
     packed = [triton_rows.mask(flat, flat_kept, flat_kept.bool(), r, device) for r in runs[1:]]
     triton_rows.spread(packed[0], rows[0, :sequences])
-    masked = triton_rows.mask(ids, kept, kept.bool(), runs[0], device)
+    values = rows[0].view(sequences, length)
+    masked = triton_rows.mask(ids, kept, kept.bool(), runs[0], device, values)
     for weighing in (
         Weighing("rows"),
         Weighing("sequences", True),
         Weighing(3.0, False, 5.0),
         Weighing(one, True),
     ):
-        weights = triton_rows.weigh(masked, weighing, one, rows[0], 2)
-        triton_rows.weigh(packed[0], weighing, one, rows[0], 2)
+        weights = triton_rows.weigh(masked, (weighing,) * 2, one, rows[0])
+        triton_rows.weigh(packed[0], (weighing,) * 2, one, rows[0])
     groups = zeros(sequences + 1, dtype=torch.int64)
     by_prompt = [
         triton_rows.regroup(masked, groups[1:], 5)[0],
         triton_rows.regroup(packed[0], zeros(sequences, dtype=torch.int32), 1)[0],
     ]
-    measured = [triton_rows.measure(found, rows[0]) for found in (*packed, masked)]
+    measured = [triton_rows.measure(found, rows[:2]) for found in (*packed, masked)]
     for weighing in (Weighing("rows"), Weighing("sequences", True)):
         for found in (measured[0], measured[-1]):
-            triton_rows.weigh(found, weighing, one, rows[0], 2)
+            triton_rows.weigh(found, (weighing._replace(weight=0),) * 2, one, rows[0])
     for found in by_prompt:  # they are packed rows
-        triton_rows.weigh(found, Weighing("sequences", True), one, rows[0], 2)
+        triton_rows.weigh(found, (Weighing("sequences", True),) * 2, one, rows[0])
+    for found in (measured[0], measured[-1]):
+        for unlike in (
+            (Weighing(3.0), Weighing("rows", weight=0)),
+            (Weighing("rows", weight=1), Weighing("sequences", True, weight=0)),
+        ):
+            triton_rows.weigh(found, (*unlike, unlike[0]), one, rows[0])
     yield
     for found in (*packed, masked):
         for adv in (None, rows[2]):

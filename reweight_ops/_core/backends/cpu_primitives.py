@@ -115,56 +115,72 @@ class CpuPrimitives:
         )
         return masked._replace(lengths=lengths, runs=Runs(runs.rows, count, owner=owner)), index
 
-    def measure(self, masked: Masked, weight: Tensor) -> Masked:
-        runs = masked.runs
-        weight = weight.to("cpu", torch.float32).expand(runs.rows).contiguous()
-        lengths = result((2, runs.sequences), torch.float32)
-        self.module.measure_rows(
-            weight.data_ptr(), masked.keep.data_ptr(), _numbers(runs), lengths.data_ptr()
-        )
-        return masked._replace(lengths=lengths, weight=weight)
+    def measure(self, masked: Masked, weights: Tensor) -> Masked:
+        runs, count = masked.runs, len(weights)
+        _check("measure", "weights", weights, (count, runs.rows))
+        sums = result((count, runs.sequences), torch.float32)
+        for weight, sum in zip(weights, sums, strict=True):
+            self.module.measure_rows(
+                weight.data_ptr(), masked.keep.data_ptr(), _numbers(runs), sum.data_ptr()
+            )
+        return masked._replace(weights=weights, sums=sums)
 
     def weigh(
         self,
         masked: Masked,
-        weighing: Weighing,
+        weighings: tuple[Weighing | None, ...],
         scale: Any,
         factor: Tensor | None,
-        terms: int,
         into: Tensor | None = None,
     ) -> Tensor:
-        runs, n = masked.runs, masked.runs.rows
-        if factor is not None and (
-            factor.dtype != torch.float32 or factor.shape != (n,) or not factor.is_contiguous()
-        ):
-            raise InvalidCall(
-                f"weigh: factor is {tuple(factor.shape)} {factor.dtype}, expected ({n},) "
-                "float32, contiguous."
-            )
-        divide, number, horizon = weighing_numbers(weighing)
+        n, terms = masked.runs.rows, len(weighings)
+        if factor is not None:
+            _check("weigh", "factor", factor, (n,))
+        if into is not None:
+            _check("weigh", "into", into, (terms, n))
         w = result((terms, n), torch.float32) if into is None else into
-        if w.dtype != torch.float32 or w.shape != (terms, n) or not w.is_contiguous():
-            raise InvalidCall(
-                f"weigh: into is {tuple(w.shape)} {w.dtype}, expected {(terms, n)} float32, "
-                "contiguous."
-            )
+        begin = 0
+        for end in range(1, terms + 1):
+            weighing = weighings[begin]
+            if end < terms and weighings[end] is weighing:
+                continue
+            if weighing is not None:
+                self._weigh(masked, weighing, scale, None if begin else factor, w[begin:end])
+            begin = end
+        return w
+
+    def _weigh(
+        self, masked: Masked, weighing: Weighing, scale: Any, factor: Tensor | None, w: Tensor
+    ) -> None:
+        """Form the row weights of terms with one weighing."""
+        divide, number, horizon = weighing_numbers(weighing)
+        lengths, weight = masked.lengths[1], None
+        if weighing.weight is not None:
+            assert masked.weights is not None and masked.sums is not None
+            lengths, weight = masked.sums[weighing.weight], masked.weights[weighing.weight]
         self.module.weigh_rows(
             masked.keep.data_ptr(),
-            masked.lengths.data_ptr(),
-            0 if masked.weight is None else masked.weight.data_ptr(),
-            _numbers(runs),
+            lengths.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            _numbers(masked.runs),
             divide,
             number,
             weighing.per_length,
             horizon,
             float(scale),
             0 if factor is None else factor.data_ptr(),
-            terms,
+            len(w),
             w.data_ptr(),
         )
         if masked.trust is not None:  # only where nothing may be read, so never in a call
             w += torch.where(masked.keep, masked.trust, 0)
-        return w
+
+
+def _check(op: str, name: str, t: Tensor, shape: tuple[int, ...]) -> None:
+    if t.dtype != torch.float32 or t.shape != shape or not t.is_contiguous():
+        raise InvalidCall(
+            f"{op}: {name} is {tuple(t.shape)} {t.dtype}, expected {shape} float32, contiguous."
+        )
 
 
 def _numbers(runs: Runs) -> tuple[int, int, int, int]:

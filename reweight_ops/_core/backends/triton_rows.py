@@ -25,6 +25,7 @@ def mask(
     denominator: Tensor | None,
     runs: Runs,
     device: torch.device,
+    values: Tensor | None = None,
 ) -> Masked:
     n = runs.rows
     keep = torch.empty(n, dtype=torch.bool, device=device)
@@ -39,21 +40,25 @@ def mask(
         "HAS_DENOMINATOR": denominator is not None,
     }
     if runs.length:
-        strides = [x for t in (ids, mask, denominator) for x in strides_of(t, runs.length)]
+        rows = None if values is None else torch.empty(n, dtype=torch.float32, device=device)
+        strides = [x for t in (ids, mask, denominator, values) for x in strides_of(t, runs.length)]
         launch(
             kernels.mask_kernel,
             runs.sequences,
             device,
             *given,
+            keep if values is None else values,
             *results,
+            keep if rows is None else rows,
             lengths,
             runs.length,
             n,
             *strides,
             **kinds,
+            HAS_VALUES=values is not None,
             BLOCK=row_config().block(runs.length),
         )
-        return Masked(out, keep, counted, lengths, runs)
+        return Masked(out, keep, counted, lengths, runs, values=rows)
     offsets = None if runs.offsets is None else runs.offsets.contiguous()
     where = runs.owner if offsets is None else offsets
     assert where is not None
@@ -81,61 +86,74 @@ def mask(
     return Masked(out, keep, counted, lengths, found, trust=trust)
 
 
-def _number(value: Any) -> tuple[float, bool]:
-    """Return a number as the kernel receives it, and whether it is a tensor."""
-    return (1.0, True) if isinstance(value, Tensor) else (float(value), False)
+#: The divisors that are a count of the call.
+_COUNTS = {
+    None: kernels.UNDIVIDED,
+    "rows": kernels.BY_ROWS,
+    "sequences": kernels.BY_SEQUENCES,
+}
+
+
+def _divisor(divisor: Any) -> tuple[Any, float]:
+    """Return how a kernel divides, and by which number."""
+    if divisor is None or isinstance(divisor, str):
+        return _COUNTS[divisor], 1.0
+    if isinstance(divisor, Tensor):
+        return kernels.BY_TENSOR, 1.0
+    return kernels.BY_VALUE, float(divisor)
 
 
 def weigh(
     masked: Masked,
-    weighing: Weighing,
+    weighings: tuple[Weighing | None, ...],
     scale: Any,
     factor: Tensor | None,
-    terms: int,
     into: Tensor | None = None,
 ) -> Tensor:
     runs, trust, block = masked.runs, masked.trust, row_config().weighed
-    n, sequences = runs.rows, runs.sequences
+    n, keep = runs.rows, masked.keep
     w = (
-        torch.empty((terms, n), dtype=torch.float32, device=masked.keep.device)
+        torch.empty((len(weighings), n), dtype=torch.float32, device=keep.device)
         if into is None
         else into
     )
-    divisor, horizon = weighing.divisor, weighing.horizon
-    counts = {None: kernels.UNDIVIDED, "rows": kernels.BY_ROWS, "sequences": kernels.BY_SEQUENCES}
-    if divisor is None or isinstance(divisor, str):
-        by, divide = 1.0, counts[divisor]
-    else:
-        by, stored = _number(divisor)
-        divide = kernels.BY_TENSOR if stored else kernels.BY_VALUE
-    times, stored = _number(scale)
-    scaled = kernels.BY_TENSOR if stored else kernels.UNDIVIDED if times == 1 else kernels.BY_VALUE
-    pointers = [t if isinstance(t, Tensor) else w for t in (masked.weight, divisor, scale, factor)]
+    unlike = list({id(x): x for x in weighings if x is not None}.values())
+    tensors = {id(x.divisor): x.divisor for x in unlike if isinstance(x.divisor, Tensor)}
+    if len(tensors) > 1:  # a launch reads one
+        for k, weighing in enumerate(weighings):
+            if weighing is not None:
+                weigh(masked, (weighing,), scale, None if k else factor, w[k : k + 1])
+        return w
+    divisors = [_divisor(x.divisor) for x in unlike]
+    stored = isinstance(scale, Tensor)
+    scaled = kernels.BY_TENSOR if stored else kernels.UNDIVIDED if scale == 1 else kernels.BY_VALUE
+    of = [next((j for j, y in enumerate(unlike) if x is y), -1) for x in weighings]
+    pointers = [trust, masked.weights, masked.sums, *tensors.values(), *[None] * (not tensors)]
+    pointers += [scale if stored else None, factor]
     launch(
         kernels.weigh_kernel,
         -(-n // block),
         w.device,
-        masked.keep,
+        keep,
         masked.lengths,
-        places(runs, masked.keep)[1],
-        w if trust is None else trust,
-        *pointers,
+        places(runs, keep)[1],
+        *[w if t is None else t for t in pointers],
         w,
         runs.length,
         n,
-        sequences,
-        by,
-        1.0 if horizon is None else float(horizon),
-        times,
-        DIVIDE=divide.value,
-        PER_LENGTH=weighing.per_length,
-        HORIZON=horizon is not None,
+        runs.sequences,
+        tuple([number for _, number in divisors]),
+        tuple([1.0 if x.horizon is None else float(x.horizon) for x in unlike]),
+        1.0 if stored else float(scale),
+        DIVIDE=tuple([by.value for by, _ in divisors]),
+        PER_LENGTH=tuple([x.per_length for x in unlike]),
+        HORIZON=tuple([x.horizon is not None for x in unlike]),
+        WEIGHT=tuple([-1 if x.weight is None else x.weight for x in unlike]),
+        OF=tuple(of),
         SCALE_BY=scaled.value,
         PACKED=not runs.length,
         HAS_TRUST=trust is not None,
-        HAS_WEIGHT=masked.weight is not None,
         HAS_FACTOR=factor is not None,
-        TERMS=terms,
         BLOCK=block,
     )
     return w
@@ -173,24 +191,24 @@ def regroup(masked: Masked, ids: Tensor, count: int) -> tuple[Masked, Tensor]:
     return masked._replace(lengths=lengths, runs=by_prompt, trust=found), index
 
 
-def measure(masked: Masked, weight: Tensor) -> Masked:
-    runs = masked.runs
-    weight = weight.float().expand(runs.rows).contiguous()
-    lengths = torch.empty((2, runs.sequences), dtype=torch.float32, device=weight.device)
+def measure(masked: Masked, weights: Tensor) -> Masked:
+    runs, count = masked.runs, len(weights)
+    sums = torch.empty((count, runs.sequences), dtype=torch.float32, device=weights.device)
     launch(
         kernels.measure_kernel,
-        runs.sequences,
-        weight.device,
-        weight,
+        sums.numel(),
+        weights.device,
+        weights,
         masked.keep,
         *places(runs, masked.keep),
-        lengths,
+        sums,
         runs.length,
         runs.rows,
+        runs.sequences,
         RUNS=way(runs).value,
         BLOCK=row_config().block(runs.length),
     )
-    return masked._replace(lengths=lengths, weight=weight)
+    return masked._replace(weights=weights, sums=sums)
 
 
 def spread(masked: Masked, values: Tensor) -> Tensor:
@@ -320,6 +338,7 @@ def metrics(
 
 PRIMITIVES = RowPrimitives(
     name="triton",
+    copies=True,
     mask=mask,
     weigh=weigh,
     regroup=regroup,

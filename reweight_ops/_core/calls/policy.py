@@ -6,7 +6,6 @@ Both plans and the metrics start from it.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from ..formula.terms import Term, TermResult, Terms, combine_terms
 from ..formula.trace import trace_rule
 from ..rows.batch import BatchStatistics
 from ..rows.constants import parameter_vector
-from ..rows.primitives import Averaged
+from ..rows.primitives import Averaged, Masked, Weighing
 from ..rows.rows import Rows
 from ..spec.compiled import with_tensors
 from ..spec.policy import PolicyLossSpec, resolved
@@ -136,10 +135,13 @@ class LossCall:
     def _formed_row_weights(self, statistics: dict[str, Tensor] | None) -> Tensor:
         """Return the row weights as PyTorch forms them."""
         found: dict[int, Tensor] = {}
-        for k in set(self.spec.reduction_of_term):
+        own = sorted(set(self.spec.reduction_of_term))
+        weighted = [k for k in own if self.spec.reductions[k].weight is not None]
+        values = self._token_weights(statistics).unbind() if weighted else ()
+        u = dict(zip(weighted, values, strict=True))
+        for k in own:
             reduction = self.spec.reductions[k]
-            u = None if reduction.weight is None else self._reduction_weight(k, statistics)
-            w = reduction.row_weights(self.rows, self.divisors, u).to(self.rows.dtype)
+            w = reduction.row_weights(self.rows, self.divisors, u.get(k)).to(self.rows.dtype)
             # A coupled reduction is scaled afterwards, because it is not linear.
             found[k] = w * self._scale if self._is_scaled and not reduction.coupled else w
         per_term = [found[k] for k in self.spec.reduction_of_term]
@@ -178,13 +180,14 @@ class LossCall:
         self.row_weights(leaves, into=table.values[: len(spec.rules)])
         return table.fill()
 
-    def _reduction_weight(self, k: int, statistics: dict[str, Tensor] | None) -> Tensor:
-        """Return the weight ``[N]`` over which the reduction of term ``k`` is."""
-        weight, staged = self.spec.reductions[k].weight, self.spec.staged_weights[k]
-        assert weight is not None
-        primitives = self.rows.primitives
+    def _token_weights(self, statistics: dict[str, Tensor] | None) -> Tensor:
+        """Return ``[M, N]``: the token weights over which reductions are, in the order
+        of terms.
+        """
+        weights, staged = self.spec.weights_of_reductions, self.spec.staged_weights
+        primitives, n = self.rows.primitives, self.rows.count
         if primitives is None or primitives.evaluate is None or staged is None:
-            return self._evaluate_weight(weight, statistics)
+            return torch.stack([self._evaluate_weight(u, statistics).expand(n) for u in weights])
         known = statistics or {}
         leaves = {name: t.detach() for name, t in {**self.stored(), **known}.items()}
         if "logp" in leaves:
@@ -194,61 +197,50 @@ class LossCall:
             if not formed and "log_ratio" in self.spec.requires:
                 leaves["log_ratio"] = self.log_ratio(leaves["logp"]).detach()
         bounds, evaluate = self.spec.ratio.bounds(), primitives.evaluate
-        table = Table(self.rows, staged, [weight], leaves, bounds, evaluate)
-        program, params = staged.program, table.params((1.0, *staged.values[1:]))
+        table = Table(self.rows, staged, weights, leaves, bounds, evaluate)
+        coefficients = [1.0 if value is None else value for value in staged.values]
+        program, params = staged.program, table.params(tuple(coefficients))
         filled = table.fill()[: program.table_rows()]
-        found: Tensor = evaluate(program, params, leaves, filled, ("d_w0",), self.rows.keep)
-        return found[0]
+        outputs = tuple([f"d_w{k}" for k in range(len(weights))])
+        found: Tensor = evaluate(program, params, leaves, filled, outputs, self.rows.keep)
+        return found
 
     def _fused_row_weights(
         self, statistics: dict[str, Tensor] | None = None, into: Tensor | None = None
     ) -> Tensor | None:
         """Return the row weights, or None if a kernel cannot form one of them.
 
-        Terms one after the other with the same reduction take one launch.
+        The terms whose reductions are over the same sequences take one launch.
         """
-        rows, terms = self.rows, self.spec.reductions
+        rows, own = self.rows, self.spec.reduction_of_term
         assert rows.primitives is not None and rows.masked is not None
-        own = self.spec.reduction_of_term
-        plans = {
-            k: None if terms[k].coupled else terms[k].weighing(rows, self.divisors)
-            for k in set(own)
-        }
-        numbers = (
-            self.loss_scale,
-            self.factor,
-            *(plan.divisor for plan in plans.values() if plan is not None),
-        )
-        if any(plan is None for plan in plans.values()) or any(
-            isinstance(x, Tensor) and x.requires_grad for x in numbers
-        ):
-            return None
-        weigh, count = rows.primitives.weigh, len(terms)
-        measured = dict.fromkeys(plans, rows.masked)
-        for k, plan in plans.items():
-            if plan is not None and plan.measured:
-                has_weight = terms[k].weight is not None
-                u = self._reduction_weight(k, statistics) if has_weight else None
-                measured[k] = terms[k].measured(rows, u)
-        if len(plans) == 1:
-            (k,) = plans
-            plan = plans[k]
-            assert plan is not None
-            alike = 1 if self.factor is None and into is None else count
-            found = weigh(measured[k], plan, self.loss_scale, self.factor, alike, into)
-            return found.expand(count, -1)
-        found = (
-            torch.empty((count, rows.count), dtype=rows.dtype, device=rows.device)
-            if into is None
-            else into
-        )
-        for k, run in itertools.groupby(range(count), own.__getitem__):
-            plan, at = plans[k], list(run)
-            assert plan is not None
-            factor = self.factor if at[0] == 0 else None
-            part = found[at[0] : at[-1] + 1]
-            weigh(measured[k], plan, self.loss_scale, factor, len(at), part)
-        return found
+        for x in (self.loss_scale, self.factor):
+            if isinstance(x, Tensor) and x.requires_grad:
+                return None
+        weigh, weighted = rows.primitives.weigh, 0
+        weighings: dict[int, Weighing] = {}
+        over: dict[int, Masked] = {}
+        for k in sorted(set(own)):
+            reduction = self.spec.reductions[k]
+            weighing = None if reduction.coupled else reduction.weighing(rows, self.divisors)
+            if weighing is None:
+                return None
+            if isinstance(weighing.divisor, Tensor) and weighing.divisor.requires_grad:
+                return None
+            if reduction.weight is not None:
+                weighing, weighted = weighing._replace(weight=weighted), weighted + 1
+            weighings[k], over[k] = weighing, reduction.masked(rows)
+        if weighted:
+            assert rows.primitives.measure is not None
+            measured = rows.primitives.measure(rows.masked, self._token_weights(statistics))
+            over = {k: measured if x is rows.masked else x for k, x in over.items()}
+        if len(over) == 1 and self.factor is None and into is None:
+            found = weigh(over[0], (weighings[0],), self.loss_scale, None)
+            return found.expand(len(own), -1)
+        for masked in {id(x): x for x in over.values()}.values():
+            terms = tuple([weighings[k] if over[k] is masked else None for k in own])
+            into = weigh(masked, terms, self.loss_scale, self.factor, into)
+        return into
 
     @property
     def _is_scaled(self) -> bool:
@@ -471,7 +463,8 @@ def bind_loss(rows: Rows, data: Mapping[str, Any], spec: PolicyLossSpec) -> Loss
         flat("ref_per_token_logps"),
         flat("sampling_per_token_logps"),
     )
-    advantages, adv = data.get("advantages"), flat("advantages")
+    advantages, copied = data.get("advantages"), None if rows.masked is None else rows.masked.values
+    adv = flat("advantages") if advantages is None or copied is None else copied
     per_sequence = isinstance(advantages, Tensor) and tuple(advantages.shape) != rows.shape
     divisors = Divisors(data.get("num_items_in_batch"), data.get("num_sequences_in_batch"))
     scale = data.get("loss_scale", 1.0)

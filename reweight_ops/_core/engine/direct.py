@@ -144,7 +144,8 @@ def direct_loss(
     if (
         not all(isinstance(x, (int, float)) for x in numbers)
         or weighing is None
-        or weighing.measured
+        or spec.reduction.weight is not None
+        or spec.reduction.masked(call.rows) is not call.rows.masked
         or any(r is not spec.reduction for r in spec.reductions)
     ):
         return None

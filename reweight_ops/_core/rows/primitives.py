@@ -56,8 +56,9 @@ class Masked(NamedTuple):
     backend that knows them on the host. ``trust`` ``[]`` is 0, or NaN if the device
     finds offsets or indices malformed; it is None if the host has checked them.
 
-    With ``weight`` ``[N]`` fp32 a kept row counts that much instead of 1. ``lengths``
-    are then fp32, and both rows of them are the sums over the kept rows.
+    With ``weights`` fp32 ``[M, N]`` a kept row may count as much as one of them says,
+    instead of 1. ``sums`` fp32 ``[M, S]`` are theirs over the kept rows of each run.
+    ``values`` fp32 ``[N]`` are copies of those that came with the masks.
     """
 
     ids: Tensor | None
@@ -67,26 +68,26 @@ class Masked(NamedTuple):
     runs: Runs
     bounds: tuple[int, int] | None = None
     trust: Tensor | None = None
-    weight: Tensor | None = None
+    weights: Tensor | None = None
+    sums: Tensor | None = None
+    values: Tensor | None = None
 
 
 class Weighing(NamedTuple):
-    """A row weight: ``keep * weight / divisor / (the sequence's length if per_length) /
+    """A row weight: ``keep * u / divisor / (the sequence's length if per_length) /
     horizon``.
 
     ``divisor`` is a number, a 0-d tensor, the sum of all lengths, the number of
-    sequences with a positive length, or None. A length counts rows, or sums the
-    ``weight`` of the rows if they have one. Each count and sum of all is at least 1,
-    and a length that is not positive divides by 1.
-
-    ``measured`` says that these are not the rows of the call, but what the reduction
-    measures of them: it joins the sequences of a prompt, or has a token weight.
+    sequences with a positive length, or None. ``u`` is 1, and a length counts rows.
+    With ``weight`` ``u`` is that one of the rows' ``weights``, and a length is a sum of
+    it. Each count and sum of all is at least 1, and a length that is not positive
+    divides by 1.
     """
 
     divisor: float | Tensor | Literal["rows", "sequences"] | None = None
     per_length: bool = False
     horizon: float | None = None
-    measured: bool = False
+    weight: int | None = None
 
 
 #: The rows over which a ratio sums the drifts: those of its sequence, those up to its
@@ -157,10 +158,9 @@ class Weigh(Protocol):
     def __call__(
         self,
         masked: Masked,
-        weighing: Weighing,
+        weighings: tuple[Weighing | None, ...],
         scale: Any,
         factor: Tensor | None,
-        terms: int,
         into: Tensor | None = None,
         /,
     ) -> Tensor: ...
@@ -213,18 +213,21 @@ class RowPrimitives:
     """The row primitives of the backend ``name``.
 
     * ``mask(ids, mask, denominator, runs, device)`` takes ids and masks of shape
-      ``[N]`` or ``[S, length]`` with any strides, each of which may be None.
-    * ``weigh(masked, weighing, scale, factor, terms, into=None) -> [terms, N]``
-      multiplies by ``scale`` (a number or a 0-d tensor), and in term 0 also by
+      ``[N]`` or ``[S, length]`` with any strides, each of which may be None. If it
+      ``copies``, it also takes the ``values`` of padded rows, ``[S, length]`` with any
+      strides, fp32, fp64 or in 16 bits.
+    * ``weigh(masked, weighings, scale, factor, into=None) -> [terms, N]`` forms the row
+      weights of one term by each of ``weighings``. It leaves alone a term without one.
+      It multiplies by ``scale`` (a number or a 0-d tensor), and in term 0 also by
       ``factor``. ``into`` is the memory of the result, new by default. It is NaN in the
-      kept rows if ``masked.trust`` is NaN.
+      kept rows if ``masked.trust`` is NaN. A term does not depend on the others.
     * ``regroup(masked, ids, count) -> (masked, index [S])`` makes one sequence of all
       sequences of a prompt. ``ids`` ``[S]`` int32 or int64 with any stride name the
       prompts, ``0`` to ``count - 1``. Any other id is ``count`` in the int64 ``index``:
       the sequence is of no prompt. A backend that checks the ids on the device adds
       NaN to ``trust`` for such an id; another one leaves ``trust`` as it is.
-    * ``measure(masked, weight) -> masked`` gives the rows a ``weight``: any number of
-      ``[N]``, or one for all rows. The sums are rounded once.
+    * ``measure(masked, weights) -> masked`` gives the rows ``weights`` fp32 ``[M, N]``,
+      contiguous, and their ``sums``. These are rounded once.
     * ``spread(masked, values) -> [N]`` gives each row of packed sequences the value of
       its sequence in fp32, 0 in a row of no sequence, and adds ``masked.trust``.
       ``values`` ``[S]`` have any stride and dtype.
@@ -265,7 +268,8 @@ class RowPrimitives:
     """
 
     name: str
-    mask: Callable[[Tensor | None, Tensor | None, Tensor | None, Runs, torch.device], Masked]
+    copies: bool = False
+    mask: Callable[..., Masked]
     weigh: Weigh
     regroup: Callable[[Masked, Tensor, int], tuple[Masked, Tensor]] | None = None
     measure: Callable[[Masked, Tensor], Masked] | None = None

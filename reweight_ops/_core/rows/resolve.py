@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidCall, UnsupportedRequest
-from ..detached import Detached
+from ..detached import Detached, plain
 from .across import across
 from .groups import IGNORE_INDEX, Groups, describe
 from .ids import check_ids
 from .primitives import Masked, RowPrimitives, Runs
 from .rows import Rows
 from .structure import Structure, is_fake
+
+#: The dtypes of values that the kernel of masks copies.
+_COPIED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 #: Rows without sequences are counted in runs of this many.
 RUN = 1024
@@ -298,8 +301,8 @@ def _layout(
 def _masked(
     layout: RowLayout, tensors: Mapping[str, Any], structure: Structure | None = None
 ) -> Masked | None:
-    """Return the ids and masks of a call from one launch, or None if a mask is
-    elsewhere.
+    """Return the ids, masks and advantages of a call from one launch, or None if a mask
+    is elsewhere.
 
     The values of offsets and sequence ids are checked too. Row kernels read only memory
     of the call whatever these are.
@@ -325,7 +328,10 @@ def _masked(
         runs = runs._replace(offsets=where)
     elif where is not None:
         runs = runs._replace(owner=where.reshape(-1))
-    found = layout.primitives.mask(ids, mask, denominator, runs, device)
+    find = layout.primitives.mask
+    if layout.primitives.copies and layout.packed is None:
+        return find(ids, mask, denominator, runs, device, _to_copy(layout, tensors))
+    found = find(ids, mask, denominator, runs, device)
     if where is None:
         return found
     structure = structure or Structure(op, {}, False)
@@ -339,6 +345,30 @@ def _masked(
             structure, tensors, masks if ids is None else [*masks, ids != IGNORE_INDEX]
         )
     return found._replace(trust=structure.trust(layout.dtype))
+
+
+def _to_copy(layout: RowLayout, tensors: Mapping[str, Any]) -> Tensor | None:
+    """Return the advantages of padded rows as ``[S, length]``, for a kernel that copies
+    them. They are None if they need no copy or PyTorch has to look at them.
+    """
+    value = tensors.get("advantages")
+    if (
+        not isinstance(value, Tensor)
+        or value.device != layout.device
+        or value.dtype not in _COPIED
+        or value.requires_grad
+        or layout.dtype != torch.float32
+        or len(layout.shape) < 2
+    ):
+        return None
+    found: Tensor = plain(value)
+    *head, length = layout.shape
+    if found.shape == layout.shape:
+        is_there = found.dtype == layout.dtype and found.is_contiguous()
+        return None if is_there else found.reshape(-1, length)
+    if found.shape in (torch.Size(head), torch.Size([*head, 1])):
+        return found.reshape(-1, 1).expand(-1, length)
+    return None
 
 
 def _mask(

@@ -33,7 +33,7 @@ class Facts:
     program: Program | None
     program_text: str | None
     staged: Staged | None
-    staged_weights: tuple[Staged | None, ...]
+    staged_weights: Staged | None
     stored_program: Program | None
     moving: frozenset[str]
     monitor: Monitor | None
@@ -148,13 +148,11 @@ def _moving(spec: SpecParts, stored_program: Program | None) -> frozenset[str]:
     return frozenset(found | {f"{spec.ratio.against}_logp"} if ratio else found)
 
 
-def _staged_weights(spec: SpecParts) -> tuple[Staged | None, ...]:
-    found: list[Staged | None] = [None] * len(spec.reductions)
-    for k, reduction in enumerate(spec.reductions):
-        with suppress(CannotStage):
-            if reduction.weight is not None:
-                found[k] = staged([reduction.weight], (), _is_given_ratio(spec))
-    return tuple(found)
+def _staged_weights(spec: SpecParts) -> Staged | None:
+    with suppress(CannotStage):
+        if spec.weights_of_reductions:
+            return staged(spec.weights_of_reductions, (), _is_given_ratio(spec))
+    return None
 
 
 def _monitor(

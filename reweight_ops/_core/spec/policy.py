@@ -137,14 +137,15 @@ class PolicyLossSpec:
         return (self.surrogate, *(p.rule for p in self.penalties))
 
     @property
+    def weights_of_reductions(self) -> tuple[TokenWeight, ...]:
+        """Return the weights that reductions use, in the order of terms."""
+        own = (self.reduction, *[p.reduction for p in self.penalties])
+        return tuple([r.weight for r in own if r is not None and r.weight is not None])
+
+    @property
     def all_weights(self) -> tuple[TokenWeight, ...]:
         """Return the weights of the terms and those that reductions use."""
-        own = [
-            r.weight
-            for r in (self.reduction, *(p.reduction for p in self.penalties))
-            if r is not None and r.weight is not None
-        ]
-        return (*self.weights, *own)
+        return (*self.weights, *self.weights_of_reductions)
 
     @property
     def reductions(self) -> tuple[Reduction, ...]:
@@ -195,11 +196,11 @@ class PolicyLossSpec:
         return self._facts.staged
 
     @property
-    def staged_weights(self) -> tuple[Staged | None, ...]:
-        """Return how the weight of each term's reduction is evaluated on stored rows.
+    def staged_weights(self) -> Staged | None:
+        """Return how :attr:`weights_of_reductions` are evaluated on stored rows, a term
+        each.
 
-        It is None for a reduction without one, and for a weight that only PyTorch can
-        evaluate.
+        It is None if there are none, or one that only PyTorch can evaluate.
         """
         return self._facts.staged_weights
 

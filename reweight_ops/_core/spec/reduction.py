@@ -62,15 +62,17 @@ class Reduction:
     def weighing(self, rows: Rows, divisors: Divisors) -> Weighing | None:
         """Return the row weights as a backend's kernel forms them, or None if only
         :meth:`row_weights` can.
+
+        The caller says where the values of the token weight are, if there is one.
         """
         return None
 
-    def measured(self, rows: Rows, weight: Tensor | None) -> Masked:
-        """Return the rows and lengths of a ``measured`` :meth:`weighing`.
-
-        ``weight`` has the values of the token weight.
+    def masked(self, rows: Rows) -> Masked:
+        """Return the rows of a :meth:`weighing` in its sequences: those of the call by
+        default.
         """
-        raise NotImplementedError(f"{type(self).__name__} defines no measured(self, rows, weight)")
+        assert rows.masked is not None
+        return rows.masked
 
     def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
         """Return ``[N]`` in the row dtype. It is 0 in an ignored row."""
@@ -97,14 +99,6 @@ def _need_weight(reduction: Reduction) -> None:
 
 def _can_measure(rows: Rows) -> bool:
     return rows.primitives is not None and rows.primitives.measure is not None
-
-
-def _with_weight(rows: Rows, weight: Tensor | None) -> Masked:
-    """Return the rows of the call, which count ``weight`` each."""
-    primitives, masked = rows.primitives, rows.masked
-    assert primitives is not None and primitives.measure is not None
-    assert masked is not None and weight is not None
-    return primitives.measure(masked, weight)
 
 
 def _joined(masked: Masked, size: int) -> Masked:
@@ -149,12 +143,9 @@ class TokenMean(Reduction):
 
     def weighing(self, rows: Rows, divisors: Divisors) -> Weighing | None:
         if self.weight is not None:
-            return Weighing("rows", measured=True) if _can_measure(rows) else None
+            return Weighing("rows") if _can_measure(rows) else None
         given = None if self.per_call else divisors.num_items_in_batch
         return Weighing("rows" if given is None else given)
-
-    def measured(self, rows: Rows, weight: Tensor | None) -> Masked:
-        return _with_weight(rows, weight)
 
     def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
         keep = rows.keep.to(rows.dtype)
@@ -227,25 +218,21 @@ class SequenceMean(Reduction):
             )
 
     def weighing(self, rows: Rows, divisors: Divisors) -> Weighing | None:
-        measured = self.weight is not None
-        if measured and not _can_measure(rows):
+        if self.weight is not None and not _can_measure(rows):
             return None
         sequences = rows.need_sequences("SequenceMean")
         given: Literal["rows", "sequences"] | float | Tensor | None = (
             divisors.num_sequences_in_batch
         )
         if given is None:
-            every = self.count == "all" and not measured
+            every = self.count == "all" and self.weight is None
             given = max(sequences.count, 1) if every else "sequences"
         horizon = (
             (sequences.length if self.horizon is None else self.horizon)
             if self.per == "constant"
             else None
         )
-        return Weighing(given, self.per == "token_mean", horizon, measured)
-
-    def measured(self, rows: Rows, weight: Tensor | None) -> Masked:
-        return _with_weight(rows, weight)
+        return Weighing(given, self.per == "token_mean", horizon)
 
     def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
         sequences = rows.need_sequences("SequenceMean")
@@ -292,9 +279,9 @@ class PromptMean(Reduction):
 
     def weighing(self, rows: Rows, divisors: Divisors) -> Weighing | None:
         known = self.group_size is not None or rows.by_prompt is not None
-        return Weighing("sequences", True, measured=True) if known else None
+        return Weighing("sequences", True) if known else None
 
-    def measured(self, rows: Rows, weight: Tensor | None) -> Masked:
+    def masked(self, rows: Rows) -> Masked:
         if self.group_size is None:
             assert rows.by_prompt is not None
             return rows.by_prompt

@@ -199,10 +199,10 @@ def test_scaling_compiles_twice_a_dtype_and_streams_16_bytes_at_a_time(aot, targ
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_kernels_on_rows_compile_without_spills(aot, target):
     """Once for each option, for all lengths of sequences: four row weights, two of a
-    token weight, three evaluations, two sums, two ratios (the drifts clipped or not),
-    and the prompts of padded and of packed rows; four statistics and one of a number;
-    two quantiles; four sums along sequences; two centred ratios. Those that know
-    sequences do so once for each of the three ways in which these are given.
+    token weight and two of both, three evaluations, two sums, two ratios (the drifts
+    clipped or not), and the prompts of padded and of packed rows; four statistics and
+    one of a number; two quantiles; four sums along sequences; two centred ratios. Those
+    that know sequences do so once for each of the three ways in which these are given.
     """
     compiled = aot("rows", target)
     names = [k["kernel"] for k in compiled]
@@ -212,7 +212,7 @@ def test_kernels_on_rows_compile_without_spills(aot, target):
         "regroup_kernel": 2,
         "measure_kernel": 3,
         "spread_kernel": 1,
-        "weigh_kernel": 12,
+        "weigh_kernel": 16,
         "ratio_kernel": 6,
         "adjoint_kernel": 6,
         "sequence_total_kernel": 15,

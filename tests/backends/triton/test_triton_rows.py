@@ -3,6 +3,7 @@ and losses on stored rows (in Triton's interpreter).
 """
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -123,15 +124,95 @@ def test_any_number_but_0_keeps_a_row(dtype):
         assert found.lengths.tolist() == [[2, 2], [2, 2]]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_values_come_with_the_masks(dtype):
+    """Whatever their strides, in ignored rows too, as PyTorch rounds them."""
+    mask_rows, g = select.load("triton").rows.mask, torch.Generator().manual_seed(3)
+    x = torch.randn(3, 70, 2, generator=g, dtype=torch.float64).to(dtype)
+    x[1, 5], x[2, 3], x[0, 0] = math.nan, -math.inf, 1e-300
+    keep = torch.arange(210).view(3, 70) % 3 > 0
+    for values in (
+        x[..., 0],
+        x[..., 1].clone(),
+        x[:, :1, 1].expand(3, 70),
+        x[:1, 7, 0].expand(3, 70),
+    ):
+        found = mask_rows(None, keep, None, Runs(210, 3, 70), keep.device, values)
+        want = values.to(torch.float32).reshape(-1)
+        assert found.values.dtype == torch.float32
+        assert torch.equal(found.values.view(torch.int32), want.view(torch.int32))
+        assert torch.equal(found.keep, keep.view(-1)) and found.lengths.sum() == 2 * keep.sum()
+
+
+#: Advantages that the launch of the masks copies, and one that it does not.
+ADVANTAGES = {
+    "of sequences": lambda a: a[:, 0],
+    "of sequences, a column": lambda a: a[:, :1],
+    "of tokens, strided": lambda a: torch.stack([a, -a], -1)[..., 0],
+    "of tokens, bf16": lambda a: a.bfloat16(),
+    "of sequences, fp64": lambda a: a[:, 0].double() * (1 + 1e-12),
+    "contiguous": torch.Tensor.contiguous,
+}
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 2, 3)], ids=str)
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_advantages_of_every_layout(name, shape):
+    """Loss and gradient have the bits of the same advantages as fp32 rows, in a
+    repeated call too.
+    """
+    spec = rw.methods.dapo()
+    batch = batch_of(spec, shape)
+    a = torch.randn(math.prod(shape[:-1]), shape[-1], generator=torch.Generator().manual_seed(4))
+    given = ADVANTAGES[name](a)
+    given = (
+        given.reshape(*shape[:-1], *given.shape[1:])
+        if name != "of sequences"
+        else given.reshape(shape[:-1])
+    )
+    rows = (
+        given.float()
+        if given.shape == torch.Size(shape)
+        else given.float().reshape(*shape[:-1], 1).expand(shape)
+    )
+    results = []
+    for advantages in (given, given, rows.contiguous()):
+        z = batch["logits"].detach().clone().requires_grad_()
+        out = rw.policy_loss(
+            **{**batch, "logits": z, "advantages": advantages}, spec=spec, backend="triton"
+        )
+        assert (out._call.rows.masked.values is None) == (
+            advantages is not given or name == "contiguous"
+        )
+        results.append((out.loss.detach(), *torch.autograd.grad(out.loss, z), dict(out.metrics)))
+    for got in results[:2]:
+        assert torch.equal(got[0], results[2][0]) and torch.equal(got[1], results[2][1])
+        assert got[2] == results[2][2]
+    assert results[0][1].any()
+
+
+def test_advantages_that_learn_or_are_not_read():
+    spec, batch = rw.methods.dapo(), batch_of(rw.methods.dapo(), (3, 5))
+    a = torch.randn(3, 1, requires_grad=True)
+    out = rw.policy_loss(**{**batch, "advantages": a}, spec=spec, backend="triton")
+    (by,) = torch.autograd.grad(out.loss, a)
+    assert by.shape == a.shape and by.any() and out._call.adv.requires_grad
+    sft = rw.methods.sft()
+    out = rw.policy_loss(
+        **{**batch, "advantages": a.detach()}, spec=sft, backend="triton", unused="ignore"
+    )
+    assert out._call.adv is None
+
+
 def test_rows_of_which_none_counts():
     """Those in the loss are divided by 1."""
     primitives, counted = select.load("triton").rows, torch.tensor([[False] * 2, [True] * 2])
     some = primitives.mask(None, None, counted, Runs(4, 2, 2), counted.device)
-    weights = primitives.weigh(some, Weighing(per_length=True), 1.0, None, 1)
+    weights = primitives.weigh(some, (Weighing(per_length=True),), 1.0, None)
     assert weights.tolist() == [[1, 1, 0.5, 0.5]]
     none = primitives.mask(None, None, counted & False, Runs(4, 2, 2), counted.device)
     for divisor in ("rows", "sequences"):
-        weights = primitives.weigh(none, Weighing(divisor), 1.0, None, 1)
+        weights = primitives.weigh(none, (Weighing(divisor),), 1.0, None)
         assert weights.tolist() == [[1] * 4]
 
 

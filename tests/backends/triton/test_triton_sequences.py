@@ -244,5 +244,5 @@ def test_trust_of_groups_reaches_the_weights(monkeypatch):
             primitives=select.load("triton").rows,
         )  # fmt: skip
         weighing = rw.TokenMean().weighing(rows, rw._core.spec.reduction.Divisors())
-        w = rows.primitives.weigh(rows.masked, weighing, 1.0, None, 1)
+        w = rows.primitives.weigh(rows.masked, (weighing,), 1.0, None)
         assert bool(w.isfinite().all()) == finite
