@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ assert os.environ.get("TRITON_INTERPRET") != "1", (
 
 import torch  # noqa: E402
 import triton  # noqa: E402
+from torch import Tensor  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
@@ -38,7 +40,15 @@ from reweight_ops._core.backends.base import (  # noqa: E402
 from reweight_ops._core.formula.base import RULES  # noqa: E402
 from reweight_ops._core.formula.loss_program import Program  # noqa: E402
 from reweight_ops._core.formula.monitor import Monitor  # noqa: E402
-from reweight_ops._core.rows.primitives import Averaged, Runs, Weighing  # noqa: E402
+from reweight_ops._core.rows.groups import Groups  # noqa: E402
+from reweight_ops._core.rows.primitives import (  # noqa: E402
+    Averaged,
+    CoupledTerms,
+    Coupling,
+    Masked,
+    Runs,
+    Weighing,
+)
 from reweight_ops.triton_kernels import row_config  # noqa: E402
 from reweight_ops.triton_kernels.config import VARIANTS, Config, Launch  # noqa: E402
 
@@ -544,6 +554,7 @@ def row_kernels(target: str) -> list[Compiled]:
                 triton_rows.total(masked, values, statistic, False)
             for nearest in (False, True):
                 triton_rows.quantile(masked, rows[0], 0.3, nearest)
+            couple_rows((*packed, masked), groups[1:], rows)
             leaves = dict(
                 zip(
                     ("logp", "old_logp", "adv", "entropy", "ref_logp", "sampling_logp"),
@@ -595,6 +606,29 @@ def row_kernels(target: str) -> list[Compiled]:
         replace(inspect(target, name, "float32", kernel), narrow=narrow_products(kernel))
         for name, kernel in recorder.kernels.values()
     ]
+
+
+def couple_rows(found: Sequence[Masked], prompt_of: Tensor, rows: Tensor) -> None:
+    """Launch the kernels of coupled reductions for terms of every kind, with prompts
+    given in both ways, and for a hinge alone.
+    """
+    hinge, sequences = Coupling("hinge", (1.0, torch.ones(()))), len(prompt_of)
+    for masked in found:
+        for prompts in (Groups(1, sequences), Groups(5, index=prompt_of)):
+            contrast = Coupling("contrast", (2.0, 3.0), prompts)
+            for kinds, logp in (
+                ((contrast, hinge, None), rows[5]),
+                ((contrast, hinge, None), None),
+                ((contrast._replace(prefers="length"), hinge, None), None),
+                ((contrast._replace(prefers="advantages", hard=True), hinge, None), None),
+                ((contrast._replace(kind="classification"), hinge, None), None),
+                ((None, hinge), None),
+            ):
+                k = len(kinds)
+                terms = CoupledTerms(
+                    kinds, (0.5,) * k, 2.0, rows[: 1 + k], rows[: 1 + k], rows[4], logp
+                )
+                triton_rows.couple(masked, terms, torch.empty(2, rows.size(1)))
 
 
 def row_tables(target: str) -> list[Compiled]:

@@ -140,7 +140,6 @@ class LossCall:
             reduction = self.spec.reductions[k]
             u = None if reduction.weight is None else self._reduction_weight(k, statistics)
             w = reduction.row_weights(self.rows, self.divisors, u).to(self.rows.dtype)
-            # A coupled reduction is scaled afterwards, because it is not linear.
             found[k] = w * self._scale if self._is_scaled and not reduction.coupled else w
         per_term = [found[k] for k in self.spec.reduction_of_term]
         if self.factor is None and len(found) == 1:
@@ -210,10 +209,7 @@ class LossCall:
         rows, terms = self.rows, self.spec.reductions
         assert rows.primitives is not None and rows.masked is not None
         own = self.spec.reduction_of_term
-        plans = {
-            k: None if terms[k].coupled else terms[k].weighing(rows, self.divisors)
-            for k in set(own)
-        }
+        plans = {k: terms[k].weighing(rows, self.divisors) for k in set(own)}
         numbers = (
             self.loss_scale,
             self.factor,
@@ -235,7 +231,8 @@ class LossCall:
             plan = plans[k]
             assert plan is not None
             alike = 1 if self.factor is None and into is None else count
-            found = weigh(measured[k], plan, self.loss_scale, self.factor, alike, into)
+            scale = self._scale_of(terms[k])
+            found = weigh(measured[k], plan, scale, self.factor, alike, into)
             return found.expand(count, -1)
         found = (
             torch.empty((count, rows.count), dtype=rows.dtype, device=rows.device)
@@ -247,8 +244,14 @@ class LossCall:
             assert plan is not None
             factor = self.factor if at[0] == 0 else None
             part = found[at[0] : at[-1] + 1]
-            weigh(measured[k], plan, self.loss_scale, factor, len(at), part)
+            weigh(measured[k], plan, self._scale_of(terms[k]), factor, len(at), part)
         return found
+
+    def _scale_of(self, reduction: Reduction) -> Any:
+        """Return what row weights are scaled by. The contributions of a coupled
+        reduction are scaled instead, because it is not linear.
+        """
+        return 1.0 if reduction.coupled else self.loss_scale
 
     @property
     def _is_scaled(self) -> bool:

@@ -15,7 +15,7 @@ from ..formula.loss_program import Program, loss_graph
 from ..formula.monitor import Monitor
 from ..formula.stages import CannotStage, Staged, formulas_of, is_row, staged, values_of
 from ..formula.trace import Expr, trace_rule, trace_weight, walk
-from .learnt import SpecParts
+from .learnt import SpecParts, tensors_of
 
 #: ``exp`` of a larger number overflows in fp32, with some margin.
 _LARGEST_EXPONENT = 80.0
@@ -205,6 +205,8 @@ def _unstored_reason(spec: SpecParts) -> str | None:
         return "a hyper-parameter is a per-row tensor"
     for formula in (*spec.rules, *spec.weights):
         values += formula.parameters().values()
+    for reduction in spec.reductions:
+        values += tensors_of(reduction).values()
     if any(isinstance(v, Tensor) and v.requires_grad for v in values):
         return "a hyper-parameter requires grad"
     return None

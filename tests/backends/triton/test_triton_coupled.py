@@ -1,0 +1,310 @@
+"""The kernels of reductions that couple tokens against autograd of the reductions in
+fp64 (in Triton's interpreter).
+"""
+
+import dataclasses
+import itertools
+import math
+import random
+
+import pytest
+import torch
+
+import reweight_ops as rw
+from reweight_ops._core.backends import select, triton_launch
+from reweight_ops._core.calls.policy import LossCall
+from reweight_ops._core.engine import coupled
+from reweight_ops._core.rows.groups import Groups
+from reweight_ops._core.rows.primitives import CoupledTerms
+from reweight_ops._core.rows.resolve import resolve_rows
+from reweight_ops._core.spec.reduction import Divisors
+from reweight_ops.testing import make_batch
+from reweight_ops.triton_kernels import row_config
+
+pytest.importorskip("triton")
+TRITON = select.unsupported_reason(
+    "triton", select.Request("token_stats", torch.device("cpu"), torch.float32)
+)
+pytestmark = pytest.mark.skipif(TRITON is not None, reason=str(TRITON))
+
+PLACES = ("equal", "offsets", "ids")
+#: Every number is exact in fp32, as the kernels take it.
+REDUCTIONS = {
+    "contrast": lambda **p: rw.GroupContrast(temperature=0.5, **p),
+    "contrast of means": lambda **p: rw.GroupContrast(temperature=math.inf, **p),
+    "contrast of short ones": lambda **p: rw.GroupContrast(
+        length_temperature=0.25, max_length=4, **p
+    ),
+    "contrast of good ones": lambda **p: rw.GroupContrast(
+        temperature=torch.tensor(2.0), length_temperature=torch.tensor(0.5), preference="advantages", **p
+    ),
+    "means of good ones": lambda **p: rw.GroupContrast(
+        temperature=math.inf, length_temperature=0.125, preference="advantages", **p
+    ),
+    "any good ones": lambda **p: rw.GroupContrast(preference="advantages", **p),
+    "classification": lambda **p: rw.GroupClassification(temperature=0.25, **p),
+    "classification by a tensor": lambda **p: rw.GroupClassification(
+        temperature=torch.tensor(4.0), **p
+    ),
+}  # fmt: skip
+MEAN = rw.TokenMean(per_call=True)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Sequences, prompts and rows have several. What nothing has written is NaN."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    sizes = row_config.RowConfig(padded=4, packed=4, evaluated=8)
+    monkeypatch.setattr(row_config, "_current", sizes)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Case:
+    """A loss of random rows, of which some are not finite, before its reductions."""
+
+    of_no_prompt = None  # a sequence whose id is out of range
+
+    def __init__(self, seed, place, runs, reduction, others=(), bad=(), given_ratio=False):
+        self.random = random.Random(seed)
+        g = torch.Generator().manual_seed(seed)
+        prompts, size = self.random.randint(1, 2), self.random.randint(2, 4)
+        self.size = size
+        sequences = prompts * size
+        where = self._sequences(place, sequences)
+        rows = where["shape"][-1] * (sequences if place == "equal" else 1)
+        keep = torch.rand(rows, generator=g) < self.random.choice((0.3, 0.8, 1.0))
+        if place == "ids":  # PyTorch refuses a valid row of no sequence
+            ids = where["tensors"]["sequence_ids"][0]
+            keep &= (ids >= 0) & (ids < sequences)
+        tensors = {"completion_mask": keep.view(where["shape"]), **where["tensors"]}
+        if not runs:
+            # one prompt more than there are, and some without a sequence
+            ids = torch.randint(prompts + 1, (sequences,), generator=g)
+            tensors |= {"group_ids": ids, "num_groups": prompts + 2}
+        self.given = (where["shape"], tensors)
+        first, *others = (reduction(group_size=size if runs else None), *others)
+        penalties = [rw.Penalty(rw.rules.penalties.K3(), c, r) for c, r in others]
+        self.spec = rw.methods.reinforce().replace(reduction=first, penalties=tuple(penalties))
+        terms = 1 + len(penalties)
+        adv = torch.randn(sequences, generator=g).round(decimals=1)  # some are 0
+        owner = self.rows(torch.float32).sequences.spread(torch.arange(sequences))
+        self.adv = adv[owner] + (torch.rand(rows, generator=g) - 0.5) / 4
+        self.evaluated = torch.randn(1 + terms, rows, generator=g) * self.random.choice((0.1, 3.0))
+        self.weights = torch.rand(terms + 1, rows, generator=g) + 0.5  # a parameter of rows too
+        self.logp = -torch.rand(rows, generator=g) if given_ratio else None
+        kept = self.rows(torch.float32).keep
+        for name, value in bad:
+            at = self.random.randrange(rows)
+            {"adv": self.adv, "loss": self.evaluated[0], "own": self.evaluated[1],
+             "penalty": self.evaluated[-1], "logp": self.logp}[name][at] = value  # fmt: skip
+        self.evaluated[:, ~kept] = 0
+        self.adv[~kept] = torch.tensor([math.nan, math.inf, -math.inf, 1e30])[torch.arange(rows) % 4][~kept]  # fmt: skip
+
+    def _sequences(self, place, count):
+        if place == "equal":
+            return {"shape": (count, self.random.choice((1, 3, 4, 9))), "tensors": {}}
+        ends = sorted(self.random.randint(0, 5 * count) for _ in range(count))  # some are empty
+        if place == "offsets":
+            shape = (1, ends[-1] + 3)  # and rows of none
+            return {"shape": shape, "tensors": {"cu_seqlens": torch.tensor([0, *ends])}}
+        owner = [self.random.randint(-1, count) for _ in range(5 * count)]
+        tensors = {"sequence_ids": torch.tensor(owner)[None], "num_sequences": count}
+        return {"shape": (1, len(owner)), "tensors": tensors}
+
+    def rows(self, dtype):
+        shape, tensors = self.given
+        primitives = select.load("triton").rows if dtype == torch.float32 else None
+        rows = resolve_rows("op", shape, torch.device("cpu"), dtype, tensors, primitives=primitives)
+        if self.of_no_prompt is None:
+            return rows
+        index = rows.prompts.index.clone()
+        index[self.of_no_prompt] = rows.prompts.count
+        return dataclasses.replace(rows, prompts=Groups(rows.prompts.count, index=index))
+
+    def call(self, dtype, scale=3.5):
+        rows, adv = self.rows(dtype), self.adv.to(dtype)
+        return LossCall(self.spec, rows, Divisors(), scale, adv, None, None, None, None)
+
+    def terms(self, call):
+        dtype = call.rows.dtype
+        return CoupledTerms(
+            tuple([r.coupling(call.rows) if r.coupled else None for r in self.spec.reductions]),
+            (1.0, *[p.coef for p in self.spec.penalties]),
+            call.loss_scale,
+            self.evaluated.to(dtype),
+            self.weights.to(dtype),
+            call.adv,
+            None if self.logp is None else self.logp.to(dtype),
+        )
+
+    def by_kernels(self, **replaced):
+        call = self.call(torch.float32)
+        into = torch.empty(2, call.rows.count)
+        terms, masked = self.terms(call), call.rows.masked._replace(**replaced)
+        assert coupled._is_closed(call, terms)
+        weights, unknown = call.rows.primitives.couple(masked, terms, into)
+        return weights, into, unknown
+
+    def by_autograd(self):
+        call = self.call(torch.float64)
+        into = torch.empty(2, call.rows.count, dtype=torch.float64)
+        weights, unknown = coupled._by_autograd(call, self.terms(call), into)
+        return weights, into, unknown
+
+
+def same(case, **replaced):
+    """The kernels compute in fp64 and round once, to fp32."""
+    (weights, losses, unknown), wanted = case.by_kernels(**replaced), case.by_autograd()
+    keep = case.rows(torch.float32).keep
+    assert torch.equal(unknown, wanted[2])
+    for got, want in ((weights, wanted[0]), (losses, wanted[1])):
+        got, want = got[:, keep].double(), want[:, keep]
+        torch.testing.assert_close(got, want, rtol=2**-23, atol=1e-11, equal_nan=True)
+    return unknown, weights[:, keep]
+
+
+@pytest.mark.parametrize("runs", [True, False], ids=["runs", "ids"])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_prompts(name, place, runs):
+    for seed in (4, 9):
+        unknown, weights = same(Case(seed, place, runs, REDUCTIONS[name]))
+        assert not unknown.any()
+        assert weights[0].max() > 0 > weights[0].min(), "a prompt has two sides"
+
+
+def hinge(bound, strength=8.0):
+    return rw.HingeConstraint(strength=strength, bound=bound)
+
+
+@pytest.mark.parametrize("given_ratio", [False, True])
+@pytest.mark.parametrize("place", PLACES)
+def test_terms_beside_it(place, given_ratio):
+    """Hinges on both sides of their bound, a mean, and a coefficient of 0."""
+    others = [(0.25, hinge(-1e3)), (torch.tensor(0.5), MEAN), (0.0, hinge(-1.0)), (2.0, hinge(torch.tensor(1e3)))]  # fmt: skip
+    for seed, (name, runs) in enumerate(
+        itertools.product(("contrast of short ones", "classification"), (True, False))
+    ):
+        case = Case(seed, place, runs, REDUCTIONS[name], others, given_ratio=given_ratio)
+        unknown, weights = same(case)
+        assert not unknown.any() and not weights[4].any() and weights[5].gt(0).all()
+
+
+@pytest.mark.parametrize("values", [(math.nan,), (math.inf, -math.inf)], ids=["NaN", "inf"])
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_rows_that_are_not_finite(name, values):
+    others, seen = [(0.5, hinge(-0.25)), (0.25, MEAN)], 0
+    for seed, bad in enumerate(["adv", "loss adv", "own", "own own", "penalty", "own logp"]):
+        bads = list(zip(bad.split(), itertools.cycle(values), strict=False))
+        place, runs, given_ratio = PLACES[seed % 3], seed % 2 == 0, "logp" in bad or seed % 4 > 1
+        case = Case(seed, place, runs, REDUCTIONS[name], others, bads, given_ratio)
+        seen += same(case)[0].any()
+    assert seen or len(values) == 2
+
+
+@pytest.mark.parametrize("shape", [(17,), (3, 4)])
+def test_a_hinge_alone(shape):
+    """Beside a mean, and where rows have no sequences."""
+    for bound, keep in itertools.product((-10.0, 10.0), (True, False)):
+        case = Case(0, "equal", True, lambda group_size: MEAN, [(0.5, hinge(bound))])
+        n = math.prod(shape)
+        mask = (torch.arange(n) % 3 > 0) & keep
+        case.given = (shape, {"completion_mask": mask.view(shape)})
+        g = torch.Generator().manual_seed(1)
+        case.evaluated = torch.where(mask, torch.randn(3, n, generator=g), 0)
+        case.weights, case.adv = torch.rand(2, n, generator=g), torch.zeros(n)
+        _, weights = same(case)
+        assert weights[0].eq(case.weights[0, mask]).all()
+        assert weights[1].gt(0).all() if bound < 0 else not weights[1].any()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_sequences_that_nobody_has_checked(place):
+    """Where the device finds them malformed, every row is unknown."""
+    case = Case(5, place, False, REDUCTIONS["contrast"], [(0.5, hinge(-0.25))])
+    keep = case.rows(torch.float32).keep
+    same(case, trust=torch.zeros(()))
+    weights, losses, unknown = case.by_kernels(trust=torch.tensor(math.nan))
+    assert torch.equal(unknown, keep) and keep.any()
+    assert weights[:, keep].isnan().all() and losses[0, keep].isnan().all()
+
+
+@pytest.mark.parametrize("name", ["contrast", "classification"])
+def test_a_sequence_of_no_prompt(name):
+    """An id that only the device can check. Its rows add nothing."""
+    for seed in (3, 5):
+        case = Case(seed, "equal", False, REDUCTIONS[name])
+        before = same(case)[1]
+        case.of_no_prompt = 0
+        unknown, weights = same(case)
+        keep = case.rows(torch.float32).keep
+        first = (torch.arange(len(keep)) < case.given[0][1])[keep]
+        assert not weights[0, first].any() and not unknown.any()
+        assert torch.equal(weights[1], before[1])
+
+
+def test_a_call_without_a_row():
+    for name in REDUCTIONS:
+        case = Case(1, "equal", True, REDUCTIONS[name], [(0.5, hinge(0.25))])
+        case.given[1]["completion_mask"][:] = False
+        case.evaluated[:] = 0
+        same(case)
+        (_, losses, unknown), keep = case.by_kernels(), case.rows(torch.float32).keep
+        assert not unknown.any() and not losses.any() and not keep.any()
+
+
+def test_what_only_pytorch_takes():
+    class Own(rw.GroupContrast):
+        """A reduction of a user, who changes what is compared."""
+
+    def is_closed(*reductions, **prompts):
+        first, *others = reductions
+        penalties = [rw.Penalty(rw.rules.penalties.K3(), 0.5, r) for r in others]
+        case = Case(1, "equal", not prompts, REDUCTIONS["contrast"])
+        case.spec = rw.methods.reinforce().replace(reduction=first, penalties=tuple(penalties))
+        call = case.call(torch.float32)
+        return coupled._is_closed(call, case.terms(call)), call, case
+
+    size = Case(1, "equal", True, REDUCTIONS["contrast"]).size
+    runs, ids = rw.GroupContrast(group_size=size), rw.GroupContrast()
+    assert is_closed(runs, hinge(0.5), hinge(0.5), MEAN)[0] and is_closed(MEAN, runs)[0]
+    assert is_closed(ids, ids=True)[0]
+    assert not is_closed(Own(group_size=size))[0]
+    assert not is_closed(rw.GroupContrast(group_size=size, temperature=torch.ones(2)))[0]
+    assert not is_closed(runs, rw.GroupClassification(group_size=size))[0]
+    # too many prompts to look for the sequences of each
+    _, call, case = is_closed(ids, ids=True)
+    call = dataclasses.replace(call, rows=dataclasses.replace(call.rows, by_prompt=None))
+    assert not coupled._is_closed(call, case.terms(call))
+
+
+@pytest.mark.parametrize("name", ["disco", "drpo", "real"])
+def test_the_launches_of_a_call(monkeypatch, name):
+    """No reduction is differentiated by autograd."""
+    spec, names, launch = rw.method(name), [], triton_launch.launch
+
+    def recorded(kernel, *args, **meta):
+        names.append(kernel.fn.__name__)
+        launch(kernel, *args, **meta)
+
+    monkeypatch.setattr(triton_launch, "launch", recorded)
+    monkeypatch.setattr(coupled, "_by_autograd", None)
+    batch = make_batch(spec, (4, 3), 13)
+    batch |= {"group_ids": torch.tensor([0, 1, 1, 0]), "num_groups": 2}
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    mask[0, 1] = False
+    for counted in (None, mask):
+        z, more = batch["logits"].detach().clone().requires_grad_(), {"denominator_mask": counted}
+        out = rw.policy_loss(
+            **{**batch, **more, "logits": z}, spec=spec, backend="triton", unused="ignore"
+        )
+        (grad,) = torch.autograd.grad(out.loss, z)
+        want = rw.policy_loss(
+            **{**batch, **more, "logits": z}, spec=spec, backend="reference", unused="ignore"
+        )
+        (expected,) = torch.autograd.grad(want.loss, z)
+        torch.testing.assert_close(out.loss, want.loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad, expected, rtol=2e-4, atol=1e-6)
+    assert names.count("join_kernel") == 2 and names.count("contributions_kernel") == 2
