@@ -204,7 +204,8 @@ class LossCall:
     ) -> Tensor | None:
         """Return the row weights, or None if a kernel cannot form one of them.
 
-        Terms one after the other with the same reduction take one launch.
+        The contributions of a coupled reduction are scaled instead, because it is not
+        linear. Terms one after the other with the same reduction take one launch.
         """
         rows, terms = self.rows, self.spec.reductions
         assert rows.primitives is not None and rows.masked is not None
@@ -231,7 +232,7 @@ class LossCall:
             plan = plans[k]
             assert plan is not None
             alike = 1 if self.factor is None and into is None else count
-            scale = self._scale_of(terms[k])
+            scale = 1.0 if terms[k].coupled else self.loss_scale
             found = weigh(measured[k], plan, scale, self.factor, alike, into)
             return found.expand(count, -1)
         found = (
@@ -244,14 +245,9 @@ class LossCall:
             assert plan is not None
             factor = self.factor if at[0] == 0 else None
             part = found[at[0] : at[-1] + 1]
-            weigh(measured[k], plan, self._scale_of(terms[k]), factor, len(at), part)
+            scale = 1.0 if terms[k].coupled else self.loss_scale
+            weigh(measured[k], plan, scale, factor, len(at), part)
         return found
-
-    def _scale_of(self, reduction: Reduction) -> Any:
-        """Return what row weights are scaled by. The contributions of a coupled
-        reduction are scaled instead, because it is not linear.
-        """
-        return 1.0 if reduction.coupled else self.loss_scale
 
     @property
     def _is_scaled(self) -> bool:
