@@ -198,12 +198,14 @@ class Data:
             assert LONG.monitor is not None
             return list(kernels.metrics(masked, LONG.monitor, numbers(LONG), rows, METRICS))
 
+        kinds = (
+            Coupling("contrast", (10.0, 1.0), Groups(count, index=self.prompts)),
+            Coupling("hinge", (1000.0, 1e-4)),
+        )
+        of_terms = torch.tensor([1.0, 1.0, 10.0, 1.0, 1.0, 1000.0, 1e-4], device=device)
+
         def coupled() -> list[Tensor]:
-            kinds = (
-                Coupling("contrast", (10.0, 1.0), Groups(count, index=self.prompts)),
-                Coupling("hinge", (1000.0, 1e-4)),
-            )
-            terms = CoupledTerms(kinds, (1.0, 1.0), 1.0, losses, weights[:2], sides, None)
+            terms = CoupledTerms(kinds, of_terms, losses, weights[:2], sides, None)
             into = torch.empty(2, self.shape.rows, device=device)
             return [*kernels.couple(masked, terms, into), into]
 

@@ -624,10 +624,8 @@ def couple_rows(found: Sequence[Masked], prompt_of: Tensor, rows: Tensor) -> Non
                 ((contrast._replace(kind="classification"), hinge, None), None),
                 ((None, hinge), None),
             ):
-                k = len(kinds)
-                terms = CoupledTerms(
-                    kinds, (0.5,) * k, 2.0, rows[: 1 + k], rows[: 1 + k], rows[4], logp
-                )
+                numbers, part = torch.ones(1 + 3 * len(kinds)), rows[: 1 + len(kinds)]
+                terms = CoupledTerms(kinds, numbers, part, part, rows[4], logp)
                 triton_rows.couple(masked, terms, torch.empty(2, rows.size(1)))
 
 

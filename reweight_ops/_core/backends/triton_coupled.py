@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ...triton_kernels import coupled as kernels
 from ...triton_kernels.row_config import row_config
-from ..rows.constants import parameter_vector
 from ..rows.primitives import CoupledTerms, Coupling, Masked
 from .triton_row_launch import launch, places, way
 
@@ -25,7 +24,6 @@ def couple(masked: Masked, terms: CoupledTerms, into: Tensor) -> tuple[Tensor, T
     kinds = tuple(
         [kernels.LINEAR.value if c is None else _KINDS[c.kind].value for c in terms.couplings]
     )
-    numbers = _numbers(terms, device)
     # the coupling that compares sequences, if any
     found = [(k, c) for k, c in enumerate(terms.couplings) if c is not None and c.prompts]
     at, coupling = found[0] if found else (-1, Coupling("hinge", (0, 0)))
@@ -64,7 +62,7 @@ def couple(masked: Masked, terms: CoupledTerms, into: Tensor) -> tuple[Tensor, T
         sums,
         masked.lengths,
         masked.lengths if index is None else index,
-        numbers,
+        terms.numbers,
         shares,
         present,
         factors,
@@ -89,7 +87,7 @@ def couple(masked: Masked, terms: CoupledTerms, into: Tensor) -> tuple[Tensor, T
         places(runs, masked.keep)[1],
         into if terms.logp is None else terms.logp,
         into if masked.trust is None else masked.trust,
-        numbers,
+        terms.numbers,
         shares,
         present,
         factors,
@@ -108,11 +106,3 @@ def couple(masked: Masked, terms: CoupledTerms, into: Tensor) -> tuple[Tensor, T
         BLOCK=sizes.evaluated,
     )
     return weights, unknown
-
-
-def _numbers(terms: CoupledTerms, device: torch.device) -> Tensor:
-    """Return the scale and the numbers of the terms as the kernels read them."""
-    pairs = zip(terms.coefficients, terms.couplings, strict=True)
-    of_terms = [(c, *((0.0, 0.0) if how is None else how.numbers)) for c, how in pairs]
-    values = (terms.scale, *[x for numbers in of_terms for x in numbers])
-    return parameter_vector(values, torch.float32, device)

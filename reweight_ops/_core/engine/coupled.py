@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..calls.policy import LossCall
 from ..formula.loss_program import Program
-from ..rows.primitives import CoupledTerms
+from ..rows.constants import parameter_vector
+from ..rows.primitives import CoupledTerms, Coupling
 
 
 def at_this_point(
@@ -37,42 +39,57 @@ def at_this_point(
     spec = call.spec
     outputs = ("loss", *[f"own{k}" for k in range(len(spec.rules))])
     pointwise = spec.ratio.one_pass_unsupported_reason is None
-    terms = CoupledTerms(
-        tuple([r.coupling(call.rows) if r.coupled else None for r in spec.reductions]),
-        (1.0, *[p.coef for p in spec.penalties]),
-        call.loss_scale,
-        evaluate(program, params, leaves, weights, outputs, call.rows.keep),
-        weights,
-        call.adv,
-        None if pointwise else leaves["logp"],
-    )
+    evaluated = evaluate(program, params, leaves, weights, outputs, call.rows.keep)
+    logp = None if pointwise else leaves["logp"]
     primitives, masked = call.rows.primitives, call.rows.masked
-    if primitives is None or primitives.couple is None or not _is_closed(call, terms):
-        return _by_autograd(call, terms, into)
+    couplings = _couplings(call)
+    if primitives is None or primitives.couple is None or couplings is None:
+        return _by_autograd(call, evaluated, weights, logp, into)
     assert masked is not None
+    numbers = _numbers(call, couplings)
+    terms = CoupledTerms(couplings, numbers, evaluated, weights, call.adv, logp)
     return primitives.couple(masked, terms, into)
 
 
-def _is_closed(call: LossCall, terms: CoupledTerms) -> bool:
-    """Return whether a kernel knows every coupled term in closed form."""
-    found = [coupling for coupling in terms.couplings if coupling is not None]
-    if len(found) < sum(reduction.coupled for reduction in call.spec.reductions):
-        return False  # a user's reduction, or numbers that only PyTorch takes
+def _couplings(call: LossCall) -> tuple[Coupling | None, ...] | None:
+    """Return the coupling of each term, or None if a kernel does not know the loss in
+    closed form.
+    """
+    reductions = call.spec.reductions
+    couplings = tuple([r.coupling(call.rows) if r.coupled else None for r in reductions])
+    found = [coupling for coupling in couplings if coupling is not None]
+    if len(found) < sum(reduction.coupled for reduction in reductions):
+        return None  # a user's reduction, or numbers that only PyTorch takes
     prompts = [coupling.prompts for coupling in found if coupling.prompts is not None]
     # A kernel looks for the sequences of each prompt. It does so for one coupling, and
     # if there are not too many to look at.
     is_searched = any(groups.index is not None for groups in prompts)
-    return len(prompts) <= 1 and not (is_searched and call.rows.by_prompt is None)
+    if len(prompts) > 1 or (is_searched and call.rows.by_prompt is None):
+        return None
+    return couplings
 
 
-def _by_autograd(call: LossCall, terms: CoupledTerms, into: Tensor) -> tuple[Tensor, Tensor]:
-    evaluated, logp = terms.evaluated, terms.logp
+def _coefficients(call: LossCall) -> tuple[Any, ...]:
+    return (1.0, *[penalty.coef for penalty in call.spec.penalties])
+
+
+def _numbers(call: LossCall, couplings: tuple[Coupling | None, ...]) -> Tensor:
+    """Return the numbers of :class:`CoupledTerms`."""
+    values = [call.loss_scale]
+    for coefficient, coupling in zip(_coefficients(call), couplings, strict=True):
+        values += [coefficient, *((0.0, 0.0) if coupling is None else coupling.numbers)]
+    return parameter_vector(tuple(values), torch.float32, call.rows.device)
+
+
+def _by_autograd(
+    call: LossCall, evaluated: Tensor, weights: Tensor, logp: Tensor | None, into: Tensor
+) -> tuple[Tensor, Tensor]:
     loss, *own = evaluated.unbind()
     # Rules may compare a NaN, and a reduction may drop one.
     unknown = evaluated.isnan().any(0)
-    total, table = torch.zeros_like(loss), list(terms.weights.unbind())
-    reductions = call.spec.reductions
-    for k, (reduction, coefficient) in enumerate(zip(reductions, terms.coefficients, strict=True)):
+    total, table = torch.zeros_like(loss), list(weights.unbind())
+    pairs = zip(call.spec.reductions, _coefficients(call), strict=True)
+    for k, (reduction, coefficient) in enumerate(pairs):
         if not reduction.coupled:
             total = total + coefficient * own[k]
             continue

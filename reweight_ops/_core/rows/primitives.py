@@ -149,17 +149,16 @@ class Coupling(NamedTuple):
 class CoupledTerms(NamedTuple):
     """The K terms of a loss, of which a reduction couples some.
 
-    A term without a coupling is a sum over rows. ``evaluated`` ``[1 + K, N]`` has the
-    loss and each term's weighted loss, without its coefficient and 0 in an ignored row.
-    ``weights`` ``[R, N]`` begin with the row weights of the terms. Contributions are
-    multiplied by ``scale``. Numbers are those of the host or 0-d tensors.
-
-    ``logp`` is given if the ratio of a row depends on other rows.
+    A term without a coupling is a sum over rows. ``numbers`` ``[1 + 3·K]`` fp32 are the
+    scale of all contributions, and each term's coefficient and the numbers of its
+    coupling. ``evaluated`` ``[1 + K, N]`` has the loss and each term's weighted loss,
+    without its coefficient and 0 in an ignored row. ``weights`` ``[R, N]`` begin with
+    the row weights of the terms. ``logp`` is given if the ratio of a row depends on
+    other rows.
     """
 
     couplings: tuple[Coupling | None, ...]
-    coefficients: tuple[Any, ...]
-    scale: Any
+    numbers: Tensor
     evaluated: Tensor
     weights: Tensor
     adv: Tensor | None
