@@ -64,7 +64,7 @@ def small_blocks(monkeypatch):
 class Case:
     """A loss of random rows, of which some are not finite, before its reductions."""
 
-    of_no_prompt = None  # a sequence whose id is out of range
+    of_no_prompt = 0  # how many sequences have an id out of range
 
     def __init__(self, seed, place, runs, reduction, others=(), bad=(), given_ratio=False):
         self.random = random.Random(seed)
@@ -117,10 +117,10 @@ class Case:
         shape, tensors = self.given
         primitives = select.load("triton").rows if dtype == torch.float32 else None
         rows = resolve_rows("op", shape, torch.device("cpu"), dtype, tensors, primitives=primitives)
-        if self.of_no_prompt is None:
+        if not self.of_no_prompt:
             return rows
         index = rows.prompts.index.clone()
-        index[self.of_no_prompt] = rows.prompts.count
+        index[: self.of_no_prompt] = rows.prompts.count
         return dataclasses.replace(rows, prompts=Groups(rows.prompts.count, index=index))
 
     def call(self, dtype, scale=3.5):
@@ -226,17 +226,33 @@ def test_sequences_that_nobody_has_checked(place):
 
 
 @pytest.mark.parametrize("name", ["contrast", "classification"])
-def test_a_sequence_of_no_prompt(name):
-    """An id that only the device can check. Its rows add nothing."""
-    for seed in (3, 5):
-        case = Case(seed, "equal", False, REDUCTIONS[name])
-        before = same(case)[1]
-        case.of_no_prompt = 0
-        unknown, weights = same(case)
-        keep = case.rows(torch.float32).keep
-        first = (torch.arange(len(keep)) < case.given[0][1])[keep]
-        assert not weights[0, first].any() and not unknown.any()
-        assert torch.equal(weights[1], before[1])
+def test_large_scores(name):
+    """No exponential overflows, and infinite scores of a side are as autograd has
+    them.
+    """
+    for k, factor in enumerate((1e4, -1e4, math.inf, -math.inf)):
+        case = Case(11, PLACES[k % 3], bool(k % 2), REDUCTIONS[name])
+        kept = case.rows(torch.float32).keep
+        case.evaluated[1] = torch.where(kept, case.evaluated[1].abs() * factor, 0)
+        unknown, _ = same(case)
+        assert math.isinf(factor) or not unknown.any()
+
+
+@pytest.mark.parametrize("name", ["contrast", "classification"])
+def test_sequences_of_no_prompt(name):
+    """Their ids are what only the device can check. Their rows add nothing, although
+    they have two sides.
+    """
+    case = Case(11, "equal", False, REDUCTIONS[name])
+    of_none = torch.arange(len(case.adv)) < 3 * case.given[0][1]
+    first = torch.arange(len(case.adv)) < case.given[0][1]
+    case.adv[of_none] = torch.where(first[of_none], 1.0, -1.0)
+    case.evaluated[1:, of_none] = 0.5 * case.rows(torch.float32).keep[of_none]
+    case.of_no_prompt = 3
+    unknown, weights = same(case)
+    of_none = of_none[case.rows(torch.float32).keep]
+    assert of_none.any() and not weights[0, of_none].any() and weights[0].any()
+    assert not unknown.any()
 
 
 def test_a_call_without_a_row():
