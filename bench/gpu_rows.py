@@ -24,7 +24,17 @@ import torch
 from torch import Tensor
 
 import reweight_ops as rw
-from reweight_ops._core.rows.primitives import METRICS, Averaged, Masked, Over, Runs, Weighing
+from reweight_ops._core.rows.groups import Groups
+from reweight_ops._core.rows.primitives import (
+    METRICS,
+    Averaged,
+    CoupledTerms,
+    Coupling,
+    Masked,
+    Over,
+    Runs,
+    Weighing,
+)
 from reweight_ops.triton_kernels import row_config
 
 from .device import clock
@@ -146,6 +156,9 @@ class Data:
         weights = kernels.weigh(masked, (Weighing("rows"),) * 3, 1.0, None)
         ordered = torch.where(masked.keep, values, math.inf).sort().values
         count = -(-self.shape.sequences // 8)
+        # sequences of both signs in each prompt
+        sides = torch.where(self._owner() % 2 == 0, rows["adv"], -rows["adv"])
+        losses = torch.where(masked.keep, values / self.shape.longest, 0).repeat(3, 1)
         decay = torch.tensor(0.95, device=device)
 
         @functools.cache
@@ -188,6 +201,17 @@ class Data:
             assert LONG.monitor is not None
             return list(kernels.metrics(masked, LONG.monitor, numbers(LONG), rows, METRICS))
 
+        kinds = (
+            Coupling("contrast", (10.0, 1.0), Groups(count, index=self.prompts)),
+            Coupling("hinge", (1000.0, 1e-4)),
+        )
+        of_terms = torch.tensor([1.0, 1.0, 10.0, 1.0, 1.0, 1000.0, 1e-4], device=device)
+
+        def coupled() -> list[Tensor]:
+            terms = CoupledTerms(kinds, of_terms, losses, weights[:2], sides, None)
+            into = torch.empty(2, self.shape.rows, device=device)
+            return [*kernels.couple(masked, terms, into), into]
+
         def ratio(over: Over) -> Job:
             return lambda: list(kernels.ratio(masked, averaged(over)))
 
@@ -218,10 +242,17 @@ class Data:
             "adjoint along": (True, flowed("prefix")),
             "ratio of the call": (True, ratio("call")),
             "adjoint of the call": (True, flowed("call")),
+            "contrast and hinge": (True, coupled),
             "quantile": (False, lambda: [kernels.quantile(masked, ordered, 0.3, False)]),
             "regroup": (False, regrouped),
             "measure": (True, lambda: [kernels.measure(masked, two).sums]),
         }
+
+    def _owner(self) -> Tensor:
+        """The sequence of each row."""
+        if self.masked.runs.owner is not None:
+            return self.masked.runs.owner
+        return torch.arange(self.shape.rows, device=self.ids.device) // self.shape.longest
 
     def outcome(self, job: Job) -> list[Tensor]:
         self.d_logp.zero_()

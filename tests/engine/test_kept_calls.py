@@ -30,6 +30,7 @@ SPECS = {
     "vapo": rw.methods.vapo(),
     "grad_diff": rw.methods.grad_diff(0.5),
     "runs of a prompt": rw.methods.scale_rl(group_size=3),
+    "a coupled reduction": rw.methods.disco(group_size=3),
 }
 OPTIONS = [
     {},

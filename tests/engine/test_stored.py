@@ -90,6 +90,45 @@ def test_second_derivatives_of_a_coupled_reduction():
     assert grads[0].abs().sum() > 1e-4
 
 
+@pytest.mark.parametrize("name", ["temperature", "length_temperature"])
+@pytest.mark.parametrize("kind", [rw.GroupContrast, rw.GroupClassification])
+def test_a_learnt_number_of_a_coupled_reduction(kind, name):
+    """No row kernel knows its gradient, which is that of two losses nearby."""
+    if kind is rw.GroupClassification and name == "length_temperature":
+        pytest.skip("it has none")
+    batch = batch_of(rw.methods.reinforce())
+    batch["advantages"] = torch.tensor([1.0, -0.5, 0.7, -1.0, 0.3, -0.2])[:, None].expand(-1, 8)
+    z = batch["logits"].double()
+
+    def loss(value, backend="reference", logits=z):
+        spec = rw.methods.reinforce().replace(reduction=kind(**{name: value}, group_size=6))
+        data = {**batch, "logits": logits, "backend": backend, "unused": "ignore"}
+        return rw.policy_loss(**data, spec=spec).loss
+
+    slope = (loss(0.7 + 1e-5) - loss(0.7 - 1e-5)) / 2e-5
+    assert slope.abs() > 1e-3
+    for backend, logits in (("cpu", z.float()), ("reference", z)):
+        value = torch.tensor(0.7, dtype=logits.dtype, requires_grad=True)
+        (grad,) = torch.autograd.grad(loss(value, backend, logits), value)
+        torch.testing.assert_close(grad.double(), slope, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_contrast_that_prefers_the_shortest_alone(backend):
+    """exp(-L/(L_max·λ)) is 0 for every length, and a prompt's weights still sum to
+    1.
+    """
+    batch = batch_of(rw.methods.reinforce())
+    batch["advantages"] = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, -1.0])[:, None].expand(-1, 8)
+    z = batch["logits"].detach().requires_grad_()
+    contrast = rw.GroupContrast(length_temperature=1e-4, group_size=6)
+    spec = rw.methods.sft().replace(reduction=contrast)
+    data = {**batch, "logits": z, "backend": backend, "unused": "ignore"}
+    (grad,) = torch.autograd.grad(rw.policy_loss(**data, spec=spec).loss, z)
+    moved = [bool(rows.any()) for rows in grad]
+    assert moved == [False, False, False, True, False, True]  # lengths of 4, 0, 8, 3, 7, 8
+
+
 @pytest.mark.parametrize("ratio", [rw.TokenRatio(), rw.SequenceRatio()], ids=["token", "sequence"])
 def test_no_reduction_takes_an_upstream_for_each_row(ratio):
     spec = rw.methods.grpo(beta=0.1).replace(reduction=rw.NoReduction(), ratio=ratio)

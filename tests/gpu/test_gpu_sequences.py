@@ -20,6 +20,7 @@ SPECS = {
     "bounds of rows": rw.methods.opsm(threshold=0.05),  # and a clip bound for each row
     "disco": rw.methods.disco(),  # reductions that couple the sequences of a prompt
     "drpo": rw.methods.drpo(max_length=300),
+    "real": rw.methods.real(),
     "runs of a prompt": rw.methods.scale_rl(group_size=2),
     "prompts": rw.methods.scale_rl(),
     "vapo": rw.methods.vapo(),

@@ -2,15 +2,24 @@
 compilations: with all options, and sequences that are padded, or packed in two ways.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from reweight_ops._core.backends import triton_rows
 from reweight_ops._core.formula.base import RULES
 from reweight_ops._core.formula.loss_program import Program
 from reweight_ops._core.formula.monitor import Monitor
-from reweight_ops._core.rows.primitives import Averaged, Runs, Weighing
+from reweight_ops._core.rows.groups import Groups
+from reweight_ops._core.rows.primitives import (
+    Averaged,
+    CoupledTerms,
+    Coupling,
+    Masked,
+    Runs,
+    Weighing,
+)
 
 PROGRAM = Program.of(("clip", "k3", "entropy_bonus"), (("advantage_reweighting", "surrogate"),))
 PARAMS = torch.zeros(16)
@@ -18,7 +27,7 @@ MONITOR = Monitor.of([RULES["clip"], RULES["k3"]], PROGRAM.terms[:2])
 #: The bounds of the clip are one for each row.
 BOUNDS_OF_ROWS = ((3, 3), (4, 4))
 #: What :func:`row_calls` calls, step by step.
-STEPS = ("masks and weights", "sequences", "the call", "rows", "metrics")
+STEPS = ("masks and weights", "sequences", "the call", "prompts", "rows", "metrics")
 
 
 def row_calls(sequences: int, length: int, where: str = "cpu") -> Iterator[None]:
@@ -101,6 +110,8 @@ def row_calls(sequences: int, length: int, where: str = "cpu") -> Iterator[None]
     for nearest in (False, True):
         triton_rows.quantile(masked, rows[0], 0.3, nearest)
     yield
+    _couple((*packed, masked), groups[1:], rows)
+    yield
     leaves = dict(
         zip(
             ("logp", "old_logp", "adv", "entropy", "ref_logp", "sampling_logp"),
@@ -150,3 +161,24 @@ def row_calls(sequences: int, length: int, where: str = "cpu") -> Iterator[None]
             ("entropy", "low", "largest ratio", "sequence region"),
         )
     yield
+
+
+def _couple(found: Sequence[Masked], prompt_of: Tensor, rows: Tensor) -> None:
+    """Launch the kernels of coupled reductions for terms of every kind, with prompts
+    given in both ways, and for a hinge alone.
+    """
+    hinge, sequences = Coupling("hinge", (1.0, 1.0)), len(prompt_of)
+    for masked in found:
+        for prompts in (Groups(1, sequences), Groups(5, index=prompt_of)):
+            contrast = Coupling("contrast", (2.0, 3.0), prompts)
+            for kinds, logp in (
+                ((contrast, hinge, None), rows[5]),
+                ((contrast, hinge, None), None),
+                ((contrast._replace(prefers="length"), hinge, None), None),
+                ((contrast._replace(prefers="advantages", hard=True), hinge, None), None),
+                ((contrast._replace(kind="classification"), hinge, None), None),
+                ((None, hinge), None),
+            ):
+                numbers, part = rows[4, : 1 + 3 * len(kinds)] + 1, rows[: 1 + len(kinds)]
+                terms = CoupledTerms(kinds, numbers, part, part, rows[4], logp)
+                triton_rows.couple(masked, terms, torch.empty_like(rows[:2]))

@@ -14,6 +14,7 @@ from ..formula.loss_program import ONE_PASS, Program
 from ..formula.monitor import Monitor
 from ..rows.primitives import METRICS, Masked, RowPrimitives, Runs, Weighing
 from .triton_cache import monitor_function, program_function
+from .triton_coupled import couple
 from .triton_ratios import adjoint, ratio
 from .triton_row_launch import launch, places, strides_of, way
 from .triton_statistics import along, quantile, total
@@ -351,4 +352,5 @@ PRIMITIVES = RowPrimitives(
     total=total,
     along=along,
     quantile=quantile,
+    couple=couple,
 )

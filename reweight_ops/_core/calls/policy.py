@@ -142,7 +142,6 @@ class LossCall:
         for k in own:
             reduction = self.spec.reductions[k]
             w = reduction.row_weights(self.rows, self.divisors, u.get(k)).to(self.rows.dtype)
-            # A coupled reduction is scaled afterwards, because it is not linear.
             found[k] = w * self._scale if self._is_scaled and not reduction.coupled else w
         per_term = [found[k] for k in self.spec.reduction_of_term]
         if self.factor is None and len(found) == 1:
@@ -210,7 +209,8 @@ class LossCall:
     ) -> Tensor | None:
         """Return the row weights, or None if a kernel cannot form one of them.
 
-        The terms whose reductions are over the same sequences take one launch.
+        The contributions of a coupled reduction are scaled instead, because it is not
+        linear. The terms whose reductions are over the same sequences take one launch.
         """
         rows, own = self.rows, self.spec.reduction_of_term
         assert rows.primitives is not None and rows.masked is not None
@@ -222,7 +222,7 @@ class LossCall:
         over: dict[int, Masked] = {}
         for k in sorted(set(own)):
             reduction = self.spec.reductions[k]
-            weighing = None if reduction.coupled else reduction.weighing(rows, self.divisors)
+            weighing = reduction.weighing(rows, self.divisors)
             if weighing is None:
                 return None
             if isinstance(weighing.divisor, Tensor) and weighing.divisor.requires_grad:
@@ -235,11 +235,17 @@ class LossCall:
             measured = rows.primitives.measure(rows.masked, self._token_weights(statistics))
             over = {k: measured if x is rows.masked else x for k, x in over.items()}
         if len(over) == 1 and self.factor is None and into is None:
-            found = weigh(over[0], (weighings[0],), self.loss_scale, None)
+            scale = 1.0 if self.spec.reduction.coupled else self.loss_scale
+            found = weigh(over[0], (weighings[0],), scale, None)
             return found.expand(len(own), -1)
-        for masked in {id(x): x for x in over.values()}.values():
-            terms = tuple([weighings[k] if over[k] is masked else None for k in own])
-            into = weigh(masked, terms, self.loss_scale, self.factor, into)
+        alike: dict[tuple[int, bool], list[int]] = {}
+        for k, masked in over.items():
+            is_unscaled = self._is_scaled and self.spec.reductions[k].coupled
+            alike.setdefault((id(masked), is_unscaled), []).append(k)
+        for (_, is_unscaled), members in alike.items():
+            terms = tuple([weighings[k] if k in members else None for k in own])
+            scale = 1.0 if is_unscaled else self.loss_scale
+            into = weigh(over[members[0]], terms, scale, self.factor, into)
         return into
 
     @property

@@ -197,9 +197,7 @@ class KeptLoss:
             or rows.masked is None
             or rows.segments is not None
             or (rows.prompts is not None and rows.by_prompt is None)
-            or any(
-                r.coupled or r.weighing(rows, call.divisors) is None for r in call.spec.reductions
-            )
+            or any(r.weighing(rows, call.divisors) is None for r in call.spec.reductions)
         ):
             return None
         layout = RowLayout(

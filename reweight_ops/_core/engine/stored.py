@@ -155,18 +155,19 @@ def evaluate_stored(
         inputs["log_ratio"] = call.log_ratio(statistics["logp"])
         # one sequence may be an expanded number
         leaves["log_ratio"] = inputs["log_ratio"].detach().contiguous()
-    filled, coupled = call.stored_weights(leaves, evaluate), None
+    filled = call.stored_weights(leaves, evaluate)
     weights = filled[: program.table_rows()]  # a formula may not read all that it is given
+    outputs = ["weighted_loss", "loss", *[f"d_{x}" for x in (_BY[:3] if pointwise else _BY)]]
+    table = weights.new_empty((len(outputs), weights.size(1)))
+    into, unknown = table, None
     if call.spec.is_coupled:
-        coupled = at_this_point(call, program, params, leaves, weights, evaluate)
-        weights = coupled.weights
-    outputs = ("weighted_loss", "loss", *[f"d_{name}" for name in (_BY[:3] if pointwise else _BY)])
-    table = evaluate(program, params, leaves, weights, outputs, call.rows.keep)
-    if coupled is not None:
-        table[0].copy_(coupled.weighted_loss)
-        table[1].copy_(coupled.loss)
-        if not pointwise:
-            table[2].masked_fill_(coupled.unknown & call.rows.keep, math.nan)
+        weights, unknown = at_this_point(
+            call, program, params, leaves, weights, evaluate, table[:2]
+        )
+        outputs, into = outputs[2:], table[2:]
+    evaluate(program, params, leaves, weights, tuple(outputs), call.rows.keep, into)
+    if unknown is not None and not pointwise:
+        table[2].masked_fill_(unknown, math.nan)
     moves = _moving(program, not pointwise)
     if averaged is not None:
         assert primitives is not None and primitives.adjoint is not None and masked is not None

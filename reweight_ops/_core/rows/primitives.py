@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .groups import Groups
+
 _MODES = (
     torch._C._TorchDispatchModeKey.FAKE,
     torch._C._TorchDispatchModeKey.PROXY,
@@ -124,6 +126,44 @@ class Averaged(NamedTuple):
     shared: bool = True
     adv: Tensor | None = None
     over: Over = "sequence"
+
+
+class Coupling(NamedTuple):
+    """What a coupled reduction makes of a term's weighted losses ``x`` ``[N]``.
+
+    ``"hinge"`` multiplies them by ``numbers[0]·max(Σ x - numbers[1], 0)``, a constant
+    for the gradient. The others compare the sequences of each of the ``prompts``, by
+    scores ``-Σ x`` over the sequence, and are the reductions of
+    :mod:`~reweight_ops._core.spec.coupled` with these names. ``numbers[0]`` is their
+    temperature. ``numbers[1]`` divides what a contrast ``prefers`` among the positives
+    of a prompt: it is the mean advantage, minus the length, or nothing. A ``hard``
+    contrast takes the mean of the negatives.
+    """
+
+    kind: Literal["hinge", "contrast", "classification"]
+    numbers: tuple[Any, Any]
+    prompts: Groups | None = None
+    prefers: str | None = None
+    hard: bool = False
+
+
+class CoupledTerms(NamedTuple):
+    """The K terms of a loss, of which a reduction couples some.
+
+    A term without a coupling is a sum over rows. ``numbers`` ``[1 + 3·K]`` fp32 are the
+    scale of all contributions, and each term's coefficient and the numbers of its
+    coupling. ``evaluated`` ``[1 + K, N]`` has the loss and each term's weighted loss,
+    without its coefficient and 0 in an ignored row. ``weights`` ``[R, N]`` begin with
+    the row weights of the terms. ``logp`` is given if the ratio of a row depends on
+    other rows.
+    """
+
+    couplings: tuple[Coupling | None, ...]
+    numbers: Tensor
+    evaluated: Tensor
+    weights: Tensor
+    adv: Tensor | None
+    logp: Tensor | None
 
 
 #: What :attr:`RowPrimitives.total` finds.
@@ -259,7 +299,9 @@ class RowPrimitives:
       quantile ``q`` of the call's kept rows, between two order statistics or the
       nearest. ``ordered`` fp32 ``[N]`` begins with their values, sorted, and goes on
       with ``inf``.
-
+    * ``couple(masked, terms, into) -> (weights [R, N], unknown [N])`` does what
+      :func:`~reweight_ops._core.engine.coupled.at_this_point` says, for at most one
+      coupling of prompts. ``terms`` are :class:`CoupledTerms`.
     * ``evaluate`` is ``evaluate_rows`` of
       :class:`~reweight_ops._core.backends.base.Backend`.
 
@@ -284,3 +326,4 @@ class RowPrimitives:
     total: Total | None = None
     along: Along | None = None
     quantile: Quantile | None = None
+    couple: Callable[[Masked, CoupledTerms, Tensor], tuple[Tensor, Tensor]] | None = None

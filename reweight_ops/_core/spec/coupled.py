@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +20,105 @@ from ...errors import InvalidCall
 from ..ranges import Count, NonNegative, Number, Positive, PositiveOrInf, Real, ranged
 from ..rows.constants import is_infinite
 from ..rows.groups import Groups
+from ..rows.primitives import Coupling, Masked, Weighing
 from ..rows.rows import Rows
 from .reduction import Divisors, Reduction, TokenMean
 
 
+def _kernel_takes(*numbers: Any) -> bool:
+    """Return whether numbers are those of the call, and have no gradient."""
+    return not any(isinstance(x, Tensor) and (x.dim() or x.requires_grad) for x in numbers)
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """The sequences of a call as a reduction compares them, ``[S]`` each.
+
+    ``advantages`` are sums over the kept rows. Only prompts with ``positive`` and
+    ``negative`` sequences have any. ``prompts_present`` counts those with a row in the
+    call, at least 1.
+    """
+
+    sequences: Groups
+    prompts: Groups
+    lengths: Tensor
+    present: Tensor
+    advantages: Tensor
+    positive: Tensor
+    negative: Tensor
+    prompts_present: Tensor
+
+    def spread(self, rows: Rows, per_sequence: Tensor) -> Tensor:
+        """Return ``[N]``: the share of each row in its sequence's part of the loss. It
+        is NaN where an advantage is.
+        """
+        known = torch.where(self.advantages.isnan(), math.nan, per_sequence)
+        share = self.sequences.spread(known / self.lengths.clamp(min=1)) / self.prompts_present
+        return torch.where(rows.keep, share, 0)
+
+
+class _OfPrompts(Reduction):
+    """A reduction that compares the sequences of each prompt, by the means of their
+    token losses and the signs of their advantages.
+    """
+
+    group_size: int | None
+
+    requires = ("adv",)
+    coupled = True
+
+    @property
+    def reads_groups(self) -> bool:
+        return self.group_size is None
+
+    def check(self, rows: Rows) -> None:
+        rows.need_prompts(type(self).__name__, self.group_size)
+
+    def weighing(self, rows: Rows, divisors: Divisors) -> Weighing | None:
+        known = type(self) in (GroupContrast, GroupClassification)  # not a user's
+        return Weighing(per_length=True) if known else None
+
+    def masked(self, rows: Rows) -> Masked:
+        masked = rows.masked
+        assert masked is not None
+        if masked.counted is masked.keep:
+            return masked
+        return masked._replace(lengths=masked.lengths[:1].repeat(2, 1))
+
+    def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
+        sequences = rows.need_sequences(type(self).__name__)
+        keep = rows.keep.to(rows.dtype)
+        return keep / sequences.spread(sequences.sum(keep)).clamp(min=1)
+
+    def _sides(self, rows: Rows, adv: Tensor | None) -> _Sides:
+        name = type(self).__name__
+        assert adv is not None, f"{name} requires 'adv'"
+        sequences = rows.need_sequences(name)
+        prompts = rows.need_prompts(name, self.group_size)
+        lengths = sequences.sum(rows.keep.to(rows.dtype))
+        present = lengths > 0
+        advantages = sequences.sum(torch.where(rows.keep, adv, 0))
+        positive = present & (advantages > 0)
+        negative = present & ~positive
+        positives, negatives = (prompts.count_rows(x, rows.dtype) for x in (positive, negative))
+        # A prompt of one side adds 0 and has no gradient, whatever its scores are.
+        both = prompts.spread((positives > 0) & (negatives > 0))
+        count = (positives + negatives > 0).sum().clamp(min=1)
+        return _Sides(
+            sequences,
+            prompts,
+            lengths,
+            present,
+            advantages,
+            both & positive,
+            both & negative,
+            count,
+        )
+
+
 @ranged
 @dataclass(frozen=True)
-class GroupContrast(Reduction):
+class GroupContrast(_OfPrompts):
     """Contrast the positive with the negative sequences of each prompt, by their scores
     ``s_i``.
 
@@ -53,9 +146,6 @@ class GroupContrast(Reduction):
     group_size: Count[int] | None = None
     preference: str = "length"
 
-    requires = ("adv",)
-    coupled = True
-
     def __post_init__(self) -> None:
         if self.preference not in ("length", "advantages"):
             raise InvalidCall(
@@ -67,98 +157,85 @@ class GroupContrast(Reduction):
                 "GroupContrast: max_length has no effect with preference='advantages'."
             )
 
-    @property
-    def reads_groups(self) -> bool:
-        return self.group_size is None
-
-    def check(self, rows: Rows) -> None:
-        rows.need_prompts("GroupContrast", self.group_size)
-
-    def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
-        sequences = rows.need_sequences("GroupContrast")
-        keep = rows.keep.to(rows.dtype)
-        return keep / sequences.spread(sequences.sum(keep)).clamp(min=1)
+    def coupling(self, rows: Rows) -> Coupling | None:
+        by = self._longest(rows) if self.preference == "length" else 1.0
+        numbers = (self.temperature, by * self.length_temperature)
+        if type(self) is not GroupContrast or not _kernel_takes(*numbers):
+            return None
+        alike, hard = is_infinite(self.length_temperature), is_infinite(self.temperature)
+        prompts = rows.need_prompts("GroupContrast", self.group_size)
+        prefers = None if alike else self.preference
+        return Coupling("contrast", numbers, prompts, prefers, hard)
 
     def contributions(self, rows: Rows, weighted: Tensor, adv: Tensor | None) -> Tensor:
-        assert adv is not None, "GroupContrast requires 'adv'"
-        sequences = rows.need_sequences("GroupContrast")
-        prompts = rows.need_prompts("GroupContrast", self.group_size)
-        lengths = sequences.sum(rows.keep.to(rows.dtype))
-        present = lengths > 0
-        total = sequences.sum(torch.where(rows.keep, adv, 0))
-        positive = present & (total > 0)
-        negative = present & ~positive
-        positives, negatives = (prompts.sum(x.to(rows.dtype)) for x in (positive, negative))
-        # A prompt of one side adds 0 and has no gradient, whatever its scores are.
-        both = prompts.spread((positives > 0) & (negatives > 0))
-        positive, negative = both & positive, both & negative
-        scores = -sequences.sum(weighted)
-        count = (prompts.sum(present.to(rows.dtype)) > 0).sum().clamp(min=1)
-
-        if self.preference == "length":
-            omega = self._omega(rows, sequences, lengths)
-        else:
-            # The prompt's largest value is subtracted. It cancels in the normalisation,
-            # and no exp overflows.
-            preferred = (
-                torch.where(positive, total / lengths.clamp(min=1), -math.inf)
-                / self.length_temperature
-            )
-            top = prompts.spread(prompts.max(preferred))
-            omega = torch.exp(
-                torch.where(positive, preferred - torch.where(top > -math.inf, top, 0), 0)
-            )
-        omega = torch.where(positive, omega, 0)
-        gain = (
-            omega
-            / prompts.spread(prompts.sum(omega)).clamp(min=torch.finfo(rows.dtype).tiny)
-            * scores
-        )
-        loss = self._soft_maximum(prompts, scores, negative) / prompts.spread(negatives).clamp(
-            min=1
-        )
-        per_sequence = torch.where(positive, -gain, 0) + torch.where(negative, loss, 0)
-        per_sequence = torch.where(total.isnan(), math.nan, per_sequence)
-        spread = sequences.spread(per_sequence / lengths.clamp(min=1)) / count
-        return torch.where(rows.keep, spread, 0)
-
-    def _omega(self, rows: Rows, sequences: Groups, lengths: Tensor) -> Tensor:
+        sides = self._sides(rows, adv)
+        prompts, positive, negative = sides.prompts, sides.positive, sides.negative
+        scores = -sides.sequences.sum(weighted)
         if is_infinite(self.length_temperature):
-            return torch.ones_like(lengths)
-        longest: float | Tensor | None = self.max_length
-        if longest is None:
-            if sequences.index is not None:
-                raise rows.error(
-                    "GroupContrast over packed sequences has no padded length: give max_length."
-                )
-            longest = rows.padded_length(sequences)
-        # The constant 1/λ cancels in the normalisation. Without it no exp overflows,
-        # and equal lengths have exactly equal weights.
-        return torch.exp(-lengths / (longest * self.length_temperature))
+            omega = torch.ones_like(scores)
+        else:
+            preferred = (
+                -sides.lengths / self._longest(rows)
+                if self.preference == "length"
+                else sides.advantages / sides.lengths.clamp(min=1)
+            )
+            # The prompt's largest value is subtracted. It cancels in the normalisation,
+            # no exp overflows, and equal values have exactly equal weights.
+            preferred = torch.where(positive, preferred / self.length_temperature, -math.inf)
+            least = preferred - _largest(prompts, preferred)
+            omega = torch.exp(torch.where(positive, least, 0))
+        total = prompts.spread(prompts.sum(torch.where(positive, omega, 0))).clamp(min=1)
+        # another sequence's share is not NaN, although the prompt's total may be
+        gain = torch.where(positive, omega / total, 0) * scores
+        loss = self._soft_maximum(prompts, scores, negative) / _counts(prompts, negative)
+        return sides.spread(rows, torch.where(positive, -gain, 0) + torch.where(negative, loss, 0))
+
+    def _longest(self, rows: Rows) -> float | Tensor:
+        """Return the length that counts as 1, or 1 where lengths do not matter."""
+        if is_infinite(self.length_temperature):
+            return 1.0
+        if self.max_length is not None:
+            return self.max_length
+        sequences = rows.need_sequences("GroupContrast")
+        if sequences.index is not None:
+            raise rows.error(
+                "GroupContrast over packed sequences has no padded length: give max_length."
+            )
+        return rows.padded_length(sequences)
 
     def _soft_maximum(self, prompts: Groups, scores: Tensor, negative: Tensor) -> Tensor:
         """Return ``[S]``: each sequence gets its prompt's ``τ·logmeanexp(s_j/τ)`` over
         the negatives, or 0 without any.
         """
-        counts = prompts.sum(negative.to(scores.dtype))
+        counts = _counts(prompts, negative)
         if is_infinite(self.temperature):
-            return prompts.spread(
-                prompts.sum(torch.where(negative, scores, 0)) / counts.clamp(min=1)
-            )
-        scaled = torch.where(negative, scores, -math.inf) / self.temperature
-        top = prompts.spread(prompts.max(scaled.detach()))
-        top = torch.where(top > -math.inf, top, 0)
-        total = prompts.sum(
-            torch.where(negative, torch.exp(torch.where(negative, scaled, 0) - top), 0)
-        )
-        mean = torch.where(counts > 0, total / counts.clamp(min=1), 1)
-        result: Tensor = self.temperature * (prompts.spread(mean.log()) + top)
+            return prompts.spread(prompts.sum(torch.where(negative, scores, 0))) / counts
+        scaled = torch.where(negative, scores / self.temperature, -math.inf)
+        top = _largest(prompts, scaled)
+        inside = torch.exp(torch.where(negative, scaled - top, 0))
+        mean = prompts.spread(prompts.sum(torch.where(negative, inside, 0))) / counts
+        mean = torch.where(negative, mean, 1)
+        result: Tensor = self.temperature * (mean.log() + top)
         return result
+
+
+def _counts(prompts: Groups, side: Tensor) -> Tensor:
+    """Return ``[S]``: how many sequences of a side its prompt has, at least 1."""
+    return prompts.spread(prompts.count_rows(side, torch.int64)).clamp(min=1)
+
+
+def _largest(prompts: Groups, x: Tensor) -> Tensor:
+    """Return ``[S]``: the largest ``x`` of the prompt, or 0 if it is ``-inf`` or NaN.
+
+    It has no gradient.
+    """
+    top = prompts.spread(prompts.max(x.detach()))
+    return torch.where(top > -math.inf, top, 0)
 
 
 @ranged
 @dataclass(frozen=True)
-class GroupClassification(Reduction):
+class GroupClassification(_OfPrompts):
     """Classify each prompt's sequences into positive and negative ones, by their scores
     ``s_i``.
 
@@ -176,48 +253,26 @@ class GroupClassification(Reduction):
     temperature: Positive[Number] = 0.5
     group_size: Count[int] | None = None
 
-    requires = ("adv",)
-    coupled = True
-
-    @property
-    def reads_groups(self) -> bool:
-        return self.group_size is None
-
-    def check(self, rows: Rows) -> None:
-        rows.need_prompts("GroupClassification", self.group_size)
-
-    def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
-        sequences = rows.need_sequences("GroupClassification")
-        keep = rows.keep.to(rows.dtype)
-        return keep / sequences.spread(sequences.sum(keep)).clamp(min=1)
+    def coupling(self, rows: Rows) -> Coupling | None:
+        if type(self) is not GroupClassification or not _kernel_takes(self.temperature):
+            return None
+        prompts = rows.need_prompts("GroupClassification", self.group_size)
+        return Coupling("classification", (self.temperature, 1.0), prompts)
 
     def contributions(self, rows: Rows, weighted: Tensor, adv: Tensor | None) -> Tensor:
-        assert adv is not None, "GroupClassification requires 'adv'"
-        sequences = rows.need_sequences("GroupClassification")
-        prompts = rows.need_prompts("GroupClassification", self.group_size)
-        lengths = sequences.sum(rows.keep.to(rows.dtype))
-        present = lengths > 0
-        advantages = sequences.sum(torch.where(rows.keep, adv, 0))
-        positive = present & (advantages > 0)
-        negative = present & ~positive
-        positives, negatives = (prompts.sum(x.to(rows.dtype)) for x in (positive, negative))
-        # A prompt of one side adds 0 and has no gradient, whatever its scores are.
-        both = prompts.spread((positives > 0) & (negatives > 0))
-        scaled = -sequences.sum(weighted) / self.temperature
-        total = self._log_one_plus(prompts, both & negative, scaled)
-        total = total + self._log_one_plus(prompts, both & positive, -scaled)
-        count = (prompts.sum(present.to(rows.dtype)) > 0).sum().clamp(min=1)
-        # A prompt's loss is split equally among its sequences, and a sequence's share
-        # among its tokens.
-        share = total / prompts.sum(present.to(rows.dtype)).clamp(min=1) / count
-        per_sequence = prompts.spread(share) / lengths.clamp(min=1)
-        per_sequence = torch.where(advantages.isnan(), math.nan, per_sequence)
-        return torch.where(rows.keep, sequences.spread(per_sequence), 0)
+        sides = self._sides(rows, adv)
+        prompts, scaled = sides.prompts, -sides.sequences.sum(weighted) / self.temperature
+        total = self._log_one_plus(prompts, sides.negative, scaled)
+        total = total + self._log_one_plus(prompts, sides.positive, -scaled)
+        # A prompt's loss is split equally among its sequences.
+        total = total / prompts.count_rows(sides.present, rows.dtype).clamp(min=1)
+        return sides.spread(rows, prompts.spread(total))
 
     def _log_one_plus(self, prompts: Groups, side: Tensor, x: Tensor) -> Tensor:
         """Return ``[P]``: ``log(1 + Σ exp(x))`` over the sequences of a side."""
         top = prompts.max(torch.where(side, x.detach(), 0)).clamp(min=0)
-        inside = torch.where(side, torch.exp(torch.where(side, x, 0) - prompts.spread(top)), 0)
+        inside = torch.exp(torch.where(side, x - prompts.spread(top), 0))
+        inside = torch.where(side, inside, 0)
         result: Tensor = top + torch.log(torch.exp(-top) + prompts.sum(inside))
         return result
 
@@ -238,8 +293,16 @@ class HingeConstraint(Reduction):
     coupled = True
     detaches = ("strength", "bound")
 
+    def weighing(self, rows: Rows, divisors: Divisors) -> Weighing | None:
+        return Weighing("rows") if type(self) is HingeConstraint else None
+
     def row_weights(self, rows: Rows, divisors: Divisors, weight: Tensor | None = None) -> Tensor:
         return TokenMean(per_call=True).row_weights(rows, divisors)
+
+    def coupling(self, rows: Rows) -> Coupling | None:
+        numbers = (self.strength, self.bound)
+        known = type(self) is HingeConstraint and _kernel_takes(*numbers)
+        return Coupling("hinge", numbers) if known else None
 
     def contributions(self, rows: Rows, weighted: Tensor, adv: Tensor | None) -> Tensor:
         result: Tensor = weighted * (

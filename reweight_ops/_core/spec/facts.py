@@ -15,6 +15,7 @@ from ..formula.loss_program import Program, loss_graph
 from ..formula.monitor import Monitor
 from ..formula.stages import CannotStage, Staged, formulas_of, is_row, staged, values_of
 from ..formula.trace import Expr, trace_rule, trace_weight, walk
+from .learnt import tensors_of
 from .policy_parts import SpecParts
 
 #: ``exp`` of a larger number overflows in fp32, with some margin.
@@ -203,6 +204,8 @@ def _unstored_reason(spec: SpecParts) -> str | None:
         return "a hyper-parameter is a per-row tensor"
     for formula in (*spec.rules, *spec.weights):
         values += formula.parameters().values()
+    for reduction in spec.reductions:
+        values += tensors_of(reduction).values()
     if any(isinstance(v, Tensor) and v.requires_grad for v in values):
         return "a hyper-parameter requires grad"
     return None

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...errors import InvalidCall
 from ..formula.base import TokenWeight
 from ..ranges import Count, Positive, ranged
-from ..rows.primitives import Masked, Runs, Weighing
+from ..rows.primitives import Coupling, Masked, Runs, Weighing
 from ..rows.rows import Rows
 from .parts import require_part
 
@@ -90,6 +90,12 @@ class Reduction:
         raise NotImplementedError(
             f"{type(self).__name__} defines no contributions(self, rows, weighted, adv){old}"
         )
+
+    def coupling(self, rows: Rows) -> Coupling | None:
+        """Return the contributions as a backend's kernel forms them, or None if only
+        :meth:`contributions` can.
+        """
+        return None
 
 
 def _need_weight(reduction: Reduction) -> None:

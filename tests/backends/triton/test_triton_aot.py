@@ -201,8 +201,9 @@ def test_kernels_on_rows_compile_without_spills(aot, target):
     """Once for each option, for all lengths of sequences: four row weights, two of a
     token weight and two of both, three evaluations, two sums, two ratios (the drifts
     clipped or not), and the prompts of padded and of packed rows; four statistics and
-    one of a number; two quantiles; four sums along sequences; two centred ratios. Those
-    that know sequences do so once for each of the three ways in which these are given.
+    one of a number; two quantiles; four sums along sequences; two centred ratios; four
+    reductions of prompts, given in two ways, and a hinge. Those that know sequences do
+    so once for each of the three ways in which these are given.
     """
     compiled = aot("rows", target)
     names = [k["kernel"] for k in compiled]
@@ -225,6 +226,9 @@ def test_kernels_on_rows_compile_without_spills(aot, target):
         "moments_kernel": 1,
         "centre_kernel": 2,
         "centre_adjoint_kernel": 1,
+        "sequence_sums_kernel": 3,
+        "join_kernel": 9,
+        "contributions_kernel": 8,
         "evaluate_kernel": 3,
         "sums_kernel": 5,
         "metrics_kernel": 2,
