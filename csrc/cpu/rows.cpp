@@ -129,9 +129,7 @@ void weigh_by(const Length* const lengths, const WeighCall& call) {
 
 }  // namespace
 
-void weigh_rows(const WeighCall& call) {
-    call.weight ? weigh_by((const float*)call.lengths, call) : weigh_by((const int32_t*)call.lengths, call);
-}
+void weigh_rows(const WeighCall& call) { call.weight ? weigh_by((const float*)call.lengths, call) : weigh_by((const int32_t*)call.lengths, call); }
 
 OnePass::Layout OnePass::layout() const {
     const int64_t n = mask.runs.rows, sequences = mask.runs.count;
