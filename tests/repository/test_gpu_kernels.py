@@ -156,7 +156,7 @@ def test_tables_of_rows_alone(monkeypatch, tmp_path, capsys):
         "limit: launch",
         *(f"{name}: {job}" for name in ("default", *others) for job in jobs),
     }
-    assert len(jobs) == 19 and all(len(us) == 1 for us in tables["us"].values())
+    assert len(jobs) == 20 and all(len(us) == 1 for us in tables["us"].values())
     assert {key.partition(": ")[0] for key in search["us"]} == {"limit", "kernels", "PyTorch"}
     assert row_config.row_config() is row_config.VARIANTS["default"]
     assert "decayed sum along" in capsys.readouterr().out

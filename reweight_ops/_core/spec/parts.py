@@ -80,8 +80,9 @@ def _snake(name: str) -> str:
 
 
 def _below(kind: type) -> list[type]:
+    """Return the classes that a user may name."""
     found: list[type] = []
     below: list[type] = kind.__subclasses__()
     for cls in below:
-        found += [cls, *_below(cls)]
+        found += [*([] if cls.__name__.startswith("_") else [cls]), *_below(cls)]
     return found
