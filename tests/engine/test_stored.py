@@ -192,8 +192,13 @@ def test_a_reduction_over_a_weight_of_the_batch():
 
 
 @pytest.mark.usefixtures("registry")
-def test_a_reduction_over_the_ratio_of_sequences():
-    """Autograd evaluates a loss whose advantages require grad, not its row weights."""
+@pytest.mark.parametrize(
+    "ratio", [rw.SequenceRatio(), rw.BatchMeanRatio(clamp=math.inf)], ids=["sequence", "batch"]
+)
+def test_a_reduction_over_the_ratio_of_other_rows(ratio):
+    """Autograd evaluates a loss whose advantages require grad, not its row weights. The
+    ratio of the batch is an expanded number.
+    """
 
     @rw.weight
     class Ratio(rw.TokenWeight):
@@ -201,7 +206,7 @@ def test_a_reduction_over_the_ratio_of_sequences():
             return xp.exp(t.log_ratio)
 
     over = rw.TokenMean(weight=Ratio())
-    spec = rw.methods.grpo().replace(ratio=rw.SequenceRatio(), reduction=over)
+    spec = rw.methods.grpo().replace(ratio=ratio, reduction=over)
     same(spec, batch_of(spec))
     grads = []
     for backend in ("cpu", "reference"):

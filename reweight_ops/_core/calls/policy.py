@@ -194,7 +194,8 @@ class LossCall:
             # the program forms a token's ratio
             formed = self.spec.ratio.one_pass_unsupported_reason is None or "log_ratio" in leaves
             if not formed and "log_ratio" in self.spec.requires:
-                leaves["log_ratio"] = self.log_ratio(leaves["logp"]).detach()
+                # that of the call may be an expanded number
+                leaves["log_ratio"] = self.log_ratio(leaves["logp"]).detach().contiguous()
         bounds, evaluate = self.spec.ratio.bounds(), primitives.evaluate
         table = Table(self.rows, staged, weights, leaves, bounds, evaluate)
         coefficients = [1.0 if value is None else value for value in staged.values]

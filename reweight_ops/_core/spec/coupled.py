@@ -3,8 +3,8 @@ so it needs the statistics of the whole call (two_pass).
 
 Each reduction turns a term's weighted token losses into per-row shares. Their sum is
 the term's loss. The shares are differentiable torch on ``[N]`` vectors: autograd gives
-the gradient, and every metric, ``loss_scale`` and backward works as for any other
-reduction.
+the gradient, or a backend's kernels in closed form. Every metric, ``loss_scale`` and
+backward works as for any other reduction.
 """
 
 from __future__ import annotations
