@@ -465,6 +465,26 @@ def test_log_probs_take_few_launches(meta):
     assert 0 < found.beside <= 4 and found.kernels["stats_kernel"] == 1, found
 
 
+@pytest.mark.parametrize("plan", ["one_pass", "two_pass"])
+def test_a_number_of_the_host_is_at_hand_as_a_tensor_too(meta, plan):
+    """As in PyTorch's own operations. No kernel gets the address of such a tensor."""
+    host = torch.tensor
+    for number in (float, host):
+        spec = DAPO.replace(**{"surrogate.epsilon_low": number(0.1)})
+        call = trl_call(False, spec=spec, plan=plan, ref_per_token_logps=None)
+        call |= {"loss_scale": number(2.0), "temperature": number(0.5)}
+        found, _ = launches(call | {"num_items_in_batch": number(7.0)})
+        read = found.operations.pop("_local_scalar_dense", 0)  # by the host, from the host
+        assert read == (0 if number is float else 5), found
+        assert found.beside <= 4 + (plan == "two_pass"), found
+    coupled = rw.methods.disco(tau=host(3.0), kl_bound=host(0.1), group_size=2)
+    found, _ = launches(trl_call(False, spec=coupled, loss_scale=host(2.0), unused="ignore"))
+    del found.operations["_local_scalar_dense"]
+    assert found.beside <= 12, found  # the weights of two terms are scaled apart
+    with pytest.raises(rw.InvalidCall, match=r"temperature is -1.0, expected a positive number"):
+        launches(trl_call(False, spec=DAPO, unused="ignore") | {"temperature": host(-1.0)})
+
+
 def test_numbers_that_change_copy_nothing(meta):
     def step(x):
         ids, rows = (

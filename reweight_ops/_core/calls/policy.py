@@ -20,7 +20,7 @@ from ..formula.stages import formulas_of, values_of
 from ..formula.terms import Term, TermResult, Terms, combine_terms
 from ..formula.trace import trace_rule
 from ..rows.batch import BatchStatistics
-from ..rows.constants import parameter_vector
+from ..rows.constants import at_hand, parameter_vector
 from ..rows.primitives import Averaged, Masked, Weighing
 from ..rows.rows import Rows
 from ..spec.compiled import with_tensors
@@ -425,7 +425,7 @@ def resolve_loss(
         own = "adv" in trace_rule(type(spec.surrogate)).leaves
         reader = f"the surrogate {spec.surrogate.name!r}" if own else "the spec"
         raise rows.error(f"{reader} reads advantages, which is None.")
-    divisors = Divisors(data.num_items_in_batch, data.num_sequences_in_batch)
+    divisors = _divisors(rows, data.num_items_in_batch, data.num_sequences_in_batch)
     _check_divisors(rows, spec, divisors)
     if data.group_ids is not None and not spec.reads_groups:
         raise rows.error(
@@ -473,11 +473,15 @@ def bind_loss(rows: Rows, data: Mapping[str, Any], spec: PolicyLossSpec) -> Loss
     advantages, copied = data.get("advantages"), None if rows.masked is None else rows.masked.values
     adv = flat("advantages") if advantages is None or copied is None else copied
     per_sequence = isinstance(advantages, Tensor) and tuple(advantages.shape) != rows.shape
-    divisors = Divisors(data.get("num_items_in_batch"), data.get("num_sequences_in_batch"))
-    scale = data.get("loss_scale", 1.0)
+    divisors = _divisors(rows, data.get("num_items_in_batch"), data.get("num_sequences_in_batch"))
+    scale = at_hand(data.get("loss_scale", 1.0), rows.device)
     return LossCall(
         spec, rows, divisors, scale, adv, old, ref, sampling, _factor(rows, data), per_sequence
     )
+
+
+def _divisors(rows: Rows, *numbers: Any) -> Divisors:
+    return Divisors(*[at_hand(number, rows.device) for number in numbers])
 
 
 def _check_differentiable(rows: Rows, spec: PolicyLossSpec, name: str, allowed: bool) -> None:

@@ -14,7 +14,7 @@ from torch.nn.functional import threshold
 
 from ...errors import InvalidCall, UnsupportedRequest
 from ..backends.base import SoftmaxParams
-from ..rows.constants import as_tensor, parameter_vector, varies
+from ..rows.constants import as_tensor, at_hand, parameter_vector, varies
 from ..rows.ranks import check_group
 from ..rows.rows import Rows
 from ..rows.structure import is_readable
@@ -65,6 +65,9 @@ def resolve_temperature(rows: Rows, value: Any, fail: Fail) -> Tensor:
     """Return the temperature as ``[1]`` or ``[N]`` in the row dtype, in the caller's
     graph.
     """
+    given, value = value, at_hand(value, rows.device)
+    if value is not given and not 0 < value < math.inf:
+        raise fail(f"temperature is {value}, expected a positive number.")
     if isinstance(value, Tensor):
         found = (
             value.to(rows.dtype).view(1)

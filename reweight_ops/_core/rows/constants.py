@@ -141,10 +141,28 @@ def is_infinite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not varies(value) and math.isinf(value)
 
 
+def at_hand(value: Any, device: torch.device) -> Any:
+    """Return a 0-d tensor of the host as its number, for a call on another device.
+
+    PyTorch's own operations take it so. A kernel cannot read it, and the number is
+    known without waiting. All else is returned as it is.
+    """
+    if (
+        type(value) is Tensor
+        and device.type != "cpu" == value.device.type
+        and value.dim() == 0
+        and not value.requires_grad
+        and not torch.compiler.is_compiling()
+    ):
+        return value.item()
+    return value
+
+
 def parameter_vector(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return numbers and 0-d tensors as one vector.
 
-    Numbers are kept per device. Tensors must already be on the device.
+    Numbers are kept per device, also those of tensors of the host. Other tensors must
+    already be on the device.
     """
     if torch.compiler.is_compiling():
         values = tuple([as_tensor(v, dtype, device) if varies(v) else v for v in values])
@@ -152,6 +170,8 @@ def parameter_vector(values: tuple[Any, ...], dtype: torch.dtype, device: torch.
         known = _kept.get((values, dtype, device, 0))
         if known is not None and lasts(known):
             return known
+    if device.type != "cpu":
+        values = tuple([at_hand(v, device) for v in values])
     fixed = tuple([0.0 if isinstance(v, Tensor) else float(v) for v in values])
     numbers: Tensor
     if torch.compiler.is_compiling():
@@ -170,6 +190,7 @@ def parameter_vector(values: tuple[Any, ...], dtype: torch.dtype, device: torch.
 
 def number_like(value: Any, like: Tensor) -> Tensor:
     """Return a number or a 0-d tensor in the dtype and on the device of ``like``."""
+    value = at_hand(value, like.device)
     if isinstance(value, Tensor):
         return value if value.dtype == like.dtype else value.to(like.dtype)
     if varies(value):
