@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from .kernels import kernel
-from .rows import drift_of, own, span_or_rest
+from .ratios import drift_of
+from .rows import own, span_or_rest
 
 
 @triton.jit

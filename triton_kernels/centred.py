@@ -7,7 +7,7 @@ fp64, and a block's squares are about its own mean, so that nothing cancels.
 import triton.language as tl
 
 from .kernels import kernel
-from .rows import drift_of
+from .ratios import drift_of
 
 
 @kernel

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...triton_kernels import along as along_kernels
 from ...triton_kernels import centred as centred_kernels
-from ...triton_kernels import rows as kernels
+from ...triton_kernels import ratios as kernels
 from ...triton_kernels.row_config import row_config
 from ..rows.primitives import Averaged, Masked
 from .triton_row_launch import all_sequences, launch, places, scanned, way

@@ -149,7 +149,8 @@ def at_hand(value: Any, device: torch.device) -> Any:
     """
     if (
         type(value) is Tensor
-        and device.type != "cpu" == value.device.type
+        and value.device.type == "cpu"
+        and device.type != "cpu"
         and value.dim() == 0
         and not value.requires_grad
         and not torch.compiler.is_compiling()
